@@ -1,0 +1,41 @@
+"""lunet-fast: LU-factorised invertible layers for PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lunet_fast import functional, reference
+from lunet_fast.activations import BijectiveActivation, GeneralizedLeakySoftplus, LeakySoftplus
+from lunet_fast.flow import LUFlow, StandardNormal
+from lunet_fast.lu_dense import LUDense
+from lunet_fast.lunet import Condition, LUNet
+from lunet_fast.ops import get_backend, set_backend
+
+if TYPE_CHECKING:
+    from lunet_fast.recsys.recommend import LUNetRecommender
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BijectiveActivation",
+    "Condition",
+    "GeneralizedLeakySoftplus",
+    "LUDense",
+    "LUFlow",
+    "LUNet",
+    "LUNetRecommender",
+    "LeakySoftplus",
+    "StandardNormal",
+    "functional",
+    "get_backend",
+    "reference",
+    "set_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The recommender needs pandas; someone who wants the layers alone should not wait for it.
+    if name == "LUNetRecommender":
+        return importlib.import_module("lunet_fast.recsys.recommend").LUNetRecommender
+    raise AttributeError(f"module 'lunet_fast' has no attribute {name!r}")

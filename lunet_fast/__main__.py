@@ -1,0 +1,23 @@
+"""The command ``lunet-fast``, also as ``python -m lunet_fast``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+# What the command line needs beyond the library itself: the extra [train].
+_NEEDED = ("typer", "rich", "matplotlib", "safetensors", "pooch")
+
+
+def main() -> None:
+    """Run the command line, or say what to install where it cannot run."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"lunet-fast: {', '.join(missing)} not installed: run  pip install 'lunet-fast[train]'")
+    from lunet_fast.cli import app
+
+    app(prog_name="lunet-fast")
+
+
+if __name__ == "__main__":
+    main()

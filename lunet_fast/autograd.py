@@ -1,0 +1,444 @@
+"""Autograd for the registered operations: one ``torch.autograd.Function`` each.
+
+First derivatives in eager mode and under ``torch.compile`` are the hand-written ``*_backward`` operations.
+Whatever else is asked for (a backward that must itself be differentiable, forward-mode derivatives,
+``vmap`` over parameters) goes through the formulas of ``reference.py``, which PyTorch differentiates and
+batches itself: slower, and right to every order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lunet_fast import ops, reference
+
+_ops = torch.ops.lunet_fast
+
+#: (a, c, κ) as floats; (1, 0, 1) stands for no activation.
+Fixed = tuple[float, float, float]
+
+Outputs = tuple[Tensor, Tensor]
+
+
+def _pair(function: Callable[..., Outputs], tensors: tuple[Tensor | None, ...]) -> Callable[..., Outputs]:
+    """``function`` of those of ``tensors`` that are not None, in order; the others stay None."""
+    present = [t is not None for t in tensors]
+
+    def of_present(*given: Tensor) -> Outputs:
+        values = iter(given)
+        return function(*(next(values) if here else None for here in present))
+
+    return of_present
+
+
+def _vjp(
+    function: Callable[..., Outputs], tensors: tuple[Tensor | None, ...], cotangents: Outputs
+) -> list[Tensor | None]:
+    """Differentiable gradients of ``tensors`` (None for None) of a pair-valued function."""
+    primals = [t for t in tensors if t is not None]
+    pullback = torch.func.vjp(_pair(function, tensors), *primals)[1]
+    gradients = iter(pullback(cotangents))
+    return [None if t is None else next(gradients) for t in tensors]
+
+
+def _jvp(
+    function: Callable[..., Outputs],
+    tensors: tuple[Tensor | None, ...],
+    tangents: tuple[Tensor | None, ...],
+) -> Outputs:
+    """The tangents of a pair-valued function; a missing tangent is zero.
+
+    By two pullbacks: u ↦ Jᵀ u is linear, so its own pullback is v ↦ J v. PyTorch does not allow a
+    forward-mode derivative inside another.
+    """
+    primals = tuple(t for t in tensors if t is not None)
+    directions = tuple(
+        torch.zeros_like(t) if d is None else d
+        for t, d in zip(tensors, tangents, strict=True)
+        if t is not None
+    )
+    outputs, pullback = torch.func.vjp(_pair(function, tensors), *primals)[:2]
+    pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(t) for t in outputs))[1]
+    (result,) = pushforward(directions)
+    return result
+
+
+def _vmap(
+    function: Callable[..., Outputs], tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...]
+) -> Outputs:
+    """A pair-valued function batched over those of ``tensors`` that have a batch dimension."""
+    given = [(t, d) for t, d in zip(tensors, dims, strict=True) if t is not None]
+    mapped = torch.func.vmap(_pair(function, tensors), in_dims=tuple(d for _, d in given))
+    return mapped(*(t for t, _ in given))
+
+
+def _slopes_or(slopes: Tensor | None, fixed: Fixed) -> reference.Slopes | None:
+    if slopes is not None:
+        return slopes
+    return None if fixed[1] == 0.0 else fixed
+
+
+class Activation(torch.autograd.Function):
+    """(φ(x), Σ log φ′ per row or nothing)."""
+
+    @staticmethod
+    def forward(x: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool) -> Outputs:
+        return _ops.activation_forward(x, slopes, *fixed, logabsdet)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Outputs) -> None:
+        x, slopes, ctx.fixed, ctx.logabsdet = inputs
+        ctx.save_for_backward(x, slopes)
+        ctx.save_for_forward(x, slopes)
+
+    @staticmethod
+    def formula(fixed: Fixed, logabsdet: bool) -> Callable[..., Outputs]:
+        def pair(x: Tensor, slopes: Tensor | None) -> Outputs:
+            triple = fixed if slopes is None else slopes
+            y = reference.leaky_softplus(x, triple)
+            return y, reference.log_derivative_sum(x, triple) if logabsdet else _none_of(x)
+
+        return pair
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_logabsdet: Tensor) -> tuple[Tensor | None, ...]:
+        x, slopes = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            pair = Activation.formula(ctx.fixed, ctx.logabsdet)
+            grad_x, grad_slopes = _vjp(pair, (x, slopes), (grad_y, grad_logabsdet))
+        else:
+            grad_x, grad_slopes = _ops.activation_backward(
+                grad_y, grad_logabsdet if ctx.logabsdet else None, x, slopes, *ctx.fixed
+            )
+        return grad_x, grad_slopes if slopes is not None else None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dslopes: Tensor | None, *_: None) -> Outputs:
+        return _jvp(Activation.formula(ctx.fixed, ctx.logabsdet), ctx.saved_tensors, (dx, dslopes))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple, x: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool
+    ) -> Any:
+        outputs = _vmap(Activation.formula(fixed, logabsdet), (x, slopes), in_dims[:2])
+        return outputs, (0, 0)
+
+
+class ActivationInverse(torch.autograd.Function):
+    """(φ⁻¹(y), −Σ log φ′ per row or nothing)."""
+
+    @staticmethod
+    def forward(y: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool) -> Outputs:
+        return _ops.activation_inverse(y, slopes, *fixed, logabsdet)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Outputs) -> None:
+        y, slopes, ctx.fixed, ctx.logabsdet = inputs
+        ctx.save_for_backward(y, slopes, output[0])
+        ctx.save_for_forward(y, slopes)
+
+    @staticmethod
+    def formula(fixed: Fixed, logabsdet: bool) -> Callable[..., Outputs]:
+        def pair(y: Tensor, slopes: Tensor | None) -> Outputs:
+            triple = fixed if slopes is None else slopes
+            x = reference.leaky_softplus_inverse(y, triple)
+            return x, -reference.log_derivative_sum(x, triple) if logabsdet else _none_of(y)
+
+        return pair
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad_logabsdet: Tensor) -> tuple[Tensor | None, ...]:
+        y, slopes, x = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            pair = ActivationInverse.formula(ctx.fixed, ctx.logabsdet)
+            grad_y, grad_slopes = _vjp(pair, (y, slopes), (grad_x, grad_logabsdet))
+        else:
+            grad_y, grad_slopes = _ops.activation_inverse_backward(
+                grad_x, grad_logabsdet if ctx.logabsdet else None, x, slopes, *ctx.fixed
+            )
+        return grad_y, grad_slopes if slopes is not None else None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dy: Tensor | None, dslopes: Tensor | None, *_: None) -> Outputs:
+        return _jvp(ActivationInverse.formula(ctx.fixed, ctx.logabsdet), ctx.saved_tensors[:2], (dy, dslopes))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple, y: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool
+    ) -> Any:
+        outputs = _vmap(ActivationInverse.formula(fixed, logabsdet), (y, slopes), in_dims[:2])
+        return outputs, (0, 0)
+
+
+def _none_of(x: Tensor) -> Tensor:
+    """The empty tensor that stands for a log-determinant not asked for."""
+    return x.new_zeros(0, dtype=reference.wide(x.dtype))
+
+
+class Layer(torch.autograd.Function):
+    """(φ(A x + b), log|det J| per row or nothing, and two results kept for backward)."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        lu: Tensor,
+        bias: Tensor | None,
+        slopes: Tensor | None,
+        sign: Tensor | None,
+        permutation: Tensor | None,
+        fixed: Fixed,
+        logabsdet: bool,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _ops.layer_forward(x, lu, sign, permutation, bias, slopes, *fixed, logabsdet, save)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, lu, bias, slopes, sign, permutation, ctx.fixed, ctx.logabsdet, _ = inputs
+        h, weight = output[2:]
+        ctx.mark_non_differentiable(h, weight)
+        ctx.save_for_backward(x, lu, bias, slopes, sign, permutation, h, weight)
+        ctx.save_for_forward(x, lu, bias, slopes, sign, permutation)
+
+    @staticmethod
+    def formula(
+        sign: Tensor | None, permutation: Tensor | None, fixed: Fixed, logabsdet: bool
+    ) -> Callable[..., Outputs]:
+        def pair(x: Tensor, lu: Tensor, bias: Tensor | None, slopes: Tensor | None) -> Outputs:
+            options: dict[str, Any] = {
+                "sign": sign,
+                "permutation": permutation,
+                "slopes": _slopes_or(slopes, fixed),
+            }
+            if logabsdet:
+                return reference.lu_dense_and_logabsdet(x, lu, bias, **options)
+            return reference.lu_dense(x, lu, bias, **options), _none_of(x)
+
+        return pair
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_logabsdet: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, lu, bias, slopes, sign, permutation, h, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            pair = Layer.formula(sign, permutation, ctx.fixed, ctx.logabsdet)
+            gradients = _vjp(pair, (x, lu, bias, slopes), (grad_y, grad_logabsdet))
+            return (*gradients, None, None, None, None, None)
+        needs_x, needs_lu, needs_bias, needs_slopes = ctx.needs_input_grad[:4]
+        has_bias = bias is not None and needs_bias
+        grad_x, grad_lu, grad_bias, grad_slopes = _ops.layer_backward(
+            grad_y,
+            grad_logabsdet if ctx.logabsdet else None,
+            x,
+            h,
+            weight,
+            lu,
+            sign,
+            permutation,
+            slopes,
+            *ctx.fixed,
+            needs_x,
+            needs_lu,
+            has_bias,
+        )
+        return (
+            grad_x if needs_x else None,
+            grad_lu if needs_lu else None,
+            grad_bias if has_bias else None,
+            grad_slopes if slopes is not None and needs_slopes else None,
+            *(None,) * 5,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Any, dlu: Any, dbias: Any, dslopes: Any, *_: None) -> tuple[Tensor | None, ...]:
+        *tensors, sign, permutation = ctx.saved_tensors[:6]
+        pair = Layer.formula(sign, permutation, ctx.fixed, ctx.logabsdet)
+        return (*_jvp(pair, tuple(tensors), (dx, dlu, dbias, dslopes)), None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
+        x, lu, bias, slopes, sign, permutation, fixed, logabsdet, save = args
+        if all(d is None for d in in_dims[1:6]):
+            outputs = Layer.apply(x.movedim(in_dims[0], 0), *args[1:])
+            active = slopes is not None or fixed[1] != 0.0
+            return outputs, (0, 0 if logabsdet else None, 0 if save and active else None, None)
+
+        def pair(x: Tensor, lu: Any, bias: Any, slopes: Any, sign: Any, permutation: Any) -> Outputs:
+            return Layer.formula(sign, permutation, fixed, logabsdet)(x, lu, bias, slopes)
+
+        outputs = _vmap(pair, args[:6], in_dims[:6])
+        return (*outputs, _none_of(x), _none_of(x)), (0, 0, None, None)
+
+
+class LayerInverse(torch.autograd.Function):
+    """(A⁻¹ (φ⁻¹(y) − b), the inverse's log-determinant per row or nothing, and h kept for backward)."""
+
+    @staticmethod
+    def forward(
+        y: Tensor,
+        lu: Tensor,
+        bias: Tensor | None,
+        slopes: Tensor | None,
+        sign: Tensor | None,
+        permutation: Tensor | None,
+        fixed: Fixed,
+        logabsdet: bool,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _ops.layer_inverse(y, lu, sign, permutation, bias, slopes, *fixed, logabsdet, save)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        y, lu, bias, slopes, sign, permutation, ctx.fixed, ctx.logabsdet, _ = inputs
+        x, _, h = output
+        ctx.mark_non_differentiable(h)
+        ctx.save_for_backward(y, lu, bias, slopes, sign, permutation, x, h)
+        ctx.save_for_forward(y, lu, bias, slopes, sign, permutation)
+
+    @staticmethod
+    def formula(
+        sign: Tensor | None, permutation: Tensor | None, fixed: Fixed, logabsdet: bool
+    ) -> Callable[..., Outputs]:
+        def pair(y: Tensor, lu: Tensor, bias: Tensor | None, slopes: Tensor | None) -> Outputs:
+            options: dict[str, Any] = {
+                "sign": sign,
+                "permutation": permutation,
+                "slopes": _slopes_or(slopes, fixed),
+            }
+            if logabsdet:
+                return reference.lu_dense_inverse_and_logabsdet(y, lu, bias, **options)
+            return reference.lu_dense_inverse(y, lu, bias, **options), _none_of(y)
+
+        return pair
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad_logabsdet: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        y, lu, bias, slopes, sign, permutation, x, h = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            pair = LayerInverse.formula(sign, permutation, ctx.fixed, ctx.logabsdet)
+            gradients = _vjp(pair, (y, lu, bias, slopes), (grad_x, grad_logabsdet))
+            return (*gradients, None, None, None, None, None)
+        needs_y, needs_lu, needs_bias, needs_slopes = ctx.needs_input_grad[:4]
+        has_bias = bias is not None and needs_bias
+        grad_y, grad_lu, grad_bias, grad_slopes = _ops.layer_inverse_backward(
+            grad_x,
+            grad_logabsdet if ctx.logabsdet else None,
+            x,
+            h,
+            lu,
+            sign,
+            permutation,
+            slopes,
+            *ctx.fixed,
+            needs_lu,
+            has_bias,
+        )
+        return (
+            grad_y if needs_y else None,
+            grad_lu if needs_lu else None,
+            grad_bias if has_bias else None,
+            grad_slopes if slopes is not None and needs_slopes else None,
+            *(None,) * 5,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, dy: Any, dlu: Any, dbias: Any, dslopes: Any, *_: None) -> tuple[Tensor | None, ...]:
+        *tensors, sign, permutation = ctx.saved_tensors[:6]
+        pair = LayerInverse.formula(sign, permutation, ctx.fixed, ctx.logabsdet)
+        return (*_jvp(pair, tuple(tensors), (dy, dlu, dbias, dslopes)), None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
+        y, lu, bias, slopes, sign, permutation, fixed, logabsdet, save = args
+        if all(d is None for d in in_dims[1:6]):
+            outputs = LayerInverse.apply(y.movedim(in_dims[0], 0), *args[1:])
+            active = slopes is not None or fixed[1] != 0.0
+            return outputs, (0, 0 if logabsdet else None, 0 if save and active else None)
+
+        def pair(y: Tensor, lu: Any, bias: Any, slopes: Any, sign: Any, permutation: Any) -> Outputs:
+            return LayerInverse.formula(sign, permutation, fixed, logabsdet)(y, lu, bias, slopes)
+
+        outputs = _vmap(pair, args[:6], in_dims[:6])
+        return (*outputs, _none_of(y)), (0, 0, None)
+
+
+# torch.compile refuses to trace a Function that defines jvp, and forward-mode derivatives are not taken
+# through compiled code anyway; so a traced call goes to a twin without it.
+
+
+class _TracedActivation(Activation):
+    jvp = staticmethod(torch.autograd.Function.jvp)  # type: ignore[assignment]
+
+
+class _TracedActivationInverse(ActivationInverse):
+    jvp = staticmethod(torch.autograd.Function.jvp)  # type: ignore[assignment]
+
+
+class _TracedLayer(Layer):
+    jvp = staticmethod(torch.autograd.Function.jvp)  # type: ignore[assignment]
+
+
+class _TracedLayerInverse(LayerInverse):
+    jvp = staticmethod(torch.autograd.Function.jvp)  # type: ignore[assignment]
+
+
+def activation(*args: Any) -> Outputs:
+    """``Activation`` on its arguments, in eager mode or while being traced."""
+    results = _TracedActivation.apply(*args) if torch.compiler.is_compiling() else Activation.apply(*args)
+    return results[0], results[1]
+
+
+def activation_inverse(*args: Any) -> Outputs:
+    """``ActivationInverse`` on its arguments, in eager mode or while being traced."""
+    traced = torch.compiler.is_compiling()
+    results = _TracedActivationInverse.apply(*args) if traced else ActivationInverse.apply(*args)
+    return results[0], results[1]
+
+
+def layer(*args: Any) -> Outputs:
+    """The first two results of ``Layer`` on its arguments, in eager mode or while being traced."""
+    results = _TracedLayer.apply(*args) if torch.compiler.is_compiling() else Layer.apply(*args)
+    return results[0], results[1]
+
+
+def layer_inverse(*args: Any) -> Outputs:
+    """The first two results of ``LayerInverse`` on its arguments, in eager mode or while being traced."""
+    results = _TracedLayerInverse.apply(*args) if torch.compiler.is_compiling() else LayerInverse.apply(*args)
+    return results[0], results[1]
+
+
+# An exported program calls the operations themselves, with parameters that may be trained further: there
+# the Functions above are reached from the operation.
+
+
+def _from_operation(name: str, function: Callable[..., Any]) -> None:
+    operation = getattr(_ops, name).default
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+            return function(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operation(*args)
+
+    ops.library.impl(name, call, "Autograd")
+
+
+def _activation_arguments(x: Tensor, slopes: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    *fixed, logabsdet = rest
+    return x, slopes, tuple(fixed), logabsdet
+
+
+def _layer_arguments(
+    x: Tensor, lu: Tensor, sign: Any, permutation: Any, bias: Any, slopes: Any, *rest: Any
+) -> tuple[Any, ...]:
+    *fixed, logabsdet, _ = rest
+    return x, lu, bias, slopes, sign, permutation, tuple(fixed), logabsdet, True
+
+
+_from_operation("activation_forward", lambda *a: Activation.apply(*_activation_arguments(*a)))
+_from_operation("activation_inverse", lambda *a: ActivationInverse.apply(*_activation_arguments(*a)))
+_from_operation("layer_forward", lambda *a: Layer.apply(*_layer_arguments(*a)))
+_from_operation("layer_inverse", lambda *a: LayerInverse.apply(*_layer_arguments(*a)))

@@ -1,0 +1,645 @@
+"""The operations of LU layers in fast PyTorch, for any device that PyTorch has.
+
+These are the raw computations behind ``ops.py``: no autograd, gradients are computed by hand. Rows are
+the batch: x, y and h are [N, D] and contiguous. ``reference.py`` states the same formulas plainly.
+
+Why two ways through the matrix. With more rows than columns, W = L U is formed once and one product
+does the work of two (2·N·D² flops). With fewer, forming W (2·D³/3) would cost more than it saves and the
+rows go through U and then L, panel by panel, straight out of the packed matrix: no D×D copy is made, so
+a single row costs one pass over the D² numbers, as in a plain linear layer.
+
+Why blocks. Triangular matrices are worked on in panels of ``BLOCK`` columns, so that the half that is
+zero costs nothing and nearly all the work is matrix products.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lunet_fast.reference import log_diagonal, wide
+
+#: Columns in a panel of a triangular matrix.
+BLOCK = 128
+
+#: Elements that one sweep of elementwise work covers before the next begins, so that what one pass
+#: writes the next still finds in the cache.
+SWEEP = 1 << 17
+
+#: κ₁(L)·κ₁(U) up to which a product with the explicit A⁻¹ is as accurate as substitution for our use.
+EXPLICIT_INVERSE_LIMIT = 1e3
+
+
+# --- activation -----------------------------------------------------------------------------------------
+
+
+class Family(NamedTuple):
+    """(a, c, κ) of φ(x) = a·x + (c/κ)·softplus(κ·x): floats, or tensors that broadcast to [N, D]."""
+
+    a: float | Tensor
+    c: float | Tensor
+    kappa: float | Tensor
+
+    @classmethod
+    def of(cls, slopes: Tensor | None, a: float, c: float, kappa: float, dtype: torch.dtype) -> Family:
+        """The family that an op's arguments describe: ``slopes`` if given, else the three floats."""
+        if slopes is None:
+            return cls(a, c, kappa)
+        if slopes.dim() == 1 and slopes.device.type == "cpu":
+            return cls(*slopes.tolist())
+        return cls(*slopes.to(dtype).unbind(0))
+
+    @property
+    def linear(self) -> bool:
+        """Whether φ is the identity: how an op is told that a layer has no activation."""
+        return isinstance(self.c, float) and self.c == 0.0
+
+
+def _threshold(dtype: torch.dtype) -> float:
+    """Where softplus(t) = t to rounding: log1p(exp(−t)) < eps·t."""
+    return 40.0 if dtype == torch.float64 else 20.0
+
+
+def _scale_(t: Tensor, factor: float | Tensor) -> Tensor:
+    """t ← factor·t."""
+    return t if isinstance(factor, float) and factor == 1.0 else t.mul_(factor)
+
+
+def _add_scaled_(t: Tensor, factor: float | Tensor, x: Tensor) -> Tensor:
+    """t ← t + factor·x."""
+    return t.add_(x, alpha=factor) if isinstance(factor, float) else t.addcmul_(x, factor)
+
+
+def _sweeps(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same runs of rows of several tensors of N rows, about SWEEP elements of the first, [N, D]."""
+    rows, columns = tensors[0].shape
+    step = max(1, SWEEP // max(1, columns))
+    for start in range(0, rows, step):
+        yield tuple(t[start : start + step] for t in tensors)
+
+
+def _sigmoid(h: Tensor, kappa: float | Tensor) -> Tensor:
+    """σ(κ·h), in memory of its own."""
+    if isinstance(kappa, float) and kappa == 1.0:
+        return torch.sigmoid(h)
+    return torch.mul(h, kappa).sigmoid_()
+
+
+def _soft(h: Tensor, kappa: float | Tensor, out: Tensor | None = None) -> Tensor:
+    """softplus(κ·h)/κ."""
+    threshold = _threshold(h.dtype)
+    if isinstance(kappa, float):
+        if out is None:
+            return F.softplus(h, beta=kappa, threshold=threshold)
+        return torch.ops.aten.softplus.out(h, kappa, threshold, out=out)
+    return torch.div(F.softplus(h * kappa, threshold=threshold), kappa, out=out)
+
+
+def activate(h: Tensor, family: Family) -> Tensor:
+    """φ(h) [N, D]; bfloat16 and float16 are computed in float32."""
+    y = torch.empty_like(h)
+    for h_part, y_part in _sweeps(h, y):
+        if h.dtype == wide(h.dtype):
+            _add_scaled_(_scale_(_soft(h_part, family.kappa, out=y_part), family.c), family.a, h_part)
+        else:
+            x = h_part.float()
+            y_part.copy_(_add_scaled_(_scale_(_soft(x, family.kappa), family.c), family.a, x))
+    return y
+
+
+def log_derivative_sum(h: Tensor, family: Family) -> Tensor:
+    """Σ log φ′(h) over each row, [N], float32 or wider."""
+    total = torch.empty(h.shape[0], dtype=wide(h.dtype), device=h.device)
+    for h_part, out in _sweeps(h, total):
+        torch.sum(_slope(h_part.to(total.dtype), family).log_(), -1, out=out)
+    return total
+
+
+def _slope(x: Tensor, family: Family) -> Tensor:
+    """φ′(x) in memory of its own."""
+    return _scale_(_sigmoid(x, family.kappa), family.c).add_(family.a)
+
+
+def activation_backward(
+    grad_y: Tensor, grad_logabsdet: Tensor | None, h: Tensor, family: Family, slopes: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of h and of ``slopes`` from those of y = φ(h) and of Σ log φ′(h).
+
+    g_h = g_y·φ′(h) + g_ld·φ″(h)/φ′(h).
+    """
+    grad_h = torch.empty_like(h)
+    totals = _slope_totals(slopes, h)
+    plain = isinstance(family.kappa, float) and h.dtype == wide(h.dtype)
+    for g, x, out, *ld in _sweeps(grad_y, h, grad_h, *_column(grad_logabsdet)):
+        if plain:
+            threshold = _threshold(x.dtype)
+            torch.ops.aten.softplus_backward.grad_input(g, x, family.kappa, threshold, grad_input=out)
+            _add_scaled_(_scale_(out, family.c), family.a, g)
+        else:
+            out.copy_(_slope(x.to(wide(x.dtype)), family).mul_(g))
+        if ld:
+            out.add_((ld[0] * _log_slope_derivative(x, family)).to(out.dtype))
+        if totals is not None:
+            _accumulate_slopes(totals, g, ld[0] if ld else None, x, family)
+    return grad_h, _finish_slopes(totals, slopes)
+
+
+def activation_inverse_backward(
+    grad_h: Tensor, grad_logabsdet: Tensor | None, h: Tensor, family: Family, slopes: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of y and of ``slopes`` from those of h = φ⁻¹(y) and of −Σ log φ′(h).
+
+    g_y = (g_h − g_ld·φ″(h)/φ′(h)) / φ′(h), and g_θ = −g_y·∂φ/∂θ − g_ld·∂log φ′/∂θ.
+    """
+    grad_y = torch.empty_like(h)
+    totals = _slope_totals(slopes, h)
+    for g, x, out, *ld in _sweeps(grad_h, h, grad_y, *_column(grad_logabsdet)):
+        if ld:
+            g = g - (ld[0] * _log_slope_derivative(x, family)).to(g.dtype)
+        out.copy_(torch.div(g, _slope(x.to(wide(x.dtype)), family)))
+        if totals is not None:
+            _accumulate_slopes(totals, -out, -ld[0] if ld else None, x, family)
+    return grad_y, _finish_slopes(totals, slopes)
+
+
+def _column(row_values: Tensor | None) -> tuple[Tensor, ...]:
+    return () if row_values is None else (row_values.unsqueeze(-1),)
+
+
+def _log_slope_derivative(x: Tensor, family: Family) -> Tensor:
+    """φ″(x)/φ′(x), float32 or wider."""
+    sigmoid = _sigmoid(x.to(wide(x.dtype)), family.kappa)
+    slope = sigmoid * family.c + family.a
+    return sigmoid.addcmul_(sigmoid, sigmoid, value=-1).mul_(family.c).mul_(family.kappa).div_(slope)
+
+
+def _slope_totals(slopes: Tensor | None, h: Tensor) -> Tensor | None:
+    if slopes is None:
+        return None
+    return torch.zeros(slopes.shape, dtype=wide(h.dtype), device=h.device)
+
+
+def _accumulate_slopes(totals: Tensor, g: Tensor, ld: Tensor | None, x: Tensor, family: Family) -> None:
+    """totals ← totals + Σ (g·∂φ/∂θ + ld·∂log φ′/∂θ) for θ = a, c, κ."""
+    x = x.to(totals.dtype)
+    g = g.to(totals.dtype)
+    sigmoid = _sigmoid(x, family.kappa)
+    soft = _soft(x, family.kappa)
+    by_kappa = (x * sigmoid - soft) * (family.c / family.kappa)
+    terms = [g * x, g * soft, g * by_kappa]
+    if ld is not None:
+        share = ld / (sigmoid * family.c + family.a)
+        bend = (sigmoid - sigmoid * sigmoid) * x * family.c
+        terms = [terms[0] + share, terms[1] + share * sigmoid, terms[2] + share * bend]
+    for total, term in zip(totals.unbind(0), terms, strict=True):
+        total.add_(term.sum(0) if total.dim() else term.sum())
+
+
+def _finish_slopes(totals: Tensor | None, slopes: Tensor | None) -> Tensor | None:
+    return None if totals is None or slopes is None else totals.to(slopes.dtype)
+
+
+@functools.cache
+def _halley_steps(log2_low: int, dtype: torch.dtype) -> int:
+    """Steps that bring every t to the rounding floor of ``dtype`` when p ≥ 2^log2_low.
+
+    Counted by running the iteration itself in float64 over a grid of w: the hardest w lie where eᵗ and
+    the slope p·t are of one size, and how many steps they need grows with log(1/p).
+    """
+    p = min(2.0**log2_low, 1.0)
+    q = 1.0 - p
+    eps = torch.finfo(dtype).eps
+    magnitudes = torch.logspace(-12, 4, 400, dtype=torch.float64)
+    w = torch.cat([-magnitudes, magnitudes, torch.zeros(1, dtype=torch.float64)])
+    t = _halley_start(w, p, q)
+    for steps in range(1, 64):
+        _halley_step_(t, w, p, q)
+        residual = (q * F.softplus(t, threshold=40.0) + p * t - w).abs()
+        if bool((residual <= 1.5 * eps * (w.abs() + q * math.log(2.0))).all()):
+            return steps
+    raise AssertionError(f"Halley's iteration did not converge for p = {p}")
+
+
+def _halley_start(w: Tensor, p: float | Tensor, q: float | Tensor) -> Tensor:
+    """A t not left of the solution of q·softplus(t) + p·t = w: the least of those of three tangents."""
+    tangent = torch.div(torch.sub(w, q * math.log(2.0)), p + 0.5 * q)
+    return torch.minimum(torch.minimum(w, tangent, out=tangent), w / p, out=tangent)
+
+
+def _halley_step_(t: Tensor, w: Tensor, p: float | Tensor, q: float | Tensor) -> None:
+    """One step of Halley's iteration on f(t) = q·softplus(t) + p·t − w, in place.
+
+    f·f″ ≤ f′² right of the solution (softplus(t) ≤ eᵗ), so the denominator is at least f′²/2.
+    """
+    sigmoid = torch.sigmoid(t)
+    f = _add_scaled_(F.softplus(t, threshold=_threshold(t.dtype)).mul_(q), p, t).sub_(w)
+    slope = sigmoid * q + p
+    half_bend = sigmoid.addcmul_(sigmoid, sigmoid, value=-1).mul_(q).mul_(0.5)
+    denominator = half_bend.mul_(f).neg_().addcmul_(slope, slope)
+    t.sub_(f.mul_(slope).div_(denominator))
+
+
+def activation_inverse(y: Tensor, family: Family) -> Tensor:
+    """φ⁻¹(y) [N, D]: Halley's iteration from the nearest of three tangents, ±inf and NaN passed through.
+
+    With t = κ·x, p = a/(a + c) and q = 1 − p the equation φ(x) = y is q·softplus(t) + p·t = κ·y/(a + c).
+    bfloat16 and float16 are computed in float32.
+    """
+    dtype = wide(y.dtype)
+    a, c, kappa = family
+    total = a + c
+    p, q = a / total, c / total
+    low = float(p.min()) if isinstance(p, Tensor) else p
+    steps = _halley_steps(math.floor(math.log2(low)), dtype)
+    x = torch.empty_like(y)
+    for y_part, x_part in _sweeps(y, x):
+        w = torch.mul(y_part.to(dtype), kappa / total)
+        t = _halley_start(w, p, q)
+        for _ in range(steps):
+            _halley_step_(t, w, p, q)
+        # Where κ·y overflows, and at ±inf, φ is its asymptote; NaN stays NaN.
+        wide_y = y_part.to(dtype)
+        asymptote = torch.minimum(wide_y / a, wide_y / total)
+        x_part.copy_(torch.where(t.isfinite(), t.div_(kappa), asymptote))
+    return x
+
+
+# --- the packed matrix ----------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """``lu`` [D, D] as float32 or wider, log|u_ii| [D], U's diagonal [D], the row permutation or None."""
+
+    lu: Tensor
+    log_diagonal: Tensor
+    diagonal: Tensor
+    permutation: Tensor | None
+
+    @classmethod
+    def of(cls, lu: Tensor, sign: Tensor | None, permutation: Tensor | None) -> Packed:
+        logs = log_diagonal(lu)
+        diagonal = logs.exp()
+        if sign is not None:
+            diagonal.mul_(sign)
+        return cls(lu.to(diagonal.dtype), logs, diagonal, permutation)
+
+    @property
+    def size(self) -> int:
+        return self.lu.shape[0]
+
+    def panels(self) -> Iterator[slice]:
+        for start in range(0, self.size, BLOCK):
+            yield slice(start, min(start + BLOCK, self.size))
+
+    def lower_block(self, panel: slice) -> Tensor:
+        """The diagonal block of L in this panel, dense, its unit diagonal written out."""
+        block = self.lu[panel, panel].tril(-1)
+        block.diagonal().fill_(1.0)
+        return block
+
+    def upper_block(self, panel: slice) -> Tensor:
+        """The diagonal block of U in this panel, dense."""
+        block = self.lu[panel, panel].triu(1)
+        block.diagonal().copy_(self.diagonal[panel])
+        return block
+
+    def lower_panel(self, panel: slice) -> Tensor:
+        """L[panel.start:, panel], a copy."""
+        if panel.stop == self.size:
+            return self.lower_block(panel)
+        return torch.cat([self.lower_block(panel), self.lu[panel.stop :, panel]])
+
+    def upper_panel(self, panel: slice) -> Tensor:
+        """U[panel, panel.start:], a copy."""
+        if panel.stop == self.size:
+            return self.upper_block(panel)
+        return torch.cat([self.upper_block(panel), self.lu[panel, panel.stop :]], dim=1)
+
+
+def composes(rows: int, columns: int) -> bool:
+    """Whether a batch of ``rows`` goes through W = L U formed once, or through U and then L."""
+    return rows > columns
+
+
+def compose(packed: Packed) -> Tensor:
+    """A = Pᵀ L U [D, D], about 2·D³/3 flops."""
+    first, *rest = packed.panels()
+    weight = packed.lower_panel(first) @ packed.upper_panel(first)
+    for panel in rest:
+        weight[panel.start :, panel.start :].addmm_(packed.lower_panel(panel), packed.upper_panel(panel))
+    if packed.permutation is not None:
+        weight = weight[packed.permutation.argsort()]
+    return weight
+
+
+def compose_backward(grad_weight: Tensor, packed: Packed) -> Tensor:
+    """The gradient of ``lu`` with U's diagonal in place of s, from that of A: tril(G Uᵀ, −1) + triu(Lᵀ G)."""
+    if packed.permutation is not None:
+        grad_weight = grad_weight[packed.permutation]
+    grad = torch.empty_like(packed.lu)
+    for panel in packed.panels():
+        lower, upper = packed.lower_panel(panel), packed.upper_panel(panel)
+        corner = grad_weight[panel.start :, panel.start :]
+        by_lower = corner @ upper.T
+        by_upper = lower.T @ corner
+        width = panel.stop - panel.start
+        grad[panel, panel] = by_lower[:width].tril_(-1).add_(by_upper[:, :width].triu_())
+        grad[panel.stop :, panel] = by_lower[width:]
+        grad[panel, panel.stop :] = by_upper[:, width:]
+    return grad
+
+
+def rows_backward(grad_v: Tensor, t: Tensor, grad_t: Tensor, x: Tensor, packed: Packed) -> Tensor:
+    """The gradient of ``lu`` (U's diagonal in place of s) from the rows themselves, 2·N·D² flops.
+
+    v = L t, t = U x, so g_L = tril(g_vᵀ t, −1) and g_U = triu(g_tᵀ x).
+    """
+    grad = torch.empty_like(packed.lu)
+    for panel in packed.panels():
+        by_lower = grad_v[:, panel].T @ t[:, panel]
+        by_upper = grad_t[:, panel].T @ x[:, panel]
+        grad[panel, panel] = by_lower.tril_(-1).add_(by_upper.triu_())
+        grad[panel.stop :, panel] = grad_v[:, panel.stop :].T @ t[:, panel]
+        grad[panel, panel.stop :] = grad_t[:, panel].T @ x[:, panel.stop :]
+    return grad
+
+
+def _times_upper(x: Tensor, packed: Packed) -> Tensor:
+    """Rows of U x."""
+    out = torch.empty_like(x)
+    for panel in packed.panels():
+        product = x[:, panel] @ packed.upper_block(panel).T
+        if panel.stop < packed.size:
+            product.addmm_(x[:, panel.stop :], packed.lu[panel, panel.stop :].T)
+        out[:, panel] = product
+    return out
+
+
+def _times_lower(t: Tensor, packed: Packed) -> Tensor:
+    """Rows of L t."""
+    out = torch.empty_like(t)
+    for panel in packed.panels():
+        product = t[:, panel] @ packed.lower_block(panel).T
+        if panel.start > 0:
+            product.addmm_(t[:, : panel.start], packed.lu[panel, : panel.start].T)
+        out[:, panel] = product
+    return out
+
+
+def _times_lower_transposed(g: Tensor, packed: Packed) -> Tensor:
+    """Rows of Lᵀ g."""
+    out = torch.empty_like(g)
+    for panel in packed.panels():
+        product = g[:, panel] @ packed.lower_block(panel)
+        if panel.stop < packed.size:
+            product.addmm_(g[:, panel.stop :], packed.lu[panel.stop :, panel])
+        out[:, panel] = product
+    return out
+
+
+def _times_upper_transposed(g: Tensor, packed: Packed) -> Tensor:
+    """Rows of Uᵀ g."""
+    out = torch.empty_like(g)
+    for panel in packed.panels():
+        product = g[:, panel] @ packed.upper_block(panel)
+        if panel.start > 0:
+            product.addmm_(g[:, : panel.start], packed.lu[: panel.start, panel])
+        out[:, panel] = product
+    return out
+
+
+# --- triangular solves ----------------------------------------------------------------------------------
+
+
+def _invert_triangular(block: Tensor, *, upper: bool) -> Tensor:
+    eye = torch.eye(block.shape[0], dtype=block.dtype, device=block.device)
+    return torch.linalg.solve_triangular(block, eye, upper=upper)
+
+
+def _block_solver(
+    packed: Packed, rows: int, *, upper: bool, transposed: bool
+) -> Callable[[Tensor, slice], Tensor]:
+    """A function that solves one diagonal block of L or U (or its transpose) for rows of right-hand sides.
+
+    With many rows the block is inverted once, so that the solve is a product; with few it is solved as it is.
+    """
+
+    def block_of(panel: slice) -> Tensor:
+        return packed.upper_block(panel) if upper else packed.lower_block(panel)
+
+    if rows > BLOCK // 4:
+
+        def solve(right: Tensor, panel: slice) -> Tensor:
+            inverse = _invert_triangular(block_of(panel), upper=upper)
+            return right @ (inverse if transposed else inverse.T)
+
+    else:
+
+        def solve(right: Tensor, panel: slice) -> Tensor:
+            matrix = block_of(panel)
+            if transposed:
+                return torch.linalg.solve_triangular(matrix, right, upper=upper, left=False)
+            return torch.linalg.solve_triangular(matrix.T, right, upper=not upper, left=False)
+
+    return solve
+
+
+def _substitute(right: Tensor, packed: Packed, *, upper: bool, transposed: bool) -> Tensor:
+    """Rows of T⁻¹ r or, transposed, T⁻ᵀ r, for T = L or U: blocked substitution, N·D² flops and up."""
+    solve = _block_solver(packed, right.shape[0], upper=upper, transposed=transposed)
+    out = torch.empty_like(right)
+    forwards = upper == transposed
+    panels = list(packed.panels())
+    for panel in panels if forwards else reversed(panels):
+        done = slice(0, panel.start) if forwards else slice(panel.stop, packed.size)
+        part = right[:, panel]
+        if done.stop > done.start:
+            couple = packed.lu[done, panel] if transposed else packed.lu[panel, done].T
+            part = torch.addmm(part, out[:, done], couple, alpha=-1)
+        out[:, panel] = solve(part, panel)
+    return out
+
+
+def explicit_inverse(packed: Packed, rows: int) -> Tensor | None:
+    """(L U)⁻¹ [D, D] by triangular inversion, or None where substitution is better.
+
+    Worth its D³ only for many more rows than columns and while it fits one block (beyond, blocked
+    substitution is as fast); refused when κ₁(L)·κ₁(U) says that it would cost accuracy. Never on a
+    device where reading the condition back would stall the queue.
+    """
+    if packed.lu.device.type != "cpu" or packed.size > BLOCK or rows < 4 * packed.size:
+        return None
+    whole = slice(0, packed.size)
+    lower, upper = packed.lower_block(whole), packed.upper_block(whole)
+    lower_inverse = _invert_triangular(lower, upper=False)
+    upper_inverse = _invert_triangular(upper, upper=True)
+    condition = 1.0
+    for matrix in (lower, upper, lower_inverse, upper_inverse):
+        condition *= float(torch.linalg.matrix_norm(matrix, 1))
+    if not condition <= EXPLICIT_INVERSE_LIMIT:
+        return None
+    return upper_inverse @ lower_inverse
+
+
+def solve(right: Tensor, packed: Packed) -> Tensor:
+    """Rows of A⁻¹ r = U⁻¹ L⁻¹ P r."""
+    if packed.permutation is not None:
+        right = right[:, packed.permutation]
+    inverse = explicit_inverse(packed, right.shape[0])
+    if inverse is not None:
+        return right @ inverse.T
+    middle = _substitute(right, packed, upper=False, transposed=False)
+    return _substitute(middle, packed, upper=True, transposed=False)
+
+
+def solve_transposed(grad: Tensor, packed: Packed) -> tuple[Tensor, Tensor | None]:
+    """Rows of v = L⁻ᵀ U⁻ᵀ g (so A⁻ᵀ g = Pᵀ v), and of U⁻ᵀ g where it was formed on the way."""
+    inverse = explicit_inverse(packed, grad.shape[0])
+    if inverse is not None:
+        return grad @ inverse, None
+    middle = _substitute(grad, packed, upper=True, transposed=True)
+    return _substitute(middle, packed, upper=False, transposed=True), middle
+
+
+# --- the layer ------------------------------------------------------------------------------------------
+
+
+def _unpermute(v: Tensor, packed: Packed) -> Tensor:
+    """Rows of Pᵀ v."""
+    return v if packed.permutation is None else v[:, packed.permutation.argsort()]
+
+
+def _permute(h: Tensor, packed: Packed) -> Tensor:
+    """Rows of P h."""
+    return h if packed.permutation is None else h[:, packed.permutation]
+
+
+def layer_forward(
+    x: Tensor, packed: Packed, bias: Tensor | None, family: Family, *, logabsdet: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(y, log|det J| or None, h or None if φ is the identity, A or None if it was not formed)."""
+    weight = None
+    if composes(*x.shape):
+        weight = compose(packed).to(x.dtype)
+        h = torch.mm(x, weight.T) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
+    else:
+        v = _times_lower(_times_upper(x.to(packed.lu.dtype), packed), packed)
+        h = _unpermute(v, packed)
+        if bias is not None:
+            h = h + bias
+        h = h.to(x.dtype)
+    if family.linear:
+        return h, _constant_logabsdet(packed, x.shape[0]) if logabsdet else None, None, weight
+    total = None
+    if logabsdet:
+        total = log_derivative_sum(h, family).add_(packed.log_diagonal.sum())
+    return activate(h, family), total, h, weight
+
+
+def _constant_logabsdet(packed: Packed, rows: int) -> Tensor:
+    return packed.log_diagonal.sum().repeat(rows)
+
+
+def layer_backward(
+    grad_y: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    h: Tensor | None,
+    weight: Tensor | None,
+    packed: Packed,
+    family: Family,
+    slopes: Tensor | None,
+    *,
+    needs_x: bool,
+    needs_lu: bool,
+    has_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (x, lu, bias, slopes)."""
+    grad_slopes = None
+    grad_h = grad_y
+    if h is not None:
+        grad_h, grad_slopes = activation_backward(grad_y, grad_logabsdet, h, family, slopes)
+    grad_bias = grad_h.sum(0, dtype=packed.lu.dtype) if has_bias else None
+    grad_x = grad_lu = None
+    if weight is not None:
+        if needs_x:
+            grad_x = grad_h @ weight
+        if needs_lu:
+            grad_lu = compose_backward((grad_h.T @ x).to(packed.lu.dtype), packed)
+    else:
+        grad_v = _permute(grad_h.to(packed.lu.dtype), packed)
+        grad_t = _times_lower_transposed(grad_v, packed)
+        if needs_x:
+            grad_x = _times_upper_transposed(grad_t, packed).to(x.dtype)
+        if needs_lu:
+            wide_x = x.to(packed.lu.dtype)
+            grad_lu = rows_backward(grad_v, _times_upper(wide_x, packed), grad_t, wide_x, packed)
+    if grad_lu is not None:
+        _finish_lu_(grad_lu, packed, grad_logabsdet, 1.0)
+    return grad_x, grad_lu, grad_bias, grad_slopes
+
+
+def _finish_lu_(grad_lu: Tensor, packed: Packed, grad_logabsdet: Tensor | None, direction: float) -> None:
+    """Turn the gradient of u_ii into that of s_i (du_ii/ds_i = u_ii) and add the log-determinant's share."""
+    diagonal = grad_lu.diagonal()
+    diagonal.mul_(packed.diagonal)
+    if grad_logabsdet is not None:
+        diagonal.add_(grad_logabsdet.sum(dtype=diagonal.dtype), alpha=direction)
+    # A clamped s_i has no influence.
+    diagonal.masked_fill_(packed.lu.diagonal() != packed.log_diagonal, 0.0)
+
+
+def layer_inverse(
+    y: Tensor, packed: Packed, bias: Tensor | None, family: Family, *, logabsdet: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(x, the inverse's own log-determinant or None, h = φ⁻¹(y) or None if φ is the identity)."""
+    h = y if family.linear else activation_inverse(y, family)
+    right = h.to(packed.lu.dtype)
+    if bias is not None:
+        right = right - bias
+    x = solve(right, packed).to(y.dtype)
+    total = None
+    if logabsdet:
+        total = _constant_logabsdet(packed, y.shape[0]).neg_()
+        if not family.linear:
+            total.sub_(log_derivative_sum(h, family))
+    return x, total, None if family.linear else h
+
+
+def layer_inverse_backward(
+    grad_x: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    h: Tensor | None,
+    packed: Packed,
+    family: Family,
+    slopes: Tensor | None,
+    *,
+    needs_lu: bool,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (y, lu, bias, slopes): g_r = A⁻ᵀ g_x, g_A = −g_rᵀ x, g_b = −Σ g_r, g_y = g_r/φ′(h)."""
+    grad_v, grad_t = solve_transposed(grad_x.to(packed.lu.dtype), packed)
+    grad_right = _unpermute(grad_v, packed)
+    grad_bias = grad_right.sum(0).neg_() if has_bias else None
+    grad_lu = None
+    if needs_lu:
+        wide_x = x.to(packed.lu.dtype)
+        if composes(*x.shape):
+            grad_lu = compose_backward(grad_right.T @ wide_x, packed)
+        else:
+            if grad_t is None:
+                grad_t = _times_lower_transposed(grad_v, packed)
+            grad_lu = rows_backward(grad_v, _times_upper(wide_x, packed), grad_t, wide_x, packed)
+        _finish_lu_(grad_lu.neg_(), packed, grad_logabsdet, -1.0)
+    grad_right = grad_right.to(x.dtype)
+    if h is None:
+        return grad_right, grad_lu, grad_bias, None
+    grad_y, grad_slopes = activation_inverse_backward(grad_right, grad_logabsdet, h, family, slopes)
+    return grad_y, grad_lu, grad_bias, grad_slopes

@@ -1,0 +1,90 @@
+"""LUFlow: a normalising flow with an LUNet, density and samples both exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
+
+from lunet_fast.lunet import LUNet
+from lunet_fast.transforms import InvertibleTransform
+
+
+class StandardNormal(nn.Module):
+    """N(0, I) on ℝᴰ as a module, so that it follows ``.to()`` and ``.double()``.
+
+    Args:
+        features: D.
+        device, dtype: as in ``nn.Linear``.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.register_buffer("loc", torch.zeros(features, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("scale", torch.ones(features, device=device, dtype=dtype), persistent=False)
+
+    def distribution(self) -> Independent:
+        """This as a ``torch.distributions`` distribution with event shape [D]."""
+        return Independent(Normal(self.loc, self.scale, validate_args=False), 1, validate_args=False)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log N(z; 0, I) [...] for z [..., D]."""
+        return self.distribution().log_prob(z)
+
+    def sample(self, shape: torch.Size) -> Tensor:
+        """[*shape, D] draws."""
+        return self.distribution().sample(shape)
+
+
+class LUFlow(nn.Module):
+    """A density on ℝᴰ: z = net(x) for data x, log p(x) = log p_base(z) + log|det ∂z/∂x|.
+
+    Args:
+        net: maps data to the latent space; an ``LUNet`` or anything with its methods.
+        base: the latent density, with ``log_prob(z)`` and ``sample(shape)``: a module (it then follows
+            ``.to()``) or a ``torch.distributions`` distribution with event shape [D]; a standard normal if
+            None.
+
+    Cost for N points: log_prob one forward pass of net, samples one inverse pass.
+    """
+
+    def __init__(self, net: LUNet, base: Any = None) -> None:
+        super().__init__()
+        self.net = net
+        if base is None:
+            parameter = next(net.parameters())
+            base = StandardNormal(net.features, device=parameter.device, dtype=parameter.dtype)
+        self.base = base
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) [...], natural logarithm, for x [..., D]."""
+        z, logabsdet = self.net.forward_and_logabsdet(x)
+        return self.base.log_prob(z) + logabsdet
+
+    def sample(self, n: int | Sequence[int] = ()) -> Tensor:
+        """n draws [n, D], or [*n, D] for a shape; drawn with PyTorch's global generator. No gradient."""
+        with torch.no_grad():
+            return self.net.inverse(self.base.sample(_shape(n)))
+
+    def sample_and_log_prob(self, n: int | Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """(draws x [*n, D], log p(x) [*n]) in the one pass of ``sample``. No gradient."""
+        with torch.no_grad():
+            z = self.base.sample(_shape(n))
+            x, logabsdet = self.net.inverse_and_logabsdet(z)
+            return x, self.base.log_prob(z) - logabsdet
+
+    def as_transform(self) -> InvertibleTransform:
+        """Data → latent as a ``torch.distributions`` transform; its ``inv`` turns base draws into data."""
+        return InvertibleTransform(self.net)
+
+
+def _shape(n: int | Sequence[int]) -> torch.Size:
+    return torch.Size([n]) if isinstance(n, int) else torch.Size(n)

@@ -1,0 +1,445 @@
+"""The registered operations, and the one place that decides who computes them.
+
+Eight operations, ``torch.ops.lunet_fast.*``: the activation and the layer, each forward and inverse, each
+with its backward. They carry no autograd of their own (``autograd.py`` does) and are opaque to
+``torch.compile`` and ``torch.export``, so a choice that depends on the batch size is made inside them.
+
+Conventions. Inputs have any leading shape and any strides; outputs are contiguous. An activation is
+given as a tensor of ``slopes`` [3] or [3, D], or else as the three floats (a, c, kappa); c = 0 means
+no activation. Results that were not asked for are returned with zero elements, since an operation's
+results cannot be optional.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lunet_fast import blocked
+from lunet_fast.blocked import Family, Packed
+from lunet_fast.reference import wide
+
+BACKENDS = ("auto", "reference", "triton")
+
+#: Operations that have a Triton kernel; the others run in PyTorch under every backend.
+TRITON_OPS: dict[str, Callable[..., Any]] = {}
+
+_backend = "auto"
+
+
+def set_backend(name: str) -> None:
+    """Choose who computes: "auto" (CUDA tensors: Triton; others: PyTorch), "reference" (always PyTorch) or
+    "triton" (also for CPU tensors, under TRITON_INTERPRET=1).
+
+    float64 and empty batches take PyTorch under every backend. The starting value is that of the
+    environment variable LUNET_FAST_BACKEND when the package is imported.
+
+    Raises:
+        ValueError: ``name`` is none of the three.
+        RuntimeError: "triton" was asked for where it cannot run: Triton is not installed, or there is
+            neither a CUDA device nor TRITON_INTERPRET=1.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "triton":
+        _require_triton()
+    _backend = name
+
+
+def get_backend() -> str:
+    """The backend in force: "auto", "reference" or "triton"."""
+    return _backend
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _require_triton() -> None:
+    if not _triton_installed():
+        raise RuntimeError(
+            "backend 'triton' needs the package triton, which is not installed; "
+            "install it or use backend 'reference'"
+        )
+    if not torch.cuda.is_available() and not _interpreting():
+        raise RuntimeError(
+            "backend 'triton' needs a CUDA device, and none is available; set TRITON_INTERPRET=1 before "
+            "Python starts to run the kernels on the CPU, or use backend 'reference'"
+        )
+
+
+def _runs_triton(op: str, x: Tensor) -> bool:
+    """Whether ``op`` on ``x`` goes to a Triton kernel."""
+    if _backend == "reference" or op not in TRITON_OPS or x.dtype == torch.float64 or x.numel() == 0:
+        return False
+    if x.is_cuda:
+        return _triton_installed()
+    if _backend == "triton":
+        if not _interpreting():
+            raise RuntimeError(
+                f"backend 'triton' got a tensor on {x.device}, where kernels run only under "
+                "TRITON_INTERPRET=1; set it before Python starts, move the tensor to a CUDA device, or "
+                "use backend 'auto'"
+            )
+        return True
+    return False
+
+
+#: Where the operations are registered; kept for the life of the process.
+library = torch.library.Library("lunet_fast", "DEF")
+
+_FAMILY = "Tensor? slopes, float a, float c, float kappa"
+_MATRIX = "Tensor lu, Tensor? sign, Tensor? permutation"
+
+
+def _register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define an operation by its schema, computed by the decorated function on every device."""
+    name = schema.partition("(")[0]
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        def compute(x: Tensor, *args: Any) -> Any:
+            if torch.is_autocast_enabled(x.device.type):
+                # Autocast has had its say on x in functional.py; here it would lower the precision in
+                # which W is formed and triangles are solved.
+                with torch.autocast(x.device.type, enabled=False):
+                    return compute(x, *args)
+            if _runs_triton(name, x):
+                return TRITON_OPS[name](x, *args)
+            return function(x, *args)
+
+        library.define(schema)
+        library.impl(name, compute, "CompositeExplicitAutograd")
+        return function
+
+    return decorate
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as contiguous rows [N, D]; a 0-dimensional x is one row of one."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1).contiguous()
+
+
+def _nothing(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty(0, dtype=x.dtype if dtype is None else dtype)
+
+
+def _or_nothing(result: Tensor | None, like: Tensor, shape: Any = None) -> Tensor:
+    """``result`` in ``shape``, or the empty tensor that stands for a result not asked for."""
+    if result is None:
+        return _nothing(like)
+    return result if shape is None else result.reshape(shape)
+
+
+def _flat(logabsdet_gradient: Tensor | None) -> Tensor | None:
+    return None if logabsdet_gradient is None else logabsdet_gradient.reshape(-1).contiguous()
+
+
+# --- activation -----------------------------------------------------------------------------------------
+
+
+@_register(f"activation_forward(Tensor x, {_FAMILY}, bool logabsdet) -> (Tensor, Tensor)")
+def _activation_forward(
+    x: Tensor, slopes: Tensor | None, a: float, c: float, kappa: float, logabsdet: bool
+) -> tuple[Tensor, Tensor]:
+    family, rows = Family.of(slopes, a, c, kappa, wide(x.dtype)), _rows(x)
+    y = blocked.activate(rows, family).reshape(x.shape)
+    total = blocked.log_derivative_sum(rows, family) if logabsdet else None
+    return y, _or_nothing(total, _nothing(x, wide(x.dtype)), x.shape[:-1])
+
+
+@_register(
+    f"activation_backward(Tensor grad_y, Tensor? grad_logabsdet, Tensor x, {_FAMILY}) -> (Tensor, Tensor)"
+)
+def _activation_backward(
+    grad_y: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    slopes: Tensor | None,
+    a: float,
+    c: float,
+    kappa: float,
+) -> tuple[Tensor, Tensor]:
+    family = Family.of(slopes, a, c, kappa, wide(x.dtype))
+    grad_x, grad_slopes = blocked.activation_backward(
+        _rows(grad_y), _flat(grad_logabsdet), _rows(x), family, slopes
+    )
+    return grad_x.reshape(x.shape), _or_nothing(grad_slopes, x)
+
+
+@_register(f"activation_inverse(Tensor y, {_FAMILY}, bool logabsdet) -> (Tensor, Tensor)")
+def _activation_inverse(
+    y: Tensor, slopes: Tensor | None, a: float, c: float, kappa: float, logabsdet: bool
+) -> tuple[Tensor, Tensor]:
+    family = Family.of(slopes, a, c, kappa, wide(y.dtype))
+    x = blocked.activation_inverse(_rows(y), family)
+    total = blocked.log_derivative_sum(x, family).neg_() if logabsdet else None
+    return x.reshape(y.shape), _or_nothing(total, _nothing(y, wide(y.dtype)), y.shape[:-1])
+
+
+@_register(
+    f"activation_inverse_backward(Tensor grad_x, Tensor? grad_logabsdet, Tensor x, {_FAMILY})"
+    " -> (Tensor, Tensor)"
+)
+def _activation_inverse_backward(
+    grad_x: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    slopes: Tensor | None,
+    a: float,
+    c: float,
+    kappa: float,
+) -> tuple[Tensor, Tensor]:
+    family = Family.of(slopes, a, c, kappa, wide(x.dtype))
+    grad_y, grad_slopes = blocked.activation_inverse_backward(
+        _rows(grad_x), _flat(grad_logabsdet), _rows(x), family, slopes
+    )
+    return grad_y.reshape(x.shape), _or_nothing(grad_slopes, x)
+
+
+# --- layer ----------------------------------------------------------------------------------------------
+
+
+@_register(
+    f"layer_forward(Tensor x, {_MATRIX}, Tensor? bias, {_FAMILY}, bool logabsdet, bool save)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _layer_forward(
+    x: Tensor,
+    lu: Tensor,
+    sign: Tensor | None,
+    permutation: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    a: float,
+    c: float,
+    kappa: float,
+    logabsdet: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, log|det J| per row, h, A). The last two are for backward: h is empty without an activation, and
+    A holds nothing meaningful when it was not formed (``blocked.composes``)."""
+    packed = Packed.of(lu, sign, permutation)
+    y, total, h, weight = blocked.layer_forward(
+        _rows(x), packed, bias, Family.of(slopes, a, c, kappa, wide(x.dtype)), logabsdet=logabsdet
+    )
+    total = _or_nothing(total, _nothing(x, wide(x.dtype)), x.shape[:-1])
+    if not save:
+        return y.reshape(x.shape), total, _nothing(x), _nothing(x)
+    if weight is None:
+        weight = torch.empty_like(lu, dtype=x.dtype)
+    return y.reshape(x.shape), total, _or_nothing(h, x, x.shape), weight
+
+
+@_register(
+    f"layer_backward(Tensor grad_y, Tensor? grad_logabsdet, Tensor x, Tensor h, Tensor weight, {_MATRIX},"
+    f" {_FAMILY}, bool needs_x, bool needs_lu, bool has_bias) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _layer_backward(
+    grad_y: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    lu: Tensor,
+    sign: Tensor | None,
+    permutation: Tensor | None,
+    slopes: Tensor | None,
+    a: float,
+    c: float,
+    kappa: float,
+    needs_x: bool,
+    needs_lu: bool,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, lu, bias, slopes)."""
+    family = Family.of(slopes, a, c, kappa, wide(x.dtype))
+    rows = _rows(x)
+    grad_x, grad_lu, grad_bias, grad_slopes = blocked.layer_backward(
+        _rows(grad_y),
+        _flat(grad_logabsdet),
+        rows,
+        None if family.linear else _rows(h),
+        weight if blocked.composes(*rows.shape) else None,
+        Packed.of(lu, sign, permutation),
+        family,
+        slopes,
+        needs_x=needs_x,
+        needs_lu=needs_lu,
+        has_bias=has_bias,
+    )
+    return (
+        _or_nothing(grad_x, x, x.shape),
+        _nothing(lu) if grad_lu is None else grad_lu.to(lu.dtype),
+        _nothing(lu) if grad_bias is None else grad_bias.to(lu.dtype),
+        _or_nothing(grad_slopes, x),
+    )
+
+
+@_register(
+    f"layer_inverse(Tensor y, {_MATRIX}, Tensor? bias, {_FAMILY}, bool logabsdet, bool save)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def _layer_inverse(
+    y: Tensor,
+    lu: Tensor,
+    sign: Tensor | None,
+    permutation: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    a: float,
+    c: float,
+    kappa: float,
+    logabsdet: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, the inverse's log-determinant per row, h = φ⁻¹(y) for backward)."""
+    family = Family.of(slopes, a, c, kappa, wide(y.dtype))
+    x, total, h = blocked.layer_inverse(
+        _rows(y), Packed.of(lu, sign, permutation), bias, family, logabsdet=logabsdet
+    )
+    total = _or_nothing(total, _nothing(y, wide(y.dtype)), y.shape[:-1])
+    return x.reshape(y.shape), total, _or_nothing(h if save else None, y, y.shape)
+
+
+@_register(
+    f"layer_inverse_backward(Tensor grad_x, Tensor? grad_logabsdet, Tensor x, Tensor h, {_MATRIX}, {_FAMILY},"
+    " bool needs_lu, bool has_bias) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _layer_inverse_backward(
+    grad_x: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    h: Tensor,
+    lu: Tensor,
+    sign: Tensor | None,
+    permutation: Tensor | None,
+    slopes: Tensor | None,
+    a: float,
+    c: float,
+    kappa: float,
+    needs_lu: bool,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (y, lu, bias, slopes)."""
+    family = Family.of(slopes, a, c, kappa, wide(x.dtype))
+    grad_y, grad_lu, grad_bias, grad_slopes = blocked.layer_inverse_backward(
+        _rows(grad_x),
+        _flat(grad_logabsdet),
+        _rows(x),
+        None if family.linear else _rows(h),
+        Packed.of(lu, sign, permutation),
+        family,
+        slopes,
+        needs_lu=needs_lu,
+        has_bias=has_bias,
+    )
+    return (
+        grad_y.reshape(x.shape),
+        _nothing(lu) if grad_lu is None else grad_lu.to(lu.dtype),
+        _nothing(lu) if grad_bias is None else grad_bias.to(lu.dtype),
+        _or_nothing(grad_slopes, x),
+    )
+
+
+# --- shapes without data --------------------------------------------------------------------------------
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _row_values(x: Tensor, wanted: bool) -> Tensor:
+    return x.new_empty(x.shape[:-1] if wanted else (0,), dtype=wide(x.dtype))
+
+
+def _gradient_of(parameter: Tensor | None, like: Tensor, wanted: bool = True) -> Tensor:
+    return _like(parameter) if parameter is not None and wanted else _nothing(like)
+
+
+@torch.library.register_fake("lunet_fast::activation_forward")
+def _(x, slopes, a, c, kappa, logabsdet):  # type: ignore[no-untyped-def]
+    return _like(x), _row_values(x, logabsdet)
+
+
+@torch.library.register_fake("lunet_fast::activation_inverse")
+def _(y, slopes, a, c, kappa, logabsdet):  # type: ignore[no-untyped-def]
+    return _like(y), _row_values(y, logabsdet)
+
+
+@torch.library.register_fake("lunet_fast::activation_backward")
+def _(grad_y, grad_logabsdet, x, slopes, a, c, kappa):  # type: ignore[no-untyped-def]
+    return _like(x), _gradient_of(slopes, x)
+
+
+@torch.library.register_fake("lunet_fast::activation_inverse_backward")
+def _(grad_x, grad_logabsdet, x, slopes, a, c, kappa):  # type: ignore[no-untyped-def]
+    return _like(x), _gradient_of(slopes, x)
+
+
+@torch.library.register_fake("lunet_fast::layer_forward")
+def _(x, lu, sign, permutation, bias, slopes, a, c, kappa, logabsdet, save):  # type: ignore[no-untyped-def]
+    active = slopes is not None or c != 0.0
+    h = _like(x) if save and active else _nothing(x)
+    weight = x.new_empty(lu.shape) if save else _nothing(x)
+    return _like(x), _row_values(x, logabsdet), h, weight
+
+
+@torch.library.register_fake("lunet_fast::layer_inverse")
+def _(y, lu, sign, permutation, bias, slopes, a, c, kappa, logabsdet, save):  # type: ignore[no-untyped-def]
+    active = slopes is not None or c != 0.0
+    return _like(y), _row_values(y, logabsdet), _like(y) if save and active else _nothing(y)
+
+
+@torch.library.register_fake("lunet_fast::layer_backward")
+def _(  # type: ignore[no-untyped-def]
+    grad_y,
+    grad_logabsdet,
+    x,
+    h,
+    weight,
+    lu,
+    sign,
+    permutation,
+    slopes,
+    a,
+    c,
+    kappa,
+    needs_x,
+    needs_lu,
+    has_bias,
+):
+    return (
+        _gradient_of(x, x, needs_x),
+        _gradient_of(lu, lu, needs_lu),
+        lu.new_empty(lu.shape[0] if has_bias else 0),
+        _gradient_of(slopes, x),
+    )
+
+
+@torch.library.register_fake("lunet_fast::layer_inverse_backward")
+def _(  # type: ignore[no-untyped-def]
+    grad_x, grad_logabsdet, x, h, lu, sign, permutation, slopes, a, c, kappa, needs_lu, has_bias
+):
+    return (
+        _like(x),
+        _gradient_of(lu, lu, needs_lu),
+        lu.new_empty(lu.shape[0] if has_bias else 0),
+        _gradient_of(slopes, x),
+    )
+
+
+try:
+    set_backend(os.environ.get("LUNET_FAST_BACKEND", "auto"))
+except (ValueError, RuntimeError) as error:
+    raise type(error)(f"environment variable LUNET_FAST_BACKEND: {error}") from None

@@ -1,0 +1,270 @@
+"""The mathematics of LU layers in plain, differentiable PyTorch.
+
+Every formula is written as it stands on paper, with no thought for speed; every fast path is tested
+against this file in float64. It is also what second derivatives, forward-mode derivatives and ``vmap``
+over parameters are computed through, so each function is differentiable to any order.
+
+Storage. One square matrix ``lu`` [D, D] holds a layer: its strict lower triangle is that of the unit
+lower triangular L, its strict upper triangle that of U, and its diagonal s gives u_ii = sign_i·exp(s_i).
+With an optional row permutation P, (P A)[i] = A[permutation[i]], the layer's matrix is A = Pᵀ L U.
+
+Activation. Both activations of the paper are φ(x) = a·x + (c/κ)·softplus(κ·x) with a, c, κ > 0, so
+φ′(x) = a + c·σ(κ·x) lies strictly between a and a + c. (2.6) is (a, c, κ) = (α, 1 − α, 1); (2.9) is
+(β, 1, α). ``slopes`` is that triple: three floats, or a tensor [3] or [3, D] when it is learnt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Slopes = Sequence[float] | Tensor
+
+#: |s_i| beyond this counts as this, so that exp(s_i) and exp(−s_i) are normal, finite numbers.
+LOG_DIAGONAL_BOUND = {
+    torch.float64: 700.0,
+    torch.float32: 80.0,
+    torch.bfloat16: 80.0,
+    torch.float16: 9.0,
+}
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums and matrices are formed for ``dtype``: float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def log_diagonal(lu: Tensor) -> Tensor:
+    """log|u_ii| [D]: the diagonal of ``lu``, clamped to what its dtype can exponentiate."""
+    bound = LOG_DIAGONAL_BOUND[lu.dtype]
+    return lu.diagonal().clamp(-bound, bound).to(wide(lu.dtype))
+
+
+def factors(lu: Tensor, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(L, U), both [D, D] and dense, of a packed ``lu`` [D, D]."""
+    diagonal = log_diagonal(lu).exp()
+    if sign is not None:
+        diagonal = torch.mul(diagonal, sign)
+    lu = lu.to(diagonal.dtype)
+    eye = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device)
+    return lu.tril(-1) + eye, lu.triu(1) + torch.diag_embed(diagonal)
+
+
+def lu_weight(lu: Tensor, sign: Tensor | None = None, permutation: Tensor | None = None) -> Tensor:
+    """A = Pᵀ L U [D, D]."""
+    lower, upper = factors(lu, sign)
+    weight = lower @ upper
+    if permutation is not None:
+        weight = weight[permutation.argsort()]
+    return weight.to(lu.dtype)
+
+
+def lu_logabsdet(lu: Tensor) -> Tensor:
+    """log|det A| = Σ log|u_ii|, a scalar."""
+    return log_diagonal(lu).sum()
+
+
+def unpack(slopes: Slopes) -> tuple[Any, Any, Any]:
+    """(a, c, κ) as three floats or three tensors."""
+    triple: Any = slopes.unbind(0) if isinstance(slopes, Tensor) else slopes
+    a, c, kappa = triple
+    return a, c, kappa
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + eˣ) to rounding; with its own threshold of 20, F.softplus is off by 2e-9 there."""
+    return F.softplus(x, threshold=40.0)
+
+
+def leaky_softplus(x: Tensor, slopes: Slopes) -> Tensor:
+    """φ(x) = a·x + (c/κ)·softplus(κ·x), elementwise; (2.6) and (2.9)."""
+    a, c, kappa = unpack(slopes)
+    return a * x + (c / kappa) * softplus(kappa * x)
+
+
+def leaky_softplus_derivative(x: Tensor, slopes: Slopes) -> Tensor:
+    """φ′(x) = a + c·σ(κ·x), elementwise."""
+    a, c, kappa = unpack(slopes)
+    return a + c * torch.sigmoid(kappa * x)
+
+
+def leaky_softplus_inverse(y: Tensor, slopes: Slopes) -> Tensor:
+    """φ⁻¹(y), elementwise, differentiable in y and in a tensor of slopes."""
+    if isinstance(slopes, Tensor):
+        return _Inverse.apply(y, slopes, 1.0, 0.0, 1.0)
+    return _Inverse.apply(y, None, *slopes)
+
+
+class _Inverse(torch.autograd.Function):
+    """x = φ⁻¹(y), differentiated through the implicit function theorem.
+
+    φ(x) = y gives dx = (dy − ∂φ/∂slopes·dslopes) / φ′(x). Both directions are written in terms of the
+    output x, which autograd knows to depend on y, so derivatives of every order are right.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, slopes: Tensor | None, *fixed: float) -> Tensor:
+        triple = fixed if slopes is None else slopes
+        a, c, _ = unpack(triple)
+        start = torch.minimum(y / a, y / (a + c))
+        ratio = torch.as_tensor(a / c, dtype=torch.float64).min()
+        # φ is convex and start is not left of the solution, so Newton falls onto it monotonically: by
+        # about 1/κ a step while eˣ dominates the slope, and quadratically at the end.
+        x = start
+        for _ in range(8 + math.ceil(max(0.0, -math.log(max(float(ratio), 1e-300))))):
+            step = (leaky_softplus(x, triple) - y) / leaky_softplus_derivative(x, triple)
+            x = torch.where(step.isfinite(), x - step, x)
+        return x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, slopes, *ctx.fixed = inputs
+        ctx.save_for_backward(output, slopes)
+        ctx.save_for_forward(output, slopes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, slopes = ctx.saved_tensors
+        grad_y = grad / leaky_softplus_derivative(x, ctx.fixed if slopes is None else slopes)
+        if slopes is None:
+            return grad_y, None, None, None, None
+        partials = slope_partials(x, slopes)
+        grad_slopes = torch.stack([-(grad_y * p) for p in partials])
+        grad_slopes = grad_slopes.sum_to_size(_aligned(slopes, grad_slopes)).reshape(slopes.shape)
+        return grad_y, grad_slopes, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dy: Tensor | None, dslopes: Tensor | None, *_: None) -> Tensor:
+        x, slopes = ctx.saved_tensors
+        numerator = torch.zeros_like(x) if dy is None else dy
+        if dslopes is not None:
+            partials = slope_partials(x, slopes)
+            numerator = numerator - sum(p * d for p, d in zip(partials, dslopes.unbind(0), strict=True))
+        return numerator / leaky_softplus_derivative(x, ctx.fixed if slopes is None else slopes)
+
+
+def _aligned(slopes: Tensor, stacked: Tensor) -> list[int]:
+    """The shape [3, 1, …, 1] or [3, 1, …, D] to which a gradient [3, …, D] sums for these slopes."""
+    return [3] + [1] * (stacked.dim() - slopes.dim()) + list(slopes.shape[1:])
+
+
+def slope_partials(x: Tensor, slopes: Slopes) -> tuple[Tensor, Tensor, Tensor]:
+    """(∂φ/∂a, ∂φ/∂c, ∂φ/∂κ) at x, elementwise."""
+    _, c, kappa = unpack(slopes)
+    soft = softplus(kappa * x) / kappa
+    return x, soft, (c / kappa) * (x * torch.sigmoid(kappa * x) - soft)
+
+
+def log_derivative_sum(x: Tensor, slopes: Slopes) -> Tensor:
+    """Σ log φ′ over the last dimension, float32 or wider."""
+    return leaky_softplus_derivative(x.to(wide(x.dtype)), slopes).log().sum(-1)
+
+
+def leaky_softplus_and_logabsdet(x: Tensor, slopes: Slopes) -> tuple[Tensor, Tensor]:
+    """(φ(x), Σ log φ′(x) over the last dimension)."""
+    return leaky_softplus(x, slopes), log_derivative_sum(x, slopes)
+
+
+def leaky_softplus_inverse_and_logabsdet(y: Tensor, slopes: Slopes) -> tuple[Tensor, Tensor]:
+    """(φ⁻¹(y), the log-determinant of φ⁻¹ at y)."""
+    x = leaky_softplus_inverse(y, slopes)
+    return x, -log_derivative_sum(x, slopes)
+
+
+def affine(
+    x: Tensor, lu: Tensor, bias: Tensor | None, sign: Tensor | None, permutation: Tensor | None
+) -> Tensor:
+    """h = A x + b for rows x [..., D]."""
+    lower, upper = factors(lu, sign)
+    h = (x.to(upper.dtype) @ upper.mT) @ lower.mT
+    if permutation is not None:
+        h = h.index_select(-1, permutation.argsort())
+    if bias is not None:
+        h = h + bias
+    return h.to(x.dtype)
+
+
+def affine_inverse(
+    h: Tensor, lu: Tensor, bias: Tensor | None, sign: Tensor | None, permutation: Tensor | None
+) -> Tensor:
+    """x = U⁻¹ L⁻¹ P (h − b) for rows h [..., D], by two triangular solves. (2.2), as mended in the notes."""
+    lower, upper = factors(lu, sign)
+    right = h.to(upper.dtype)
+    if bias is not None:
+        right = right - bias
+    if permutation is not None:
+        right = right.index_select(-1, permutation)
+    rows = right.reshape(-1, right.shape[-1])
+    rows = torch.linalg.solve_triangular(lower, rows.mT, upper=False, unitriangular=True)
+    rows = torch.linalg.solve_triangular(upper, rows, upper=True).mT
+    return rows.reshape(h.shape).to(h.dtype)
+
+
+def lu_dense_and_logabsdet(
+    x: Tensor,
+    lu: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sign: Tensor | None = None,
+    permutation: Tensor | None = None,
+    slopes: Slopes | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(φ(A x + b), log|det J| at x): the layer (2.1) and Σ log|u_ii| + Σ log φ′(h_i)."""
+    h = affine(x, lu, bias, sign, permutation)
+    logabsdet = lu_logabsdet(lu)
+    if slopes is None:
+        return h, logabsdet.expand(x.shape[:-1])
+    return leaky_softplus(h, slopes), logabsdet + log_derivative_sum(h, slopes)
+
+
+def lu_dense(
+    x: Tensor,
+    lu: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sign: Tensor | None = None,
+    permutation: Tensor | None = None,
+    slopes: Slopes | None = None,
+) -> Tensor:
+    """φ(A x + b), (2.1)."""
+    h = affine(x, lu, bias, sign, permutation)
+    return h if slopes is None else leaky_softplus(h, slopes)
+
+
+def lu_dense_inverse_and_logabsdet(
+    y: Tensor,
+    lu: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sign: Tensor | None = None,
+    permutation: Tensor | None = None,
+    slopes: Slopes | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(A⁻¹ (φ⁻¹(y) − b), the log-determinant of the inverse at y)."""
+    logabsdet = -lu_logabsdet(lu)
+    if slopes is None:
+        return affine_inverse(y, lu, bias, sign, permutation), logabsdet.expand(y.shape[:-1])
+    h = leaky_softplus_inverse(y, slopes)
+    x = affine_inverse(h, lu, bias, sign, permutation)
+    return x, logabsdet - log_derivative_sum(h, slopes)
+
+
+def lu_dense_inverse(
+    y: Tensor,
+    lu: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sign: Tensor | None = None,
+    permutation: Tensor | None = None,
+    slopes: Slopes | None = None,
+) -> Tensor:
+    """A⁻¹ (φ⁻¹(y) − b)."""
+    h = y if slopes is None else leaky_softplus_inverse(y, slopes)
+    return affine_inverse(h, lu, bias, sign, permutation)
