@@ -1,0 +1,66 @@
+# make train   install, get ML-100K, train the recommender, print the paper's table 2 beside ours
+# make test    install with the test extras, run the test suite
+# make help    everything else
+
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= runs/ml-100k
+BIN    := $(VENV)/bin
+
+# On Linux the name torch==2.13.0 means the CUDA build (gigabytes) on the public package index. Without an
+# NVIDIA driver PyTorch's own CPU index is tried first; if it does not answer, the configured index decides.
+TORCH     := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-slow lint format bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+train: $(VENV)/.train  ## train recipe best on ML-100K into runs/ml-100k (OUT=...; DATA_DIR=... for a local copy)
+	$(BIN)/lunet-fast train --dataset ml-100k --recipe best --seed 0 --out $(OUT) --overwrite \
+		$(if $(DATA_DIR),--data-dir $(DATA_DIR))
+
+test: $(VENV)/.dev  ## the test suite, about 5 minutes on 2 cores
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.dev  ## the long tests
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## layer timings beside nn.Linear, as ratios
+	$(BIN)/python benchmarks/layers.py
+
+clean:  ## remove the virtual environment and the caches
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build *.egg-info
+
+# --- installation ----------------------------------------------------------------------------------------
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@if [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] \
+	   && $(BIN)/python -c "import urllib.request as u; u.urlopen('$(CPU_INDEX)/torch/', timeout=5)" 2>/dev/null; then \
+		$(BIN)/python -m pip install --no-deps --timeout 15 --retries 1 --index-url $(CPU_INDEX) $(TORCH) \
+		|| $(BIN)/python -m pip install --constraint constraints.txt $(TORCH); \
+	else \
+		$(BIN)/python -m pip install --constraint constraints.txt $(TORCH); \
+	fi
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.train
