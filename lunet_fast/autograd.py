@@ -8,6 +8,7 @@ batches itself: slower, and right to every order.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -63,8 +64,8 @@ def _jvp(
     )
     outputs, pullback = torch.func.vjp(_pair(function, tensors), *primals)[:2]
     pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(t) for t in outputs))[1]
-    (result,) = pushforward(directions)
-    return result
+    ((y, logabsdet),) = pushforward(directions)
+    return y.contiguous(), logabsdet.contiguous()
 
 
 def _vmap(
@@ -76,12 +77,24 @@ def _vmap(
     return mapped(*(t for t, _ in given))
 
 
+def _bound_positionally(cls: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Spare ``Function.apply`` from working out forward's signature anew at each call.
+
+    It binds the arguments by ``inspect.signature``, which costs more than a small layer; a signature that
+    is already there is taken as it is, and this one accepts any positional arguments.
+    """
+    anything = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
+    cls.forward.__signature__ = inspect.Signature([anything])  # type: ignore[attr-defined]
+    return cls
+
+
 def _slopes_or(slopes: Tensor | None, fixed: Fixed) -> reference.Slopes | None:
     if slopes is not None:
         return slopes
     return None if fixed[1] == 0.0 else fixed
 
 
+@_bound_positionally
 class Activation(torch.autograd.Function):
     """(φ(x), Σ log φ′ per row or nothing)."""
 
@@ -128,6 +141,7 @@ class Activation(torch.autograd.Function):
         return outputs, (0, 0)
 
 
+@_bound_positionally
 class ActivationInverse(torch.autograd.Function):
     """(φ⁻¹(y), −Σ log φ′ per row or nothing)."""
 
@@ -179,6 +193,7 @@ def _none_of(x: Tensor) -> Tensor:
     return x.new_zeros(0, dtype=reference.wide(x.dtype))
 
 
+@_bound_positionally
 class Layer(torch.autograd.Function):
     """(φ(A x + b), log|det J| per row or nothing, and two results kept for backward)."""
 
@@ -273,6 +288,7 @@ class Layer(torch.autograd.Function):
         return (*outputs, _none_of(x), _none_of(x)), (0, 0, None, None)
 
 
+@_bound_positionally
 class LayerInverse(torch.autograd.Function):
     """(A⁻¹ (φ⁻¹(y) − b), the inverse's log-determinant per row or nothing, and h kept for backward)."""
 

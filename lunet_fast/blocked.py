@@ -297,15 +297,18 @@ class Packed(NamedTuple):
         for start in range(0, self.size, BLOCK):
             yield slice(start, min(start + BLOCK, self.size))
 
+    def _block(self, panel: slice) -> Tensor:
+        return self.lu if self.size <= BLOCK else self.lu[panel, panel]
+
     def lower_block(self, panel: slice) -> Tensor:
         """The diagonal block of L in this panel, dense, its unit diagonal written out."""
-        block = self.lu[panel, panel].tril(-1)
+        block = self._block(panel).tril(-1)
         block.diagonal().fill_(1.0)
         return block
 
     def upper_block(self, panel: slice) -> Tensor:
         """The diagonal block of U in this panel, dense."""
-        block = self.lu[panel, panel].triu(1)
+        block = self._block(panel).triu(1)
         block.diagonal().copy_(self.diagonal[panel])
         return block
 

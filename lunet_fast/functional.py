@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lunet_fast import autograd, reference
+from lunet_fast import autograd, ops, reference
 from lunet_fast.autograd import Fixed
 from lunet_fast.reference import Slopes
 
@@ -67,9 +67,8 @@ def _check(name: str, x: Tensor, lu: Tensor) -> None:
 def _matching(name: str, x: Tensor, lu: Tensor, *, lower: bool) -> Tensor:
     """x in the dtype to compute in: the autocast dtype if ``lower`` and autocast is on, else that of lu."""
     _check(name, x, lu)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device) if lower else reference.wide(lu.dtype))
+    if ops.autocast_enabled(x) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type) if lower else reference.wide(lu.dtype))
     if x.dtype != lu.dtype:
         raise TypeError(
             f"{name} is {x.dtype} and the layer's lu is {lu.dtype}; convert one with .to(), or use autocast"

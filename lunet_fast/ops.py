@@ -96,6 +96,12 @@ def _runs_triton(op: str, x: Tensor) -> bool:
     return False
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; devices without autocast, as meta, never have it on."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 #: Where the operations are registered; kept for the life of the process.
 library = torch.library.Library("lunet_fast", "DEF")
 
@@ -109,7 +115,7 @@ def _register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         def compute(x: Tensor, *args: Any) -> Any:
-            if torch.is_autocast_enabled(x.device.type):
+            if autocast_enabled(x):
                 # Autocast has had its say on x in functional.py; here it would lower the precision in
                 # which W is formed and triangles are solved.
                 with torch.autocast(x.device.type, enabled=False):

@@ -114,11 +114,12 @@ class _Inverse(torch.autograd.Function):
         triple = fixed if slopes is None else slopes
         a, c, _ = unpack(triple)
         start = torch.minimum(y / a, y / (a + c))
-        ratio = torch.as_tensor(a / c, dtype=torch.float64).min()
         # φ is convex and start is not left of the solution, so Newton falls onto it monotonically: by
-        # about 1/κ a step while eˣ dominates the slope, and quadratically at the end.
+        # about 1/κ a step while eˣ dominates the slope, and quadratically at the end. Slopes in a tensor
+        # may be batched by vmap, when their values cannot be read: they get the steps that 1e-13 needs.
+        ratio = 1e-13 if slopes is not None else max(a / c, 1e-300)
         x = start
-        for _ in range(8 + math.ceil(max(0.0, -math.log(max(float(ratio), 1e-300))))):
+        for _ in range(8 + math.ceil(max(0.0, -math.log(ratio)))):
             step = (leaky_softplus(x, triple) - y) / leaky_softplus_derivative(x, triple)
             x = torch.where(step.isfinite(), x - step, x)
         return x
