@@ -77,24 +77,12 @@ def _vmap(
     return mapped(*(t for t, _ in given))
 
 
-def _bound_positionally(cls: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Spare ``Function.apply`` from working out forward's signature anew at each call.
-
-    It binds the arguments by ``inspect.signature``, which costs more than a small layer; a signature that
-    is already there is taken as it is, and this one accepts any positional arguments.
-    """
-    anything = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
-    cls.forward.__signature__ = inspect.Signature([anything])  # type: ignore[attr-defined]
-    return cls
-
-
 def _slopes_or(slopes: Tensor | None, fixed: Fixed) -> reference.Slopes | None:
     if slopes is not None:
         return slopes
     return None if fixed[1] == 0.0 else fixed
 
 
-@_bound_positionally
 class Activation(torch.autograd.Function):
     """(φ(x), Σ log φ′ per row or nothing)."""
 
@@ -130,7 +118,7 @@ class Activation(torch.autograd.Function):
         return grad_x, grad_slopes if slopes is not None else None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dslopes: Tensor | None, *_: None) -> Outputs:
+    def tangent(ctx: Any, dx: Tensor | None, dslopes: Tensor | None, *_: None) -> Outputs:
         return _jvp(Activation.formula(ctx.fixed, ctx.logabsdet), ctx.saved_tensors, (dx, dslopes))
 
     @staticmethod
@@ -141,7 +129,6 @@ class Activation(torch.autograd.Function):
         return outputs, (0, 0)
 
 
-@_bound_positionally
 class ActivationInverse(torch.autograd.Function):
     """(φ⁻¹(y), −Σ log φ′ per row or nothing)."""
 
@@ -177,7 +164,7 @@ class ActivationInverse(torch.autograd.Function):
         return grad_y, grad_slopes if slopes is not None else None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, dy: Tensor | None, dslopes: Tensor | None, *_: None) -> Outputs:
+    def tangent(ctx: Any, dy: Tensor | None, dslopes: Tensor | None, *_: None) -> Outputs:
         return _jvp(ActivationInverse.formula(ctx.fixed, ctx.logabsdet), ctx.saved_tensors[:2], (dy, dslopes))
 
     @staticmethod
@@ -193,7 +180,6 @@ def _none_of(x: Tensor) -> Tensor:
     return x.new_zeros(0, dtype=reference.wide(x.dtype))
 
 
-@_bound_positionally
 class Layer(torch.autograd.Function):
     """(φ(A x + b), log|det J| per row or nothing, and two results kept for backward)."""
 
@@ -268,7 +254,7 @@ class Layer(torch.autograd.Function):
         )
 
     @staticmethod
-    def jvp(ctx: Any, dx: Any, dlu: Any, dbias: Any, dslopes: Any, *_: None) -> tuple[Tensor | None, ...]:
+    def tangent(ctx: Any, dx: Any, dlu: Any, dbias: Any, dslopes: Any, *_: None) -> tuple[Tensor | None, ...]:
         *tensors, sign, permutation = ctx.saved_tensors[:6]
         pair = Layer.formula(sign, permutation, ctx.fixed, ctx.logabsdet)
         return (*_jvp(pair, tuple(tensors), (dx, dlu, dbias, dslopes)), None, None)
@@ -277,7 +263,7 @@ class Layer(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
         x, lu, bias, slopes, sign, permutation, fixed, logabsdet, save = args
         if all(d is None for d in in_dims[1:6]):
-            outputs = Layer.apply(x.movedim(in_dims[0], 0), *args[1:])
+            outputs = EagerLayer.apply(x.movedim(in_dims[0], 0), *args[1:])
             active = slopes is not None or fixed[1] != 0.0
             return outputs, (0, 0 if logabsdet else None, 0 if save and active else None, None)
 
@@ -288,7 +274,6 @@ class Layer(torch.autograd.Function):
         return (*outputs, _none_of(x), _none_of(x)), (0, 0, None, None)
 
 
-@_bound_positionally
 class LayerInverse(torch.autograd.Function):
     """(A⁻¹ (φ⁻¹(y) − b), the inverse's log-determinant per row or nothing, and h kept for backward)."""
 
@@ -361,7 +346,7 @@ class LayerInverse(torch.autograd.Function):
         )
 
     @staticmethod
-    def jvp(ctx: Any, dy: Any, dlu: Any, dbias: Any, dslopes: Any, *_: None) -> tuple[Tensor | None, ...]:
+    def tangent(ctx: Any, dy: Any, dlu: Any, dbias: Any, dslopes: Any, *_: None) -> tuple[Tensor | None, ...]:
         *tensors, sign, permutation = ctx.saved_tensors[:6]
         pair = LayerInverse.formula(sign, permutation, ctx.fixed, ctx.logabsdet)
         return (*_jvp(pair, tuple(tensors), (dy, dlu, dbias, dslopes)), None)
@@ -370,7 +355,7 @@ class LayerInverse(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
         y, lu, bias, slopes, sign, permutation, fixed, logabsdet, save = args
         if all(d is None for d in in_dims[1:6]):
-            outputs = LayerInverse.apply(y.movedim(in_dims[0], 0), *args[1:])
+            outputs = EagerLayerInverse.apply(y.movedim(in_dims[0], 0), *args[1:])
             active = slopes is not None or fixed[1] != 0.0
             return outputs, (0, 0 if logabsdet else None, 0 if save and active else None)
 
@@ -381,48 +366,49 @@ class LayerInverse(torch.autograd.Function):
         return (*outputs, _none_of(y)), (0, 0, None)
 
 
-# torch.compile refuses to trace a Function that defines jvp, and forward-mode derivatives are not taken
-# through compiled code anyway; so a traced call goes to a twin without it.
+def _eager(traceable: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The Function for eager mode: with forward-mode derivatives and a forward that is quick to call.
+
+    torch.compile refuses to trace a Function that defines jvp, so what it traces is the class without.
+    And ``Function.apply`` binds its arguments by forward's signature, worked out anew at each call, which
+    costs more than a small layer does; a signature already there is taken as it is.
+    """
+
+    def forward(*args: Any) -> Any:
+        return traceable.forward(*args)
+
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    members = {"forward": staticmethod(forward), "jvp": staticmethod(traceable.tangent)}  # type: ignore[attr-defined]
+    return type(f"Eager{traceable.__name__}", (traceable,), members)
 
 
-class _TracedActivation(Activation):
-    jvp = staticmethod(torch.autograd.Function.jvp)  # type: ignore[assignment]
-
-
-class _TracedActivationInverse(ActivationInverse):
-    jvp = staticmethod(torch.autograd.Function.jvp)  # type: ignore[assignment]
-
-
-class _TracedLayer(Layer):
-    jvp = staticmethod(torch.autograd.Function.jvp)  # type: ignore[assignment]
-
-
-class _TracedLayerInverse(LayerInverse):
-    jvp = staticmethod(torch.autograd.Function.jvp)  # type: ignore[assignment]
+EagerActivation = _eager(Activation)
+EagerActivationInverse = _eager(ActivationInverse)
+EagerLayer = _eager(Layer)
+EagerLayerInverse = _eager(LayerInverse)
 
 
 def activation(*args: Any) -> Outputs:
     """``Activation`` on its arguments, in eager mode or while being traced."""
-    results = _TracedActivation.apply(*args) if torch.compiler.is_compiling() else Activation.apply(*args)
+    results = (Activation if torch.compiler.is_compiling() else EagerActivation).apply(*args)
     return results[0], results[1]
 
 
 def activation_inverse(*args: Any) -> Outputs:
     """``ActivationInverse`` on its arguments, in eager mode or while being traced."""
-    traced = torch.compiler.is_compiling()
-    results = _TracedActivationInverse.apply(*args) if traced else ActivationInverse.apply(*args)
+    results = (ActivationInverse if torch.compiler.is_compiling() else EagerActivationInverse).apply(*args)
     return results[0], results[1]
 
 
 def layer(*args: Any) -> Outputs:
     """The first two results of ``Layer`` on its arguments, in eager mode or while being traced."""
-    results = _TracedLayer.apply(*args) if torch.compiler.is_compiling() else Layer.apply(*args)
+    results = (Layer if torch.compiler.is_compiling() else EagerLayer).apply(*args)
     return results[0], results[1]
 
 
 def layer_inverse(*args: Any) -> Outputs:
     """The first two results of ``LayerInverse`` on its arguments, in eager mode or while being traced."""
-    results = _TracedLayerInverse.apply(*args) if torch.compiler.is_compiling() else LayerInverse.apply(*args)
+    results = (LayerInverse if torch.compiler.is_compiling() else EagerLayerInverse).apply(*args)
     return results[0], results[1]
 
 
@@ -454,7 +440,7 @@ def _layer_arguments(
     return x, lu, bias, slopes, sign, permutation, tuple(fixed), logabsdet, True
 
 
-_from_operation("activation_forward", lambda *a: Activation.apply(*_activation_arguments(*a)))
-_from_operation("activation_inverse", lambda *a: ActivationInverse.apply(*_activation_arguments(*a)))
-_from_operation("layer_forward", lambda *a: Layer.apply(*_layer_arguments(*a)))
-_from_operation("layer_inverse", lambda *a: LayerInverse.apply(*_layer_arguments(*a)))
+_from_operation("activation_forward", lambda *a: EagerActivation.apply(*_activation_arguments(*a)))
+_from_operation("activation_inverse", lambda *a: EagerActivationInverse.apply(*_activation_arguments(*a)))
+_from_operation("layer_forward", lambda *a: EagerLayer.apply(*_layer_arguments(*a)))
+_from_operation("layer_inverse", lambda *a: EagerLayerInverse.apply(*_layer_arguments(*a)))
