@@ -77,6 +77,52 @@ def _vmap(
     return mapped(*(t for t, _ in given))
 
 
+def records(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want a backward of a function of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _stackable(one: Callable[..., Outputs], sign: Tensor | None) -> Callable[..., Outputs]:
+    """``one`` layer's formula as a function of (x, lu, bias, slopes), also for stacked layers."""
+
+    def pair(x: Tensor, lu: Tensor, bias: Tensor | None, slopes: Tensor | None) -> Outputs:
+        if lu.dim() == 2:
+            return one(x, lu, bias, slopes, sign)
+        return _vmap(one, (x, lu, bias, slopes, sign), (0, 0, 0, None, 0))
+
+    return pair
+
+
+def _batched_natively(
+    size: int, dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """(x, lu, bias, slopes, sign, permutation) with vmap's dimension as one that the operation has itself.
+
+    A batch of x alone is more rows; a batch of layers is a stack. None if it is neither.
+    """
+    x, lu, bias, slopes, sign, permutation = args[:6]
+    if all(d is None for d in dims[1:6]):
+        moved = x.movedim(dims[0], 0)
+        # Rows of stacked layers are [K, N, D]: the new dimension goes behind K.
+        return (moved, lu, bias, slopes, sign, permutation) if lu.dim() == 2 else None
+    if dims[3] is not None or permutation is not None or lu.dim() != 2 + (dims[1] is not None):
+        return None
+
+    def stacked(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor.movedim(dim, 0) if dim is not None else tensor.expand(size, *tensor.shape)
+
+    return (
+        stacked(x, dims[0]),
+        stacked(lu, dims[1]),
+        stacked(bias, dims[2]),
+        slopes,
+        stacked(sign, dims[4]),
+        None,
+    )
+
+
 def _slopes_or(slopes: Tensor | None, fixed: Fixed) -> reference.Slopes | None:
     if slopes is not None:
         return slopes
@@ -209,7 +255,9 @@ class Layer(torch.autograd.Function):
     def formula(
         sign: Tensor | None, permutation: Tensor | None, fixed: Fixed, logabsdet: bool
     ) -> Callable[..., Outputs]:
-        def pair(x: Tensor, lu: Tensor, bias: Tensor | None, slopes: Tensor | None) -> Outputs:
+        def one(
+            x: Tensor, lu: Tensor, bias: Tensor | None, slopes: Tensor | None, sign: Tensor | None
+        ) -> Outputs:
             options: dict[str, Any] = {
                 "sign": sign,
                 "permutation": permutation,
@@ -219,7 +267,7 @@ class Layer(torch.autograd.Function):
                 return reference.lu_dense_and_logabsdet(x, lu, bias, **options)
             return reference.lu_dense(x, lu, bias, **options), _none_of(x)
 
-        return pair
+        return _stackable(one, sign)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_logabsdet: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -262,10 +310,14 @@ class Layer(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
         x, lu, bias, slopes, sign, permutation, fixed, logabsdet, save = args
-        if all(d is None for d in in_dims[1:6]):
-            outputs = EagerLayer.apply(x.movedim(in_dims[0], 0), *args[1:])
+        native = _batched_natively(info.batch_size, in_dims, args)
+        if native is not None:
+            # A batched tensor does not tell whether what it wraps requires a gradient; here it is unwrapped.
+            save = records(*native)
+            outputs = EagerLayer.apply(*native, fixed, logabsdet, save)
             active = slopes is not None or fixed[1] != 0.0
-            return outputs, (0, 0 if logabsdet else None, 0 if save and active else None, None)
+            weight_dim = 0 if save and outputs[3].dim() == 3 else None
+            return outputs, (0, 0 if logabsdet else None, 0 if save and active else None, weight_dim)
 
         def pair(x: Tensor, lu: Any, bias: Any, slopes: Any, sign: Any, permutation: Any) -> Outputs:
             return Layer.formula(sign, permutation, fixed, logabsdet)(x, lu, bias, slopes)
@@ -303,7 +355,9 @@ class LayerInverse(torch.autograd.Function):
     def formula(
         sign: Tensor | None, permutation: Tensor | None, fixed: Fixed, logabsdet: bool
     ) -> Callable[..., Outputs]:
-        def pair(y: Tensor, lu: Tensor, bias: Tensor | None, slopes: Tensor | None) -> Outputs:
+        def one(
+            y: Tensor, lu: Tensor, bias: Tensor | None, slopes: Tensor | None, sign: Tensor | None
+        ) -> Outputs:
             options: dict[str, Any] = {
                 "sign": sign,
                 "permutation": permutation,
@@ -313,7 +367,7 @@ class LayerInverse(torch.autograd.Function):
                 return reference.lu_dense_inverse_and_logabsdet(y, lu, bias, **options)
             return reference.lu_dense_inverse(y, lu, bias, **options), _none_of(y)
 
-        return pair
+        return _stackable(one, sign)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad_logabsdet: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -354,8 +408,11 @@ class LayerInverse(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
         y, lu, bias, slopes, sign, permutation, fixed, logabsdet, save = args
-        if all(d is None for d in in_dims[1:6]):
-            outputs = EagerLayerInverse.apply(y.movedim(in_dims[0], 0), *args[1:])
+        native = _batched_natively(info.batch_size, in_dims, args)
+        if native is not None:
+            # A batched tensor does not tell whether what it wraps requires a gradient; here it is unwrapped.
+            save = records(*native)
+            outputs = EagerLayerInverse.apply(*native, fixed, logabsdet, save)
             active = slopes is not None or fixed[1] != 0.0
             return outputs, (0, 0 if logabsdet else None, 0 if save and active else None)
 

@@ -584,18 +584,25 @@ def layer_backward(
             wide_x = x.to(packed.lu.dtype)
             grad_lu = rows_backward(grad_v, _times_upper(wide_x, packed), grad_t, wide_x, packed)
     if grad_lu is not None:
-        _finish_lu_(grad_lu, packed, grad_logabsdet, 1.0)
+        _finish_lu_(grad_lu, packed, _row_sum(grad_logabsdet), 1.0)
     return grad_x, grad_lu, grad_bias, grad_slopes
 
 
+def _row_sum(grad_logabsdet: Tensor | None) -> Tensor | None:
+    return None if grad_logabsdet is None else grad_logabsdet.sum()
+
+
 def _finish_lu_(grad_lu: Tensor, packed: Packed, grad_logabsdet: Tensor | None, direction: float) -> None:
-    """Turn the gradient of u_ii into that of s_i (du_ii/ds_i = u_ii) and add the log-determinant's share."""
-    diagonal = grad_lu.diagonal()
+    """Turn the gradient of u_ii into that of s_i (du_ii/ds_i = u_ii) and add the log-determinant's share.
+
+    ``grad_logabsdet`` is summed over the rows, broadcasting to [..., D].
+    """
+    diagonal = grad_lu.diagonal(dim1=-2, dim2=-1)
     diagonal.mul_(packed.diagonal)
     if grad_logabsdet is not None:
-        diagonal.add_(grad_logabsdet.sum(dtype=diagonal.dtype), alpha=direction)
+        diagonal.add_(grad_logabsdet.to(diagonal.dtype), alpha=direction)
     # A clamped s_i has no influence.
-    diagonal.masked_fill_(packed.lu.diagonal() != packed.log_diagonal, 0.0)
+    diagonal.masked_fill_(packed.lu.diagonal(dim1=-2, dim2=-1) != packed.log_diagonal, 0.0)
 
 
 def layer_inverse(
@@ -640,9 +647,79 @@ def layer_inverse_backward(
             if grad_t is None:
                 grad_t = _times_lower_transposed(grad_v, packed)
             grad_lu = rows_backward(grad_v, _times_upper(wide_x, packed), grad_t, wide_x, packed)
-        _finish_lu_(grad_lu.neg_(), packed, grad_logabsdet, -1.0)
+        _finish_lu_(grad_lu.neg_(), packed, _row_sum(grad_logabsdet), -1.0)
     grad_right = grad_right.to(x.dtype)
     if h is None:
         return grad_right, grad_lu, grad_bias, None
     grad_y, grad_slopes = activation_inverse_backward(grad_right, grad_logabsdet, h, family, slopes)
     return grad_y, grad_lu, grad_bias, grad_slopes
+
+
+# --- stacked layers -------------------------------------------------------------------------------------
+
+
+def _dense_factors(packed: Packed) -> tuple[Tensor, Tensor]:
+    """(L, U), both dense [K, D, D]."""
+    lower = packed.lu.tril(-1)
+    lower.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    upper = packed.lu.triu(1)
+    upper.diagonal(dim1=-2, dim2=-1).copy_(packed.diagonal)
+    return lower, upper
+
+
+def stacked_forward(
+    x: Tensor, packed: Packed, bias: Tensor | None, family: Family, *, logabsdet: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """``layer_forward`` for K layers at once: x [K, N, D], lu [K, D, D], bias [K, D]; A is always formed.
+
+    Meant for many small layers, where one call for each would cost more than its arithmetic; so the
+    factors are multiplied as dense matrices, 2·D³ flops a layer.
+    """
+    lower, upper = _dense_factors(packed)
+    weight = torch.bmm(lower, upper).to(x.dtype)
+    transposed = weight.mT
+    h = (
+        torch.bmm(x, transposed)
+        if bias is None
+        else torch.baddbmm(bias.unsqueeze(1).to(x.dtype), x, transposed)
+    )
+    constant = packed.log_diagonal.sum(-1, keepdim=True)
+    if family.linear:
+        return h, constant.expand(x.shape[:2]).contiguous() if logabsdet else None, None, weight
+    rows = h.flatten(0, 1)
+    total = log_derivative_sum(rows, family).reshape(x.shape[:2]).add_(constant) if logabsdet else None
+    return activate(rows, family).reshape(x.shape), total, h, weight
+
+
+def stacked_backward(
+    grad_y: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    h: Tensor | None,
+    weight: Tensor,
+    packed: Packed,
+    family: Family,
+    slopes: Tensor | None,
+    *,
+    needs_x: bool,
+    needs_lu: bool,
+    has_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (x, lu, bias, slopes) for stacked layers; slopes are shared by them."""
+    grad_h, grad_slopes = grad_y, None
+    if h is not None:
+        flat_ld = None if grad_logabsdet is None else grad_logabsdet.flatten()
+        grad_h, grad_slopes = activation_backward(
+            grad_y.flatten(0, 1), flat_ld, h.flatten(0, 1), family, slopes
+        )
+        grad_h = grad_h.reshape(x.shape)
+    grad_bias = grad_h.sum(1, dtype=packed.lu.dtype) if has_bias else None
+    grad_x = torch.bmm(grad_h, weight) if needs_x else None
+    grad_lu = None
+    if needs_lu:
+        lower, upper = _dense_factors(packed)
+        grad_weight = torch.bmm(grad_h.mT, x).to(packed.lu.dtype)
+        grad_lu = torch.bmm(grad_weight, upper.mT).tril_(-1).add_(torch.bmm(lower.mT, grad_weight).triu_())
+        row_sums = None if grad_logabsdet is None else grad_logabsdet.sum(-1, keepdim=True)
+        _finish_lu_(grad_lu, packed, row_sums, 1.0)
+    return grad_x, grad_lu, grad_bias, grad_slopes

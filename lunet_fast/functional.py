@@ -6,6 +6,9 @@ shape, ``x.shape[:-1]``, and is float32 or wider. ``lu`` is the packed matrix [D
 the rows of P, (P A)[i] = A[permutation[i]], and ``slopes`` the activation's (a, c, κ): three floats, or a
 tensor [3] or [3, D] to be learnt; None means no activation.
 
+Stacked layers. With lu [K, D, D], bias and sign [K, D], x is [K, ..., D] and K layers run in one call, their
+slopes shared and without permutation; ``torch.func.vmap`` over parameters comes out as this.
+
 dtypes. x has the dtype of ``lu``. Under autocast x is lowered to the autocast dtype in the forward
 direction, as for a linear layer; the inverse is computed in float32 or wider.
 
@@ -56,12 +59,22 @@ def _split(slopes: Slopes | None) -> tuple[Tensor | None, Fixed]:
 
 
 def _check(name: str, x: Tensor, lu: Tensor) -> None:
-    if lu.dim() != 2 or lu.shape[0] != lu.shape[1]:
-        raise ValueError(f"lu must be a square matrix [D, D], got shape {tuple(lu.shape)}")
-    if x.dim() == 0 or x.shape[-1] != lu.shape[0]:
+    if lu.dim() not in (2, 3) or lu.shape[-2] != lu.shape[-1]:
+        raise ValueError(f"lu must be square, [D, D] or [K, D, D], got shape {tuple(lu.shape)}")
+    if x.dim() == 0 or x.shape[-1] != lu.shape[-1]:
         raise ValueError(
-            f"{name} must have {lu.shape[0]} features in its last dimension, got shape {tuple(x.shape)}"
+            f"{name} must have {lu.shape[-1]} features in its last dimension, got shape {tuple(x.shape)}"
         )
+    if lu.dim() == 3 and (x.dim() < 2 or x.shape[0] != lu.shape[0]):
+        raise ValueError(
+            f"{name} must be [K, ..., D] for stacked layers, here with K = {lu.shape[0]}, got shape "
+            f"{tuple(x.shape)}"
+        )
+
+
+def _check_unpermuted(lu: Tensor, permutation: Tensor | None) -> None:
+    if lu.dim() == 3 and permutation is not None:
+        raise ValueError("permutation must be None for stacked layers; call them one by one")
 
 
 def _matching(name: str, x: Tensor, lu: Tensor, *, lower: bool) -> Tensor:
@@ -74,11 +87,6 @@ def _matching(name: str, x: Tensor, lu: Tensor, *, lower: bool) -> Tensor:
             f"{name} is {x.dtype} and the layer's lu is {lu.dtype}; convert one with .to(), or use autocast"
         )
     return x
-
-
-def _records(*tensors: Tensor | None) -> bool:
-    """Whether autograd will want a backward of a function of these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def leaky_softplus(x: Tensor, slopes: Slopes) -> Tensor:
@@ -115,8 +123,9 @@ def _layer(
     logabsdet: bool,
 ) -> tuple[Tensor, Tensor]:
     x = _matching("x", x, lu, lower=True)
+    _check_unpermuted(lu, permutation)
     learnt, fixed = _split(slopes)
-    save = _records(x, lu, bias, learnt)
+    save = autograd.records(x, lu, bias, learnt)
     return autograd.layer(x, lu, bias, learnt, sign, permutation, fixed, logabsdet, save)
 
 
@@ -130,8 +139,9 @@ def _layer_inverse(
     logabsdet: bool,
 ) -> tuple[Tensor, Tensor]:
     y = _matching("y", y, lu, lower=False)
+    _check_unpermuted(lu, permutation)
     learnt, fixed = _split(slopes)
-    save = _records(y, lu, bias, learnt)
+    save = autograd.records(y, lu, bias, learnt)
     return autograd.layer_inverse(y, lu, bias, learnt, sign, permutation, fixed, logabsdet, save)
 
 

@@ -6,8 +6,9 @@ with its backward. They carry no autograd of their own (``autograd.py`` does) an
 
 Conventions. Inputs have any leading shape and any strides; outputs are contiguous. An activation is
 given as a tensor of ``slopes`` [3] or [3, D], or else as the three floats (a, c, kappa); c = 0 means
-no activation. Results that were not asked for are returned with zero elements, since an operation's
-results cannot be optional.
+no activation. With lu [K, D, D] an operation is that of K stacked layers: x is [K, ..., D], bias and sign
+are [K, D], slopes are shared and there is no permutation. Results that were not asked for are returned
+with zero elements, since an operation's results cannot be optional.
 """
 
 from __future__ import annotations
@@ -136,6 +137,13 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1).contiguous()
 
 
+def _rows_of(x: Tensor, lu: Tensor) -> Tensor:
+    """x as contiguous rows [N, D] of a layer, or [K, N, D] of stacked layers."""
+    if lu.dim() == 2:
+        return _rows(x)
+    return x.reshape(lu.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).contiguous()
+
+
 def _nothing(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(0, dtype=x.dtype if dtype is None else dtype)
 
@@ -235,9 +243,13 @@ def _layer_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, log|det J| per row, h, A). The last two are for backward: h is empty without an activation, and
     A holds nothing meaningful when it was not formed (``blocked.composes``)."""
-    packed = Packed.of(lu, sign, permutation)
-    y, total, h, weight = blocked.layer_forward(
-        _rows(x), packed, bias, Family.of(slopes, a, c, kappa, wide(x.dtype)), logabsdet=logabsdet
+    compute = blocked.stacked_forward if lu.dim() == 3 else blocked.layer_forward
+    y, total, h, weight = compute(
+        _rows_of(x, lu),
+        Packed.of(lu, sign, permutation),
+        bias,
+        Family.of(slopes, a, c, kappa, wide(x.dtype)),
+        logabsdet=logabsdet,
     )
     total = _or_nothing(total, _nothing(x, wide(x.dtype)), x.shape[:-1])
     if not save:
@@ -270,13 +282,14 @@ def _layer_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, lu, bias, slopes)."""
     family = Family.of(slopes, a, c, kappa, wide(x.dtype))
-    rows = _rows(x)
-    grad_x, grad_lu, grad_bias, grad_slopes = blocked.layer_backward(
-        _rows(grad_y),
-        _flat(grad_logabsdet),
+    rows = _rows_of(x, lu)
+    compute: Any = blocked.stacked_backward if lu.dim() == 3 else blocked.layer_backward
+    grad_x, grad_lu, grad_bias, grad_slopes = compute(
+        _rows_of(grad_y, lu),
+        None if grad_logabsdet is None else grad_logabsdet.reshape(rows.shape[:-1]).contiguous(),
         rows,
-        None if family.linear else _rows(h),
-        weight if blocked.composes(*rows.shape) else None,
+        None if family.linear else _rows_of(h, lu),
+        weight if lu.dim() == 3 or blocked.composes(*rows.shape) else None,
         Packed.of(lu, sign, permutation),
         family,
         slopes,
@@ -290,6 +303,10 @@ def _layer_backward(
         _nothing(lu) if grad_bias is None else grad_bias.to(lu.dtype),
         _or_nothing(grad_slopes, x),
     )
+
+
+def _at(tensor: Tensor | None, k: int) -> Tensor | None:
+    return None if tensor is None else tensor[k]
 
 
 @_register(
@@ -310,6 +327,18 @@ def _layer_inverse(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x, the inverse's log-determinant per row, h = φ⁻¹(y) for backward)."""
+    if lu.dim() == 3:
+        rest = (slopes, a, c, kappa, logabsdet, save)
+        parts = [
+            _layer_inverse(y[k], lu[k], _at(sign, k), None, _at(bias, k), *rest) for k in range(lu.shape[0])
+        ]
+        stacked = [torch.stack(results) for results in zip(*parts, strict=True)]
+        kept = save and (slopes is not None or c != 0.0)
+        return (
+            stacked[0],
+            stacked[1] if logabsdet else stacked[1].flatten(),
+            stacked[2] if kept else stacked[2].flatten(),
+        )
     family = Family.of(slopes, a, c, kappa, wide(y.dtype))
     x, total, h = blocked.layer_inverse(
         _rows(y), Packed.of(lu, sign, permutation), bias, family, logabsdet=logabsdet
@@ -338,6 +367,27 @@ def _layer_inverse_backward(
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (y, lu, bias, slopes)."""
+    if lu.dim() == 3:
+        members = [
+            _layer_inverse_backward(
+                grad_x[k],
+                _at(grad_logabsdet, k),
+                x[k],
+                h[k] if h.dim() > 1 else h,
+                lu[k],
+                _at(sign, k),
+                None,
+                *(slopes, a, c, kappa, needs_lu, has_bias),
+            )
+            for k in range(lu.shape[0])
+        ]
+        stacked = [torch.stack(parts) for parts in zip(*members, strict=True)]
+        return (
+            stacked[0],
+            stacked[1] if needs_lu else stacked[1].flatten(),
+            stacked[2] if has_bias else stacked[2].flatten(),
+            stacked[3].sum(0),
+        )
     family = Family.of(slopes, a, c, kappa, wide(x.dtype))
     grad_y, grad_lu, grad_bias, grad_slopes = blocked.layer_inverse_backward(
         _rows(grad_x),
@@ -428,7 +478,7 @@ def _(  # type: ignore[no-untyped-def]
     return (
         _gradient_of(x, x, needs_x),
         _gradient_of(lu, lu, needs_lu),
-        lu.new_empty(lu.shape[0] if has_bias else 0),
+        lu.new_empty(lu.shape[:-1] if has_bias else (0,)),
         _gradient_of(slopes, x),
     )
 
@@ -440,7 +490,7 @@ def _(  # type: ignore[no-untyped-def]
     return (
         _like(x),
         _gradient_of(lu, lu, needs_lu),
-        lu.new_empty(lu.shape[0] if has_bias else 0),
+        lu.new_empty(lu.shape[:-1] if has_bias else (0,)),
         _gradient_of(slopes, x),
     )
 

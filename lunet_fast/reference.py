@@ -40,9 +40,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def log_diagonal(lu: Tensor) -> Tensor:
-    """log|u_ii| [D]: the diagonal of ``lu``, clamped to what its dtype can exponentiate."""
+    """log|u_ii| [..., D]: the diagonal of ``lu`` [..., D, D], clamped to what its dtype can exponentiate."""
     bound = LOG_DIAGONAL_BOUND[lu.dtype]
-    return lu.diagonal().clamp(-bound, bound).to(wide(lu.dtype))
+    return lu.diagonal(dim1=-2, dim2=-1).clamp(-bound, bound).to(wide(lu.dtype))
 
 
 def factors(lu: Tensor, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
