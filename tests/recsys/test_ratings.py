@@ -1,0 +1,568 @@
+"""Rating files: what is read, under which rules, and how each damage is reported."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lunet_fast.recsys.ratings import IdMap, RatingFileError, Ratings, from_frame, read_ratings
+
+HEADER = "user,item,rating,timestamp\n"
+
+
+def write(folder: Path, content: str | bytes, name: str = "ratings.csv") -> Path:
+    file = folder / name
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+def rows(ratings: Ratings) -> list[tuple[object, object, float, int | None]]:
+    """The table in the ids of the file."""
+    times = [None] * len(ratings) if ratings.timestamp is None else ratings.timestamp.tolist()
+    return list(
+        zip(
+            ratings.users.ids[ratings.user.numpy()].tolist(),
+            ratings.items.ids[ratings.item.numpy()].tolist(),
+            ratings.rating.tolist(),
+            times,
+            strict=True,
+        )
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is read
+
+
+def test_a_plain_csv(tmp_path: Path) -> None:
+    file = write(tmp_path, HEADER + "7,30,4.5,100\n2,30,1,200\n7,-4,3,300\n")
+    ratings = read_ratings(file)
+    assert rows(ratings) == [(7, 30, 4.5, 100), (2, 30, 1.0, 200), (7, -4, 3.0, 300)]
+    assert (ratings.n_users, ratings.n_items, len(ratings)) == (2, 2, 3)
+    assert ratings.users.ids.tolist() == [2, 7]
+    assert ratings.items.ids.tolist() == [-4, 30]
+    assert ratings.scale == (1.0, 4.5)
+    assert [t.dtype for t in (ratings.user, ratings.item, ratings.rating)] == [
+        torch.int64,
+        torch.int64,
+        torch.float32,
+    ]
+    assert ratings.name == "ratings.csv"
+    assert ratings.source == str(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "sep"), [("r.csv", ","), ("r.tsv", "\t"), ("r.txt", "\t"), ("r.dat", "::"), ("R.TSV", "\t")]
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_extension_decides_the_format(tmp_path: Path, name: str, sep: str, packed: bool) -> None:
+    text = sep.join(["user", "item", "rating"]) + "\n" + sep.join(["1", "2", "3"]) + "\n"
+    data = gzip.compress(text.encode()) if packed else text.encode()
+    ratings = read_ratings(write(tmp_path, data, name + ".gz" * packed))
+    assert rows(ratings) == [(1, 2, 3.0, None)]
+    assert ratings.timestamp is None
+
+
+def test_sep_overrides_the_extension(tmp_path: Path) -> None:
+    assert rows(read_ratings(write(tmp_path, "user;item;rating\n1;2;3\n"), sep=";")) == [(1, 2, 3.0, None)]
+    assert rows(read_ratings(write(tmp_path, "user item rating\n1 2 3\n", "r.anything"), sep=" ")) == [
+        (1, 2, 3.0, None)
+    ]
+    assert rows(read_ratings(write(tmp_path, "user§item§rating\n1§2§3\n"), sep="§")) == [(1, 2, 3.0, None)]
+
+
+def test_other_column_names_and_order_and_extra_columns(tmp_path: Path) -> None:
+    file = write(tmp_path, "note,when,stars,film,who\nx,5,3,20,10\n,6,4,21,10\n")
+    ratings = read_ratings(file, user="who", item="film", rating="stars", timestamp="when")
+    assert rows(ratings) == [(10, 20, 3.0, 5), (10, 21, 4.0, 6)]
+    assert read_ratings(file, user="who", item="film", rating="stars").timestamp is None
+
+
+def test_an_inter_file_loses_its_types(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        "user_id:token\titem_id:token\trating:float\ttimestamp:float\n1\t2\t3\t881250949\n",
+        "a.inter",
+    )
+    assert rows(read_ratings(file, user="user_id", item="item_id")) == [(1, 2, 3.0, 881250949)]
+
+
+def test_parquet_and_frame_equal_csv(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    frame = pd.DataFrame(
+        {"user": [3, 1, 3], "item": ["a", "b", "ü"], "rating": [1.5, 2.0, 5.0], "timestamp": [9, 0, 7]}
+    )
+    frame.to_csv(tmp_path / "r.csv", index=False)
+    frame.to_parquet(tmp_path / "r.parquet")
+    expected = rows(read_ratings(tmp_path / "r.csv"))
+    assert expected == [(3, "a", 1.5, 9), (1, "b", 2.0, 0), (3, "ü", 5.0, 7)]
+    assert rows(read_ratings(tmp_path / "r.parquet")) == expected
+    assert rows(from_frame(frame)) == expected
+
+
+def test_parquet_types(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    frame = pd.DataFrame(
+        {
+            "user": pd.Categorical(["x", "y"], categories=["unused", "y", "x"]),
+            "item": np.array([1, 2], dtype=np.uint16),
+            "rating": np.array([3, 4], dtype=np.int8),
+            "timestamp": pd.to_datetime(["2020-01-31T12:30:00.75Z", "NaT"]),
+        }
+    )
+    frame.set_index("user").to_parquet(tmp_path / "r.parquet")
+    ratings = read_ratings(tmp_path / "r.parquet")
+    assert rows(ratings) == [("x", 1, 3.0, 1580473800), ("y", 2, 4.0, 0)]
+    assert ratings.users.ids.tolist() == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("written", "ids"),
+    [
+        (["7", "-3", "0"], [-3, 0, 7]),
+        (["9223372036854775807", "-9223372036854775808", "4294967296"], [-(2**63), 2**32, 2**63 - 1]),
+        (["9223372036854775808", "7", "70"], ["7", "70", "9223372036854775808"]),
+        (["007", "7", "8"], ["007", "7", "8"]),
+        (["+5", "5", "6"], ["+5", "5", "6"]),
+        (["-0", "0", "1"], ["-0", "0", "1"]),
+        (["1.0", "1", "2"], ["1", "1.0", "2"]),
+        (["1e3", "1000", "x"], ["1000", "1e3", "x"]),
+        (["true", "false", "nan"], ["false", "nan", "true"]),
+        (["NA", "null", "None"], ["NA", "None", "null"]),
+        (["žluť", "日本", "😀"], ["žluť", "日本", "😀"]),
+        (["١", "1", "2"], ["1", "2", "١"]),
+    ],
+)
+@pytest.mark.parametrize("quoted", [False, True])
+def test_ids_are_integers_if_all_are(
+    tmp_path: Path, written: list[str], ids: list[object], quoted: bool
+) -> None:
+    quote = '"' if quoted else ""
+    text = HEADER + "".join(f"{quote}{one}{quote},1,3,0\n" for one in written)
+    ratings = read_ratings(write(tmp_path, text))
+    assert ratings.users.ids.tolist() == ids
+    assert [str(row[0]) for row in rows(ratings)] == written
+    assert ratings.users.ids.dtype == (np.int64 if isinstance(ids[0], int) else object)
+
+
+def test_white_space_bom_line_ends_and_blank_lines(tmp_path: Path) -> None:
+    plain = rows(read_ratings(write(tmp_path, HEADER + "1,2,3,4\n5,6,3.5,8\n")))
+    for text in (
+        "\ufeff" + HEADER + "1,2,3,4\n5,6,3.5,8",
+        HEADER.replace(",", " , ") + " 1, 2 ,3 , 4\n5,6,3.5,8\n",
+        (HEADER + "1,2,3,4\n5,6,3.5,8\n").replace("\n", "\r\n"),
+        (HEADER + "1,2,3,4\n5,6,3.5,8\n").replace("\n", "\r"),
+        "\n  \n" + HEADER + "\n1,2,3,4\n\t\n5,6,3.5,8\n\n\n",
+        '\n"user","item",rating,"timestamp"\n\n1,"2",3,4\n  \n5,6,"3.5",8\n',
+    ):
+        assert rows(read_ratings(write(tmp_path, text))) == plain
+
+
+def test_quoted_fields(tmp_path: Path) -> None:
+    text = 'user,item,rating\n"Smith, John","say ""hi""",3\n"Smith, John","two\nlines",4\n'
+    assert rows(read_ratings(write(tmp_path, text))) == [
+        ("Smith, John", 'say "hi"', 3.0, None),
+        ("Smith, John", "two\nlines", 4.0, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("881250949", 881250949),
+        ("9007199254740993", 2**53 + 1),
+        ("-5", -5),
+        ("881250949.0", 881250949),
+        ("-0.5", -1),
+        ("8.5e2", 850),
+        ("", 0),
+        ("1970-01-02", 86400),
+        ("2020-01-31T12:30:00Z", 1580473800),
+        ("2020-01-31 12:30:00.999", 1580473800),
+        ("2020-01-31 12:30", 1580473800),
+        ("2020-01-31T14:30:00+02:00", 1580473800),
+        ("2020-01-31T07:00:00-0530", 1580473800),
+        ("2020-02-29", 1582934400),
+    ],
+)
+def test_timestamps(tmp_path: Path, text: str, seconds: int) -> None:
+    ratings = read_ratings(write(tmp_path, HEADER + f"1,2,3,{text}\n"))
+    assert ratings.timestamp is not None
+    assert ratings.timestamp.tolist() == [seconds]
+
+
+table = st.lists(
+    st.tuples(
+        st.text(
+            st.characters(codec="utf-8", exclude_characters="\0\r\n", exclude_categories=["Cs"]), min_size=1
+        ),
+        st.integers(-(2**63), 2**63 - 1),
+        st.floats(width=32, allow_nan=False, allow_infinity=False),
+        st.integers(0, 2**40),
+    ).filter(lambda row: row[0].strip() != ""),
+    min_size=1,
+    max_size=20,
+    unique_by=lambda row: (row[0].strip(), row[1]),
+)
+
+
+@given(table)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_table_comes_back(tmp_path: Path, content: list[tuple[str, int, float, int]]) -> None:
+    """Written by Python's csv module, whatever the ids hold: separators, quotes, Unicode, odd white space."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([("user", "item", "rating", "timestamp"), *content])
+    ratings = read_ratings(write(tmp_path, text.getvalue()))
+    read = rows(ratings)
+    assert [str(row[0]) for row in read] == [row[0].strip() for row in content]
+    assert [row[1:] for row in read] == [row[1:] for row in content]
+
+
+plain = st.text(st.sampled_from("0123456789ab .-+é"), max_size=4)
+
+
+@given(st.lists(st.lists(plain, min_size=2, max_size=5).map(",".join), max_size=8))
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_two_tokenisers_agree(tmp_path: Path, lines: list[str]) -> None:
+    """A quoted header sends the same rows through the csv module instead of the C parser."""
+
+    def outcome(header: str) -> object:
+        try:
+            return rows(read_ratings(write(tmp_path, header + "\n" + "\n".join(lines))))
+        except RatingFileError as error:
+            return str(error)
+
+    assert outcome("user,item,rating") == outcome('user,item,"rating"')
+
+
+# #
+# ------------------------------------------------------------------------------------------------------------
+# # What is refused
+
+DAMAGED: dict[str, tuple[str | bytes, str]] = {
+    "empty": ("", "ratings.csv: the file is empty"),
+    "blank": ("\n \n", "the file is empty"),
+    "header only": (HEADER, "header, line 1, but no row"),
+    "missing user": ("item,rating\n1,2\n", "line 1: there is no column 'user'.*'item', 'rating'.*user="),
+    "missing item": ("user,id,rating\n1,2,3\n", "no column 'item'.*'user', 'id', 'rating'.*item="),
+    "missing rating": ("user,item\n1,2\n", "no column 'rating'.*without ratings cannot be read.*rating="),
+    "column twice": ("user,user,item,rating\n1,1,2,3\n", "column 'user' .* occurs 2 times"),
+    "no header": ("1,2,3,4\n1,3,3,4\n", "the first line holds numbers: put a header"),
+    "other separator": ("user;item;rating\n1;2;3\n", "separator may be another one: sep=';'"),
+    "text rating": (HEADER + "1,2,3,0\n1,3,good,0\n", "line 3: rating 'good' is not a number"),
+    "decimal comma": ("user\titem\trating\n1\t2\t3,5\n", "line 2: rating '3,5' is not a number"),
+    "underscore": (HEADER + "1,2,1_0,0\n", "line 2: rating '1_0' is not a number"),
+    "other digits": (HEADER + "1,2,٣,0\n", "line 2: rating '٣' is not a number"),
+    "nan": (HEADER + "1,2,3,0\n\n1,3,NaN,0\n", "line 4: rating 'NaN' is not a finite number"),
+    "inf": (HEADER + "1,2,-inf,0\n", "line 2: rating '-inf' is not a finite number"),
+    "overflow": (HEADER + "1,2,1e39,0\n", "line 2: rating '1e39' is not a finite number"),
+    "no rating": (HEADER + "1,2,3,0\n1,3,,0\n", "line 3: rating is missing"),
+    "empty user": (
+        HEADER + "1,2,3,0\n ,2,3,0\n,2,3,0\n",
+        r"line 3: user id is empty.*\(2 such lines in all\)",
+    ),
+    "empty item": (HEADER + '1,"",3,0\n', "line 2: item id is empty"),
+    "bad time": (HEADER + "1,2,3,yesterday\n", "line 2: timestamp 'yesterday' is neither"),
+    "no such day": (HEADER + "1,2,3,2021-02-29\n", "line 2: timestamp '2021-02-29' is neither"),
+    "huge time": (HEADER + "1,2,3,99999999999999999999\n", "line 2: timestamp '9+' is neither"),
+    "nan time": (HEADER + "1,2,3,nan\n", "line 2: timestamp 'nan' is neither"),
+    "duplicate": (
+        HEADER + "8,9,3,0\n1,9,3,0\n\n8,9,4,5\n",
+        "line 5: user 8 has rated item 9 already in line 2",
+    ),
+    "two duplicates": (
+        HEADER + "8,9,3,0\n1,1,3,0\n8,9,4,5\n1,1,4,5\n",
+        r"line 4: user 8 has rated item 9 already in line 2.*\(2 repeated pairs in all\)",
+    ),
+    "duplicate by space": (
+        "user,item,rating\nx,y,3\nx , y,4\n",
+        "line 3: user x has rated item y already in line 2",
+    ),
+    "short row": (HEADER + "1,2,3,0\n1,3,3\n", "line 3: the number of fields is 3, expected 4"),
+    "long row": (HEADER + "1,2,3,0\n1,3,3,0,\n", "line 3: the number of fields is 5, expected 4"),
+    "all rows long": (
+        "user,item,rating\n1,2,3,4\n1,3,3,4\n",
+        r"line 2: .* is 4, expected 3.*\(2 such lines in all\)",
+    ),
+    "open quote": (HEADER + '1,2,3,0\n"1,3,3,0\n4,5,3,0\n', "line 3: the quotes do not match"),
+    "text after quote": (HEADER + '"1"x,3,3,0\n', "line 2: the quotes do not match"),
+    "after a quoted line end": ('user,item,rating\n"a\nb",2,3\nc,2,bad\n', "line 4: rating 'bad'"),
+    "latin-1": (
+        HEADER.encode() + b"1,2,3,0\nMis\xe9rables,3,3,0\n",
+        "line 3: .* not UTF-8 .byte 0xe9 at offset 38.",
+    ),
+    "utf-16": ((HEADER + "1,2,3,0\n").encode("utf-16"), "UTF-16 .* save it as UTF-8"),
+    "zero byte": (HEADER + "1,2,3,0\n1,\0,3,0\n", "line 3: a zero byte at offset 37"),
+    "a zip": (b"PK\x03\x04\x14\0\0\0\x08\0" + bytes(range(256)), "line 2: the text is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damage_is_reported_with_file_and_line(tmp_path: Path, case: str) -> None:
+    content, message = DAMAGED[case]
+    file = write(
+        tmp_path, content, "ratings.tsv" if "\t" in str(content) and "comma" in case else "ratings.csv"
+    )
+    with pytest.raises(RatingFileError, match=f"(?s)^{file}.*" + message.replace("ratings.csv", "")):
+        read_ratings(file)
+
+
+def test_the_scale(tmp_path: Path) -> None:
+    file = write(tmp_path, HEADER + "1,2,1,0\n1,3,5,0\n1,4,5.5,0\n1,5,0,0\n")
+    with pytest.raises(
+        RatingFileError, match=r"line 4: rating '5.5' is outside the scale 1 to 5 \(2 such lines"
+    ):
+        read_ratings(file, scale=(1, 5))
+    assert read_ratings(file, scale=(0, 10)).scale == (0.0, 10.0)
+    assert read_ratings(file).scale == (0.0, 5.5)
+    for scale in [(5, 1), (1, 1), (1, float("inf")), (1, 2, 3)]:
+        with pytest.raises(ValueError, match="scale must be"):
+            read_ratings(file, scale=scale)  # type: ignore[arg-type]
+
+
+def test_an_unquoted_dat_row_keeps_its_quotes(tmp_path: Path) -> None:
+    assert rows(read_ratings(write(tmp_path, 'user::item::rating\n1::"x::3\n', "r.dat"))) == [
+        (1, '"x', 3.0, None)
+    ]
+    with pytest.raises(RatingFileError, match="line 2: contains the control character"):
+        read_ratings(write(tmp_path, "user::item::rating\n1\x1f2::3::4\n", "r.dat"))
+
+
+def test_arguments_are_checked(tmp_path: Path) -> None:
+    file = write(tmp_path, HEADER + "1,2,3,0\n")
+    for sep in ["", "\n", '"', 3]:
+        with pytest.raises(ValueError, match="sep must be"):
+            read_ratings(file, sep=sep)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="different columns.*'user'"):
+        read_ratings(file, item="user")
+    with pytest.raises(FileNotFoundError):
+        read_ratings(tmp_path / "absent.csv")
+    with pytest.raises(RatingFileError, match="cannot tell the format from the extension '.xlsx'"):
+        read_ratings(write(tmp_path, "x", "r.xlsx"))
+
+
+def test_damaged_archives(tmp_path: Path) -> None:
+    packed = gzip.compress((HEADER + "1,2,3,0\n").encode())
+    for damaged in (packed[:-9], packed[:5], b"", b"user,item,rating\n", packed[:-8] + bytes(8)):
+        with pytest.raises(RatingFileError, match="r.csv.gz.*(damaged|empty)"):
+            read_ratings(write(tmp_path, damaged, "r.csv.gz"))
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    frame = pd.DataFrame({"user": [1, 2], "item": [3, 4], "rating": [1.0, 2.0]})
+    frame.to_parquet(tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    for damaged in (
+        b"",
+        b"PAR1",
+        whole[:-5],
+        whole[: len(whole) // 2],
+        b"user,item\n1,2\n",
+        whole[:4] + whole[-40:],
+    ):
+        with pytest.raises(RatingFileError, match="r.parquet"):
+            read_ratings(write(tmp_path, damaged, "r.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"user": [1], "item": [2]}, "no column 'rating'"),
+        ({"user": [], "item": [], "rating": []}, "no row"),
+        ({"user": [1.0, None], "item": [1, 2], "rating": [3, 3]}, "row 2: user id is empty"),
+        ({"user": [1.5, 2.0], "item": [1, 2], "rating": [3, 3]}, "user ids are floating-point"),
+        ({"user": ["a", None], "item": [1, 2], "rating": [3, 3]}, "row 2: user id is empty"),
+        ({"user": [1, 2], "item": [1, 2], "rating": [3, np.nan]}, "row 2: rating is missing"),
+        ({"user": [1, 2], "item": [1, 2], "rating": [3, np.inf]}, "row 2: rating 'inf' is not a finite"),
+        ({"user": [1, 2], "item": [1, 2], "rating": ["3", "x"]}, "row 2: rating 'x' is not a number"),
+        (
+            {"user": [1, 1], "item": [2, 2], "rating": [3, 3]},
+            "row 2: user 1 has rated item 2 already in row 1",
+        ),
+        ({"user": [[1], [2]], "item": [1, 2], "rating": [3, 3]}, "user column .* cannot be read"),
+    ],
+)
+def test_frames_are_checked(columns: dict[str, list[object]], message: str) -> None:
+    with pytest.raises(RatingFileError, match=message):
+        from_frame(pd.DataFrame(columns), name="mine")
+
+
+def test_given_id_maps(tmp_path: Path) -> None:
+    train = read_ratings(write(tmp_path, HEADER + "1,x,3,0\n5,y,3,0\n9,z,3,0\n"))
+    file = write(tmp_path, HEADER + "9,x,3,0\n", "test.csv")
+    test = read_ratings(file, users=train.users, items=train.items)
+    assert (test.user.tolist(), test.item.tolist(), test.n_users, test.n_items) == ([2], [0], 3, 3)
+    file = write(tmp_path, HEADER + "9,x,3,0\n8,x,3,0\n", "test.csv")
+    with pytest.raises(RatingFileError, match="test.csv, line 3: user id '8' is not among the 3 users"):
+        read_ratings(file, users=train.users, items=train.items)
+
+
+@given(
+    st.binary(max_size=120) | st.text("user,item\trating\n\r\"'1230.-e \x00é", max_size=120).map(str.encode)
+)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("head", [b"", HEADER.encode(), b'"user",item,rating\n'])
+@pytest.mark.parametrize("name", ["r.csv", "r.tsv", "r.dat"])
+def test_any_bytes_end_in_ratings_or_the_error(tmp_path: Path, name: str, head: bytes, data: bytes) -> None:
+    sep = {"r.csv": b",", "r.tsv": b"\t", "r.dat": b"::"}[name]
+    file = write(tmp_path, head.replace(b",", sep) + data, name)
+    try:
+        ratings = read_ratings(file)
+    except RatingFileError as error:
+        assert str(error).startswith(str(file))  # noqa: PT017
+    else:
+        assert len(ratings) > 0
+        assert bool(torch.isfinite(ratings.rating).all())
+
+
+@given(st.integers(0, 200), st.binary(min_size=1, max_size=6))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_byte_of_a_good_file(tmp_path: Path, at: int, damage: bytes) -> None:
+    good = (
+        HEADER + "".join(f"{u},{i},{(u + i) % 5 + 1},{u * i}\n" for u in range(4) for i in range(4))
+    ).encode()
+    at = min(at, len(good) - 1)
+    file = write(tmp_path, good[:at] + damage + good[at + len(damage) :])
+    try:
+        ratings = read_ratings(file, scale=(1, 5))
+    except RatingFileError as error:
+        assert str(error).startswith(str(file))  # noqa: PT017
+    else:
+        assert 1 <= len(ratings) <= 17
+        assert ratings.scale == (1.0, 5.0)
+
+
+# #
+# ------------------------------------------------------------------------------------------------------------
+# # Id maps
+
+
+def test_index_of_an_integer_map() -> None:
+    ids = IdMap.of([30, -7, 2**40, 30])
+    assert ids.ids.tolist() == [-7, 30, 2**40]
+    assert ids.ids.dtype == np.int64
+    expected = [1, 0, 2, -1]
+    for given_ids in (
+        [30, -7, 2**40, 8],
+        ["30", " -7", str(2**40), "8"],
+        [np.int64(30), "-7", 2.0**40, 8.5],
+        np.array([30, -7, 2**40, 8]),
+        np.array([30.0, -7.0, 2.0**40, np.nan]),
+        np.array(["30", "-7", str(2**40), "030"]),
+        torch.tensor([30, -7, 2**40, 8]),
+        pd.Series([30, -7, 2**40, 8], index=[5, 6, 7, 8]),
+        ["30", "-7", str(2**40), "+30"],
+        [30, -7, 2**40, 2**70],
+        [30, -7, 2**40, None],
+    ):
+        assert ids.index(given_ids).tolist() == expected
+        assert ids.index(given_ids).dtype == np.int64
+    assert ids.index(30).tolist() == [1]
+    assert ids.index("30").tolist() == [1]
+    assert ids.index([]).tolist() == []
+
+
+def test_index_of_a_string_map() -> None:
+    ids = IdMap.of(["b", "10", "007", "é"])
+    assert ids.ids.tolist() == ["007", "10", "b", "é"]
+    assert ids.index(["é", 10, np.int32(10), "10", 7, "7", "007", "nobody"]).tolist() == [
+        3,
+        1,
+        1,
+        1,
+        -1,
+        -1,
+        0,
+        -1,
+    ]
+    assert ids.index(np.array([10, 7])).tolist() == [1, -1]
+    assert ids.index("b").tolist() == [2]
+    assert ids.index([]).tolist() == []
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1)) | st.lists(st.text(max_size=3)))
+def test_a_map_finds_its_ids(values: list[int] | list[str]) -> None:
+    ids = IdMap.of(values)
+    assert ids.index(ids.ids).tolist() == list(range(len(ids)))
+    assert bool((ids.index(values) >= 0).all())
+    assert IdMap(ids.ids.tolist()) == ids
+    assert IdMap(ids.ids) == ids
+
+
+def test_maps_are_sorted_and_of_one_kind() -> None:
+    for wrong in ([2, 1], [1, 1], ["b", "a"], ["a", "a"]):
+        with pytest.raises(ValueError, match="sorted and unique"):
+            IdMap(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="all integers or all strings"):
+        IdMap([1, "a"])  # type: ignore[arg-type]
+    assert IdMap.of([1, "a"]).ids.tolist() == ["1", "a"]
+    assert IdMap.of([1, 2]) != IdMap.of(["1", "b"])
+    assert len(IdMap.of([])) == 0
+
+
+# #
+# ------------------------------------------------------------------------------------------------------------
+# # Ratings
+
+
+def small() -> Ratings:
+    frame = pd.DataFrame(
+        {"user": [1, 1, 2], "item": [5, 6, 5], "rating": [1, 3, 3.0], "timestamp": [7, 0, 9]}
+    )
+    return from_frame(frame, scale=(1, 5))
+
+
+def test_select_keeps_the_maps() -> None:
+    ratings = small()
+    part = ratings.select(torch.tensor([2, 0]))
+    assert rows(part) == [(2, 5, 3.0, 9), (1, 5, 1.0, 7)]
+    assert part.users is ratings.users
+    assert part.items is ratings.items
+    assert part.scale == (1.0, 5.0)
+    assert rows(ratings.select(np.array([2, 0]))) == rows(part)
+    assert rows(ratings.select(torch.tensor([True, False, True]))) == [(1, 5, 1.0, 7), (2, 5, 3.0, 9)]
+    assert len(ratings.select([])) == 0
+
+
+def test_describe() -> None:
+    assert small().describe() == {
+        "name": "ratings",
+        "users": 2,
+        "items": 2,
+        "ratings": 3,
+        "density": 0.75,
+        "mean": pytest.approx(7 / 3),
+        "scale": (1.0, 5.0),
+        "histogram": {1.0: 1, 3.0: 2},
+        "first_timestamp": 7,
+        "last_timestamp": 9,
+        "unknown_timestamps": 1,
+    }
+    many = from_frame(pd.DataFrame({"user": range(500), "item": [0] * 500, "rating": np.linspace(0, 1, 500)}))
+    told = many.describe()
+    assert list(told["histogram"].values()) == [50] * 10
+    assert (told["first_timestamp"], told["unknown_timestamps"]) == (None, 500)
+    assert small().select([]).describe()["mean"] is None
+
+
+def test_shapes_and_dtypes_are_checked() -> None:
+    good = small()
+    for field, wrong in (
+        ("item", good.item[:2]),
+        ("rating", good.rating.double()),
+        ("timestamp", good.item.int()),
+        ("item_info", pd.DataFrame({"title": ["one"]})),
+    ):
+        with pytest.raises(ValueError, match=f"{field} must"):
+            Ratings(**{**good.__dict__, field: wrong})
