@@ -432,7 +432,9 @@ def _eager(traceable: type[torch.autograd.Function]) -> type[torch.autograd.Func
     """
 
     def forward(*args: Any) -> Any:
-        return traceable.forward(*args)
+        # A gradient is recorded here, so the operation's own autograd (below) need not be asked.
+        with torch._C._AutoDispatchBelowAutograd():
+            return traceable.forward(*args)
 
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     members = {"forward": staticmethod(forward), "jvp": staticmethod(traceable.tangent)}  # type: ignore[attr-defined]
