@@ -25,6 +25,9 @@ from torch import Tensor
 
 from lunet_fast.reference import log_diagonal, wide
 
+_softplus_out = torch.ops.aten.softplus.out
+_softplus_backward_out = torch.ops.aten.softplus_backward.grad_input
+
 #: Columns in a panel of a triangular matrix.
 BLOCK = 128
 
@@ -79,6 +82,9 @@ def _add_scaled_(t: Tensor, factor: float | Tensor, x: Tensor) -> Tensor:
 def _sweeps(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same runs of rows of several tensors of N rows, about SWEEP elements of the first, [N, D]."""
     rows, columns = tensors[0].shape
+    if rows * columns <= SWEEP:
+        yield tensors
+        return
     step = max(1, SWEEP // max(1, columns))
     for start in range(0, rows, step):
         yield tuple(t[start : start + step] for t in tensors)
@@ -97,7 +103,7 @@ def _soft(h: Tensor, kappa: float | Tensor, out: Tensor | None = None) -> Tensor
     if isinstance(kappa, float):
         if out is None:
             return F.softplus(h, beta=kappa, threshold=threshold)
-        return torch.ops.aten.softplus.out(h, kappa, threshold, out=out)
+        return _softplus_out(h, kappa, threshold, out=out)
     return torch.div(F.softplus(h * kappa, threshold=threshold), kappa, out=out)
 
 
@@ -139,7 +145,7 @@ def activation_backward(
     for g, x, out, *ld in _sweeps(grad_y, h, grad_h, *_column(grad_logabsdet)):
         if plain:
             threshold = _threshold(x.dtype)
-            torch.ops.aten.softplus_backward.grad_input(g, x, family.kappa, threshold, grad_input=out)
+            _softplus_backward_out(g, x, family.kappa, threshold, grad_input=out)
             _add_scaled_(_scale_(out, family.c), family.a, g)
         else:
             out.copy_(_slope(x.to(wide(x.dtype)), family).mul_(g))
@@ -345,6 +351,10 @@ def compose_backward(grad_weight: Tensor, packed: Packed) -> Tensor:
     """The gradient of ``lu`` with U's diagonal in place of s, from that of A: tril(G Uᵀ, −1) + triu(Lᵀ G)."""
     if packed.permutation is not None:
         grad_weight = grad_weight[packed.permutation]
+    if packed.size <= BLOCK:
+        whole = slice(0, packed.size)
+        by_lower = grad_weight @ packed.upper_block(whole).T
+        return by_lower.tril_(-1).add_((packed.lower_block(whole).T @ grad_weight).triu_())
     grad = torch.empty_like(packed.lu)
     for panel in packed.panels():
         lower, upper = packed.lower_panel(panel), packed.upper_panel(panel)
