@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,9 +31,12 @@ _softplus_backward_out = torch.ops.aten.softplus_backward.grad_input
 #: Columns in a panel of a triangular matrix.
 BLOCK = 128
 
-#: Elements that one sweep of elementwise work covers before the next begins, so that what one pass
-#: writes the next still finds in the cache.
-SWEEP = 1 << 17
+#: Elements a thread that one sweep of elementwise work covers before the next begins, so that what one
+#: pass writes the next still finds in the cache.
+SWEEP = 1 << 16
+
+#: Rows that a matrix product is given at least when it is done in sweeps: fewer would leave it inefficient.
+PRODUCT_ROWS = 512
 
 #: κ₁(L)·κ₁(U) up to which a product with the explicit A⁻¹ is as accurate as substitution for our use.
 EXPLICIT_INVERSE_LIMIT = 1e3
@@ -79,13 +82,16 @@ def _add_scaled_(t: Tensor, factor: float | Tensor, x: Tensor) -> Tensor:
     return t.add_(x, alpha=factor) if isinstance(factor, float) else t.addcmul_(x, factor)
 
 
-def _sweeps(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same runs of rows of several tensors of N rows, about SWEEP elements of the first, [N, D]."""
+def _sweeps(*tensors: Tensor, rows_at_least: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    """The same runs of rows of several tensors of N rows; the first, [N, D], gives their length.
+
+    Only a CPU has a cache to stay in; elsewhere all rows are one sweep.
+    """
     rows, columns = tensors[0].shape
-    if rows * columns <= SWEEP:
+    step = max(rows_at_least, SWEEP * torch.get_num_threads() // max(1, columns))
+    if rows <= step or tensors[0].device.type != "cpu":
         yield tensors
         return
-    step = max(1, SWEEP // max(1, columns))
     for start in range(0, rows, step):
         yield tuple(t[start : start + step] for t in tensors)
 
@@ -107,23 +113,32 @@ def _soft(h: Tensor, kappa: float | Tensor, out: Tensor | None = None) -> Tensor
     return torch.div(F.softplus(h * kappa, threshold=threshold), kappa, out=out)
 
 
+def _activate_into(y: Tensor, h: Tensor, family: Family) -> None:
+    """y ← φ(h); bfloat16 and float16 are computed in float32."""
+    if h.dtype == wide(h.dtype):
+        _add_scaled_(_scale_(_soft(h, family.kappa, out=y), family.c), family.a, h)
+    else:
+        x = h.float()
+        y.copy_(_add_scaled_(_scale_(_soft(x, family.kappa), family.c), family.a, x))
+
+
 def activate(h: Tensor, family: Family) -> Tensor:
-    """φ(h) [N, D]; bfloat16 and float16 are computed in float32."""
+    """φ(h) [N, D]."""
     y = torch.empty_like(h)
     for h_part, y_part in _sweeps(h, y):
-        if h.dtype == wide(h.dtype):
-            _add_scaled_(_scale_(_soft(h_part, family.kappa, out=y_part), family.c), family.a, h_part)
-        else:
-            x = h_part.float()
-            y_part.copy_(_add_scaled_(_scale_(_soft(x, family.kappa), family.c), family.a, x))
+        _activate_into(y_part, h_part, family)
     return y
+
+
+def _log_derivative_sum_into(total: Tensor, h: Tensor, family: Family) -> None:
+    torch.sum(_slope(h.to(total.dtype), family).log_(), -1, out=total)
 
 
 def log_derivative_sum(h: Tensor, family: Family) -> Tensor:
     """Σ log φ′(h) over each row, [N], float32 or wider."""
     total = torch.empty(h.shape[0], dtype=wide(h.dtype), device=h.device)
-    for h_part, out in _sweeps(h, total):
-        torch.sum(_slope(h_part.to(total.dtype), family).log_(), -1, out=out)
+    for h_part, total_part in _sweeps(h, total):
+        _log_derivative_sum_into(total_part, h_part, family)
     return total
 
 
@@ -132,27 +147,32 @@ def _slope(x: Tensor, family: Family) -> Tensor:
     return _scale_(_sigmoid(x, family.kappa), family.c).add_(family.a)
 
 
+def _activation_backward_into(
+    grad_h: Tensor, grad_y: Tensor, h: Tensor, ld: Sequence[Tensor], family: Family, totals: Tensor | None
+) -> None:
+    """grad_h ← g_y·φ′(h) + g_ld·φ″(h)/φ′(h), and the slopes' gradient added to ``totals``.
+
+    ``ld`` holds the gradient of Σ log φ′(h) as a column, or nothing.
+    """
+    if isinstance(family.kappa, float) and h.dtype == wide(h.dtype):
+        _softplus_backward_out(grad_y, h, family.kappa, _threshold(h.dtype), grad_input=grad_h)
+        _add_scaled_(_scale_(grad_h, family.c), family.a, grad_y)
+    else:
+        grad_h.copy_(_slope(h.to(wide(h.dtype)), family).mul_(grad_y))
+    if ld:
+        grad_h.add_((ld[0] * _log_slope_derivative(h, family)).to(grad_h.dtype))
+    if totals is not None:
+        _accumulate_slopes(totals, grad_y, ld[0] if ld else None, h, family)
+
+
 def activation_backward(
     grad_y: Tensor, grad_logabsdet: Tensor | None, h: Tensor, family: Family, slopes: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of h and of ``slopes`` from those of y = φ(h) and of Σ log φ′(h).
-
-    g_h = g_y·φ′(h) + g_ld·φ″(h)/φ′(h).
-    """
+    """Gradients of h and of ``slopes`` from those of y = φ(h) and of Σ log φ′(h)."""
     grad_h = torch.empty_like(h)
     totals = _slope_totals(slopes, h)
-    plain = isinstance(family.kappa, float) and h.dtype == wide(h.dtype)
     for g, x, out, *ld in _sweeps(grad_y, h, grad_h, *_column(grad_logabsdet)):
-        if plain:
-            threshold = _threshold(x.dtype)
-            _softplus_backward_out(g, x, family.kappa, threshold, grad_input=out)
-            _add_scaled_(_scale_(out, family.c), family.a, g)
-        else:
-            out.copy_(_slope(x.to(wide(x.dtype)), family).mul_(g))
-        if ld:
-            out.add_((ld[0] * _log_slope_derivative(x, family)).to(out.dtype))
-        if totals is not None:
-            _accumulate_slopes(totals, g, ld[0] if ld else None, x, family)
+        _activation_backward_into(out, g, x, ld, family, totals)
     return grad_h, _finish_slopes(totals, slopes)
 
 
@@ -213,66 +233,75 @@ def _finish_slopes(totals: Tensor | None, slopes: Tensor | None) -> Tensor | Non
 
 @functools.cache
 def _halley_steps(log2_low: int, dtype: torch.dtype) -> int:
-    """Steps that bring every t to the rounding floor of ``dtype`` when p ≥ 2^log2_low.
+    """Steps that bring every t to the rounding floor of ``dtype`` when r ≥ 2^log2_low.
 
     Counted by running the iteration itself in float64 over a grid of w: the hardest w lie where eᵗ and
-    the slope p·t are of one size, and how many steps they need grows with log(1/p).
+    r·t are of one size, and how many steps they need grows with log(1/r).
     """
-    p = min(2.0**log2_low, 1.0)
-    q = 1.0 - p
-    eps = torch.finfo(dtype).eps
+    r = 2.0**log2_low
     magnitudes = torch.logspace(-12, 4, 400, dtype=torch.float64)
     w = torch.cat([-magnitudes, magnitudes, torch.zeros(1, dtype=torch.float64)])
-    t = _halley_start(w, p, q)
+    tolerance = 1.5 * torch.finfo(dtype).eps * (w.abs() + math.log(2.0))
+    t, *scratch = (torch.empty_like(w) for _ in range(4))
+    _halley_start(w, r, t, scratch[0])
     for steps in range(1, 64):
-        _halley_step_(t, w, p, q)
-        residual = (q * F.softplus(t, threshold=40.0) + p * t - w).abs()
-        if bool((residual <= 1.5 * eps * (w.abs() + q * math.log(2.0))).all()):
+        _halley_step_(t, w, r, scratch)
+        residual = (F.softplus(t, threshold=40.0) + r * t - w).abs()
+        if bool((residual <= tolerance).all()):
             return steps
-    raise AssertionError(f"Halley's iteration did not converge for p = {p}")
+    raise AssertionError(f"Halley's iteration did not converge for r = {r}")
 
 
-def _halley_start(w: Tensor, p: float | Tensor, q: float | Tensor) -> Tensor:
-    """A t not left of the solution of q·softplus(t) + p·t = w: the least of those of three tangents."""
-    tangent = torch.div(torch.sub(w, q * math.log(2.0)), p + 0.5 * q)
-    return torch.minimum(torch.minimum(w, tangent, out=tangent), w / p, out=tangent)
+def _halley_start(w: Tensor, r: float | Tensor, out: Tensor, scratch: Tensor) -> None:
+    """A t not left of the solution of softplus(t) + r·t = w: the least of those of three tangents."""
+    torch.sub(w, math.log(2.0), out=out).div_(r + 0.5)
+    torch.minimum(out, torch.div(w, 1.0 + r, out=scratch), out=out)
+    torch.minimum(out, torch.div(w, r, out=scratch), out=out)
 
 
-def _halley_step_(t: Tensor, w: Tensor, p: float | Tensor, q: float | Tensor) -> None:
-    """One step of Halley's iteration on f(t) = q·softplus(t) + p·t − w, in place.
+def _halley_step_(t: Tensor, w: Tensor, r: float | Tensor, scratch: Sequence[Tensor]) -> None:
+    """One step of Halley's iteration on f(t) = softplus(t) + r·t − w, in place.
 
-    f·f″ ≤ f′² right of the solution (softplus(t) ≤ eᵗ), so the denominator is at least f′²/2.
+    t ← t − f·f′/(f′² − f·f″/2). f·f″ ≤ f′² right of the solution (softplus(t) ≤ eᵗ), so the denominator is
+    at least f′²/2. ``scratch`` is three tensors like t.
     """
-    sigmoid = torch.sigmoid(t)
-    f = _add_scaled_(F.softplus(t, threshold=_threshold(t.dtype)).mul_(q), p, t).sub_(w)
-    slope = sigmoid * q + p
-    half_bend = sigmoid.addcmul_(sigmoid, sigmoid, value=-1).mul_(q).mul_(0.5)
-    denominator = half_bend.mul_(f).neg_().addcmul_(slope, slope)
-    t.sub_(f.mul_(slope).div_(denominator))
+    f, bend, slope = scratch
+    _add_scaled_(_softplus_out(t, 1.0, _threshold(t.dtype), out=f), r, t).sub_(w)
+    torch.sigmoid(t, out=bend)
+    torch.add(bend, r, out=slope)
+    bend.addcmul_(bend, bend, value=-1).mul_(f)
+    f.mul_(slope)
+    t.sub_(f.div_(slope.mul_(slope).sub_(bend, alpha=0.5)))
 
 
 def activation_inverse(y: Tensor, family: Family) -> Tensor:
     """φ⁻¹(y) [N, D]: Halley's iteration from the nearest of three tangents, ±inf and NaN passed through.
 
-    With t = κ·x, p = a/(a + c) and q = 1 − p the equation φ(x) = y is q·softplus(t) + p·t = κ·y/(a + c).
+    With t = κ·x, r = a/c and w = κ·y/c the equation φ(x) = y is softplus(t) + r·t = w.
     bfloat16 and float16 are computed in float32.
     """
     dtype = wide(y.dtype)
     a, c, kappa = family
-    total = a + c
-    p, q = a / total, c / total
-    low = float(p.min()) if isinstance(p, Tensor) else p
-    steps = _halley_steps(math.floor(math.log2(low)), dtype)
+    r = a / c
+    low = float(r.min()) if isinstance(r, Tensor) else r
+    # Where a ≫ c, φ is nearly linear and softplus a small correction: 2¹⁰ needs no more steps than 2⁹⁹.
+    steps = _halley_steps(min(math.floor(math.log2(low)), 10), dtype)
     x = torch.empty_like(y)
+    scratch: list[Tensor] = []
     for y_part, x_part in _sweeps(y, x):
-        w = torch.mul(y_part.to(dtype), kappa / total)
-        t = _halley_start(w, p, q)
+        if not scratch:
+            scratch = [torch.empty_like(y_part, dtype=dtype) for _ in range(5)]
+        w, t, *rest = (buffer[: len(y_part)] for buffer in scratch)
+        torch.mul(y_part.to(dtype), kappa / c, out=w)
+        _halley_start(w, r, t, rest[0])
         for _ in range(steps):
-            _halley_step_(t, w, p, q)
-        # Where κ·y overflows, and at ±inf, φ is its asymptote; NaN stays NaN.
-        wide_y = y_part.to(dtype)
-        asymptote = torch.minimum(wide_y / a, wide_y / total)
-        x_part.copy_(torch.where(t.isfinite(), t.div_(kappa), asymptote))
+            _halley_step_(t, w, r, rest)
+        torch.div(t, kappa, out=t)
+        if not (t.device.type == "cpu" and math.isfinite(t.sum().item())):
+            # Where w overflows, and at ±inf, φ is its asymptote; NaN stays NaN.
+            wide_y = y_part.to(dtype)
+            t = torch.where(t.isfinite(), t, torch.minimum(wide_y / a, wide_y / (a + c)))
+        x_part.copy_(t)
     return x
 
 
@@ -482,14 +511,13 @@ def _substitute(right: Tensor, packed: Packed, *, upper: bool, transposed: bool)
 def explicit_inverse(packed: Packed, rows: int) -> Tensor | None:
     """(L U)⁻¹ [D, D] by triangular inversion, or None where substitution is better.
 
-    Worth its D³ only for many more rows than columns and while it fits one block (beyond, blocked
-    substitution is as fast); refused when κ₁(L)·κ₁(U) says that it would cost accuracy. Never on a
+    Worth its D³ only for many more rows than columns and for few blocks (beyond, blocked substitution
+    is as fast); refused when κ₁(L)·κ₁(U) says that it would cost accuracy. Never on a
     device where reading the condition back would stall the queue.
     """
-    if packed.lu.device.type != "cpu" or packed.size > BLOCK or rows < 4 * packed.size:
+    if packed.lu.device.type != "cpu" or packed.size > 2 * BLOCK or rows < 4 * packed.size:
         return None
-    whole = slice(0, packed.size)
-    lower, upper = packed.lower_block(whole), packed.upper_block(whole)
+    lower, upper = _dense_factors(packed)
     lower_inverse = _invert_triangular(lower, upper=False)
     upper_inverse = _invert_triangular(upper, upper=True)
     condition = 1.0
@@ -534,12 +562,18 @@ def _permute(h: Tensor, packed: Packed) -> Tensor:
 
 
 def layer_forward(
-    x: Tensor, packed: Packed, bias: Tensor | None, family: Family, *, logabsdet: bool
+    x: Tensor, packed: Packed, bias: Tensor | None, family: Family, *, logabsdet: bool, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(y, log|det J| or None, h or None if φ is the identity, A or None if it was not formed)."""
+    """(y, log|det J| or None, h or None if φ is the identity, A or None if it was not formed).
+
+    Without ``save`` h need not be whole at any time, and what is returned for it may be None.
+    """
     weight = None
     if composes(*x.shape):
         weight = compose(packed).to(x.dtype)
+        if not family.linear:
+            parts = _activated_product(x, weight, packed, bias, family, logabsdet=logabsdet, save=save)
+            return *parts, weight
         h = torch.mm(x, weight.T) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
     else:
         v = _times_lower(_times_upper(x.to(packed.lu.dtype), packed), packed)
@@ -553,6 +587,41 @@ def layer_forward(
     if logabsdet:
         total = log_derivative_sum(h, family).add_(packed.log_diagonal.sum())
     return activate(h, family), total, h, weight
+
+
+def _activated_product(
+    x: Tensor,
+    weight: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    family: Family,
+    *,
+    logabsdet: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(φ(A x + b), log|det J| or None, h = A x + b or None); φ meets each run of rows still in the cache."""
+    y = torch.empty_like(x)
+    h = torch.empty_like(x) if save else None
+    total = torch.empty(x.shape[0], dtype=wide(x.dtype), device=x.device) if logabsdet else None
+    bias = None if bias is None else bias.to(x.dtype)
+    scratch = None
+    start = 0
+    for x_part, y_part in _sweeps(x, y, rows_at_least=PRODUCT_ROWS):
+        rows = slice(start, start + len(x_part))
+        start = rows.stop
+        if h is not None:
+            h_part = h[rows]
+        else:
+            scratch = torch.empty_like(x_part) if scratch is None else scratch
+            h_part = scratch[: len(x_part)]
+        if bias is None:
+            torch.mm(x_part, weight.T, out=h_part)
+        else:
+            torch.addmm(bias, x_part, weight.T, out=h_part)
+        _activate_into(y_part, h_part, family)
+        if total is not None:
+            _log_derivative_sum_into(total[rows], h_part, family)
+    return y, None if total is None else total.add_(packed.log_diagonal.sum()), h
 
 
 def _constant_logabsdet(packed: Packed, rows: int) -> Tensor:
@@ -574,28 +643,68 @@ def layer_backward(
     has_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (x, lu, bias, slopes)."""
-    grad_slopes = None
-    grad_h = grad_y
-    if h is not None:
-        grad_h, grad_slopes = activation_backward(grad_y, grad_logabsdet, h, family, slopes)
-    grad_bias = grad_h.sum(0, dtype=packed.lu.dtype) if has_bias else None
+    dtype = packed.lu.dtype
+    totals = None if h is None else _slope_totals(slopes, h)
     grad_x = grad_lu = None
     if weight is not None:
-        if needs_x:
-            grad_x = grad_h @ weight
-        if needs_lu:
-            grad_lu = compose_backward((grad_h.T @ x).to(packed.lu.dtype), packed)
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_weight = torch.zeros_like(packed.lu) if needs_lu else None
+        grad_bias = torch.zeros_like(packed.log_diagonal) if has_bias else None
+        for grad_h, rows in _preactivation_gradients(grad_y, grad_logabsdet, h, family, totals):
+            if grad_x is not None:
+                torch.mm(grad_h, weight, out=grad_x[rows])
+            if grad_weight is not None:
+                _add_product_(grad_weight, grad_h.T, x[rows])
+            if grad_bias is not None:
+                grad_bias.add_(grad_h.sum(0, dtype=dtype))
+        if grad_weight is not None:
+            grad_lu = compose_backward(grad_weight, packed)
     else:
-        grad_v = _permute(grad_h.to(packed.lu.dtype), packed)
+        grad_h = grad_y
+        if h is not None:
+            grad_h = torch.empty_like(h)
+            _activation_backward_into(grad_h, grad_y, h, _column(grad_logabsdet), family, totals)
+        grad_bias = grad_h.sum(0, dtype=dtype) if has_bias else None
+        grad_v = _permute(grad_h.to(dtype), packed)
         grad_t = _times_lower_transposed(grad_v, packed)
         if needs_x:
             grad_x = _times_upper_transposed(grad_t, packed).to(x.dtype)
         if needs_lu:
-            wide_x = x.to(packed.lu.dtype)
+            wide_x = x.to(dtype)
             grad_lu = rows_backward(grad_v, _times_upper(wide_x, packed), grad_t, wide_x, packed)
     if grad_lu is not None:
         _finish_lu_(grad_lu, packed, _row_sum(grad_logabsdet), 1.0)
-    return grad_x, grad_lu, grad_bias, grad_slopes
+    return grad_x, grad_lu, grad_bias, _finish_slopes(totals, slopes)
+
+
+def _preactivation_gradients(
+    grad_y: Tensor, grad_logabsdet: Tensor | None, h: Tensor | None, family: Family, totals: Tensor | None
+) -> Iterator[tuple[Tensor, slice]]:
+    """The gradient of h for one run of rows after another, in memory that is used again for the next.
+
+    The products that need it follow while it is in the cache, and it is never there as a whole: memory of
+    its size, fresh from the system, would cost more time than computing it.
+    """
+    everything = slice(0, grad_y.shape[0])
+    if h is None:
+        yield grad_y, everything
+        return
+    scratch = None
+    start = 0
+    parts = _sweeps(grad_y, h, *_column(grad_logabsdet), rows_at_least=PRODUCT_ROWS)
+    for g, h_part, *ld in parts:
+        scratch = torch.empty_like(h_part) if scratch is None else scratch[: len(h_part)]
+        _activation_backward_into(scratch, g, h_part, ld, family, totals)
+        yield scratch, slice(start, start + len(h_part))
+        start += len(h_part)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total ← total + left·right, summed over the runs in the dtype of ``total``."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
 
 
 def _row_sum(grad_logabsdet: Tensor | None) -> Tensor | None:
@@ -669,7 +778,7 @@ def layer_inverse_backward(
 
 
 def _dense_factors(packed: Packed) -> tuple[Tensor, Tensor]:
-    """(L, U), both dense [K, D, D]."""
+    """(L, U), both dense [..., D, D]."""
     lower = packed.lu.tril(-1)
     lower.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     upper = packed.lu.triu(1)
@@ -678,7 +787,7 @@ def _dense_factors(packed: Packed) -> tuple[Tensor, Tensor]:
 
 
 def stacked_forward(
-    x: Tensor, packed: Packed, bias: Tensor | None, family: Family, *, logabsdet: bool
+    x: Tensor, packed: Packed, bias: Tensor | None, family: Family, *, logabsdet: bool, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """``layer_forward`` for K layers at once: x [K, N, D], lu [K, D, D], bias [K, D]; A is always formed.
 
@@ -698,7 +807,7 @@ def stacked_forward(
         return h, constant.expand(x.shape[:2]).contiguous() if logabsdet else None, None, weight
     rows = h.flatten(0, 1)
     total = log_derivative_sum(rows, family).reshape(x.shape[:2]).add_(constant) if logabsdet else None
-    return activate(rows, family).reshape(x.shape), total, h, weight
+    return activate(rows, family).reshape(x.shape), total, h if save else None, weight
 
 
 def stacked_backward(

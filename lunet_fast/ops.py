@@ -250,6 +250,7 @@ def _layer_forward(
         bias,
         Family.of(slopes, a, c, kappa, wide(x.dtype)),
         logabsdet=logabsdet,
+        save=save,
     )
     total = _or_nothing(total, _nothing(x, wide(x.dtype)), x.shape[:-1])
     if not save:
