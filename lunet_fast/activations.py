@@ -27,6 +27,10 @@ def _logit(fraction: float) -> float:
     return math.log(fraction) - math.log1p(-fraction)
 
 
+def _is_meta(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.is_meta
+
+
 def _check_inside(name: str, value: float, low: float, high: float) -> None:
     if not low < value < high:
         raise ValueError(f"a learnable {name} must start strictly between {low} and {high}, got {value}")
@@ -39,6 +43,10 @@ class BijectiveActivation(nn.Module):
     have shape [...] and are float32 or wider. Cost: O(1) transcendentals an element forward, two or three
     times that for the inverse (see ``functional.leaky_softplus_inverse``).
     """
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Set what is learnt back to where it started."""
 
     @abstractmethod
     def slopes(self) -> Slopes:
@@ -77,7 +85,7 @@ class LeakySoftplus(BijectiveActivation):
 
     Args:
         alpha: α, strictly between 0 and 1; between 0.001 and 0.999 if learnable.
-        learnable: make α a parameter (``raw_alpha``, a scalar).
+        learnable: make α a parameter (``raw_alpha`` [1]).
 
     Raises:
         ValueError: alpha outside its range.
@@ -92,11 +100,17 @@ class LeakySoftplus(BijectiveActivation):
         self._alpha = alpha
         self.raw_alpha: nn.Parameter | None
         if learnable:
-            low, high = SLOPE_RANGE
-            _check_inside("alpha", alpha, low, high)
-            self.raw_alpha = nn.Parameter(torch.tensor(_logit((alpha - low) / (high - low))))
+            _check_inside("alpha", alpha, *SLOPE_RANGE)
+            self.raw_alpha = nn.Parameter(torch.empty(1))
+            self.reset_parameters()
         else:
             self.register_parameter("raw_alpha", None)
+
+    def reset_parameters(self) -> None:
+        """Set a learnable α back to the value it was made with."""
+        low, high = SLOPE_RANGE
+        if self.raw_alpha is not None:
+            nn.init.constant_(self.raw_alpha, _logit((self._alpha - low) / (high - low)))
 
     @property
     def alpha(self) -> float | Tensor:
@@ -104,7 +118,7 @@ class LeakySoftplus(BijectiveActivation):
         if self.raw_alpha is None:
             return self._alpha
         low, high = SLOPE_RANGE
-        return low + (high - low) * torch.sigmoid(self.raw_alpha)
+        return low + (high - low) * torch.sigmoid(self.raw_alpha.squeeze(0))
 
     def slopes(self) -> Slopes:
         alpha = self.alpha
@@ -113,7 +127,8 @@ class LeakySoftplus(BijectiveActivation):
         return alpha, 1.0 - alpha, 1.0
 
     def extra_repr(self) -> str:
-        return f"alpha={self.slope_values()[0]:.4g}, learnable={self.learnable}"
+        alpha = self._alpha if _is_meta(self.raw_alpha) else self.slope_values()[0]
+        return f"alpha={alpha:.4g}, learnable={self.learnable}"
 
 
 class GeneralizedLeakySoftplus(BijectiveActivation):
@@ -122,7 +137,7 @@ class GeneralizedLeakySoftplus(BijectiveActivation):
     Args:
         alpha: α > 0, how sharply the slope changes; between 0.001 and 1000 if learnable.
         beta: β > 0; between 0.001 and 1000 if learnable. β = 0 is plain softplus, which is not onto ℝ.
-        learnable: make both parameters (``raw_alpha`` and ``raw_beta``, scalars).
+        learnable: make both parameters (``raw_alpha`` [1] and ``raw_beta`` [1]).
 
     Raises:
         ValueError: alpha or beta outside its range.
@@ -143,22 +158,25 @@ class GeneralizedLeakySoftplus(BijectiveActivation):
         self.raw_alpha: nn.Parameter | None
         self.raw_beta: nn.Parameter | None
         if learnable:
-            self.raw_alpha = nn.Parameter(torch.tensor(self._raw("alpha", alpha)))
-            self.raw_beta = nn.Parameter(torch.tensor(self._raw("beta", beta)))
+            _check_inside("alpha", alpha, *SCALE_RANGE)
+            _check_inside("beta", beta, *SCALE_RANGE)
+            self.raw_alpha, self.raw_beta = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
+            self.reset_parameters()
         else:
             self.register_parameter("raw_alpha", None)
             self.register_parameter("raw_beta", None)
 
-    @staticmethod
-    def _raw(name: str, value: float) -> float:
+    def reset_parameters(self) -> None:
+        """Set learnable α and β back to the values they were made with."""
         low, high = SCALE_RANGE
-        _check_inside(name, value, low, high)
-        return _logit(math.log(value / low) / math.log(high / low))
+        for raw, value in ((self.raw_alpha, self._alpha), (self.raw_beta, self._beta)):
+            if raw is not None:
+                nn.init.constant_(raw, _logit(math.log(value / low) / math.log(high / low)))
 
     @staticmethod
     def _value(raw: Tensor) -> Tensor:
         low, high = SCALE_RANGE
-        return low * torch.exp(math.log(high / low) * torch.sigmoid(raw))
+        return torch.exp(math.log(low) + math.log(high / low) * torch.sigmoid(raw.squeeze(0)))
 
     @property
     def alpha(self) -> float | Tensor:
@@ -177,5 +195,6 @@ class GeneralizedLeakySoftplus(BijectiveActivation):
         return self._beta, 1.0, self._alpha
 
     def extra_repr(self) -> str:
-        beta, _, alpha = self.slope_values()
+        meta = _is_meta(self.raw_alpha)
+        beta, _, alpha = (self._beta, 1.0, self._alpha) if meta else self.slope_values()
         return f"alpha={alpha:.4g}, beta={beta:.4g}, learnable={self.learnable}"

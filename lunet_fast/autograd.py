@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lunet_fast import ops, reference
 
@@ -23,6 +24,8 @@ _ops = torch.ops.lunet_fast
 Fixed = tuple[float, float, float]
 
 Outputs = tuple[Tensor, Tensor]
+
+without_autocast = reference.without_autocast
 
 
 def _pair(function: Callable[..., Outputs], tensors: tuple[Tensor | None, ...]) -> Callable[..., Outputs]:
@@ -41,8 +44,9 @@ def _vjp(
 ) -> list[Tensor | None]:
     """Differentiable gradients of ``tensors`` (None for None) of a pair-valued function."""
     primals = [t for t in tensors if t is not None]
-    pullback = torch.func.vjp(_pair(function, tensors), *primals)[1]
-    gradients = iter(pullback(cotangents))
+    with without_autocast(primals[0]):
+        pullback = torch.func.vjp(_pair(function, tensors), *primals)[1]
+        gradients = iter(pullback(cotangents))
     return [None if t is None else next(gradients) for t in tensors]
 
 
@@ -62,9 +66,10 @@ def _jvp(
         for t, d in zip(tensors, tangents, strict=True)
         if t is not None
     )
-    outputs, pullback = torch.func.vjp(_pair(function, tensors), *primals)[:2]
-    pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(t) for t in outputs))[1]
-    ((y, logabsdet),) = pushforward(directions)
+    with without_autocast(primals[0]):
+        outputs, pullback = torch.func.vjp(_pair(function, tensors), *primals)[:2]
+        pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(t) for t in outputs))[1]
+        ((y, logabsdet),) = pushforward(directions)
     return y.contiguous(), logabsdet.contiguous()
 
 
@@ -74,12 +79,31 @@ def _vmap(
     """A pair-valued function batched over those of ``tensors`` that have a batch dimension."""
     given = [(t, d) for t, d in zip(tensors, dims, strict=True) if t is not None]
     mapped = torch.func.vmap(_pair(function, tensors), in_dims=tuple(d for _, d in given))
-    return mapped(*(t for t, _ in given))
+    with without_autocast(given[0][0]):
+        return mapped(*(t for t, _ in given))
 
 
 def records(*tensors: Tensor | None) -> bool:
     """Whether autograd will want a backward of a function of these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _needed(ctx: Any) -> tuple[bool, ...]:
+    """Which of (x, lu, bias, slopes) want a gradient. While being traced, all: there torch.compile does not
+    know it of a tensor that torch.func differentiates by."""
+    return (True,) * 4 if torch.compiler.is_compiling() else ctx.needs_input_grad[:4]
+
+
+def _whole(
+    grad: Tensor | None, grad_logabsdet: Tensor | None, x: Tensor, logabsdet: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a pair of results, zeros for one that nothing depended on."""
+    if grad is None:
+        grad = torch.zeros_like(x)
+    if grad_logabsdet is None:
+        shape = x.shape[:-1] if logabsdet else (0,)
+        grad_logabsdet = x.new_zeros(shape, dtype=reference.wide(x.dtype))
+    return grad, grad_logabsdet
 
 
 def _stackable(one: Callable[..., Outputs], sign: Tensor | None) -> Callable[..., Outputs]:
@@ -140,7 +164,6 @@ class Activation(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Outputs) -> None:
         x, slopes, ctx.fixed, ctx.logabsdet = inputs
         ctx.save_for_backward(x, slopes)
-        ctx.save_for_forward(x, slopes)
 
     @staticmethod
     def formula(fixed: Fixed, logabsdet: bool) -> Callable[..., Outputs]:
@@ -152,8 +175,9 @@ class Activation(torch.autograd.Function):
         return pair
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_logabsdet: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Any, grad_logabsdet: Any) -> tuple[Tensor | None, ...]:
         x, slopes = ctx.saved_tensors
+        grad_y, grad_logabsdet = _whole(grad_y, grad_logabsdet, x, ctx.logabsdet)
         if torch.is_grad_enabled():
             pair = Activation.formula(ctx.fixed, ctx.logabsdet)
             grad_x, grad_slopes = _vjp(pair, (x, slopes), (grad_y, grad_logabsdet))
@@ -186,7 +210,6 @@ class ActivationInverse(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Outputs) -> None:
         y, slopes, ctx.fixed, ctx.logabsdet = inputs
         ctx.save_for_backward(y, slopes, output[0])
-        ctx.save_for_forward(y, slopes)
 
     @staticmethod
     def formula(fixed: Fixed, logabsdet: bool) -> Callable[..., Outputs]:
@@ -198,8 +221,9 @@ class ActivationInverse(torch.autograd.Function):
         return pair
 
     @staticmethod
-    def backward(ctx: Any, grad_x: Tensor, grad_logabsdet: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_x: Any, grad_logabsdet: Any) -> tuple[Tensor | None, ...]:
         y, slopes, x = ctx.saved_tensors
+        grad_x, grad_logabsdet = _whole(grad_x, grad_logabsdet, y, ctx.logabsdet)
         if torch.is_grad_enabled():
             pair = ActivationInverse.formula(ctx.fixed, ctx.logabsdet)
             grad_y, grad_slopes = _vjp(pair, (y, slopes), (grad_x, grad_logabsdet))
@@ -249,7 +273,6 @@ class Layer(torch.autograd.Function):
         h, weight = output[2:]
         ctx.mark_non_differentiable(h, weight)
         ctx.save_for_backward(x, lu, bias, slopes, sign, permutation, h, weight)
-        ctx.save_for_forward(x, lu, bias, slopes, sign, permutation)
 
     @staticmethod
     def formula(
@@ -270,13 +293,14 @@ class Layer(torch.autograd.Function):
         return _stackable(one, sign)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_logabsdet: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Any, grad_logabsdet: Any, *_: Any) -> tuple[Tensor | None, ...]:
         x, lu, bias, slopes, sign, permutation, h, weight = ctx.saved_tensors
+        grad_y, grad_logabsdet = _whole(grad_y, grad_logabsdet, x, ctx.logabsdet)
         if torch.is_grad_enabled():
             pair = Layer.formula(sign, permutation, ctx.fixed, ctx.logabsdet)
             gradients = _vjp(pair, (x, lu, bias, slopes), (grad_y, grad_logabsdet))
             return (*gradients, None, None, None, None, None)
-        needs_x, needs_lu, needs_bias, needs_slopes = ctx.needs_input_grad[:4]
+        needs_x, needs_lu, needs_bias, needs_slopes = _needed(ctx)
         has_bias = bias is not None and needs_bias
         grad_x, grad_lu, grad_bias, grad_slopes = _ops.layer_backward(
             grad_y,
@@ -313,7 +337,7 @@ class Layer(torch.autograd.Function):
         native = _batched_natively(info.batch_size, in_dims, args)
         if native is not None:
             # A batched tensor does not tell whether what it wraps requires a gradient; here it is unwrapped.
-            save = records(*native)
+            save = save or records(*native)
             outputs = EagerLayer.apply(*native, fixed, logabsdet, save)
             active = slopes is not None or fixed[1] != 0.0
             weight_dim = 0 if save and outputs[3].dim() == 3 else None
@@ -349,7 +373,6 @@ class LayerInverse(torch.autograd.Function):
         x, _, h = output
         ctx.mark_non_differentiable(h)
         ctx.save_for_backward(y, lu, bias, slopes, sign, permutation, x, h)
-        ctx.save_for_forward(y, lu, bias, slopes, sign, permutation)
 
     @staticmethod
     def formula(
@@ -370,13 +393,14 @@ class LayerInverse(torch.autograd.Function):
         return _stackable(one, sign)
 
     @staticmethod
-    def backward(ctx: Any, grad_x: Tensor, grad_logabsdet: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_x: Any, grad_logabsdet: Any, *_: Any) -> tuple[Tensor | None, ...]:
         y, lu, bias, slopes, sign, permutation, x, h = ctx.saved_tensors
+        grad_x, grad_logabsdet = _whole(grad_x, grad_logabsdet, y, ctx.logabsdet)
         if torch.is_grad_enabled():
             pair = LayerInverse.formula(sign, permutation, ctx.fixed, ctx.logabsdet)
             gradients = _vjp(pair, (y, lu, bias, slopes), (grad_x, grad_logabsdet))
             return (*gradients, None, None, None, None, None)
-        needs_y, needs_lu, needs_bias, needs_slopes = ctx.needs_input_grad[:4]
+        needs_y, needs_lu, needs_bias, needs_slopes = _needed(ctx)
         has_bias = bias is not None and needs_bias
         grad_y, grad_lu, grad_bias, grad_slopes = _ops.layer_inverse_backward(
             grad_x,
@@ -411,7 +435,7 @@ class LayerInverse(torch.autograd.Function):
         native = _batched_natively(info.batch_size, in_dims, args)
         if native is not None:
             # A batched tensor does not tell whether what it wraps requires a gradient; here it is unwrapped.
-            save = records(*native)
+            save = save or records(*native)
             outputs = EagerLayerInverse.apply(*native, fixed, logabsdet, save)
             active = slopes is not None or fixed[1] != 0.0
             return outputs, (0, 0 if logabsdet else None, 0 if save and active else None)
@@ -423,28 +447,51 @@ class LayerInverse(torch.autograd.Function):
         return (*outputs, _none_of(y)), (0, 0, None)
 
 
-def _eager(traceable: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The Function for eager mode: with forward-mode derivatives and a forward that is quick to call.
+def _eager(traceable: type[torch.autograd.Function], inputs: int) -> type[torch.autograd.Function]:
+    """The Function for eager mode: with forward-mode derivatives and quick to call.
 
     torch.compile refuses to trace a Function that defines jvp, so what it traces is the class without.
     And ``Function.apply`` binds its arguments by forward's signature, worked out anew at each call, which
-    costs more than a small layer does; a signature already there is taken as it is.
+    costs more than a small layer does; a signature already there is taken as it is. ``inputs`` is how
+    many of the arguments, from the first, are tensors that a tangent is computed from.
     """
 
     def forward(*args: Any) -> Any:
-        # A gradient is recorded here, so the operation's own autograd (below) need not be asked.
-        with torch._C._AutoDispatchBelowAutograd():
+        # A gradient is recorded here, so the operation's own autograd (below) need not be asked, nor are
+        # its results views of anything.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return traceable.forward(*args)
 
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    members = {"forward": staticmethod(forward), "jvp": staticmethod(traceable.tangent)}  # type: ignore[attr-defined]
-    return type(f"Eager{traceable.__name__}", (traceable,), members)
+
+    def setup_context(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
+        traceable.setup_context(ctx, args, output)
+        ctx.save_for_forward(*args[:inputs])
+        ctx.set_materialize_grads(False)
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        if _forward_modes() > 1:
+            raise NotImplementedError(
+                "forward-mode derivatives of forward-mode derivatives are not supported for LU layers; take "
+                "the inner or the outer one in reverse mode, as torch.func.hessian does"
+            )
+        return traceable.tangent(ctx, *tangents)  # type: ignore[attr-defined]
+
+    members = {"forward": forward, "setup_context": setup_context, "jvp": jvp}
+    statics = {name: staticmethod(member) for name, member in members.items()}
+    return type(f"Eager{traceable.__name__}", (traceable,), statics)
 
 
-EagerActivation = _eager(Activation)
-EagerActivationInverse = _eager(ActivationInverse)
-EagerLayer = _eager(Layer)
-EagerLayerInverse = _eager(LayerInverse)
+def _forward_modes() -> int:
+    """How many forward-mode derivatives torch.func is taking around this call."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+
+
+EagerActivation = _eager(Activation, 2)
+EagerActivationInverse = _eager(ActivationInverse, 2)
+EagerLayer = _eager(Layer, 6)
+EagerLayerInverse = _eager(LayerInverse, 6)
 
 
 def activation(*args: Any) -> Outputs:
@@ -479,9 +526,15 @@ def _from_operation(name: str, function: Callable[..., Any]) -> None:
     operation = getattr(_ops, name).default
 
     def call(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+        tensors = [t for t in args if isinstance(t, Tensor)]
+        if _forward_modes() or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(
+                "forward-mode derivatives of an exported or compiled LU layer are not supported; take them "
+                "of the layer itself, in eager mode"
+            )
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return function(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return operation(*args)
 
     ops.library.impl(name, call, "Autograd")

@@ -244,7 +244,7 @@ def _halley_steps(log2_low: int, dtype: torch.dtype) -> int:
     tolerance = 1.5 * torch.finfo(dtype).eps * (w.abs() + math.log(2.0))
     t, *scratch = (torch.empty_like(w) for _ in range(4))
     _halley_start(w, r, t, scratch[0])
-    for steps in range(1, 64):
+    for steps in range(1, 1000):
         _halley_step_(t, w, r, scratch)
         residual = (F.softplus(t, threshold=40.0) + r * t - w).abs()
         if bool((residual <= tolerance).all()):
@@ -284,6 +284,9 @@ def activation_inverse(y: Tensor, family: Family) -> Tensor:
     a, c, kappa = family
     r = a / c
     low = float(r.min()) if isinstance(r, Tensor) else r
+    low = (
+        low if 0.0 < low < math.inf else 1.0
+    )  # slopes that are NaN, or no slopes, give NaN in any number of steps
     # Where a ≫ c, φ is nearly linear and softplus a small correction: 2¹⁰ needs no more steps than 2⁹⁹.
     steps = _halley_steps(min(math.floor(math.log2(low)), 10), dtype)
     x = torch.empty_like(y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lunet_fast.lunet import LUNet
+from lunet_fast.reference import wide
 from lunet_fast.transforms import InvertibleTransform
 
 
@@ -32,7 +34,8 @@ class StandardNormal(nn.Module):
         self.register_buffer("like", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log N(z; 0, I) = −(|z|² + D·log 2π)/2 [...] for z [..., D]."""
+        """log N(z; 0, I) = −(|z|² + D·log 2π)/2 [...] for z [..., D], float32 or wider."""
+        z = z.to(wide(z.dtype))
         return -0.5 * (z.square().sum(-1) + self.features * math.log(2.0 * math.pi))
 
     def sample(self, shape: Sequence[int]) -> Tensor:
@@ -60,6 +63,10 @@ class LUFlow(nn.Module):
             base = StandardNormal(net.features, device=parameter.device, dtype=parameter.dtype)
         self.base = base
 
+    def forward(self, x: Tensor) -> Tensor:
+        """``log_prob(x)``, so that wrappers that call a module, as data parallel does, train a flow."""
+        return self.log_prob(x)
+
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) [...], natural logarithm, for x [..., D]."""
         z, logabsdet = self.net.forward_and_logabsdet(x)
@@ -83,4 +90,4 @@ class LUFlow(nn.Module):
 
 
 def _shape(n: int | Sequence[int]) -> torch.Size:
-    return torch.Size([n]) if isinstance(n, int) else torch.Size(n)
+    return torch.Size(n) if isinstance(n, Sequence) else torch.Size([operator.index(n)])

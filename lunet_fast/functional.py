@@ -6,8 +6,9 @@ shape, ``x.shape[:-1]``, and is float32 or wider. ``lu`` is the packed matrix [D
 the rows of P, (P A)[i] = A[permutation[i]], and ``slopes`` the activation's (a, c, κ): three floats, or a
 tensor [3] or [3, D] to be learnt; None means no activation.
 
-Stacked layers. With lu [K, D, D], bias and sign [K, D], x is [K, ..., D] and K layers run in one call, their
-slopes shared and without permutation; ``torch.func.vmap`` over parameters comes out as this.
+Stacked layers. With lu [K, D, D], bias and sign [K, D], x is [K, ..., D]: K layers in one call, their slopes
+shared and without permutation, forward and its backward as batched products, the inverse one layer after
+another. ``torch.func.vmap`` over parameters comes out as this.
 
 dtypes. x has the dtype of ``lu``. Under autocast x is lowered to the autocast dtype in the forward
 direction, as for a linear layer; the inverse is computed in float32 or wider.
@@ -23,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lunet_fast import autograd, ops, reference
+from lunet_fast import autograd, reference
 from lunet_fast.autograd import Fixed
 from lunet_fast.reference import Slopes
 
@@ -40,26 +41,39 @@ __all__ = [
     "lu_weight",
 ]
 
-_NO_ACTIVATION: Fixed = (1.0, 0.0, 1.0)
-
 lu_weight = reference.lu_weight
 lu_logabsdet = reference.lu_logabsdet
 
 
-def _split(slopes: Slopes | None) -> tuple[Tensor | None, Fixed]:
-    """Slopes as the operations take them: a tensor, or else three floats."""
+def _split(slopes: Slopes | None, x: Tensor) -> tuple[Tensor | None, Fixed]:
+    """Slopes as the operations take them: a tensor, or else three floats, (1, 0, 1) for no activation."""
+    # The triple is written out, not named: torch.compile would make a named one's floats symbolic.
     if slopes is None:
-        return None, _NO_ACTIVATION
+        return None, (1.0, 0.0, 1.0)
     if isinstance(slopes, Tensor):
-        return slopes, _NO_ACTIVATION
-    a, c, kappa = (float(value) for value in slopes)
+        if slopes.shape != (3,) and (x.dim() == 0 or slopes.shape != (3, x.shape[-1])):
+            raise ValueError(f"slopes must be [3] or [3, D] as a tensor, got shape {tuple(slopes.shape)}")
+        return slopes, (1.0, 0.0, 1.0)
+    if any(isinstance(value, Tensor) for value in slopes):
+        raise TypeError("slopes must be three floats or one tensor; torch.stack tensors to learn them")
+    if len(slopes) != 3:
+        raise ValueError(f"slopes must be three numbers (a, c, kappa), got {tuple(slopes)}")
+    a, c, kappa = slopes
     if not (a > 0 and c > 0 and kappa > 0):
         raise ValueError(f"slopes must be three numbers (a, c, kappa), each above 0, got {tuple(slopes)}")
-    return None, (a, c, kappa)
+    return None, (float(a), float(c), float(kappa))
 
 
-def _check(name: str, x: Tensor, lu: Tensor) -> None:
-    if lu.dim() not in (2, 3) or lu.shape[-2] != lu.shape[-1]:
+def _check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .float()")
+
+
+def _check(
+    name: str, x: Tensor, lu: Tensor, bias: Tensor | None, sign: Tensor | None, permutation: Tensor | None
+) -> None:
+    _check_floating(name, x)
+    if lu.dim() not in (2, 3) or lu.shape[-2] != lu.shape[-1] or lu.shape[0] == 0:
         raise ValueError(f"lu must be square, [D, D] or [K, D, D], got shape {tuple(lu.shape)}")
     if x.dim() == 0 or x.shape[-1] != lu.shape[-1]:
         raise ValueError(
@@ -70,17 +84,27 @@ def _check(name: str, x: Tensor, lu: Tensor) -> None:
             f"{name} must be [K, ..., D] for stacked layers, here with K = {lu.shape[0]}, got shape "
             f"{tuple(x.shape)}"
         )
-
-
-def _check_unpermuted(lu: Tensor, permutation: Tensor | None) -> None:
-    if lu.dim() == 3 and permutation is not None:
+    for what, vector in (("bias", bias), ("sign", sign)):
+        if vector is not None and vector.shape != lu.shape[:-1]:
+            raise ValueError(
+                f"{what} must have shape {tuple(lu.shape[:-1])} beside this lu, got {tuple(vector.shape)}"
+            )
+    if sign is not None and sign.requires_grad:
+        raise ValueError("sign must not require a gradient: it is +1 or −1, and not learnt")
+    if permutation is None:
+        return
+    if lu.dim() == 3:
         raise ValueError("permutation must be None for stacked layers; call them one by one")
+    if permutation.shape != lu.shape[:1] or permutation.is_floating_point():
+        raise ValueError(
+            f"permutation must be {lu.shape[0]} integers, got {permutation.dtype} of shape "
+            f"{tuple(permutation.shape)}"
+        )
 
 
 def _matching(name: str, x: Tensor, lu: Tensor, *, lower: bool) -> Tensor:
     """x in the dtype to compute in: the autocast dtype if ``lower`` and autocast is on, else that of lu."""
-    _check(name, x, lu)
-    if ops.autocast_enabled(x) and x.is_floating_point() and x.dtype != torch.float64:
+    if reference.autocast_enabled(x) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type) if lower else reference.wide(lu.dtype))
     if x.dtype != lu.dtype:
         raise TypeError(
@@ -91,12 +115,14 @@ def _matching(name: str, x: Tensor, lu: Tensor, *, lower: bool) -> Tensor:
 
 def leaky_softplus(x: Tensor, slopes: Slopes) -> Tensor:
     """φ(x) = a·x + (c/κ)·softplus(κ·x), elementwise; (2.6) is (α, 1 − α, 1), (2.9) is (β, 1, α)."""
-    return autograd.activation(x, *_split(slopes), False)[0]
+    _check_floating("x", x)
+    return autograd.activation(x, *_split(slopes, x), False)[0]
 
 
 def leaky_softplus_and_logabsdet(x: Tensor, slopes: Slopes) -> tuple[Tensor, Tensor]:
     """(φ(x) [..., D], Σ log φ′(x) over the last dimension [...])."""
-    return autograd.activation(x, *_split(slopes), True)
+    _check_floating("x", x)
+    return autograd.activation(x, *_split(slopes, x), True)
 
 
 def leaky_softplus_inverse(y: Tensor, slopes: Slopes) -> Tensor:
@@ -105,12 +131,14 @@ def leaky_softplus_inverse(y: Tensor, slopes: Slopes) -> Tensor:
     Halley's iteration from the nearest of three tangents; its number of steps follows a/c: 2 in float32
     and 3 in float64 at (2.6) with α = 0.1.
     """
-    return autograd.activation_inverse(y, *_split(slopes), False)[0]
+    _check_floating("y", y)
+    return autograd.activation_inverse(y, *_split(slopes, y), False)[0]
 
 
 def leaky_softplus_inverse_and_logabsdet(y: Tensor, slopes: Slopes) -> tuple[Tensor, Tensor]:
     """(φ⁻¹(y) [..., D], the log-determinant of φ⁻¹ at y [...])."""
-    return autograd.activation_inverse(y, *_split(slopes), True)
+    _check_floating("y", y)
+    return autograd.activation_inverse(y, *_split(slopes, y), True)
 
 
 def _layer(
@@ -122,9 +150,9 @@ def _layer(
     slopes: Slopes | None,
     logabsdet: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check("x", x, lu, bias, sign, permutation)
     x = _matching("x", x, lu, lower=True)
-    _check_unpermuted(lu, permutation)
-    learnt, fixed = _split(slopes)
+    learnt, fixed = _split(slopes, x)
     save = autograd.records(x, lu, bias, learnt)
     return autograd.layer(x, lu, bias, learnt, sign, permutation, fixed, logabsdet, save)
 
@@ -138,9 +166,9 @@ def _layer_inverse(
     slopes: Slopes | None,
     logabsdet: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check("y", y, lu, bias, sign, permutation)
     y = _matching("y", y, lu, lower=False)
-    _check_unpermuted(lu, permutation)
-    learnt, fixed = _split(slopes)
+    learnt, fixed = _split(slopes, y)
     save = autograd.records(y, lu, bias, learnt)
     return autograd.layer_inverse(y, lu, bias, learnt, sign, permutation, fixed, logabsdet, save)
 

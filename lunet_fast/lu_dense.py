@@ -135,7 +135,8 @@ class LUDense(nn.Module):
     def from_linear(cls, linear: nn.Linear, activation: BijectiveActivation | None = None) -> LUDense:
         """The layer with this linear layer's weight and bias, by LU factorisation with row pivoting.
 
-        ``weight`` then equals ``linear.weight`` to rounding. Device, dtype and bias are the linear layer's.
+        ``weight`` then equals ``linear.weight`` to rounding, of log u_ii too where weights are far from 1.
+        Device, dtype, bias, training mode and whether gradients are wanted are the linear layer's.
         Cost O(D³), once.
 
         Raises:
@@ -145,6 +146,10 @@ class LUDense(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        if linear.weight.is_meta:
+            raise ValueError(
+                "linear is on the meta device and has no numbers to factorise; materialise it first"
+            )
         weight = linear.weight.detach()
         rows, columns = weight.shape
         if rows != columns:
@@ -172,7 +177,7 @@ class LUDense(nn.Module):
             bias=linear.bias is not None,
             device=weight.device,
             dtype=weight.dtype,
-            activation=activation,
+            activation=None if activation is None else activation.to(weight.device, weight.dtype),
         )
         with torch.no_grad():
             layer.lu.copy_(packed)
@@ -184,7 +189,9 @@ class LUDense(nn.Module):
                 layer.permutation = permutation
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
-        return layer
+                layer.bias.requires_grad_(linear.bias.requires_grad)
+        layer.lu.requires_grad_(linear.weight.requires_grad)
+        return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
         """An ``nn.Linear`` with weight A and bias b: the affine part, without the activation. O(D³)."""
@@ -218,12 +225,16 @@ class LUDense(nn.Module):
                 "into an nn.Linear and convert that with LUDense.from_linear(linear)"
             )
             state_dict = {k: v for k, v in state_dict.items() if k != prefix + "weight"}
-        # P is there only for layers that have one, so the two sides may differ in it.
+        # P is there only for layers that have one, so a whole layer's state may bring one or take it away.
         given = state_dict.get(prefix + "permutation")
-        if given is None:
+        if given is not None:
+            try:
+                self.permutation = _checked_permutation(given, self.in_features).to(self.lu.device, copy=True)
+            except ValueError as error:
+                error_msgs.append(f"{prefix}permutation: {error}")
+                state_dict = {k: v for k, v in state_dict.items() if k != prefix + "permutation"}
+        elif prefix + "lu" in state_dict:
             self.permutation = None
-        else:
-            self.permutation = _checked_permutation(given, self.in_features).to(self.lu.device, copy=True)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if error_msgs and prefix + "lu" in missing_keys:
             missing_keys.remove(prefix + "lu")

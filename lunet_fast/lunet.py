@@ -53,10 +53,15 @@ class LUNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start near the identity: u_ii = 1/φ′(0) and b = −A φ(0)·1 after an activation, so that f(0) = 0."""
+        """Start near the identity: u_ii = 1/φ′(0) and b = −A φ(0)·1 after an activation, so that f(0) = 0.
+
+        Learnable slopes go back to where they started.
+        """
         before: BijectiveActivation | None = None
         for layer in self._layers():
             layer.reset_parameters()
+            if layer.activation is not None:
+                layer.activation.reset_parameters()
             if before is not None and not layer.lu.is_meta:
                 value, slope = before.tangent_at_zero()
                 with torch.no_grad():
@@ -112,7 +117,7 @@ class LUNet(nn.Module):
         report = []
         with torch.no_grad():
             for index, layer in enumerate(self._layers()):
-                lower, upper = reference.factors(layer.lu.double(), layer.sign.double())
+                lower, upper = (t.double() for t in reference.factors(layer.lu, layer.sign))
                 slope = (1.0, 1.0)
                 if layer.activation is not None:
                     a, c, kappa = layer.activation.slope_values()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lunet_fast import blocked
 from lunet_fast.blocked import Family, Packed
-from lunet_fast.reference import wide
+from lunet_fast.reference import autocast_enabled, wide
 
 BACKENDS = ("auto", "reference", "triton")
 
@@ -95,12 +95,6 @@ def _runs_triton(op: str, x: Tensor) -> bool:
             )
         return True
     return False
-
-
-def autocast_enabled(x: Tensor) -> bool:
-    """Whether autocast is on for x's device; devices without autocast, as meta, never have it on."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 #: Where the operations are registered; kept for the life of the process.

@@ -2,7 +2,8 @@
 
 Every formula is written as it stands on paper, with no thought for speed; every fast path is tested
 against this file in float64. It is also what second derivatives, forward-mode derivatives and ``vmap``
-over parameters are computed through, so each function is differentiable to any order.
+are computed through where an operation cannot do it itself; each function can be differentiated in
+reverse mode to any order.
 
 Storage. One square matrix ``lu`` [D, D] holds a layer: its strict lower triangle is that of the unit
 lower triangular L, its strict upper triangle that of U, and its diagonal s gives u_ii = sign_i·exp(s_i).
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +41,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; devices without autocast, as meta, never have it on."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast does not lower the precision of what is done with x."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
+
+
 def log_diagonal(lu: Tensor) -> Tensor:
     """log|u_ii| [..., D]: the diagonal of ``lu`` [..., D, D], clamped to what its dtype can exponentiate."""
     bound = LOG_DIAGONAL_BOUND[lu.dtype]
@@ -58,7 +71,8 @@ def factors(lu: Tensor, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
 def lu_weight(lu: Tensor, sign: Tensor | None = None, permutation: Tensor | None = None) -> Tensor:
     """A = Pᵀ L U [D, D]."""
     lower, upper = factors(lu, sign)
-    weight = lower @ upper
+    with without_autocast(lu):
+        weight = lower @ upper
     if permutation is not None:
         weight = weight[permutation.argsort()]
     return weight.to(lu.dtype)

@@ -1,0 +1,326 @@
+"""LUFlow: densities with known answers, samples, and torch.distributions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import truth
+from torch import Tensor
+from torch.distributions import (
+    ComposeTransform,
+    Independent,
+    Laplace,
+    MultivariateNormal,
+    Normal,
+    Transform,
+    TransformedDistribution,
+    constraints,
+)
+
+from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUFlow, LUNet
+
+
+def make(d: int, layers: int, seed: int = 0, dtype: torch.dtype = torch.float64, **scales: float) -> LUNet:
+    net = LUNet(d, layers, LeakySoftplus(0.3), dtype=dtype)
+    for index, layer in enumerate(net.layers):
+        truth.randomise(layer, 100 * seed + index, **({"coupling": 0.5, "offset": 0.5} | scales))
+    return net
+
+
+def standard(d: int, dtype: torch.dtype = torch.float64) -> Independent:
+    return Independent(Normal(torch.zeros(d, dtype=dtype), torch.ones(d, dtype=dtype)), 1)
+
+
+def exact_log_prob(x: Tensor, net: LUNet) -> Tensor:
+    total = torch.zeros(x.shape[:-1], dtype=torch.float64)
+    for layer in net.layers:
+        x, logabsdet = truth.forward(x, truth.read(layer))
+        total = total + logabsdet
+    return total - 0.5 * x.square().sum(-1) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
+
+
+# ---- densities
+
+
+@pytest.mark.parametrize("d", [1, 2, 7])
+def test_a_linear_flow_is_a_multivariate_normal(d: int) -> None:
+    """z = A x + b with z ~ N(0, I): x ~ N(-A^-1 b, (A^T A)^-1)."""
+    net = make(d, 1)
+    flow = LUFlow(net)
+    layer = truth.read(net.layers[0])
+    matrix = truth.weight(layer.lu, layer.sign, layer.permutation)
+    mean = -torch.linalg.solve(matrix, layer.bias)
+    exact = MultivariateNormal(mean, precision_matrix=matrix.T @ matrix)
+    x = torch.randn(5, 3, d, dtype=torch.float64)
+    log_prob = flow.log_prob(x)
+    assert log_prob.shape == (5, 3)
+    torch.testing.assert_close(log_prob, exact.log_prob(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(), (0,), (9,), (2, 3)], ids=str)
+def test_log_prob_by_the_change_of_variables(layers: int, shape: tuple[int, ...]) -> None:
+    net = make(4, layers)
+    x = torch.randn(*shape, 4, dtype=torch.float64)
+    log_prob = LUFlow(net).log_prob(x)
+    assert log_prob.shape == shape
+    torch.testing.assert_close(log_prob, exact_log_prob(x, net), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_integrates_to_one_in_one_dimension(layers: int, seed: int) -> None:
+    flow = LUFlow(make(1, layers, seed))
+    # The slopes of three layers are above 0.3^2 e^-1.5, so the mass lies within +-12 / 0.02.
+    x = torch.linspace(-800, 800, 400_001, dtype=torch.float64)
+    with torch.no_grad():
+        density = flow.log_prob(x[:, None]).exp()
+    assert float(torch.trapezoid(density, x)) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_integrates_to_one_in_two_dimensions(seed: int) -> None:
+    flow = LUFlow(make(2, 2, seed, spread=0.2, coupling=0.3))
+    line = torch.linspace(-40, 40, 801, dtype=torch.float64)
+    grid = torch.cartesian_prod(line, line)
+    with torch.no_grad():
+        density = flow.log_prob(grid).exp()
+    step = float(line[1] - line[0])
+    assert float(density.sum()) * step**2 == pytest.approx(1.0, abs=1e-4)
+
+
+def test_another_base() -> None:
+    net = make(3, 2)
+    zero, one = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    flow = LUFlow(net, Independent(Laplace(zero, one), 1))
+    x = torch.randn(6, 3, dtype=torch.float64)
+    z, logabsdet = net.forward_and_logabsdet(x)
+    exact = -z.abs().sum(-1) - 3 * math.log(2) + logabsdet
+    torch.testing.assert_close(flow.log_prob(x), exact, rtol=1e-12, atol=1e-12)
+    assert flow.sample(4).shape == (4, 3)
+
+
+def test_gradient_of_the_likelihood_reaches_the_log_determinant() -> None:
+    """Without it, training would only shrink z; the known slip of an earlier code."""
+    flow = LUFlow(make(3, 2))
+    x = torch.randn(20, 3, dtype=torch.float64)
+    names, parameters = zip(*flow.named_parameters(), strict=True)
+    found = torch.autograd.grad(flow.log_prob(x).mean(), parameters)
+    layers = [truth.read(layer) for layer in flow.net.layers]
+    leaves = [(s.lu.clone().requires_grad_(), s.bias.clone().requires_grad_()) for s in layers]
+    z, total = x, 0.0
+    for state, (lu, bias) in zip(layers, leaves, strict=True):
+        z, logabsdet = truth.forward(z, state._replace(lu=lu, bias=bias))
+        total = total + logabsdet
+    exact = (total - 0.5 * z.square().sum(-1)).mean()
+    true = torch.autograd.grad(exact, [leaf for pair in leaves for leaf in pair])
+    assert len(names) == 4
+    for f, t in zip(found, true, strict=True):
+        torch.testing.assert_close(f, t, rtol=1e-9, atol=1e-10)
+
+
+def test_fitting_by_likelihood_finds_a_normal() -> None:
+    rng = torch.Generator().manual_seed(1)
+    data = torch.randn(3000, 2, generator=rng) @ torch.tensor([[2.0, 0.0], [1.0, 0.5]]) + torch.tensor(
+        [3.0, -1.0]
+    )
+    flow = LUFlow(LUNet(2, 1))
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        (-flow.log_prob(data).mean()).backward()
+        optimizer.step()
+    best = MultivariateNormal(data.mean(0), data.T.cov()).log_prob(data).mean()
+    assert float(flow.log_prob(data).mean()) == pytest.approx(float(best), abs=0.01)
+
+
+# ---- samples
+
+
+@pytest.mark.parametrize(
+    ("n", "shape"),
+    [(5, (5,)), (0, (0,)), (1, (1,)), ((2, 3), (2, 3)), ((4,), (4,)), ((), ()), ([2], (2,))],
+    ids=str,
+)
+def test_shapes_of_samples(n: int | tuple[int, ...], shape: tuple[int, ...]) -> None:
+    flow = LUFlow(make(3, 2))
+    assert flow.sample(n).shape == (*shape, 3)
+    x, log_prob = flow.sample_and_log_prob(n)
+    assert x.shape == (*shape, 3)
+    assert log_prob.shape == shape
+
+
+def test_torch_size_is_a_shape() -> None:
+    assert LUFlow(make(3, 2)).sample(torch.Size([2, 2])).shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_sample_and_log_prob_agrees_with_log_prob(layers: int) -> None:
+    flow = LUFlow(make(4, layers))
+    x, log_prob = flow.sample_and_log_prob((7, 5))
+    torch.testing.assert_close(log_prob, flow.log_prob(x), rtol=1e-8, atol=1e-8)
+
+
+def test_samples_follow_the_density() -> None:
+    """Mean and covariance of a linear flow, within five standard errors."""
+    net = make(3, 1)
+    layer = truth.read(net.layers[0])
+    matrix = truth.weight(layer.lu, layer.sign, layer.permutation)
+    covariance = torch.linalg.inv(matrix.T @ matrix)
+    mean = -torch.linalg.solve(matrix, layer.bias)
+    n = 40_000
+    x = LUFlow(net).sample(n)
+    error = (x.mean(0) - mean).abs() / (covariance.diagonal() / n).sqrt()
+    assert error.max() < 5
+    found = x.T.cov()
+    spread = (covariance.diagonal().outer(covariance.diagonal()) + covariance.square()).div(n).sqrt()
+    assert ((found - covariance).abs() / spread).max() < 5
+
+
+def test_samples_of_a_nonlinear_flow_become_normal() -> None:
+    flow = LUFlow(make(2, 3))
+    z = flow.net(flow.sample(40_000))
+    assert z.mean(0).abs().max() < 5 / 200
+    assert (z.T.cov() - torch.eye(2)).abs().max() < 5 * 2**0.5 / 200
+
+
+def test_samples_repeat_with_the_seed() -> None:
+    flow = LUFlow(make(2, 2))
+    torch.manual_seed(5)
+    first = flow.sample(10)
+    torch.manual_seed(5)
+    assert torch.equal(first, flow.sample(10))
+    assert not torch.equal(first, flow.sample(10))
+
+
+def test_samples_take_gradients_only_where_they_can() -> None:
+    """A draw that silently dropped the parameters' gradient must not claim to have one."""
+    flow = LUFlow(make(2, 2))
+    x = flow.sample(3)
+    if x.requires_grad:
+        gradients = torch.autograd.grad(x.sum(), list(flow.parameters()))
+        assert all(g.abs().sum() > 0 for g in gradients)
+
+
+# ---- dtype and state
+
+
+def test_the_base_follows_the_dtype() -> None:
+    flow = LUFlow(LUNet(3, 2)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    assert flow.log_prob(x).dtype == torch.float64
+    assert flow.sample(2).dtype == torch.float64
+    assert flow.sample_and_log_prob(2)[1].dtype == torch.float64
+    torch.testing.assert_close(flow.log_prob(x), exact_log_prob(x, flow.net), rtol=1e-12, atol=1e-12)
+    flow.to(torch.float32)
+    assert flow.sample(2).dtype == torch.float32
+    # And it is made in the dtype of the net.
+    assert LUFlow(LUNet(3, 2, dtype=torch.float64)).sample(2).dtype == torch.float64
+
+
+def test_the_base_follows_the_device() -> None:
+    flow = LUFlow(LUNet(3, 2)).to("meta")
+    assert flow.log_prob(torch.empty(5, 3, device="meta")).shape == (5,)
+    assert all(b.is_meta for b in flow.buffers())
+
+
+def test_state_round_trip() -> None:
+    source, target = LUFlow(make(3, 2)), LUFlow(make(3, 2, seed=4))
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(5, 3, dtype=torch.float64)
+    assert torch.equal(source.log_prob(x), target.log_prob(x))
+
+
+# ---- torch.distributions
+
+
+@pytest.mark.parametrize("kind", ["layer", "net", "flow"])
+def test_as_transform(kind: str) -> None:
+    net = make(4, 3)
+    module = {"layer": net.layers[0], "net": net, "flow": LUFlow(net)}[kind]
+    plain = net.layers[0] if kind == "layer" else net
+    transform = module.as_transform()
+    assert isinstance(transform, Transform)
+    assert transform.bijective
+    assert transform.domain.event_dim == transform.codomain.event_dim == 1
+    assert transform.domain is constraints.real_vector
+    x = torch.randn(6, 2, 4, dtype=torch.float64)
+    y = transform(x)
+    torch.testing.assert_close(y, plain(x))
+    torch.testing.assert_close(transform.inv(y), x, rtol=1e-8, atol=1e-8)
+    assert transform.inv.inv is transform
+    exact = plain.forward_and_logabsdet(x)[1]
+    assert transform.log_abs_det_jacobian(x, y).shape == (6, 2)
+    torch.testing.assert_close(transform.log_abs_det_jacobian(x, y), exact)
+    torch.testing.assert_close(transform.inv.log_abs_det_jacobian(y, x), -exact, rtol=1e-8, atol=1e-8)
+    assert transform.forward_shape((6, 4)) == (6, 4)
+
+
+def test_transformed_distribution_is_the_flow() -> None:
+    net = make(4, 2)
+    flow = LUFlow(net)
+    distribution = TransformedDistribution(standard(4), [net.as_transform().inv])
+    x = torch.randn(9, 4, dtype=torch.float64)
+    torch.testing.assert_close(distribution.log_prob(x), flow.log_prob(x), rtol=1e-9, atol=1e-9)
+    assert distribution.event_shape == (4,)
+    assert distribution.batch_shape == ()
+    draws = distribution.sample((5, 3))
+    assert draws.shape == (5, 3, 4)
+    torch.manual_seed(3)
+    ours = flow.sample(7)
+    torch.manual_seed(3)
+    torch.testing.assert_close(distribution.sample((7,)), ours)
+
+
+def test_transformed_distribution_in_the_other_direction() -> None:
+    """y = net(x) for normal x: the density of y divides by the Jacobian."""
+    net = make(3, 2)
+    distribution = TransformedDistribution(standard(3), [net.as_transform()])
+    x = torch.randn(5, 3, dtype=torch.float64)
+    y, logabsdet = net.forward_and_logabsdet(x)
+    expected = standard(3).log_prob(x) - logabsdet
+    torch.testing.assert_close(distribution.log_prob(y), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_rsample_of_a_transformed_distribution_has_gradients() -> None:
+    net = make(3, 2)
+    draw = TransformedDistribution(standard(3), [net.as_transform()]).rsample((4,))
+    gradients = torch.autograd.grad(draw.sum(), list(net.parameters()))
+    assert all(g.abs().sum() > 0 for g in gradients)
+
+
+def test_composition_of_the_layers_is_the_net() -> None:
+    net = make(4, 3)
+    composed = ComposeTransform([layer.as_transform() for layer in net.layers])
+    x = torch.randn(5, 4, dtype=torch.float64)
+    y = composed(x)
+    torch.testing.assert_close(y, net(x))
+    exact = net.forward_and_logabsdet(x)[1]
+    torch.testing.assert_close(composed.log_abs_det_jacobian(x, y), exact)
+    torch.testing.assert_close(composed.inv(y), x, rtol=1e-8, atol=1e-8)
+
+
+def test_a_cached_transform_gives_the_same() -> None:
+    transform = make(4, 2).as_transform()
+    cached = transform.with_cache()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    y = cached(x)
+    assert cached.inv(y) is x
+    torch.testing.assert_close(y, transform(x))
+    assert cached.inv(y + 0) is not x
+
+
+def test_transforms_of_one_module_are_equal_and_of_two_are_not() -> None:
+    first, second = make(3, 1), make(3, 1, seed=1)
+    assert first.as_transform() == first.as_transform()
+    assert first.as_transform() != second.as_transform()
+
+
+def test_a_transform_follows_later_changes_of_the_module() -> None:
+    layer = LUDense(3, activation=GeneralizedLeakySoftplus(2.0, 0.5), dtype=torch.float64)
+    transform = layer.as_transform()
+    truth.randomise(layer, 3)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    torch.testing.assert_close(transform(x), truth.forward(x, truth.read(layer))[0])
