@@ -311,6 +311,20 @@ def activation_inverse(y: Tensor, family: Family) -> Tensor:
 # --- the packed matrix ----------------------------------------------------------------------------------
 
 
+def _unit_lower(lu: Tensor) -> Tensor:
+    """L [..., D, D], dense, its unit diagonal written out."""
+    lower = lu.tril(-1)
+    lower.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    return lower
+
+
+def _upper(lu: Tensor, diagonal: Tensor) -> Tensor:
+    """U [..., D, D], dense, with this diagonal [..., D]."""
+    upper = lu.triu(1)
+    upper.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+    return upper
+
+
 class Packed(NamedTuple):
     """``lu`` [D, D] as float32 or wider, log|u_ii| [D], U's diagonal [D], the row permutation or None."""
 
@@ -335,20 +349,13 @@ class Packed(NamedTuple):
         for start in range(0, self.size, BLOCK):
             yield slice(start, min(start + BLOCK, self.size))
 
-    def _block(self, panel: slice) -> Tensor:
-        return self.lu if self.size <= BLOCK else self.lu[panel, panel]
-
     def lower_block(self, panel: slice) -> Tensor:
-        """The diagonal block of L in this panel, dense, its unit diagonal written out."""
-        block = self._block(panel).tril(-1)
-        block.diagonal().fill_(1.0)
-        return block
+        """The diagonal block of L in this panel, dense."""
+        return _unit_lower(self.lu if self.size <= BLOCK else self.lu[panel, panel])
 
     def upper_block(self, panel: slice) -> Tensor:
         """The diagonal block of U in this panel, dense."""
-        block = self._block(panel).triu(1)
-        block.diagonal().copy_(self.diagonal[panel])
-        return block
+        return _upper(self.lu if self.size <= BLOCK else self.lu[panel, panel], self.diagonal[panel])
 
     def lower_panel(self, panel: slice) -> Tensor:
         """L[panel.start:, panel], a copy."""
@@ -415,46 +422,16 @@ def rows_backward(grad_v: Tensor, t: Tensor, grad_t: Tensor, x: Tensor, packed: 
     return grad
 
 
-def _times_upper(x: Tensor, packed: Packed) -> Tensor:
-    """Rows of U x."""
+def _times(x: Tensor, packed: Packed, *, upper: bool, transposed: bool) -> Tensor:
+    """Rows of T x or, transposed, Tᵀ x, for T = L or U: N·D² flops and up."""
     out = torch.empty_like(x)
     for panel in packed.panels():
-        product = x[:, panel] @ packed.upper_block(panel).T
-        if panel.stop < packed.size:
-            product.addmm_(x[:, panel.stop :], packed.lu[panel, panel.stop :].T)
-        out[:, panel] = product
-    return out
-
-
-def _times_lower(t: Tensor, packed: Packed) -> Tensor:
-    """Rows of L t."""
-    out = torch.empty_like(t)
-    for panel in packed.panels():
-        product = t[:, panel] @ packed.lower_block(panel).T
-        if panel.start > 0:
-            product.addmm_(t[:, : panel.start], packed.lu[panel, : panel.start].T)
-        out[:, panel] = product
-    return out
-
-
-def _times_lower_transposed(g: Tensor, packed: Packed) -> Tensor:
-    """Rows of Lᵀ g."""
-    out = torch.empty_like(g)
-    for panel in packed.panels():
-        product = g[:, panel] @ packed.lower_block(panel)
-        if panel.stop < packed.size:
-            product.addmm_(g[:, panel.stop :], packed.lu[panel.stop :, panel])
-        out[:, panel] = product
-    return out
-
-
-def _times_upper_transposed(g: Tensor, packed: Packed) -> Tensor:
-    """Rows of Uᵀ g."""
-    out = torch.empty_like(g)
-    for panel in packed.panels():
-        product = g[:, panel] @ packed.upper_block(panel)
-        if panel.start > 0:
-            product.addmm_(g[:, : panel.start], packed.lu[: panel.start, panel])
+        block = packed.upper_block(panel) if upper else packed.lower_block(panel)
+        product = x[:, panel] @ (block if transposed else block.T)
+        beside = slice(panel.stop, packed.size) if upper != transposed else slice(0, panel.start)
+        if beside.stop > beside.start:
+            couple = packed.lu[beside, panel] if transposed else packed.lu[panel, beside].T
+            product.addmm_(x[:, beside], couple)
         out[:, panel] = product
     return out
 
@@ -520,7 +497,7 @@ def explicit_inverse(packed: Packed, rows: int) -> Tensor | None:
     """
     if packed.lu.device.type != "cpu" or packed.size > 2 * BLOCK or rows < 4 * packed.size:
         return None
-    lower, upper = _dense_factors(packed)
+    lower, upper = _unit_lower(packed.lu), _upper(packed.lu, packed.diagonal)
     lower_inverse = _invert_triangular(lower, upper=False)
     upper_inverse = _invert_triangular(upper, upper=True)
     condition = 1.0
@@ -579,7 +556,12 @@ def layer_forward(
             return *parts, weight
         h = torch.mm(x, weight.T) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
     else:
-        v = _times_lower(_times_upper(x.to(packed.lu.dtype), packed), packed)
+        v = _times(
+            _times(x.to(packed.lu.dtype), packed, upper=True, transposed=False),
+            packed,
+            upper=False,
+            transposed=False,
+        )
         h = _unpermute(v, packed)
         if bias is not None:
             h = h + bias
@@ -669,12 +651,14 @@ def layer_backward(
             _activation_backward_into(grad_h, grad_y, h, _column(grad_logabsdet), family, totals)
         grad_bias = grad_h.sum(0, dtype=dtype) if has_bias else None
         grad_v = _permute(grad_h.to(dtype), packed)
-        grad_t = _times_lower_transposed(grad_v, packed)
+        grad_t = _times(grad_v, packed, upper=False, transposed=True)
         if needs_x:
-            grad_x = _times_upper_transposed(grad_t, packed).to(x.dtype)
+            grad_x = _times(grad_t, packed, upper=True, transposed=True).to(x.dtype)
         if needs_lu:
             wide_x = x.to(dtype)
-            grad_lu = rows_backward(grad_v, _times_upper(wide_x, packed), grad_t, wide_x, packed)
+            grad_lu = rows_backward(
+                grad_v, _times(wide_x, packed, upper=True, transposed=False), grad_t, wide_x, packed
+            )
     if grad_lu is not None:
         _finish_lu_(grad_lu, packed, _row_sum(grad_logabsdet), 1.0)
     return grad_x, grad_lu, grad_bias, _finish_slopes(totals, slopes)
@@ -767,8 +751,10 @@ def layer_inverse_backward(
             grad_lu = compose_backward(grad_right.T @ wide_x, packed)
         else:
             if grad_t is None:
-                grad_t = _times_lower_transposed(grad_v, packed)
-            grad_lu = rows_backward(grad_v, _times_upper(wide_x, packed), grad_t, wide_x, packed)
+                grad_t = _times(grad_v, packed, upper=False, transposed=True)
+            grad_lu = rows_backward(
+                grad_v, _times(wide_x, packed, upper=True, transposed=False), grad_t, wide_x, packed
+            )
         _finish_lu_(grad_lu.neg_(), packed, _row_sum(grad_logabsdet), -1.0)
     grad_right = grad_right.to(x.dtype)
     if h is None:
@@ -780,15 +766,6 @@ def layer_inverse_backward(
 # --- stacked layers -------------------------------------------------------------------------------------
 
 
-def _dense_factors(packed: Packed) -> tuple[Tensor, Tensor]:
-    """(L, U), both dense [..., D, D]."""
-    lower = packed.lu.tril(-1)
-    lower.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    upper = packed.lu.triu(1)
-    upper.diagonal(dim1=-2, dim2=-1).copy_(packed.diagonal)
-    return lower, upper
-
-
 def stacked_forward(
     x: Tensor, packed: Packed, bias: Tensor | None, family: Family, *, logabsdet: bool, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
@@ -797,7 +774,7 @@ def stacked_forward(
     Meant for many small layers, where one call for each would cost more than its arithmetic; so the
     factors are multiplied as dense matrices, 2·D³ flops a layer.
     """
-    lower, upper = _dense_factors(packed)
+    lower, upper = _unit_lower(packed.lu), _upper(packed.lu, packed.diagonal)
     weight = torch.bmm(lower, upper).to(x.dtype)
     transposed = weight.mT
     h = (
@@ -839,7 +816,7 @@ def stacked_backward(
     grad_x = torch.bmm(grad_h, weight) if needs_x else None
     grad_lu = None
     if needs_lu:
-        lower, upper = _dense_factors(packed)
+        lower, upper = _unit_lower(packed.lu), _upper(packed.lu, packed.diagonal)
         grad_weight = torch.bmm(grad_h.mT, x).to(packed.lu.dtype)
         grad_lu = torch.bmm(grad_weight, upper.mT).tril_(-1).add_(torch.bmm(lower.mT, grad_weight).triu_())
         row_sums = None if grad_logabsdet is None else grad_logabsdet.sum(-1, keepdim=True)
