@@ -190,6 +190,13 @@ def train_command(
             "--mlp/--no-mlp", help="Train the MLP control of the paper's table 2 too.", rich_help_panel=MODEL
         ),
     ] = True,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads; another number may change the last digits of the result.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.", rich_help_panel=MODEL)] = "cpu",
 ) -> None:
     """Train the recommender and set it beside the paper's table 2.
@@ -222,6 +229,7 @@ def train_command(
         "alpha": alpha,
         "members": members,
         "dropout": dropout,
+        "threads": threads,
         "mlp": mlp,
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -240,7 +248,9 @@ def train_command(
         recipe(recipe_name, 1, seed=seed, **overrides)  # a wrong value is told before any file is read
         folder.prepare(resume=resume, overwrite=overwrite)
         if resume and folder.is_finished():
-            _check_same(folder, {"recipe": recipe_name, "seed": seed, **overrides})
+            data = dataset if dataset in movielens.DATASETS else Path(dataset).name
+            asked = {"recipe": recipe_name, "seed": seed, **overrides}
+            _check_same(folder, asked if train_file is not None else {"dataset": data, **asked})
             typer.echo(f"{folder.path} holds the finished training; nothing to do.")
             _show(console, read_json(folder.metrics), folder)
             return

@@ -1,0 +1,221 @@
+"""Every setting of a training in one flat frozen dataclass, and the two recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+RECIPES = ("paper", "best")
+SPLITS = ("random", "per-user")
+READOUTS = ("linear", "pair")
+SCHEDULES = ("constant", "linear")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training: the model, its regularisation, the optimiser, the seed and the split.
+
+    The defaults are recipe ``best`` for data of ML-100K's size; :func:`recipe` gives either recipe for any
+    size. A value that cannot work raises ``ValueError`` naming the field, the value and what is allowed.
+    """
+
+    recipe: str = "best"
+    """Name of the recipe that the settings started from; a label that changes nothing."""
+    seed: int = 0
+    """Seeds the split, the initial weights, the order of the batches and dropout."""
+    split: str = "random"
+    """``random``: 80 % of all ratings train; ``per-user``: 80 % of each user's. ``files``: both parts
+    are given; ``none``: all ratings train and nothing is tested."""
+
+    members: int = 8
+    """Independent models trained side by side; the prediction is the mean of theirs."""
+    embedding_size: int = 16
+    """k, the size of a user's and of an item's vector. The network works in D = 2k dimensions."""
+    layers: int = 2
+    """M, the number of LU layers. The last one has no activation (2.7)."""
+    alpha: float = 0.1
+    """Slope of LeakySoftplus (2.6) on the far left, 0 < alpha < 1."""
+    readout: str = "pair"
+    """``linear``: w.z; ``pair``: w.z + z_u.z_i, with z_u and z_i the two halves of z."""
+    biases: bool = True
+    """Add a bias for each user and each item to the read-out."""
+    user_history: bool = True
+    """Add to the user's vector the normalised sum of a vector for each item that the user rated (SVD++)."""
+    item_history: bool = True
+    """Add to the item's vector the normalised sum of a vector for each user who rated it."""
+    history_power: float = 0.4
+    """A history of n entries is divided by n to this power: 1 is the mean, 0.5 SVD++'s."""
+    embedding_std: float = 0.1
+    """Standard deviation of the initial embeddings."""
+
+    dropout: float = 0.0
+    """Share of x's coordinates set to zero while training (the rest are scaled up)."""
+    l2_latent: float = 0.04
+    """Weight of |z|^2, the mean over the batch, in the loss."""
+    l2_embedding: float = 0.005
+    """Weight of |x|^2 in the loss."""
+    l2_bias: float = 0.005
+    """Weight of the squared biases in the loss."""
+    weight_decay: float = 0.0
+    """Adam's own L2 on the embedding tables (each whole table, at each step)."""
+    net_weight_decay: float = 0.0
+    """The same on the LU layers, which it draws towards the identity."""
+
+    epochs: int = 12
+    batch_size: int = 1024
+    learning_rate: float = 5e-3
+    """Adam's rate for everything but the network."""
+    net_learning_rate: float = 3e-4
+    """Adam's rate for the LU layers."""
+    schedule: str = "linear"
+    """``constant``, or ``linear``: both rates fall to zero at the last step."""
+
+    threads: int = 1
+    """CPU threads. The matrices are too small for more to pay, and with a fixed number the result does not
+    depend on how many cores there are."""
+
+    mlp: bool = True
+    """Train the MLP control of table 2 too. It has the budget of recipe ``paper``, whatever the recipe."""
+    mlp_embedding_size: int = 16
+    mlp_hidden: tuple[int, ...] = (64, 32)
+    """Sizes of the hidden layers; the last one is the latent layer whose decoder is measured."""
+    mlp_epochs: int = 50
+    """Epochs of the control, and of its decoder after it."""
+    mlp_batch_size: int = 128
+    mlp_learning_rate: float = 1e-3
+    """Constant, Adam."""
+    mlp_weight_decay: float = 1e-2
+    """Adam's L2 on the control's embeddings."""
+    mlp_net_weight_decay: float = 1e-3
+    """Adam's L2 on its layers."""
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("readout", READOUTS),
+            ("schedule", SCHEDULES),
+            ("split", (*SPLITS, "files", "none")),
+        ):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ValueError(f"{field}={value!r} is unknown: choose one of {', '.join(allowed)}")
+        sizes = ("members", "embedding_size", "layers", "epochs", "batch_size")
+        for field in (*sizes, "mlp_embedding_size", "mlp_epochs", "mlp_batch_size", "threads"):
+            _require(self, field, int, lambda v: v >= 1, "a whole number of at least 1")
+        _require(self, "seed", int, lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")
+        for field in ("biases", "user_history", "item_history", "mlp"):
+            _require(self, field, bool, lambda v: True, "true or false")
+        for field in ("learning_rate", "net_learning_rate", "mlp_learning_rate"):
+            _require(self, field, float, lambda v: v > 0, "a positive number, such as 1e-3")
+        penalties = ("l2_latent", "l2_embedding", "l2_bias", "weight_decay", "net_weight_decay")
+        for field in (
+            *penalties,
+            "mlp_weight_decay",
+            "mlp_net_weight_decay",
+            "embedding_std",
+            "history_power",
+        ):
+            _require(self, field, float, lambda v: v >= 0, "a number of at least 0")
+        _require(self, "dropout", float, lambda v: 0 <= v < 1, "a share of at least 0 and below 1")
+        _require(self, "alpha", float, lambda v: 0 < v < 1, "a slope between 0 and 1, both excluded")
+        object.__setattr__(self, "mlp_hidden", tuple(self.mlp_hidden))
+        if not self.mlp_hidden or not all(isinstance(size, int) and size >= 1 for size in self.mlp_hidden):
+            raise ValueError(
+                f"mlp_hidden={self.mlp_hidden!r} must be the sizes of one or more layers, such as (64, 32)"
+            )
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with some settings changed; an unknown name raises ``ValueError`` listing the known ones."""
+        _check_names(changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values, in the order of the fields."""
+        return {**dataclasses.asdict(self), "mlp_hidden": list(self.mlp_hidden)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of :meth:`to_dict`. Fields that are absent take their defaults."""
+        _check_names(values)
+        return cls(**values)
+
+
+def _require(config: TrainConfig, field: str, kind: type, valid: Any, wanted: str) -> None:
+    value = getattr(config, field)
+    kinds = (int, float) if kind is float else (kind,)
+    wrong_kind = not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool))
+    if wrong_kind or not math.isfinite(value) or not valid(value):
+        raise ValueError(f"{field}={value!r} must be {wanted}")
+    if kind is float:
+        # 1 and 1.0 are the same setting and must be written the same way in config.json.
+        object.__setattr__(config, field, float(value))
+
+
+def _check_names(values: dict[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ValueError(f"unknown setting {unknown[0]!r}: the settings are {', '.join(known)}")
+
+
+# The paper prints Adam, 1e-3, batch 128, 50 epochs and the final linear layer; the rest is ours to choose and
+# was chosen on a validation part of the training data.
+_PAPER: dict[str, Any] = {
+    "readout": "linear",
+    "biases": False,
+    "user_history": False,
+    "item_history": False,
+    "members": 1,
+    "embedding_size": 16,
+    "layers": 2,
+    "dropout": 0.1,
+    "l2_latent": 0.0,
+    "l2_embedding": 0.0,
+    "l2_bias": 0.0,
+    "weight_decay": 3e-4,
+    # Without it the network grows while the embeddings shrink, and a round trip loses its digits.
+    "net_weight_decay": 1e-4,
+    "epochs": 50,
+    "batch_size": 128,
+    "learning_rate": 1e-3,
+    "net_learning_rate": 1e-3,
+    "schedule": "constant",
+}
+
+# Bundled data set -> number of ratings, and what each recipe sets there.
+_SETTINGS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "ml-100k": (100_000, {"paper": _PAPER, "best": {}}),
+    "ml-1m": (
+        1_000_209,
+        {
+            "paper": _PAPER,
+            "best": {
+                "members": 4,
+                "embedding_size": 48,
+                "history_power": 0.5,
+                "l2_latent": 0.025,
+                "l2_embedding": 0.003,
+                "epochs": 6,
+                "batch_size": 4096,
+            },
+        },
+    ),
+}
+
+
+def nearest_dataset(n_ratings: int) -> str:
+    """The bundled data set (``ml-100k`` or ``ml-1m``) whose number of ratings is nearest in ratio."""
+    size = math.log(max(n_ratings, 1))
+    return min(_SETTINGS, key=lambda name: abs(math.log(_SETTINGS[name][0]) - size))
+
+
+def recipe(name: str, n_ratings: int, **overrides: Any) -> TrainConfig:
+    """The settings of recipe ``paper`` or ``best`` for data of ``n_ratings`` ratings, with some overridden.
+
+    Data other than the bundled sets takes the settings of the bundled set nearest in size.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe={name!r} is unknown: choose one of {', '.join(RECIPES)}")
+    settings = _SETTINGS[nearest_dataset(n_ratings)][1][name]
+    return TrainConfig.from_dict({**settings, "recipe": name}).replace(**overrides)

@@ -1,0 +1,396 @@
+"""The recommender: embeddings -> x -> LU-Net -> z -> rating; and the MLP it is compared with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lunet_fast import functional
+from lunet_fast.activations import LeakySoftplus
+from lunet_fast.lu_dense import LUDense
+from lunet_fast.lunet import LUNet
+from lunet_fast.recsys.config import TrainConfig
+
+
+class Interactions(nn.Module):
+    """Which user rated which item in the training part: a set of pairs, kept as a sparse 0/1 matrix S.
+
+    ``users``, ``items``: int64 ``[N]``, duplicates allowed. Buffers: ``indptr`` int64 ``[n_users + 1]`` and
+    ``indices`` int32 ``[nnz]`` (rows are users, sorted), which are all that is saved.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    item_indptr: Tensor
+    item_indices: Tensor
+    user_counts: Tensor
+    item_counts: Tensor
+    pairs: Tensor
+
+    def __init__(self, users: Tensor, items: Tensor, n_users: int, n_items: int) -> None:
+        super().__init__()
+        pairs = torch.unique(users * n_items + items)
+        rows = torch.div(pairs, n_items, rounding_mode="floor")
+        indptr = F.pad(torch.bincount(rows, minlength=n_users).cumsum(0), (1, 0))
+        self._set(indptr, (pairs - rows * n_items).int(), n_items)
+
+    @classmethod
+    def from_csr(cls, indptr: Tensor, indices: Tensor, n_items: int) -> Interactions:
+        """From the two saved buffers; ``ValueError`` where they are not a sorted sparse 0/1 matrix."""
+        counts = indptr.diff()
+        valid = (
+            indptr.ndim == 1
+            and len(indptr) > 0
+            and int(indptr[0]) == 0
+            and int(indptr[-1]) == len(indices)
+            and bool((counts >= 0).all())
+            and bool(((indices >= 0) & (indices < n_items)).all())
+        )
+        if not valid:
+            raise ValueError("interactions: indptr and indices are not a sparse matrix of users by items")
+        rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        return cls(rows, indices.long(), len(counts), n_items)
+
+    def _set(self, indptr: Tensor, indices: Tensor, n_items: int) -> None:
+        n_users = len(indptr) - 1
+        counts = indptr.diff()
+        rows = torch.repeat_interleave(torch.arange(n_users, device=indptr.device), counts)
+        self.n_users, self.n_items = n_users, n_items
+        self.register_buffer("indptr", indptr)
+        self.register_buffer("indices", indices)
+        # Derived: the transposed matrix for the other side's history and for both gradients.
+        order = torch.argsort(indices, stable=True)
+        item_counts = torch.bincount(indices, minlength=n_items)
+        self.register_buffer("item_indptr", F.pad(item_counts.cumsum(0), (1, 0)), persistent=False)
+        self.register_buffer("item_indices", rows[order].int(), persistent=False)
+        self.register_buffer("user_counts", counts, persistent=False)
+        self.register_buffer("item_counts", item_counts, persistent=False)
+        self.register_buffer("pairs", rows * n_items + indices, persistent=False)
+
+    def contains(self, users: Tensor, items: Tensor) -> Tensor:
+        """bool ``[B]``: whether the pair was rated in the training part; O(B log nnz)."""
+        wanted = users * self.n_items + items
+        if len(self.pairs) == 0:
+            return torch.zeros_like(wanted, dtype=torch.bool)
+        place = torch.searchsorted(self.pairs, wanted).clamp_(max=len(self.pairs) - 1)
+        return self.pairs[place] == wanted
+
+    def sum_over_items(self, table: Tensor) -> Tensor:
+        """S table: the sum of the rows of each user's items; ``[n_items, C]`` -> ``[n_users, C]``."""
+        out: Tensor = _SparseSum.apply(table, self._rows(table), self._columns(table))
+        return out
+
+    def sum_over_users(self, table: Tensor) -> Tensor:
+        """S^T table: the sum of the rows of each item's users; ``[n_users, C]`` -> ``[n_items, C]``."""
+        out: Tensor = _SparseSum.apply(table, self._columns(table), self._rows(table))
+        return out
+
+    def _rows(self, like: Tensor) -> Tensor:
+        return _csr(self.indptr, self.indices, (self.n_users, self.n_items), like.dtype)
+
+    def _columns(self, like: Tensor) -> Tensor:
+        return _csr(self.item_indptr, self.item_indices, (self.n_items, self.n_users), like.dtype)
+
+
+def _csr(indptr: Tensor, indices: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    ones = torch.ones(len(indices), dtype=dtype, device=indices.device)
+    with warnings.catch_warnings():
+        # PyTorch warns once a process that sparse CSR is in beta; the two products used here are tested.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.sparse_csr_tensor(indptr.int(), indices, ones, size, check_invariants=False)
+
+
+class _SparseSum(torch.autograd.Function):
+    """matrix @ table, whose gradient takes the transposed matrix that PyTorch would rebuild at each step."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, matrix: Tensor, transposed: Tensor) -> Tensor:
+        ctx.transposed = transposed
+        return matrix @ table
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.transposed @ grad.contiguous(), None, None
+
+
+class Histories(NamedTuple):
+    """Sums of the history vectors, from :meth:`RatingModel.histories`; None for a side without."""
+
+    user: Tensor | None
+    """``[n_users, K k]``"""
+    item: Tensor | None
+    """``[n_items, K k]``"""
+
+
+class Output(NamedTuple):
+    """What one pass computes for B pairs and K members."""
+
+    x: Tensor
+    """``[K, B, D]`` the network's input, as fed (without dropout)."""
+    z: Tensor
+    """``[K, B, D]`` the latent vectors f(x)."""
+    prediction: Tensor
+    """``[K, B]`` the members' ratings, not clipped."""
+    bias: Tensor | None
+    """``[K, B, 2]`` the biases of user and item, where the model has them."""
+
+
+class RatingModel(nn.Module):
+    """Rating model of the paper: x = [user vector; item vector], z = f(x) by LU-Net, a read-out of z (2.12).
+
+    x in R^D, D = 2k. The user's half is an embedding plus, with ``user_history``, the sum of a second
+    embedding over the items the user rated in training, divided by their number to a power; the item's half
+    likewise. The pair's own rating is left out of both histories, or training would see what prediction
+    cannot. The rating is
+
+        mean + w.z + c                                        (readout ``linear``)
+        mean + w.z + c + z_u.z_i                              (readout ``pair``; z_u, z_i the halves of z)
+
+    plus biases of user and item with ``biases``. K ``members`` are independent models in one module: tables
+    hold their vectors side by side, ``nets`` their networks, and the prediction is the mean of theirs.
+
+    ``users``, ``items`` (int64 ``[N]``) and ``ratings`` (float ``[N]``) are the training part; ids go to
+    n_users - 1 and n_items - 1. A pair whose user or item has no rating there is predicted by mean + d_u +
+    d_i, the mean deviations d = sum(rating - mean) / (n + 10), zero for what is unknown.
+
+    A pass over B pairs costs O(K (B M D^2 + nnz k)), nnz the number of training pairs, if histories are used.
+    """
+
+    mean: Tensor
+    user_deviation: Tensor
+    item_deviation: Tensor
+
+    def __init__(
+        self, config: TrainConfig, users: Tensor, items: Tensor, ratings: Tensor, n_users: int, n_items: int
+    ) -> None:
+        if len(ratings) == 0:
+            raise ValueError("ratings is empty: a model needs at least one training rating")
+        super().__init__()
+        mean = ratings.double().mean()
+        residual = ratings.double() - mean
+        self._build(config, Interactions(users, items, n_users, n_items))
+        self.mean.copy_(mean)
+        for buffer, index in ((self.user_deviation, users), (self.item_deviation, items)):
+            total = torch.zeros(len(buffer), dtype=torch.float64, device=index.device).index_add_(
+                0, index, residual
+            )
+            buffer.copy_(total / (torch.bincount(index, minlength=len(buffer)) + 10))
+
+    @classmethod
+    def from_state(
+        cls, config: TrainConfig, state: dict[str, Tensor], n_users: int, n_items: int
+    ) -> RatingModel:
+        """The model that ``state``, a ``state_dict``, belongs to; ``ValueError`` where it does not fit."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        try:
+            indptr, indices = state["interactions.indptr"], state["interactions.indices"]
+            if len(indptr) != n_users + 1:
+                raise ValueError(f"the model has {len(indptr) - 1} users but {n_users} user ids")
+            # Loading a model must not move the generator that someone's own program draws from.
+            with torch.random.fork_rng(devices=[]):
+                model._build(config, Interactions.from_csr(indptr, indices, n_items))
+            model.load_state_dict(state)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"the saved tensors do not fit the model's settings: {error}") from error
+        return model
+
+    def _build(self, config: TrainConfig, interactions: Interactions) -> None:
+        self.config = config
+        self.interactions = interactions
+        n_users, n_items = interactions.n_users, interactions.n_items
+        members, size = config.members, config.embedding_size
+        self.user_embedding = nn.Embedding(n_users, members * size)
+        self.item_embedding = nn.Embedding(n_items, members * size)
+        # One vector for each item as part of a user's history, and the other way round.
+        self.user_history = nn.Embedding(n_items, members * size) if config.user_history else None
+        self.item_history = nn.Embedding(n_users, members * size) if config.item_history else None
+        self.user_bias = nn.Parameter(torch.zeros(n_users, members)) if config.biases else None
+        self.item_bias = nn.Parameter(torch.zeros(n_items, members)) if config.biases else None
+        self.nets = nn.ModuleList(
+            LUNet(2 * size, config.layers, LeakySoftplus(config.alpha)) for _ in range(members)
+        )
+        self.weight = nn.Parameter(torch.zeros(members, 2 * size))
+        self.intercept = nn.Parameter(torch.zeros(members))
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("user_deviation", torch.zeros(n_users))
+        self.register_buffer("item_deviation", torch.zeros(n_items))
+        with torch.no_grad():
+            for table in self.tables():
+                table.weight.normal_(std=config.embedding_std)
+            if config.readout == "linear":
+                self.weight.normal_(std=0.1)
+
+    def tables(self) -> list[nn.Embedding]:
+        """The embedding tables, each ``[users or items, K k]``."""
+        tables = (self.user_embedding, self.item_embedding, self.user_history, self.item_history)
+        return [table for table in tables if table is not None]
+
+    def histories(self) -> Histories:
+        """The sums over all histories; O(K nnz k), so compute them once for many passes without a change."""
+        user = item = None
+        if self.user_history is not None:
+            user = self.interactions.sum_over_items(self.user_history.weight)
+        if self.item_history is not None:
+            item = self.interactions.sum_over_users(self.item_history.weight)
+        return Histories(user, item)
+
+    def output(
+        self,
+        users: Tensor,
+        items: Tensor,
+        *,
+        histories: Histories | None = None,
+        observed: bool | None = None,
+        dropout_generator: torch.Generator | None = None,
+    ) -> Output:
+        """One pass over B pairs; ``users``, ``items`` int64 ``[B]``.
+
+        ``histories`` are computed unless given. ``observed`` says whether these pairs are training ratings,
+        whose items are left out of the histories; None looks it up pair by pair. Dropout acts only where a
+        generator (on the model's device) is given.
+        """
+        x = self._embed(users, items, histories or self.histories(), observed)
+        fed = x
+        if dropout_generator is not None and self.config.dropout:
+            keep = 1 - self.config.dropout
+            fed = x * torch.empty_like(x).bernoulli_(keep, generator=dropout_generator).div_(keep)
+        z = self._network(fed)
+        prediction = torch.einsum("kbd,kd->kb", z, self.weight) + (self.mean + self.intercept).unsqueeze(-1)
+        if self.config.readout == "pair":
+            z_user, z_item = z.chunk(2, dim=-1)
+            prediction = prediction + (z_user * z_item).sum(-1)
+        bias = None
+        if self.user_bias is not None and self.item_bias is not None:
+            bias = torch.stack(
+                (F.embedding(users, self.user_bias).t(), F.embedding(items, self.item_bias).t()), -1
+            )
+            prediction = prediction + bias.sum(-1)
+        return Output(x, z, prediction, bias)
+
+    def _network(self, x: Tensor) -> Tensor:
+        """z = f(x), both ``[K, B, D]``: all members' layers m in one call, for K small ones cost more."""
+        for layers in zip(*(cast(LUNet, net).layers for net in self.nets), strict=True):
+            stacked = [cast(LUDense, layer) for layer in layers]
+            activation = stacked[0].activation
+            x = functional.lu_dense(
+                x,
+                torch.stack([layer.lu for layer in stacked]),
+                torch.stack([cast(Tensor, layer.bias) for layer in stacked]),
+                sign=torch.stack([layer.sign for layer in stacked]),
+                slopes=None if activation is None else activation.slopes(),
+            )
+        return x
+
+    def latent(
+        self, users: Tensor, items: Tensor, histories: Histories | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(x, z)`` for B pairs, both ``[K, B, D]``: the network's input and z = f(x)."""
+        output = self.output(users, items, histories=histories)
+        return output.x, output.z
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """x = f^-1(z) for z ``[K, B, D]``, member by member; O(K B M D^2)."""
+        return torch.stack([cast(LUNet, net).inverse(part) for net, part in zip(self.nets, z, strict=True)])
+
+    def forward(self, users: Tensor, items: Tensor, histories: Histories | None = None) -> Tensor:
+        """Ratings ``[B]``, not clipped: the mean of the members', or the fall-back.
+
+        An index of -1 stands for a user or item that the model has never seen.
+        """
+        known_user, known_item = users.clamp(min=0), items.clamp(min=0)
+        fallback = self.mean.expand(len(users))
+        known = torch.ones_like(users, dtype=torch.bool)
+        for given, index, deviation, counts in (
+            (users, known_user, self.user_deviation, self.interactions.user_counts),
+            (items, known_item, self.item_deviation, self.interactions.item_counts),
+        ):
+            rated = (given >= 0) & (counts[index] > 0)
+            fallback = fallback + deviation[index] * rated
+            known = known & rated
+        prediction = self.output(known_user, known_item, histories=histories).prediction.mean(0)
+        return torch.where(known, prediction, fallback)
+
+    def _embed(self, users: Tensor, items: Tensor, histories: Histories, observed: bool | None) -> Tensor:
+        """x ``[K, B, D]``."""
+        seen = self.interactions
+        own = seen.contains(users, items) if observed is None else observed
+        user, item = self.user_embedding(users), self.item_embedding(items)
+        if self.user_history is not None and histories.user is not None:
+            entry = self.user_history(items)
+            user = user + self._history(histories.user, users, entry, own, seen.user_counts)
+        if self.item_history is not None and histories.item is not None:
+            entry = self.item_history(users)
+            item = item + self._history(histories.item, items, entry, own, seen.item_counts)
+        members = self.config.members
+        x = torch.cat([half.unflatten(-1, (members, -1)) for half in (user, item)], dim=-1)
+        return x.transpose(0, 1)
+
+    def _history(
+        self, sums: Tensor, rows: Tensor, entry: Tensor, own: Tensor | bool, counts: Tensor
+    ) -> Tensor:
+        """Normalised histories ``[B, K k]`` of the rows, less the pair's own entry where it has one."""
+        rest, count = F.embedding(rows, sums), counts[rows]
+        if isinstance(own, Tensor):
+            rest, count = rest - entry * own.unsqueeze(-1), count - own.long()
+        elif own:
+            rest, count = rest - entry, count - 1
+        scale = count.clamp(min=1).to(sums.dtype).pow(-self.config.history_power)
+        return rest * scale.unsqueeze(-1)
+
+
+class MLPModel(nn.Module):
+    """The classic control of table 2: embeddings -> x = [user; item] -> Linear, ReLU, ... -> rating.
+
+    Same embeddings as the paper's recipe; ``latent`` is the last hidden layer, from which :func:`decoder` has
+    to rebuild x. A pair whose user or item has no training rating is predicted like any other.
+    """
+
+    mean: Tensor
+
+    def __init__(
+        self,
+        n_users: int,
+        n_items: int,
+        embedding_size: int,
+        hidden: tuple[int, ...],
+        mean: float,
+        std: float,
+    ) -> None:
+        super().__init__()
+        self.user_embedding = nn.Embedding(n_users, embedding_size)
+        self.item_embedding = nn.Embedding(n_items, embedding_size)
+        self.hidden = perceptron((2 * embedding_size, *hidden), last=nn.ReLU)
+        self.readout = nn.Linear(hidden[-1], 1)
+        self.register_buffer("mean", torch.tensor(mean))
+        with torch.no_grad():
+            self.user_embedding.weight.normal_(std=std)
+            self.item_embedding.weight.normal_(std=std)
+
+    def latent(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x, h)``: the input ``[B, 2k]`` and the last hidden layer ``[B, hidden[-1]]``."""
+        x = torch.cat((self.user_embedding(users), self.item_embedding(items)), dim=-1)
+        return x, self.hidden(x)
+
+    def forward(self, users: Tensor, items: Tensor) -> Tensor:
+        """Ratings ``[B]``, not clipped."""
+        h: Tensor = self.readout(self.latent(users, items)[1])
+        return self.mean + h.squeeze(-1)
+
+
+def perceptron(sizes: tuple[int, ...], last: Callable[[], nn.Module] | None = None) -> nn.Sequential:
+    """Linear layers of the given sizes with ReLU between them, and ``last`` after the final one."""
+    modules: list[nn.Module] = []
+    for i, (size_in, size_out) in enumerate(pairwise(sizes)):
+        modules.append(nn.Linear(size_in, size_out))
+        if i < len(sizes) - 2:
+            modules.append(nn.ReLU())
+        elif last is not None:
+            modules.append(last())
+    return nn.Sequential(*modules)

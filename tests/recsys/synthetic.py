@@ -1,0 +1,54 @@
+"""Ratings made from known factors, for tests of what is trained on ratings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from lunet_fast.recsys.config import TrainConfig
+from lunet_fast.recsys.ratings import Ratings, from_frame
+
+
+def latent_frame(
+    users: int = 60, items: int = 40, ratings: int = 1200, seed: int = 0, text_ids: bool = False
+) -> pd.DataFrame:
+    """Whole ratings from 1 to 5 of distinct pairs: biases and two factors explain most of their variance."""
+    rng = np.random.default_rng(seed)
+    pairs = rng.permutation(users * items)[:ratings]
+    user, item = pairs // items, pairs % items
+    score = (
+        3.2
+        + rng.normal(0, 0.6, users)[user]
+        + rng.normal(0, 0.6, items)[item]
+        + (rng.normal(0, 0.7, (users, 2))[user] * rng.normal(0, 0.7, (items, 2))[item]).sum(1)
+        + rng.normal(0, 0.2, ratings)
+    )
+    frame = pd.DataFrame({"user": user, "item": item, "rating": np.clip(np.rint(score), 1, 5)})
+    if text_ids:
+        frame["user"] = [f"user {u} ü" for u in user]
+        frame["item"] = [f"item-{i}, vol. 2" for i in item]
+    return frame
+
+
+def latent_ratings(users: int = 60, items: int = 40, ratings: int = 1200, seed: int = 0) -> Ratings:
+    """The same as a table."""
+    return from_frame(latent_frame(users, items, ratings, seed), scale=(1, 5), name="latent")
+
+
+def quick_config(**changes: object) -> TrainConfig:
+    """Settings with which a training on :func:`latent_ratings` takes well under a second."""
+    settings: dict[str, object] = {
+        "members": 2,
+        "embedding_size": 4,
+        "item_history": True,
+        "epochs": 4,
+        "batch_size": 128,
+        "learning_rate": 0.02,
+        "net_learning_rate": 0.002,
+        "l2_latent": 0.05,
+        "dropout": 0.1,
+        "mlp_epochs": 3,
+        "mlp_embedding_size": 4,
+        "mlp_hidden": (8, 6),
+    }
+    return TrainConfig.from_dict({**settings, **changes})

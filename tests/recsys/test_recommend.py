@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lunet_fast
+from lunet_fast.recsys.checkpoints import CheckpointError
+from lunet_fast.recsys.recommend import LUNetRecommender
+from lunet_fast.recsys.training import train
+from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
+
+QUICK: dict[str, Any] = {
+    name: value
+    for name, value in quick_config().to_dict().items()
+    if name in ("members", "embedding_size", "item_history", "epochs", "batch_size", "learning_rate")
+}
+
+
+@pytest.fixture(scope="module")
+def fitted() -> LUNetRecommender:
+    """Users 0 to 59, items 0 to 39, ratings from 1 to 5."""
+    return LUNetRecommender(**QUICK).fit(latent_frame(), scale=(1, 5))
+
+
+def test_is_a_public_name() -> None:
+    assert lunet_fast.LUNetRecommender is LUNetRecommender
+
+
+class TestFit:
+    def test_takes_a_frame_a_file_and_a_table(self, fitted: LUNetRecommender, tmp_path: Path) -> None:
+        frame = latent_frame()
+        expected = fitted.predict(frame["user"], frame["item"])
+        frame.to_csv(tmp_path / "r.csv", index=False)
+        renamed = frame.rename(columns={"user": "u", "item": "i", "rating": "r"})
+        columns: dict[str, Any] = {"user": "u", "item": "i", "rating": "r"}
+        for recommender in (
+            LUNetRecommender(**QUICK).fit(tmp_path / "r.csv"),
+            LUNetRecommender(**QUICK).fit(str(tmp_path / "r.csv"), scale=(1, 5)),
+            LUNetRecommender(**QUICK).fit(renamed, **columns),
+            LUNetRecommender(**QUICK).fit(latent_ratings()),
+        ):
+            np.testing.assert_array_equal(recommender.predict(frame["user"], frame["item"]), expected)
+
+    def test_learns_what_it_was_shown(self, fitted: LUNetRecommender) -> None:
+        frame = latent_frame()
+        error = fitted.predict(frame["user"], frame["item"]) - frame["rating"].to_numpy()
+        assert float(np.mean(error**2)) < 0.6 * float(frame["rating"].var())
+
+    def test_wrong_settings_are_told_before_the_data_are_read(self) -> None:
+        with pytest.raises(ValueError, match="unknown setting 'epoch'"):
+            LUNetRecommender(epoch=3)
+        with pytest.raises(ValueError, match="recipe='great' is unknown"):
+            LUNetRecommender("great")
+
+
+class TestPredict:
+    def test_in_the_ids_of_the_file(self) -> None:
+        frame = latent_frame(text_ids=True)
+        by_text = LUNetRecommender(**QUICK).fit(frame)
+        ids = frame[["user", "item"]].head(50)
+        indices = by_text.users.index(ids["user"]), by_text.items.index(ids["item"])
+        model = by_text.trained.model
+        expected = model(*(torch.from_numpy(side) for side in indices)).clamp(1, 5).detach().numpy()
+        np.testing.assert_array_equal(by_text.predict(ids["user"], ids["item"]), expected)
+
+    def test_accepts_what_people_pass(self, fitted: LUNetRecommender) -> None:
+        expected = fitted.predict([3, 7], [1, 2])
+        assert expected.dtype == np.float32
+        assert expected.shape == (2,)
+        for users, items in (
+            (np.array([3, 7]), np.array([1, 2], dtype=np.int32)),
+            (torch.tensor([3, 7]), torch.tensor([1, 2])),
+            (["3", "7"], ["1", "2"]),
+            ((3, "7"), (1, 2)),
+        ):
+            np.testing.assert_array_equal(fitted.predict(users, items), expected)
+
+    def test_one_id_goes_with_each_of_the_others(self, fitted: LUNetRecommender) -> None:
+        np.testing.assert_array_equal(fitted.predict(3, [1, 2, 5]), fitted.predict([3, 3, 3], [1, 2, 5]))
+        np.testing.assert_array_equal(fitted.predict([3, 4], 5), fitted.predict([3, 4], [5, 5]))
+        assert fitted.predict(3, 5).shape == (1,)
+        assert fitted.predict([], []).shape == (0,)
+        with pytest.raises(ValueError, match="users has 2 ids and items 3"):
+            fitted.predict([1, 2], [1, 2, 3])
+
+    def test_stays_within_the_scale(self) -> None:
+        frame = latent_frame()
+        narrow = LUNetRecommender(**{**QUICK, "epochs": 20, "l2_latent": 0.0}).fit(frame)
+        predictions = narrow.predict(np.repeat(np.arange(60), 40), np.tile(np.arange(40), 60))
+        assert predictions.min() == 1.0
+        assert predictions.max() == 5.0
+
+    def test_unseen_ids_fall_back_on_what_is_known(self, fitted: LUNetRecommender) -> None:
+        frame = latent_frame()
+        mean = frame["rating"].mean()
+        rows = frame[frame["item"] == 4]["rating"]
+        item_4 = (rows - mean).sum() / (len(rows) + 10)
+        rows = frame[frame["user"] == 9]["rating"]
+        user_9 = (rows - mean).sum() / (len(rows) + 10)
+        predictions = fitted.predict([10**12, "nobody", 9, 9], ["nothing", 4, -3, 4])
+        np.testing.assert_allclose(predictions[:3], [mean, mean + item_4, mean + user_9], rtol=1e-5)
+        np.testing.assert_allclose(predictions[3:], fitted.predict(9, 4), rtol=1e-6)
+
+    def test_does_not_depend_on_the_order_or_size_of_the_batch(self, fitted: LUNetRecommender) -> None:
+        users, items = np.repeat(np.arange(60), 40), np.tile(np.arange(40), 60)
+        order = np.random.default_rng(0).permutation(2400)
+        many = np.tile(order, 5)  # more than one pass
+        all_at_once = fitted.predict(users[many], items[many])
+        np.testing.assert_allclose(all_at_once, fitted.predict(users, items)[many], rtol=0, atol=2e-6)
+
+    def test_before_fit(self) -> None:
+        with pytest.raises(RuntimeError, match="not trained yet"):
+            LUNetRecommender().predict([1], [1])
+
+
+class TestFiles:
+    def test_save_and_load(self, fitted: LUNetRecommender, tmp_path: Path) -> None:
+        fitted.save(tmp_path / "a" / "b")
+        assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {
+            "config.json",
+            "model.safetensors",
+        }
+        loaded = LUNetRecommender.load(tmp_path / "a" / "b")
+        users, items = np.repeat(np.arange(-1, 60), 40), np.tile(np.arange(40), 61)
+        np.testing.assert_array_equal(loaded.predict(users, items), fitted.predict(users, items))
+        assert (loaded.users, loaded.items) == (fitted.users, fitted.items)
+
+    def test_a_loaded_one_can_be_fitted_again(self, fitted: LUNetRecommender, tmp_path: Path) -> None:
+        fitted.save(tmp_path)
+        loaded = LUNetRecommender.load(tmp_path)
+        np.testing.assert_array_equal(
+            loaded.fit(latent_frame(), scale=(1, 5)).predict([1, 2], [3, 4]), fitted.predict([1, 2], [3, 4])
+        )
+
+    def test_loads_a_run_folder(self, tmp_path: Path) -> None:
+        ratings = latent_ratings()
+        result = train(ratings, quick_config(mlp=False), out=tmp_path / "run")
+        loaded = LUNetRecommender.load(tmp_path / "run")
+        expected = result.trained.model(ratings.user, ratings.item).clamp(1, 5).detach().numpy()
+        users, items = ratings.users.ids[ratings.user], ratings.items.ids[ratings.item]
+        np.testing.assert_array_equal(loaded.predict(users, items), expected)
+
+    def test_nothing_to_load(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file"):
+            LUNetRecommender.load(tmp_path)
+        (tmp_path / "model.safetensors").write_text("not a model")
+        with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+            LUNetRecommender.load(tmp_path)
+
+    def test_nothing_to_save(self, tmp_path: Path) -> None:
+        with pytest.raises(RuntimeError, match="not trained yet"):
+            LUNetRecommender().save(tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+
+def test_repr() -> None:
+    assert repr(LUNetRecommender(seed=3)) == "LUNetRecommender(recipe='best', seed=3, not trained)"
