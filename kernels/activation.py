@@ -1,0 +1,378 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+"""φ(x) = a·x + (c/κ)·softplus(κ·x), its inverse and the logarithm of its slope.
+
+Everything is computed in float32 from v = exp(−|κx|) ∈ [0, 1], which neither overflows nor cancels:
+with s = v/(1 + v) = σ(−|κx|),
+
+    φ(x)      = a·x + c·max(x, 0) + (c/κ)·log1p(v)
+    φ′(x)     = κx ≥ 0 ?  a + c·(1 − s)                          :  a + c·s
+    log φ′(x) = κx ≥ 0 ?  log(a + c) + log1p(−c/(a + c)·s)       :  log a + log1p(c/a·s)
+
+so that log φ′ keeps its digits where φ′ is near a + c (zero, when that is 1) as well as where it is near a.
+
+Why logarithms are written out here: ``tl.log`` compiles to 28 instructions and loses log1p's small
+arguments, ``libdevice.log1p`` to 29 and Triton's interpreter lacks it; these polynomials take 10 and about
+20, are the same arithmetic on every device, and need no division.
+
+FAST exchanges exp, reciprocals and the logarithm of the slope for single approximate instructions of NVIDIA
+GPUs. It is off unless asked for: what it costs in accuracy has to be measured on a GPU first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lunet_fast.kernels import tiles
+
+Slopes = Sequence[float] | Tensor
+
+LN2: tl.constexpr = tl.constexpr(math.log(2.0))
+LOG2E: tl.constexpr = tl.constexpr(1.0 / math.log(2.0))
+LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
+
+#: Steps of the inverse for slopes in a tensor, whose values the host does not wait for: enough for
+#: a/c ≥ 2^-13. ``inverse_steps`` says how many are needed.
+LEARNT_STEPS = 5
+
+
+# --- elementary functions -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _exp_of_negative(t, FAST: tl.constexpr):
+    """exp(t) for t ≤ 0; FAST flushes results below 2^-126 to zero."""
+    if FAST:
+        return tl.exp2(t * LOG2E)
+    return tl.exp(t)
+
+
+@triton.jit
+def _reciprocal(d, FAST: tl.constexpr):
+    """1/d for a normal d > 0."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / d
+
+
+@triton.jit
+def _log1p_unit(v):
+    """log(1 + v) for v in [0, 1], relative error below 3e-7: v times a minimax polynomial of degree 8."""
+    p = v * 0.00523269410982686 - 0.02950523727631827
+    p = v * p + 0.0782259478173932
+    p = v * p - 0.13663245295851173
+    p = v * p + 0.19106006444399673
+    p = v * p - 0.2484298210970902
+    p = v * p + 0.33319096791560926
+    p = v * p - 0.4999949313968335
+    p = v * p + 0.9999999698796846
+    return v * p
+
+
+@triton.jit
+def _log1p(z, FAST: tl.constexpr):
+    """log(1 + z) for −1 < z < ∞ with 1 + z a normal number; NaN for NaN.
+
+    1 + z = 2^e·(1 + p) with p in [−1/3, 1/3); for e = 0, p is z itself, so the rounding of 1 + z does not
+    matter where it would. FAST has only absolute accuracy, about 2e-7.
+    """
+    u = 1.0 + z
+    if FAST:
+        log2 = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return log2 * LN2
+    bits = u.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F2AAAAB) >> 23  # 0x3F2AAAAB is 2/3
+    p = tl.where(e == 0, z, (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0)
+    q = p * 0.14056113084249489 - 0.15403197669183544
+    q = p * q + 0.13987650846046296
+    q = p * q - 0.1641279117291298
+    q = p * q + 0.20011944368838142
+    q = p * q - 0.2500802725603879
+    q = p * q + 0.3333316870455926
+    q = p * q - 0.4999993212222057
+    q = p * q + 1.000000003565205
+    # 0·z: the bits of a NaN have lost it on the way.
+    return p * q + (e.to(tl.float32) * LN2 + z * 0.0)
+
+
+# --- the family -----------------------------------------------------------------------------------------
+#
+# A family is the tuple (a, c, kappa, log_low, log_high) with log_low = log a and log_high = log(a + c):
+# scalars, or values that broadcast over a tile [ROWS, COLUMNS].
+
+
+@triton.jit
+def load_family(
+    slopes_ptr,  # [3] or [3, D], or None: the five scalars are the family
+    a,
+    c,
+    kappa,
+    log_low,
+    log_high,
+    cols,  # [COLUMNS]
+    D,
+    PER_COLUMN: tl.constexpr,
+):
+    """The family of these columns, each value a scalar or [1, COLUMNS]."""
+    if slopes_ptr is not None:
+        if PER_COLUMN:
+            ptrs = slopes_ptr + cols[None, :]
+            valid = cols[None, :] < D
+            # 1 in columns that are not there: nothing in them may divide by zero.
+            a = tl.load(ptrs, mask=valid, other=1.0).to(tl.float32)
+            c = tl.load(ptrs + D, mask=valid, other=1.0).to(tl.float32)
+            kappa = tl.load(ptrs + 2 * D, mask=valid, other=1.0).to(tl.float32)
+        else:
+            a = tl.load(slopes_ptr).to(tl.float32)
+            c = tl.load(slopes_ptr + 1).to(tl.float32)
+            kappa = tl.load(slopes_ptr + 2).to(tl.float32)
+        log_low = tl.log(a)
+        log_high = tl.log(a + c)
+    return a, c, kappa, log_low, log_high
+
+
+@triton.jit
+def phi(x, family, FAST: tl.constexpr):
+    """φ(x), elementwise."""
+    v = _exp_of_negative(-tl.abs(x * family[2]), FAST)
+    # c·max(x, 0), not (c/κ)·max(κx, 0): κx may overflow where φ does not.
+    return x * family[0] + (tl.maximum(x, 0.0) * family[1] + _log1p_unit(v) * (family[1] / family[2]))
+
+
+@triton.jit
+def phi_derivative(x, family, FAST: tl.constexpr):
+    """φ′(x), elementwise."""
+    t = x * family[2]
+    v = _exp_of_negative(-tl.abs(t), FAST)
+    w = _reciprocal(1.0 + v, FAST)
+    return tl.where(t < 0.0, v * w, w) * family[1] + family[0]
+
+
+@triton.jit
+def log_phi_derivative(x, family, FAST: tl.constexpr):
+    """log φ′(x), elementwise."""
+    t = x * family[2]
+    v = _exp_of_negative(-tl.abs(t), FAST)
+    s = v * _reciprocal(1.0 + v, FAST)
+    low = t < 0.0
+    scale = tl.where(low, family[1] / family[0], -family[1] / (family[0] + family[1]))
+    return tl.where(low, family[3], family[4]) + _log1p(scale * s, FAST)
+
+
+@triton.jit
+def phi_inverse(y, family, STEPS: tl.constexpr, FAST: tl.constexpr):
+    """φ⁻¹(y), elementwise: STEPS of Halley's iteration from the nearest of three tangents.
+
+    With t = κx, r = a/c and w = κy/c the equation is f(t) = softplus(t) + r·t − w = 0. f is convex, so each
+    tangent's root is not left of the solution and the least of them is the nearest; there f·f″ ≤ f′², so the
+    denominator f′² − f·f″/2 of the step f·f′/(f′² − f·f″/2) is at least f′²/2. Where t is not finite (y is
+    not, or κy/c overflowed) φ is its asymptote.
+    """
+    r = family[0] / family[1]
+    w = y * (family[2] / family[1])
+    t = tl.minimum(w * (1.0 / (1.0 + r)), w * (1.0 / r))  # tangents at +∞ and −∞
+    t = tl.minimum(t, (w - LN2) * (1.0 / (0.5 + r)))  # and at 0
+    for _ in tl.static_range(STEPS):
+        v = _exp_of_negative(-tl.abs(t), FAST)
+        inverse = _reciprocal(1.0 + v, FAST)
+        small = v * inverse
+        f = (tl.maximum(t, 0.0) - w) + r * t + _log1p_unit(v)
+        slope = tl.where(t < 0.0, small, inverse) + r
+        t -= f * slope * _reciprocal(slope * slope - 0.5 * f * (small * inverse), FAST)
+    asymptote = tl.minimum(y * (1.0 / family[0]), y * (1.0 / (family[0] + family[1])))
+    return tl.where(tl.abs(t) <= LARGEST, t * (1.0 / family[2]), asymptote)
+
+
+# --- row-wise kernels -----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["N"])
+def activation_fwd_kernel(
+    x_ptr,  # [N, D]
+    y_ptr,  # [N, D]
+    logabsdet_ptr,  # [N] float32, or None
+    slopes_ptr,  # [3] or [3, D], or None
+    a,
+    c,
+    kappa,
+    log_low,
+    log_high,
+    N,
+    D,
+    PER_COLUMN: tl.constexpr,
+    FAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """y = φ(x), and Σ_d log φ′(x_d) for each row. One program does ROWS rows, each added up in one order."""
+    # The first row's address is 64 bits wide, the rest of a tile counts from it in 32: half the registers.
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    x_ptr += first * D
+    y_ptr += first * D
+    rows = tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, D, COLUMNS):
+        cols = start + tl.arange(0, COLUMNS)
+        valid = (rows[:, None] < N - first) & (cols[None, :] < D)
+        offsets = rows[:, None] * D + cols[None, :]
+        family = load_family(slopes_ptr, a, c, kappa, log_low, log_high, cols, D, PER_COLUMN)
+        x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+        tl.store(y_ptr + offsets, phi(x, family, FAST).to(y_ptr.dtype.element_ty), mask=valid)
+        if logabsdet_ptr is not None:
+            total += tl.where(valid, log_phi_derivative(x, family, FAST), 0.0)
+    if logabsdet_ptr is not None:
+        tl.store(logabsdet_ptr + first + rows, tl.sum(total, 1), mask=rows < N - first)
+
+
+@triton.jit(do_not_specialize=["N"])
+def activation_inv_kernel(
+    y_ptr,  # [N, D]
+    x_ptr,  # [N, D]
+    logabsdet_ptr,  # [N] float32, or None
+    slopes_ptr,  # [3] or [3, D], or None
+    a,
+    c,
+    kappa,
+    log_low,
+    log_high,
+    N,
+    D,
+    PER_COLUMN: tl.constexpr,
+    STEPS: tl.constexpr,
+    FAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """x = φ⁻¹(y), and −Σ_d log φ′(x_d) for each row."""
+    # The first row's address is 64 bits wide, the rest of a tile counts from it in 32: half the registers.
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    x_ptr += first * D
+    y_ptr += first * D
+    rows = tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, D, COLUMNS):
+        cols = start + tl.arange(0, COLUMNS)
+        valid = (rows[:, None] < N - first) & (cols[None, :] < D)
+        offsets = rows[:, None] * D + cols[None, :]
+        family = load_family(slopes_ptr, a, c, kappa, log_low, log_high, cols, D, PER_COLUMN)
+        y = tl.load(y_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+        x = phi_inverse(y, family, STEPS, FAST)
+        tl.store(x_ptr + offsets, x.to(x_ptr.dtype.element_ty), mask=valid)
+        if logabsdet_ptr is not None:
+            total -= tl.where(valid, log_phi_derivative(x, family, FAST), 0.0)
+    if logabsdet_ptr is not None:
+        tl.store(logabsdet_ptr + first + rows, tl.sum(total, 1), mask=rows < N - first)
+
+
+# --- launchers ------------------------------------------------------------------------------------------
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """Refuse what the kernels do not address: they take contiguous rows, and never copy behind one's back."""
+    if x.dim() != 2 or x.shape[1] == 0 or not x.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous rows [N, D] with D ≥ 1, got {list(x.shape)} with strides {x.stride()}"
+        )
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{name} must be float32 or bfloat16, got {x.dtype}")
+
+
+def family_arguments(slopes: Slopes, D: int) -> dict[str, Any]:
+    """The kernels' arguments that describe φ, of three floats (a, c, κ) or a tensor [3] or [3, D]."""
+    if isinstance(slopes, Tensor):
+        if slopes.shape not in ((3,), (3, D)) or not slopes.is_contiguous():
+            raise ValueError(f"slopes must be contiguous [3] or [3, {D}], got {list(slopes.shape)}")
+        zeros = dict.fromkeys(("a", "c", "kappa", "log_low", "log_high"), 0.0)
+        return {"slopes_ptr": slopes, **zeros, "PER_COLUMN": slopes.dim() == 2}
+    a, c, kappa = (float(value) for value in slopes)
+    # The logarithms in float64: log(a + c) is exactly 0 where a + c is 1, whatever a and c round to.
+    return {
+        "slopes_ptr": None,
+        "a": a,
+        "c": c,
+        "kappa": kappa,
+        "log_low": math.log(a),
+        "log_high": math.log(a + c),
+        "PER_COLUMN": False,
+    }
+
+
+def inverse_steps(r: float) -> int:
+    """Steps of ``phi_inverse`` to the rounding floor of float32 for r = a/c: 2 for r ≥ 1/16, one more for
+    each factor of 8 below. Counted on a grid of w; the hardest lie where eᵗ and r·t are of one size."""
+    return 2 + math.ceil(max(0.0, -4.0 - math.log2(r)) / 3.0)
+
+
+def activation_forward(
+    x: Tensor, slopes: Slopes, *, logabsdet: bool, fast: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(φ(x) [N, D], Σ log φ′ [N] float32 or None) of contiguous rows x [N, D], float32 or bfloat16."""
+    check_rows("x", x)
+    N, D = x.shape
+    y = torch.empty_like(x)
+    total = torch.empty(N, dtype=torch.float32, device=x.device) if logabsdet else None
+    if N == 0:
+        return y, total
+    tile = tiles.activation_tile("activation_fwd_kernel", D)
+    with tiles.on_device_of(x):
+        activation_fwd_kernel[(triton.cdiv(N, tile.rows),)](
+            x,
+            y,
+            total,
+            **family_arguments(slopes, D),
+            N=N,
+            D=D,
+            FAST=fast,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=True,
+        )
+    return y, total
+
+
+def activation_inverse(
+    y: Tensor, slopes: Slopes, *, logabsdet: bool, steps: int | None = None, fast: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(φ⁻¹(y) [N, D], −Σ log φ′ [N] float32 or None) of contiguous rows y [N, D], float32 or bfloat16.
+
+    ``steps`` of Halley's iteration: by default as many as float slopes need, or ``LEARNT_STEPS`` for a
+    tensor, since to look at its values the host would have to wait for the device.
+    """
+    check_rows("y", y)
+    N, D = y.shape
+    if steps is None:
+        steps = LEARNT_STEPS if isinstance(slopes, Tensor) else inverse_steps(slopes[0] / slopes[1])
+    x = torch.empty_like(y)
+    total = torch.empty(N, dtype=torch.float32, device=y.device) if logabsdet else None
+    if N == 0:
+        return x, total
+    tile = tiles.activation_tile("activation_inv_kernel", D)
+    with tiles.on_device_of(y):
+        activation_inv_kernel[(triton.cdiv(N, tile.rows),)](
+            y,
+            x,
+            total,
+            **family_arguments(slopes, D),
+            N=N,
+            D=D,
+            STEPS=steps,
+            FAST=fast,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=True,
+        )
+    return x, total
