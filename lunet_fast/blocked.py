@@ -35,8 +35,8 @@ BLOCK = 128
 #: pass writes the next still finds in the cache.
 SWEEP = 1 << 16
 
-#: Rows that a matrix product is given at least when it is done in sweeps: fewer would leave it inefficient.
-PRODUCT_ROWS = 512
+#: Rows that a matrix product is given at least when done in sweeps: with fewer, its threads wait too often.
+PRODUCT_ROWS = 4096
 
 #: κ₁(L)·κ₁(U) up to which a product with the explicit A⁻¹ is as accurate as substitution for our use.
 EXPLICIT_INVERSE_LIMIT = 1e3

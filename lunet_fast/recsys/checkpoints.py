@@ -28,6 +28,9 @@ MODEL_FORMAT = "lunet-fast model"
 CHECKPOINT_FORMAT = "lunet-fast checkpoint"
 FORMAT_VERSION = 1
 
+# A process that is killed while it writes leaves a file of this name behind.
+_TEMPORARY = ".lunet-fast-"
+
 
 class CheckpointError(ValueError):
     """A model or checkpoint file cannot be used; the message names the file and why."""
@@ -35,7 +38,7 @@ class CheckpointError(ValueError):
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` make a file beside ``path``, flush it to disk and move it to ``path`` in one step."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -170,8 +173,11 @@ class RunFolder:
         """Record the settings of the training that now starts.
 
         Resuming, they must be those that the folder records already (what is under ``source`` may differ);
-        otherwise the former training is deleted.
+        otherwise the former training is deleted. So is what a killed process left half written.
         """
+        for folder in (self.path, self.checkpoints):
+            for half_written in folder.glob(f"{_TEMPORARY}*"):
+                half_written.unlink(missing_ok=True)
         if resume and self.config.is_file():
             recorded = read_json(self.config)
             # By way of JSON, which has one kind of sequence.

@@ -59,18 +59,20 @@ def save_loss_figure(path: Path, title: str, train: Sequence[float], test: Seque
     for label, values, colour in (("training", train, "#1f5f99"), ("test", test, "#d1662b")):
         if values:
             axes.plot(epochs, values, color=colour, label=label, **style)
+            # Above the upper curve's end and below the lower one's, so that near ends keep apart.
+            upper = values[-1] >= max(train[-1], test[-1] if test else train[-1])
             axes.annotate(
                 f"{values[-1]:.3f}",
                 (len(values), values[-1]),
                 xytext=(6, 0),
                 textcoords="offset points",
-                va="center",
+                va="bottom" if upper else "top",
                 color=colour,
             )
     axes.set_title(title, loc="left", fontsize=12)
     axes.set_xlabel("epoch")
     axes.set_ylabel("mean squared error")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.margins(x=0.06)
     axes.grid(axis="y", color="#dddddd")
     axes.set_axisbelow(True)

@@ -230,6 +230,25 @@ class TestResume:
         ]
         assert again.seen == every[every.index((phase, epoch)) + 1 :]  # no finished epoch is repeated
 
+    def test_after_a_kill_while_writing_leaves_no_rest(self, ratings: Ratings, tmp_path: Path) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            train(ratings, CONFIG, out=tmp_path, progress=Interrupt("LU-Net", 1), checkpoint_seconds=0)
+
+        def killed(temporary: Path) -> None:
+            temporary.rename(temporary.with_suffix(".kept"))  # what no clean-up of the writer can reach
+            raise SystemExit
+
+        for folder in (tmp_path, tmp_path / "checkpoints"):
+            with pytest.raises(SystemExit):
+                checkpoints.write_atomically(folder / "lu-net.safetensors", killed)
+        train(ratings, CONFIG, out=tmp_path, resume=True)
+        assert names(tmp_path) == RUN_FILES
+        assert names(tmp_path / "checkpoints") == {
+            "lu-net.safetensors",
+            "mlp.safetensors",
+            "decoder.safetensors",
+        }
+
     def test_without_a_checkpoint_starts_from_the_beginning(
         self, ratings: Ratings, whole: tuple[TrainResult, Path], tmp_path: Path
     ) -> None:

@@ -89,12 +89,12 @@ class TestInput:
             rest[u, i] = 0
             user = (
                 model.user_embedding.weight[u]
-                + rest[u] @ model.user_history.weight / max(rest[u].sum(), 1) ** power
+                + rest[u] @ model.user_history.weight / rest[u].sum().clamp(min=1) ** power
             )
             column = rest[:, i]
             item = (
                 model.item_embedding.weight[i]
-                + column @ model.item_history.weight / max(column.sum(), 1) ** power
+                + column @ model.item_history.weight / column.sum().clamp(min=1) ** power
             )
             expected = torch.cat((user.view(2, 4), item.view(2, 4)), dim=1)
             torch.testing.assert_close(x[:, b], expected)
