@@ -69,7 +69,7 @@ def layers() -> str:
         low, high = row["ratio_quartiles"]
         lines.append(
             f"| {row['what']} | {row['features']} | {row['rows']} | {row['ours_ms']:.3g} | {row['peer']} | "
-            f"{row['peer_ms']:.3g} | {row['ratio']:.2g} ({low:.2g} to {high:.2g}) |"
+            f"{row['peer_ms']:.3g} | {row['ratio']:.3g} ({low:.3g} to {high:.3g}) |"
         )
     return "\n".join([*lines, "", f"{_machine(result)}, float32; `make bench`."])
 
