@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -295,7 +296,11 @@ def _read(
         return read_ratings(path, **columns)
 
     if train_file is not None and test_file is not None:
-        return join(read(train_file), read(test_file))
+        parts = join(read(train_file), read(test_file))
+        if dataset in movielens.DATASETS:
+            # The results name the data set; which files they were is kept as the source.
+            return replace(parts[0], name=dataset), replace(parts[1], name=dataset)
+        return parts
     if dataset in movielens.DATASETS:
         return movielens.load(dataset, data_dir), None
     if not Path(dataset).is_file():
