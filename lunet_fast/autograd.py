@@ -25,8 +25,6 @@ Fixed = tuple[float, float, float]
 
 Outputs = tuple[Tensor, Tensor]
 
-without_autocast = reference.without_autocast
-
 
 def _pair(function: Callable[..., Outputs], tensors: tuple[Tensor | None, ...]) -> Callable[..., Outputs]:
     """``function`` of those of ``tensors`` that are not None, in order; the others stay None."""
@@ -44,7 +42,7 @@ def _vjp(
 ) -> list[Tensor | None]:
     """Differentiable gradients of ``tensors`` (None for None) of a pair-valued function."""
     primals = [t for t in tensors if t is not None]
-    with without_autocast(primals[0]):
+    with reference.without_autocast(primals[0]):
         pullback = torch.func.vjp(_pair(function, tensors), *primals)[1]
         gradients = iter(pullback(cotangents))
     return [None if t is None else next(gradients) for t in tensors]
@@ -66,7 +64,7 @@ def _jvp(
         for t, d in zip(tensors, tangents, strict=True)
         if t is not None
     )
-    with without_autocast(primals[0]):
+    with reference.without_autocast(primals[0]):
         outputs, pullback = torch.func.vjp(_pair(function, tensors), *primals)[:2]
         pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(t) for t in outputs))[1]
         ((y, logabsdet),) = pushforward(directions)
@@ -79,7 +77,7 @@ def _vmap(
     """A pair-valued function batched over those of ``tensors`` that have a batch dimension."""
     given = [(t, d) for t, d in zip(tensors, dims, strict=True) if t is not None]
     mapped = torch.func.vmap(_pair(function, tensors), in_dims=tuple(d for _, d in given))
-    with without_autocast(given[0][0]):
+    with reference.without_autocast(given[0][0]):
         return mapped(*(t for t, _ in given))
 
 
