@@ -8,8 +8,7 @@ figures come from compilation (no spills, shared memory in bounds); none has bee
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ class Tile(NamedTuple):
 
 #: Elements that a thread of a row-wise kernel holds at a time. The inverse keeps more of each, and spilled at
 #: 16 with slopes for each column.
-ACTIVATION_ELEMENTS = {"activation_fwd_kernel": 16, "activation_inv_kernel": 8}
+ACTIVATION_ELEMENTS = {"forward": 16, "inverse": 8, "backward": 8}
 
 #: (architecture, arithmetic) → (largest D, tile) in ascending order of D; 0 is "any larger D".
 #: The architecture is the least that the row is meant for: sm_80's rows also fit the 99 KiB of shared memory
@@ -60,15 +59,46 @@ LAYER: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
 }
 
 
-def activation_tile(kernel: str, D: int) -> Tile:
-    """Of the row-wise kernels. A row longer than 128 is walked in the blocks that leave fewest lanes idle.
+def activation_tile(direction: str, D: int) -> Tile:
+    """Of the row-wise kernels, "forward", "inverse" or "backward" (of either).
 
-    At most 512 wide: with slopes for each column a thread holds those of its columns, and spilled at 1024.
+    A row longer than 128 is walked in the blocks that leave fewest lanes idle. At most 512 wide: with slopes
+    for each column a thread holds those of its columns, and spilled at 1024.
     """
     widths = [512, 256, 128] if D > 128 else [_power_of_two(D)]
     columns = min(widths, key=lambda width: -(-D // width) * width)
     warps = 4
-    return Tile(max(1, 32 * warps * ACTIVATION_ELEMENTS[kernel] // columns), columns, 0, warps, 1)
+    return Tile(max(1, 32 * warps * ACTIVATION_ELEMENTS[direction] // columns), columns, 0, warps, 1)
+
+
+#: Features up to which a net of layers is run as one operation. ``stack_tile`` says what is one launch.
+NET_FEATURES = 64
+
+#: Arithmetic of products of D×D matrices: each row's product builds on it, so it keeps float32's accuracy.
+MATRIX_PRECISION = "tf32x3"
+
+
+def matrix_tile(D: int, architecture: int) -> Tile:
+    """Of the kernels on the packed matrix: one program forms one square block of D×D."""
+    if D > 512 and architecture >= 90:
+        return Tile(64, 64, 64, 8, 2)
+    block = 16 if D <= 16 else 32  # with 64, sm_80 spilled
+    return Tile(block, block, block, 4, 2)
+
+
+#: Columns up to which U x stays in registers between the two triangular products, in one launch. Beyond 128 the
+#: unrolled products spill, in float32 beyond 64.
+TRIANGULAR_FUSED = {"ieee": 64, "tf32x3": 128, "tf32": 128}
+
+
+def triangular_tile(D: int) -> Tile:
+    """Of the products by U and then L, meant for few rows: as few to a program as a tensor core takes.
+
+    Blocks of columns are square blocks of the matrix too.
+    """
+    block = 16 if D <= 16 else 32
+    # Where D is no multiple of 16 every element has an address of its own, and 4 warps spilled.
+    return Tile(16, block, block, 8 if D > 64 and D % 16 != 0 else 4, 2)
 
 
 def layer_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) -> Tile:
@@ -99,6 +129,305 @@ def architecture(x: Tensor) -> int:
     return _capability(x.get_device()) if x.is_cuda else 90
 
 
-def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which a kernel launches on x's device: Triton launches on the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+# --- backward -------------------------------------------------------------------------------------------
+
+#: Multiprocessors of the GPU that the architecture's rows are meant for: A100 and H100. The number of partial
+#: sums follows it, so it is a constant of the table and not asked of the device.
+MULTIPROCESSORS = {80: 108, 90: 132}
+
+
+def programs(per_multiprocessor: int, shares: int, architecture: int) -> int:
+    """How many programs walk the rows of each of ``shares`` equal parts of a launch."""
+    known = max((arch for arch in MULTIPROCESSORS if arch <= architecture), default=80)
+    return max(1, per_multiprocessor * MULTIPROCESSORS[known] // shares)
+
+
+def recomputes(D: int) -> bool:
+    """Whether the backward of a layer computes h = x Wᵀ + b again: up to here memory is the limit.
+
+    Beyond, a third product would cost more than reading h, which the forward then saves.
+    """
+    return D <= 128
+
+
+#: Of ``layer_bwd_kernel``: (architecture, arithmetic) → (largest D, tile) in ascending order of D. In a tile
+#: ``columns`` are those of h formed at a time, ``inner`` those of x in a step of its product. Larger ones spill.
+LAYER_BACKWARD: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
+    (80, "ieee"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(32, 32, 16, 4, 1)),
+        (64, Tile(16, 32, 16, 8, 1)),
+    ),
+    (80, "tf32x3"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(32, 32, 32, 4, 1)),
+        (64, Tile(16, 32, 16, 4, 1)),
+    ),
+    (80, "tf32"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(64, 32, 32, 4, 1)),
+        (64, Tile(64, 32, 32, 8, 1)),
+    ),
+    (80, "bf16"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(64, 32, 32, 4, 1)),
+        (64, Tile(64, 64, 64, 8, 1)),
+    ),
+    (90, "ieee"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(16, 32, 16, 4, 1)),
+        (64, Tile(16, 32, 16, 8, 1)),
+    ),
+    (90, "tf32x3"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(32, 32, 32, 4, 1)),
+        (64, Tile(32, 64, 32, 8, 1)),
+    ),
+    (90, "tf32"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(64, 32, 32, 4, 1)),
+        (64, Tile(64, 64, 32, 8, 1)),
+    ),
+    (90, "bf16"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(64, 32, 32, 4, 1)),
+        (64, Tile(64, 64, 64, 8, 1)),
+    ),
+}
+
+#: The same where D is no multiple of 16 or the slopes are learnt: both take registers. What is missing
+#: spills, or spills but for tiles so small that three launches take fewer instructions.
+LAYER_BACKWARD_TIGHT: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
+    (80, "ieee"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(32, 32, 16, 4, 1)),
+        (64, Tile(16, 32, 16, 8, 1)),
+    ),
+    (80, "tf32x3"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(16, 32, 16, 4, 1)),
+    ),
+    (80, "tf32"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(32, 32, 32, 4, 1)),
+        (64, Tile(32, 32, 32, 8, 1)),
+    ),
+    (80, "bf16"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(64, 32, 32, 4, 1)),
+        (64, Tile(32, 32, 32, 8, 1)),
+    ),
+    (90, "ieee"): (
+        (16, Tile(16, 16, 16, 4, 1)),
+        (32, Tile(16, 32, 16, 4, 1)),
+    ),
+    (90, "tf32x3"): (
+        (16, Tile(32, 16, 16, 4, 1)),
+    ),
+    (90, "tf32"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(32, 32, 32, 4, 1)),
+        (64, Tile(32, 64, 32, 8, 1)),
+    ),
+    (90, "bf16"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(32, 32, 32, 4, 1)),
+        (64, Tile(32, 64, 64, 8, 1)),
+    ),
+}
+
+
+def layer_backward_tile(
+    D: int, dtype: torch.dtype, precision: str, architecture: int, learnt: bool
+) -> Tile | None:
+    """Of ``layer_bwd_kernel``; None where gradients of h, x and W are formed in launches of their own."""
+    arithmetic = "bf16" if dtype == torch.bfloat16 else precision
+    table = LAYER_BACKWARD_TIGHT if learnt or D % 16 != 0 else LAYER_BACKWARD
+    rows = table.get((90 if architecture >= 90 else 80, arithmetic), ())
+    return next((tile for largest, tile in rows if largest >= D), None)
+
+
+def preactivation_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) -> Tile:
+    """Of ``preactivation_bwd_kernel``: 8 elements to a thread, 16 where that does not spill."""
+    rows = 64 if D % 16 == 0 and (dtype == torch.bfloat16 or precision == "tf32") else 32
+    inner = 64 if dtype == torch.bfloat16 else 16 if precision == "ieee" else 32
+    width = max(16, min(64, _power_of_two(D)))
+    return Tile(rows, width, min(inner, width), 8 if width == 64 else 4, 3)
+
+
+def weight_gradient_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) -> Tile:
+    """Of ``weight_gradient_kernel``: rows × columns of g_W, and the rows of the batch at a time."""
+    if D <= 32:
+        width = max(16, _power_of_two(D))
+        return Tile(width, width, 32, 4, 3)
+    if precision == "ieee" and dtype == torch.float32:
+        return Tile(64, 64, 16, 8, 3)
+    if D <= 64:
+        return Tile(64, 64, 32, 4, 3)
+    return Tile(128, 128, 32, 8, 3) if D % 16 == 0 else Tile(128, 64, 32, 8, 3)
+
+
+# --- scoring --------------------------------------------------------------------------------------------
+
+
+def score_tile(D: int, layers: int, precision: str, architecture: int) -> Tile:
+    """Of ``score_topk_kernel``: ``rows`` items at a time, their features ``columns`` at a time.
+
+    A program holds a layer's sums for its rows, and of two layers those of the former as well. sm_80's tensor
+    cores take their operands from registers too, so there it is few rows where D is large.
+    """
+    if D <= 32:
+        return Tile(64, 16 if D <= 16 else 32, 0, 4, 1)
+    if precision == "ieee":
+        return Tile(32, 16 if D > 64 and architecture >= 90 else 32, 0, 8, 1)
+    if D <= 64:
+        return Tile(64, 32 if architecture >= 90 else 16, 0, 4, 1)
+    if architecture < 90 and (D % 16 != 0 or layers > 1):
+        return Tile(16, 32, 0, 4, 1)
+    return Tile(64, 16, 0, 8, 1)
+
+
+def score_splits(users: int, architecture: int) -> int:
+    """How many programs share the items of one user: enough to fill the device where users are few."""
+    return programs(8, users, architecture)
+
+
+# --- the whole stack ------------------------------------------------------------------------------------
+
+#: (kernel, arithmetic, architecture) → (largest D, tile) in ascending order of D, beyond which layers go one
+#: by one; ``inner`` is the chunk. ieee ends at 32: tf32x3 has its accuracy, and 64 columns unrolled spilled.
+STACK: dict[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = {
+    ("forward", "ieee", 80): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(64, 32, 32, 4, 1))),
+    ("forward", "tf32x3", 80): (
+        (16, Tile(64, 16, 16, 4, 2)),
+        (32, Tile(64, 32, 32, 4, 2)),
+        (64, Tile(32, 64, 64, 8, 2)),
+    ),
+    ("forward", "tf32x3", 90): (
+        (16, Tile(64, 16, 16, 4, 2)),
+        (32, Tile(64, 32, 32, 4, 2)),
+        (64, Tile(64, 64, 64, 8, 2)),
+    ),
+    ("forward", "tf32", 80): (
+        (16, Tile(64, 16, 16, 4, 2)),
+        (32, Tile(64, 32, 32, 4, 2)),
+        (64, Tile(64, 64, 64, 8, 3)),
+    ),
+    ("forward", "tf32", 90): (
+        (16, Tile(64, 16, 16, 4, 2)),
+        (32, Tile(64, 32, 32, 4, 2)),
+        (64, Tile(64, 64, 64, 8, 2)),
+    ),
+    ("forward", "bf16", 80): (
+        (16, Tile(64, 16, 16, 4, 2)),
+        (32, Tile(64, 32, 32, 4, 2)),
+        (64, Tile(64, 64, 64, 8, 2)),
+    ),
+    ("inverse", "ieee", 80): ((16, Tile(32, 16, 16, 4, 1)), (32, Tile(64, 32, 32, 4, 1))),
+    ("inverse", "tf32x3", 80): (
+        (16, Tile(64, 16, 16, 4, 2)),
+        (32, Tile(64, 32, 32, 4, 2)),
+        (64, Tile(16, 64, 32, 4, 1)),
+    ),
+    ("backward", "ieee", 80): ((16, Tile(32, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 8, 1))),
+    ("backward", "tf32x3", 80): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(32, 32, 32, 8, 1)),
+        (64, Tile(32, 64, 64, 8, 1)),
+    ),
+    ("backward", "tf32x3", 90): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(64, 32, 32, 8, 1)),
+        (64, Tile(32, 64, 64, 8, 1)),
+    ),
+    ("backward", "tf32", 80): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(64, 32, 32, 8, 1)),
+        (64, Tile(64, 64, 64, 8, 1)),
+    ),
+    ("backward", "bf16", 80): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(64, 32, 32, 8, 1)),
+        (64, Tile(64, 64, 64, 8, 1)),
+    ),
+    ("inverse backward", "ieee", 80): ((16, Tile(32, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 8, 1))),
+    ("inverse backward", "tf32x3", 80): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(64, 32, 32, 8, 1)),
+        (64, Tile(16, 64, 32, 8, 1)),
+    ),
+}
+
+
+def stack_tile(kernel: str, D: int, dtype: torch.dtype, precision: str, architecture: int) -> Tile | None:
+    """Of a stack's "forward", "inverse", "backward" or "inverse backward"; ``inner`` is the chunk.
+
+    None where a stack does not go in one launch: layer by layer is the way.
+    """
+    # Rows in bfloat16 are inverted in float32.
+    arithmetic = "bf16" if dtype == torch.bfloat16 and not kernel.startswith("inverse") else precision
+    known = [arch for name, kind, arch in STACK if (name, kind) == (kernel, arithmetic)]
+    if not known:
+        return None
+    nearest = max((arch for arch in known if arch <= architecture), default=min(known))
+    table = STACK[kernel, arithmetic, nearest]
+    tile = next((tile for largest, tile in table if largest >= D), None)
+    if tile is not None and kernel == "backward" and D > 32 and D % 16 != 0:
+        return tile._replace(rows=32)  # an address for every element
+    return tile
+
+
+def stack_outer_block(tile: Tile, dtype: torch.dtype, precision: str) -> tuple[int, int]:
+    """(block, rows at a time) of the sum of outer products, the weights' gradient."""
+    coarse = dtype == torch.bfloat16 or precision == "tf32"
+    block = min(tile.inner, 64 if coarse else 32)
+    return block, min(32, block, tile.rows)
+
+
+def stack_programs(architecture: int) -> int:
+    """How many programs walk the rows in a stack's backward: few, so that their scratch stays in the cache."""
+    return programs(1, 1, architecture)
+
+
+# --- substitution ---------------------------------------------------------------------------------------
+
+#: Architecture → the longest rows that a program of the inverse keeps in registers. sm_80 spilled with two
+#: blocks of 32; the unrolled code of two is twice as long as that of the loop, which a GPU may like better.
+SUBSTITUTION_HELD = {80: 32, 90: 64}
+
+#: The least D for which a product with W⁻¹ is tried. Below, substitution costs and reads about as much.
+INVERSE_WEIGHT_FROM = 129
+
+
+def substitution_block(D: int) -> int:
+    """Columns of the diagonal blocks of L and U that are inverted ahead."""
+    return 16 if D <= 16 else 32
+
+
+def substitution_tile(D: int, precision: str, architecture: int) -> Tile:
+    """Of the inverse and its gradient: rows × the block; ``inner`` is 0 where the rows stay in registers."""
+    block = substitution_block(D)
+    held = SUBSTITUTION_HELD[max((arch for arch in SUBSTITUTION_HELD if arch <= architecture), default=80)]
+    # With 4 warps a thread would hold 16 elements of a block of 32, and these spilled. So did a product over 32
+    # where D is no multiple of 16 and every element has an address of its own.
+    return Tile(64, block, 0 if D <= held else 16 if D % 16 else 32, 4 if block == 16 else 8, 2)
+
+
+def inverse_weight_tile(D: int, precision: str, architecture: int) -> Tile:
+    """Of the rows of W⁻¹: few to a program, there are only D of them."""
+    return Tile(16, substitution_block(D), min(32, substitution_block(D)), 4, 2)
+
+
+def magnitudes_tile(D: int) -> Tile:
+    """Of sums along the rows of L and U."""
+    return Tile(16, 128, 0, 4, 1)
+
+
+def tries_inverse_weight(D: int) -> bool:
+    """Whether the inverse tries a product with W⁻¹ before it substitutes."""
+    return D >= INVERSE_WEIGHT_FROM
+
+
+def inverse_product_tile(D: int, precision: str, architecture: int) -> Tile:
+    """Of the product with W⁻¹."""
+    return layer_tile(D, torch.float32, precision, architecture)
