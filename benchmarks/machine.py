@@ -35,10 +35,15 @@ def describe() -> dict[str, Any]:
 
 def write(name: str, results: dict[str, Any]) -> Path:
     """Write ``results`` and the machine to benchmarks/results/NAME.json, whole or not at all."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    text = json.dumps({"machine": describe(), **results}, indent=1) + "\n"
+    return write_text(RESULTS / f"{name}.json", text)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"machine": describe(), **results}, indent=1) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
     return path
 
