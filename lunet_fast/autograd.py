@@ -309,6 +309,7 @@ class Layer(torch.autograd.Function):
             lu,
             sign,
             permutation,
+            bias,
             slopes,
             *ctx.fixed,
             needs_x,
@@ -445,6 +446,103 @@ class LayerInverse(torch.autograd.Function):
         return (*outputs, _none_of(y)), (0, 0, None)
 
 
+class Net(torch.autograd.Function):
+    """(f(x) or f⁻¹(x), that direction's log|det J| per row or nothing) of layers one after another.
+
+    lu is [M, D, D], bias and sign [M, D], slopes [M − 1, 3] or [M − 1, 3, D]; the last layer is linear.
+    Nothing but x is kept for backward, or for the inverse its result.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        lu: Tensor,
+        bias: Tensor | None,
+        slopes: Tensor | None,
+        sign: Tensor | None,
+        fixed: Fixed,
+        inverse: bool,
+        logabsdet: bool,
+    ) -> Outputs:
+        return _ops.net(x, lu, sign, bias, slopes, *fixed, inverse, logabsdet)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Outputs) -> None:
+        x, lu, bias, slopes, sign, ctx.fixed, ctx.inverse, ctx.logabsdet = inputs
+        ctx.save_for_backward(x, lu, bias, slopes, sign, output[0] if ctx.inverse else None)
+
+    @staticmethod
+    def formula(sign: Tensor | None, fixed: Fixed, inverse: bool, logabsdet: bool) -> Callable[..., Outputs]:
+        def pair(x: Tensor, lu: Tensor, bias: Tensor | None, slopes: Tensor | None) -> Outputs:
+            total = _none_of(x)
+            last = lu.shape[0] - 1
+            run = reference.lu_dense_inverse_and_logabsdet if inverse else reference.lu_dense_and_logabsdet
+            for m in reversed(range(last + 1)) if inverse else range(last + 1):
+                own = None if m == last else _slopes_or(None if slopes is None else slopes[m], fixed)
+                x, share = run(
+                    x,
+                    lu[m],
+                    None if bias is None else bias[m],
+                    sign=None if sign is None else sign[m],
+                    slopes=own,
+                )
+                if logabsdet:
+                    total = share if total.numel() == 0 and total.dim() == 1 else total + share
+            return x, total
+
+        return pair
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any, grad_logabsdet: Any) -> tuple[Tensor | None, ...]:
+        given, lu, bias, slopes, sign, result = ctx.saved_tensors
+        grad, grad_logabsdet = _whole(grad, grad_logabsdet, given, ctx.logabsdet)
+        if torch.is_grad_enabled():
+            pair = Net.formula(sign, ctx.fixed, ctx.inverse, ctx.logabsdet)
+            gradients = _vjp(pair, (given, lu, bias, slopes), (grad, grad_logabsdet))
+            return (*gradients, None, None, None, None)
+        needs_x, needs_lu, needs_bias, needs_slopes = _needed(ctx)
+        has_bias = bias is not None and needs_bias
+        grad_x, grad_lu, grad_bias, grad_slopes = _ops.net_backward(
+            grad,
+            grad_logabsdet if ctx.logabsdet else None,
+            result if ctx.inverse else given,
+            lu,
+            sign,
+            bias,
+            slopes,
+            *ctx.fixed,
+            ctx.inverse,
+            needs_x,
+            needs_lu,
+            has_bias,
+        )
+        return (
+            grad_x if needs_x else None,
+            grad_lu if needs_lu else None,
+            grad_bias if has_bias else None,
+            grad_slopes if slopes is not None and needs_slopes else None,
+            *(None,) * 4,
+        )
+
+    @staticmethod
+    def tangent(ctx: Any, dx: Any, dlu: Any, dbias: Any, dslopes: Any, *_: None) -> Outputs:
+        *tensors, sign = ctx.saved_tensors[:5]
+        pair = Net.formula(sign, ctx.fixed, ctx.inverse, ctx.logabsdet)
+        return _jvp(pair, tuple(tensors), (dx, dlu, dbias, dslopes))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
+        x, lu, bias, slopes, sign, fixed, inverse, logabsdet = args
+        if all(d is None for d in in_dims[1:5]):  # more rows
+            outputs = EagerNet.apply(x.movedim(in_dims[0], 0), *args[1:])
+            return outputs, (0, 0 if logabsdet else None)
+
+        def pair(x: Tensor, lu: Any, bias: Any, slopes: Any, sign: Any) -> Outputs:
+            return Net.formula(sign, fixed, inverse, logabsdet)(x, lu, bias, slopes)
+
+        return _vmap(pair, args[:5], in_dims[:5]), (0, 0)
+
+
 def _eager(traceable: type[torch.autograd.Function], inputs: int) -> type[torch.autograd.Function]:
     """The Function for eager mode: with forward-mode derivatives and quick to call.
 
@@ -490,6 +588,7 @@ EagerActivation = _eager(Activation, 2)
 EagerActivationInverse = _eager(ActivationInverse, 2)
 EagerLayer = _eager(Layer, 6)
 EagerLayerInverse = _eager(LayerInverse, 6)
+EagerNet = _eager(Net, 5)
 
 
 def activation(*args: Any) -> Outputs:
@@ -513,6 +612,12 @@ def layer(*args: Any) -> Outputs:
 def layer_inverse(*args: Any) -> Outputs:
     """The first two results of ``LayerInverse`` on its arguments, in eager mode or while being traced."""
     results = (LayerInverse if torch.compiler.is_compiling() else EagerLayerInverse).apply(*args)
+    return results[0], results[1]
+
+
+def net(*args: Any) -> Outputs:
+    """``Net`` on its arguments, in eager mode or while being traced."""
+    results = (Net if torch.compiler.is_compiling() else EagerNet).apply(*args)
     return results[0], results[1]
 
 
@@ -550,7 +655,13 @@ def _layer_arguments(
     return x, lu, bias, slopes, sign, permutation, tuple(fixed), logabsdet, True
 
 
+def _net_arguments(x: Tensor, lu: Tensor, sign: Any, bias: Any, slopes: Any, *rest: Any) -> tuple[Any, ...]:
+    *fixed, inverse, logabsdet = rest
+    return x, lu, bias, slopes, sign, tuple(fixed), inverse, logabsdet
+
+
 _from_operation("activation_forward", lambda *a: EagerActivation.apply(*_activation_arguments(*a)))
 _from_operation("activation_inverse", lambda *a: EagerActivationInverse.apply(*_activation_arguments(*a)))
 _from_operation("layer_forward", lambda *a: EagerLayer.apply(*_layer_arguments(*a)))
 _from_operation("layer_inverse", lambda *a: EagerLayerInverse.apply(*_layer_arguments(*a)))
+_from_operation("net", lambda *a: EagerNet.apply(*_net_arguments(*a)))

@@ -228,3 +228,26 @@ def lu_dense_inverse_and_logabsdet(
 ) -> tuple[Tensor, Tensor]:
     """(x, the inverse's own log-determinant at y [...]); raises as ``lu_dense``."""
     return _layer_inverse(y, lu, bias, sign, permutation, slopes, True)
+
+
+def net(
+    x: Tensor,
+    lu: Tensor,
+    bias: Tensor | None,
+    *,
+    sign: Tensor | None,
+    slopes: Slopes,
+    inverse: bool,
+    logabsdet: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(f(x) or, with ``inverse``, f⁻¹(x), and that direction's log-determinant [...] or None).
+
+    f is M layers one after another, the last one linear: lu is [M, D, D], bias and sign [M, D], and
+    ``slopes`` of the M − 1 active ones three floats for all, or a tensor [M − 1, 3] or [M − 1, 3, D]. One
+    operation, which keeps x (or the inverse's result) alone for backward and computes the layers again
+    there: for devices where ``ops.fuses_net`` says that it is one launch.
+    """
+    x = _matching("x", x, lu, lower=not inverse)
+    learnt, fixed = (slopes, (1.0, 0.0, 1.0)) if isinstance(slopes, Tensor) else _split(slopes, x)
+    y, total = autograd.net(x, lu, bias, learnt, sign, fixed, inverse, logabsdet)
+    return y, total if logabsdet else None

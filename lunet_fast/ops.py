@@ -1,8 +1,9 @@
 """The registered operations, and the one place that decides who computes them.
 
-Eight operations, ``torch.ops.lunet_fast.*``: the activation and the layer, each forward and inverse, each
-with its backward. They carry no autograd of their own (``autograd.py`` does) and are opaque to
-``torch.compile`` and ``torch.export``, so a choice that depends on the batch size is made inside them.
+Ten operations, ``torch.ops.lunet_fast.*``: the activation and the layer, each forward and inverse, each with
+its backward; and a whole net of layers in one, either way, with its backward. They carry no autograd of
+their own (``autograd.py`` does) and are opaque to ``torch.compile`` and ``torch.export``, so a choice that
+depends on the batch size is made inside them.
 
 Conventions. Inputs have any leading shape and any strides; outputs are contiguous. An activation is
 given as a tensor of ``slopes`` [3] or [3, D], or else as the three floats (a, c, kappa); c = 0 means
@@ -13,6 +14,8 @@ with zero elements, since an operation's results cannot be optional.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -24,12 +27,10 @@ from torch import Tensor
 
 from lunet_fast import blocked
 from lunet_fast.blocked import Family, Packed
+from lunet_fast.kernels import tiles
 from lunet_fast.reference import autocast_enabled, wide
 
 BACKENDS = ("auto", "reference", "triton")
-
-#: Operations that have a Triton kernel; the others run in PyTorch under every backend.
-TRITON_OPS: dict[str, Callable[..., Any]] = {}
 
 _backend = "auto"
 
@@ -63,6 +64,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -80,9 +82,14 @@ def _require_triton() -> None:
         )
 
 
-def _runs_triton(op: str, x: Tensor) -> bool:
-    """Whether ``op`` on ``x`` goes to a Triton kernel."""
-    if _backend == "reference" or op not in TRITON_OPS or x.dtype == torch.float64 or x.numel() == 0:
+def _runs_triton(x: Tensor) -> bool:
+    """Whether an operation on ``x`` goes to the Triton kernels."""
+    return _triton_takes(x) and x.numel() > 0
+
+
+def _triton_takes(x: Tensor) -> bool:
+    """Whether an operation on ``x`` goes to the kernels unless x is empty; the same for fake tensors."""
+    if _backend == "reference" or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     if x.is_cuda:
         return _triton_installed()
@@ -95,6 +102,11 @@ def _runs_triton(op: str, x: Tensor) -> bool:
             )
         return True
     return False
+
+
+def _saves_preactivation(x: Tensor) -> bool:
+    """Whether a layer's forward saves h: the kernels compute it again where memory is the limit."""
+    return not (_triton_takes(x) and tiles.recomputes(x.shape[-1]))
 
 
 #: Where the operations are registered; kept for the life of the process.
@@ -115,8 +127,8 @@ def _register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
                 # which W is formed and triangles are solved.
                 with torch.autocast(x.device.type, enabled=False):
                     return compute(x, *args)
-            if _runs_triton(name, x):
-                return TRITON_OPS[name](x, *args)
+            if _runs_triton(x):
+                return getattr(importlib.import_module("lunet_fast.triton_ops"), name)(x, *args)
             return function(x, *args)
 
         library.define(schema)
@@ -251,12 +263,13 @@ def _layer_forward(
         return y.reshape(x.shape), total, _nothing(x), _nothing(x)
     if weight is None:
         weight = torch.empty_like(lu, dtype=x.dtype)
-    return y.reshape(x.shape), total, _or_nothing(h, x, x.shape), weight
+    return y.reshape(x.shape), total, _or_nothing(h if _saves_preactivation(x) else None, x, x.shape), weight
 
 
 @_register(
     f"layer_backward(Tensor grad_y, Tensor? grad_logabsdet, Tensor x, Tensor h, Tensor weight, {_MATRIX},"
-    f" {_FAMILY}, bool needs_x, bool needs_lu, bool has_bias) -> (Tensor, Tensor, Tensor, Tensor)"
+    f" Tensor? bias, {_FAMILY}, bool needs_x, bool needs_lu, bool needs_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _layer_backward(
     grad_y: Tensor,
@@ -267,30 +280,35 @@ def _layer_backward(
     lu: Tensor,
     sign: Tensor | None,
     permutation: Tensor | None,
+    bias: Tensor | None,
     slopes: Tensor | None,
     a: float,
     c: float,
     kappa: float,
     needs_x: bool,
     needs_lu: bool,
-    has_bias: bool,
+    needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, lu, bias, slopes)."""
     family = Family.of(slopes, a, c, kappa, wide(x.dtype))
-    rows = _rows_of(x, lu)
+    rows, packed = _rows_of(x, lu), Packed.of(lu, sign, permutation)
+    preactivation = None
+    if not family.linear:
+        saved = h.numel() == x.numel()
+        preactivation = _rows_of(h, lu) if saved else _preactivation(rows, packed, bias)
     compute: Any = blocked.stacked_backward if lu.dim() == 3 else blocked.layer_backward
     grad_x, grad_lu, grad_bias, grad_slopes = compute(
         _rows_of(grad_y, lu),
         None if grad_logabsdet is None else grad_logabsdet.reshape(rows.shape[:-1]).contiguous(),
         rows,
-        None if family.linear else _rows_of(h, lu),
+        preactivation,
         weight if lu.dim() == 3 or blocked.composes(*rows.shape) else None,
-        Packed.of(lu, sign, permutation),
+        packed,
         family,
         slopes,
         needs_x=needs_x,
         needs_lu=needs_lu,
-        has_bias=has_bias,
+        has_bias=needs_bias,
     )
     return (
         _or_nothing(grad_x, x, x.shape),
@@ -298,6 +316,12 @@ def _layer_backward(
         _nothing(lu) if grad_bias is None else grad_bias.to(lu.dtype),
         _or_nothing(grad_slopes, x),
     )
+
+
+def _preactivation(rows: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """h = A x + b, for a backward in PyTorch of a forward that Triton did."""
+    compute = blocked.stacked_forward if rows.dim() == 3 else blocked.layer_forward
+    return compute(rows, packed, bias, Family(1.0, 0.0, 1.0), logabsdet=False, save=False)[0]
 
 
 def _at(tensor: Tensor | None, k: int) -> Tensor | None:
@@ -403,6 +427,173 @@ def _layer_inverse_backward(
     )
 
 
+# --- net ------------------------------------------------------------------------------------------------
+
+
+@_register(
+    f"net(Tensor x, Tensor lu, Tensor? sign, Tensor? bias, {_FAMILY}, bool inverse, bool logabsdet)"
+    " -> (Tensor, Tensor)"
+)
+def _net(
+    x: Tensor,
+    lu: Tensor,
+    sign: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    a: float,
+    c: float,
+    kappa: float,
+    inverse: bool,
+    logabsdet: bool,
+) -> tuple[Tensor, Tensor]:
+    """(f(x) or f⁻¹(x), the log-determinant of that direction) of M layers, the last one linear.
+
+    lu is [M, D, D], sign and bias [M, D], a tensor of slopes [M − 1, 3] or [M − 1, 3, D]: the leading
+    dimension counts layers one after another, not stacked ones.
+    """
+    return net_by_layers(
+        _layer_inverse if inverse else _layer_forward,
+        *(x, lu, sign, bias, slopes, a, c, kappa, inverse, logabsdet),
+    )
+
+
+def net_by_layers(
+    layer: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    lu: Tensor,
+    sign: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    a: float,
+    c: float,
+    kappa: float,
+    inverse: bool,
+    logabsdet: bool,
+) -> tuple[Tensor, Tensor]:
+    """``net`` through an implementation of ``layer_forward`` or, if inverse, of ``layer_inverse``."""
+    total = _nothing(x, wide(x.dtype))
+    last = lu.shape[0] - 1
+    for m in reversed(range(last + 1)) if inverse else range(last + 1):
+        family = _slopes_at(slopes, a, c, kappa, m, last)
+        x, share, *_ = layer(x, lu[m], _at(sign, m), None, _at(bias, m), *family, logabsdet, False)
+        total = share if m == (last if inverse else 0) else total + share
+    return x, total
+
+
+def _slopes_at(
+    slopes: Tensor | None, a: float, c: float, kappa: float, m: int, last: int
+) -> tuple[Tensor | None, float, float, float]:
+    """Layer m's slopes as an operation on one layer takes them."""
+    if m == last:
+        return None, 1.0, 0.0, 1.0
+    return _at(slopes, m), a, c, kappa
+
+
+@_register(
+    f"net_backward(Tensor grad, Tensor? grad_logabsdet, Tensor x, Tensor lu, Tensor? sign, Tensor? bias,"
+    f" {_FAMILY}, bool inverse, bool needs_x, bool needs_lu, bool needs_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _net_backward(
+    grad: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    lu: Tensor,
+    sign: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    a: float,
+    c: float,
+    kappa: float,
+    inverse: bool,
+    needs_x: bool,
+    needs_lu: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (the input, lu, bias, slopes) of ``net``.
+
+    x is what the layers start from, whichever way the net was run: f's input, or the inverse's result.
+    Nothing else was kept; the layers are computed again from it.
+    """
+    return net_backward_by_layers(
+        _layer_forward,
+        _layer_backward,
+        _layer_inverse_backward,
+        grad,
+        grad_logabsdet,
+        x,
+        lu,
+        sign,
+        bias,
+        slopes,
+        a,
+        c,
+        kappa,
+        inverse,
+        needs_x,
+        needs_lu,
+        needs_bias,
+    )
+
+
+def net_backward_by_layers(
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor, ...]],
+    inverse_backward: Callable[..., tuple[Tensor, ...]],
+    grad: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    lu: Tensor,
+    sign: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    a: float,
+    c: float,
+    kappa: float,
+    inverse: bool,
+    needs_x: bool,
+    needs_lu: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``net_backward`` through implementations of ``layer_forward`` and of the layer's two backwards."""
+    last = lu.shape[0] - 1
+    arguments, families = [], []
+    for m in range(last + 1):
+        families.append(_slopes_at(slopes, a, c, kappa, m, last))
+        arguments.append((x, lu[m], _at(sign, m), None))
+        x = forward(*arguments[m], _at(bias, m), *families[m], False, False)[0]
+    results: dict[int, tuple[Tensor, ...]] = {}
+    for m in range(last + 1) if inverse else reversed(range(last + 1)):
+        start, *matrix = arguments[m]
+        if inverse:
+            h = forward(*arguments[m], _at(bias, m), None, 1.0, 0.0, 1.0, False, False)[0]
+            results[m] = inverse_backward(
+                grad, grad_logabsdet, start, h, *matrix, *families[m], needs_lu, needs_bias
+            )
+        else:
+            _, _, h, weight = forward(*arguments[m], _at(bias, m), *families[m], False, True)
+            results[m] = backward(
+                *(grad, grad_logabsdet, start, h, weight, *matrix, _at(bias, m), *families[m]),
+                *(needs_x or m > 0, needs_lu, needs_bias),
+            )
+        grad = results[m][0]
+    _, grad_lu, grad_bias, grad_slopes = zip(*(results[m] for m in range(last + 1)), strict=True)
+    return (
+        grad if needs_x else _nothing(x),
+        torch.stack(grad_lu) if needs_lu else _nothing(lu),
+        torch.stack(grad_bias) if needs_bias else _nothing(lu),
+        torch.stack(grad_slopes[:-1]) if slopes is not None else _nothing(x),
+    )
+
+
+def fuses_net(x: Tensor) -> bool:
+    """Whether layers that are all alike are better run on x as one ``net`` than one by one.
+
+    Decided by what is known while being traced; which kernels the operation launches, it decides itself.
+    """
+    return _triton_takes(x) and x.dim() > 0 and x.shape[-1] <= tiles.NET_FEATURES
+
+
 # --- shapes without data --------------------------------------------------------------------------------
 
 
@@ -441,7 +632,7 @@ def _(grad_x, grad_logabsdet, x, slopes, a, c, kappa):  # type: ignore[no-untype
 @torch.library.register_fake("lunet_fast::layer_forward")
 def _(x, lu, sign, permutation, bias, slopes, a, c, kappa, logabsdet, save):  # type: ignore[no-untyped-def]
     active = slopes is not None or c != 0.0
-    h = _like(x) if save and active else _nothing(x)
+    h = _like(x) if save and active and _saves_preactivation(x) else _nothing(x)
     weight = x.new_empty(lu.shape) if save else _nothing(x)
     return _like(x), _row_values(x, logabsdet), h, weight
 
@@ -462,18 +653,19 @@ def _(  # type: ignore[no-untyped-def]
     lu,
     sign,
     permutation,
+    bias,
     slopes,
     a,
     c,
     kappa,
     needs_x,
     needs_lu,
-    has_bias,
+    needs_bias,
 ):
     return (
         _gradient_of(x, x, needs_x),
         _gradient_of(lu, lu, needs_lu),
-        lu.new_empty(lu.shape[:-1] if has_bias else (0,)),
+        lu.new_empty(lu.shape[:-1] if needs_bias else (0,)),
         _gradient_of(slopes, x),
     )
 
@@ -486,6 +678,36 @@ def _(  # type: ignore[no-untyped-def]
         _like(x),
         _gradient_of(lu, lu, needs_lu),
         lu.new_empty(lu.shape[:-1] if has_bias else (0,)),
+        _gradient_of(slopes, x),
+    )
+
+
+@torch.library.register_fake("lunet_fast::net")
+def _(x, lu, sign, bias, slopes, a, c, kappa, inverse, logabsdet):  # type: ignore[no-untyped-def]
+    return _like(x), _row_values(x, logabsdet)
+
+
+@torch.library.register_fake("lunet_fast::net_backward")
+def _(  # type: ignore[no-untyped-def]
+    grad,
+    grad_logabsdet,
+    x,
+    lu,
+    sign,
+    bias,
+    slopes,
+    a,
+    c,
+    kappa,
+    inverse,
+    needs_x,
+    needs_lu,
+    needs_bias,
+):
+    return (
+        _gradient_of(x, x, needs_x),
+        _gradient_of(lu, lu, needs_lu),
+        lu.new_empty(lu.shape[:-1] if needs_bias else (0,)),
         _gradient_of(slopes, x),
     )
 

@@ -61,9 +61,15 @@ def test_layer_backward(rows: int, stacked: bool) -> None:
     y, logabsdet, h, weight = lib.layer_forward(
         t["x"], t["lu"], t["sign"], None, t["bias"], None, *FIXED, True, True
     )
-    matrix = (t["lu"], t["sign"], None, None, *FIXED)
-    opcheck(lib.layer_backward.default, (y, logabsdet, t["x"], h, weight, *matrix, True, True, True))
-    opcheck(lib.layer_backward.default, (y, None, t["x"], h, weight, *matrix, False, False, False))
+    matrix = (t["lu"], t["sign"], None)
+    family = (t["bias"], None, *FIXED)
+    opcheck(lib.layer_backward.default, (y, logabsdet, t["x"], h, weight, *matrix, *family, True, True, True))
+    opcheck(lib.layer_backward.default, (y, None, t["x"], h, weight, *matrix, *family, False, False, False))
+    # A forward that Triton did may not have saved h.
+    saved = lib.layer_backward(y, None, t["x"], h, weight, *matrix, *family, True, True, True)
+    again = lib.layer_backward(y, None, t["x"], h.new_empty(0), weight, *matrix, *family, True, True, True)
+    torch.testing.assert_close(again, saved)
+    matrix = (*matrix, None, *FIXED)
     x, logabsdet, h = lib.layer_inverse(y, t["lu"], t["sign"], None, t["bias"], None, *FIXED, True, True)
     opcheck(lib.layer_inverse_backward.default, (y, logabsdet, x, h, *matrix, True, True))
     opcheck(lib.layer_inverse_backward.default, (y, None, x, h, *matrix, False, False))
