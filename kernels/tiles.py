@@ -151,7 +151,8 @@ def recomputes(D: int) -> bool:
 
 
 #: Of ``layer_bwd_kernel``: (architecture, arithmetic) → (largest D, tile) in ascending order of D. In a tile
-#: ``columns`` are those of h formed at a time, ``inner`` those of x in a step of its product. Larger ones spill.
+#: ``columns`` are those of h formed at a time, ``inner`` those of x in a step of its product. Larger ones
+#: spill.
 LAYER_BACKWARD: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
     (80, "ieee"): (
         (16, Tile(64, 16, 16, 4, 1)),
@@ -210,17 +211,14 @@ LAYER_BACKWARD_TIGHT: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
     (80, "tf32"): (
         (16, Tile(64, 16, 16, 4, 1)),
         (32, Tile(32, 32, 32, 4, 1)),
-        (64, Tile(32, 32, 32, 8, 1)),
+        (64, Tile(32, 32, 16, 8, 1)),
     ),
     (80, "bf16"): (
         (16, Tile(64, 16, 16, 4, 1)),
         (32, Tile(64, 32, 32, 4, 1)),
         (64, Tile(32, 32, 32, 8, 1)),
     ),
-    (90, "ieee"): (
-        (16, Tile(16, 16, 16, 4, 1)),
-        (32, Tile(16, 32, 16, 4, 1)),
-    ),
+    (90, "ieee"): ((16, Tile(16, 16, 16, 4, 1)),),
     (90, "tf32x3"): (
         (16, Tile(32, 16, 16, 4, 1)),
     ),
@@ -249,22 +247,25 @@ def layer_backward_tile(
 
 def preactivation_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) -> Tile:
     """Of ``preactivation_bwd_kernel``: 8 elements to a thread, 16 where that does not spill."""
-    rows = 64 if D % 16 == 0 and (dtype == torch.bfloat16 or precision == "tf32") else 32
-    inner = 64 if dtype == torch.bfloat16 else 16 if precision == "ieee" else 32
-    width = max(16, min(64, _power_of_two(D)))
-    return Tile(rows, width, min(inner, width), 8 if width == 64 else 4, 3)
+    if dtype == torch.bfloat16:
+        return Tile(64 if D % 16 == 0 else 32, 64, 64, 8, 3)
+    rows = 64 if D % 16 == 0 and precision == "tf32" else 32
+    return Tile(rows, 64, 16 if precision == "ieee" else 32, 8, 3)
 
 
 def weight_gradient_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) -> Tile:
     """Of ``weight_gradient_kernel``: rows × columns of g_W, and the rows of the batch at a time."""
+    arithmetic = "bf16" if dtype == torch.bfloat16 else precision
     if D <= 32:
         width = max(16, _power_of_two(D))
         return Tile(width, width, 32, 4, 3)
-    if precision == "ieee" and dtype == torch.float32:
+    if arithmetic == "ieee":
         return Tile(64, 64, 16, 8, 3)
     if D <= 64:
         return Tile(64, 64, 32, 4, 3)
-    return Tile(128, 128, 32, 8, 3) if D % 16 == 0 else Tile(128, 64, 32, 8, 3)
+    # Square tiles read least, but spilled with an address for every element, and sm_80's with tf32x3.
+    square = D % 16 == 0 and (architecture >= 90 or arithmetic != "tf32x3")
+    return Tile(128, 128 if square else 64, 32, 8, 3)
 
 
 # --- scoring --------------------------------------------------------------------------------------------
@@ -323,7 +324,7 @@ STACK: dict[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = {
         (32, Tile(64, 32, 32, 4, 2)),
         (64, Tile(64, 64, 64, 8, 2)),
     ),
-    ("inverse", "ieee", 80): ((16, Tile(32, 16, 16, 4, 1)), (32, Tile(64, 32, 32, 4, 1))),
+    ("inverse", "ieee", 80): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(64, 32, 32, 4, 1))),
     ("inverse", "tf32x3", 80): (
         (16, Tile(64, 16, 16, 4, 2)),
         (32, Tile(64, 32, 32, 4, 2)),
@@ -331,28 +332,33 @@ STACK: dict[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = {
     ),
     ("backward", "ieee", 80): ((16, Tile(32, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 8, 1))),
     ("backward", "tf32x3", 80): (
-        (16, Tile(64, 16, 16, 4, 1)),
+        (16, Tile(64, 16, 16, 8, 1)),
         (32, Tile(32, 32, 32, 8, 1)),
         (64, Tile(32, 64, 64, 8, 1)),
     ),
     ("backward", "tf32x3", 90): (
-        (16, Tile(64, 16, 16, 4, 1)),
+        (16, Tile(64, 16, 16, 8, 1)),
         (32, Tile(64, 32, 32, 8, 1)),
         (64, Tile(32, 64, 64, 8, 1)),
     ),
     ("backward", "tf32", 80): (
-        (16, Tile(64, 16, 16, 4, 1)),
+        (16, Tile(64, 16, 16, 8, 1)),
         (32, Tile(64, 32, 32, 8, 1)),
         (64, Tile(64, 64, 64, 8, 1)),
     ),
     ("backward", "bf16", 80): (
-        (16, Tile(64, 16, 16, 4, 1)),
+        (16, Tile(64, 16, 16, 8, 1)),
         (32, Tile(64, 32, 32, 8, 1)),
         (64, Tile(64, 64, 64, 8, 1)),
     ),
     ("inverse backward", "ieee", 80): ((16, Tile(32, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 8, 1))),
     ("inverse backward", "tf32x3", 80): (
         (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(64, 32, 32, 8, 1)),
+        (64, Tile(16, 64, 32, 8, 1)),
+    ),
+    ("inverse backward", "tf32x3", 90): (
+        (16, Tile(64, 16, 16, 8, 1)),
         (32, Tile(64, 32, 32, 8, 1)),
         (64, Tile(16, 64, 32, 8, 1)),
     ),

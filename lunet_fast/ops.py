@@ -82,8 +82,8 @@ def _require_triton() -> None:
         )
 
 
-def _runs_triton(x: Tensor) -> bool:
-    """Whether an operation on ``x`` goes to the Triton kernels."""
+def runs_triton(x: Tensor) -> bool:
+    """Whether an operation on x goes to the Triton kernels."""
     return _triton_takes(x) and x.numel() > 0
 
 
@@ -127,7 +127,7 @@ def _register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
                 # which W is formed and triangles are solved.
                 with torch.autocast(x.device.type, enabled=False):
                     return compute(x, *args)
-            if _runs_triton(x):
+            if runs_triton(x):
                 return getattr(importlib.import_module("lunet_fast.triton_ops"), name)(x, *args)
             return function(x, *args)
 

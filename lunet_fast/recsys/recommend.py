@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +13,22 @@ import torch
 
 from lunet_fast.recsys.checkpoints import RunFolder, TrainedModel, load_model, save_model, write_json
 from lunet_fast.recsys.config import TrainConfig, recipe
-from lunet_fast.recsys.evaluation import predict_ratings
+from lunet_fast.recsys.evaluation import CHUNK
+from lunet_fast.recsys.model import Histories
 from lunet_fast.recsys.ratings import IdMap, Ratings, from_frame, read_ratings
+from lunet_fast.recsys.scoring import ItemScorer, training_pairs
 from lunet_fast.recsys.training import Progress, train
+
+USERS = 1024
+"""Users that are scored at a time: bounds the memory of a recommendation, whatever the number of users."""
+
+
+class _Ranked(NamedTuple):
+    """Recommendations for a batch of users: sorted by row, and best first within one."""
+
+    row: npt.NDArray[np.int64]
+    item: npt.NDArray[np.int64]
+    score: npt.NDArray[np.float32]
 
 
 class LUNetRecommender:
@@ -26,8 +39,10 @@ class LUNetRecommender:
     array([4.12, 2.87], dtype=float32)
 
     ``recipe`` is ``best`` or ``paper``; ``settings`` override single fields of
-    :class:`~lunet_fast.recsys.config.TrainConfig`, such as ``epochs=5``. ``device`` is where training runs; a
-    trained model predicts on the CPU.
+    :class:`~lunet_fast.recsys.config.TrainConfig`, such as ``epochs=5``. ``device`` is where training and
+    :meth:`recommend` run; single pairs are predicted on the CPU.
+
+    A trained model is not to be changed: what its predictions have in common is computed once and kept.
     """
 
     def __init__(
@@ -36,6 +51,8 @@ class LUNetRecommender:
         self.recipe, self.seed, self.device, self.settings = recipe, seed, device, settings
         self._config(1)  # a wrong name or value is told now, not after the data are read
         self._trained: TrainedModel | None = None
+        self._histories: Histories | None = None
+        self._scorer: ItemScorer | None = None
 
     def _config(self, n_ratings: int) -> TrainConfig:
         fixed = {"seed": self.seed, "split": "none", "mlp": False}
@@ -70,8 +87,11 @@ class LUNetRecommender:
         elif not isinstance(ratings, Ratings):
             ratings = read_ratings(ratings, **columns)
         result = train(ratings, self._config(len(ratings)), device=self.device, progress=progress)
-        self._trained = result.trained
+        self._set_trained(result.trained)
         return self
+
+    def _set_trained(self, trained: TrainedModel) -> None:
+        self._trained, self._histories, self._scorer = trained, None, None
 
     def predict(self, users: Any, items: Any) -> npt.NDArray[np.float32]:
         """Ratings of pairs, float32 ``[N]``, clipped to the scale of the training data.
@@ -92,10 +112,133 @@ class LUNetRecommender:
         user, item = (side.clone() for side in torch.broadcast_tensors(user, item))
         if not len(user):
             return np.empty(0, dtype=np.float32)
-        prediction: npt.NDArray[np.float32] = predict_ratings(
-            trained.model, user, item, trained.scale
-        ).numpy()
+        prediction: npt.NDArray[np.float32] = self._rate(user, item).clamp_(*trained.scale).numpy()
         return prediction
+
+    def recommend(
+        self, users: Any, k: int = 10, *, exclude_seen: bool = True, items: Any = None
+    ) -> pd.DataFrame:
+        """The k best items of each user, best first: columns ``user``, ``rank`` from 1, ``item``, ``score``.
+
+        >>> recommender.recommend(["ann", "bob"], k=2)                     # doctest: +SKIP
+          user  rank    item  score
+        0  ann     1  film-3   4.81
+        1  ann     2  film-9   4.52
+        2  bob     1  film-9   4.77
+        3  bob     2  film-1   4.19
+
+        ``users`` are ids as in the training data, one or many; they keep their order. ``items`` are the ids
+        to choose from, by default all of the training data; ``exclude_seen`` leaves out what the user rated
+        in training. A user gets fewer rows where fewer than k items are left.
+
+        ``score`` is what :meth:`predict` gives for the pair, clipped to the scale; items are ranked by the
+        rating before it is clipped, so that several with the highest rating still have an order. Of equal
+        ratings the item comes first that does in :attr:`items`.
+
+        Ids that training has not seen raise no error and have :meth:`predict`'s fall-back: an unseen user
+        gets the items of the highest mean deviation d_item, an unseen item stands at mean + d_user.
+
+        Cost: O(K M D²) for a user and item, on ``device``; what depends on one of them alone is computed
+        once. Memory: :func:`~lunet_fast.recsys.scoring.score_topk`'s for USERS users, and the result.
+
+        ``ValueError`` where k is not a whole number of at least 1.
+        """
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+            raise ValueError(f"k={k!r} must be a whole number of at least 1")
+        trained, given = self.trained, _listed(users)
+        index = torch.from_numpy(trained.users.index(given))
+        item_ids, candidates, unseen = trained.items.ids, None, 0
+        if items is not None:
+            wanted = _listed(items)
+            known = trained.items.index(wanted)
+            candidates = torch.from_numpy(np.unique(known[known >= 0]))
+            # They follow the known ones, in the order given.
+            strangers = list(dict.fromkeys(item for item, i in zip(wanted, known, strict=True) if i < 0))
+            unseen = len(strangers)
+            item_ids = np.array([*item_ids.tolist(), *strangers], dtype=object)
+        parts = [
+            self._ranked(batch, int(k), exclude_seen, candidates, unseen) for batch in index.split(USERS)
+        ]
+        row = np.concatenate([part.row + n * USERS for n, part in enumerate(parts)])
+        item, score = (np.concatenate(side) for side in list(zip(*parts, strict=True))[1:])
+        user_ids = [
+            trained.users.ids[i] if i >= 0 else user for user, i in zip(given, index.tolist(), strict=True)
+        ]
+        return pd.DataFrame(
+            {
+                "user": pd.Series(np.array(user_ids, dtype=object)[row], dtype=object).infer_objects(),
+                "rank": _place_in_row(row) + 1,
+                "item": pd.Series(item_ids[item], dtype=item_ids.dtype).infer_objects(),
+                "score": score.clip(*trained.scale),
+            }
+        )
+
+    @torch.no_grad()
+    def _ranked(
+        self, users: torch.Tensor, k: int, exclude_seen: bool, candidates: torch.Tensor | None, unseen: int
+    ) -> _Ranked:
+        """The k best for each of ``users``, int64 ``[U]``, -1 for unseen ones, with ratings not clipped.
+
+        ``candidates`` are the places of known items, ascending, or None for all of them; ``unseen`` items
+        without a place count on from the last known one.
+        """
+        model, scorer = self.trained.model, self._kept_scorer()
+        n_items = len(self.items)
+        counts = model.interactions.item_counts
+        known = torch.arange(n_items) if candidates is None else candidates
+        cold = torch.cat((known[counts[known] == 0], n_items + torch.arange(unseen)))[:k]
+        has_ratings = (users >= 0) & (model.interactions.user_counts[users.clamp(min=0)] > 0)
+        warm_rows, cold_rows = torch.where(has_ratings)[0], torch.where(~has_ratings)[0]
+        warm = users[warm_rows]
+
+        found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        scores, items = scorer.best(warm, k, candidates)
+        found.append((warm_rows.repeat_interleave(k), items.flatten(), scores.flatten()))
+        found.append(_every_pair(warm_rows, cold, (model.mean + model.user_deviation[warm]).unsqueeze(1)))
+        if not exclude_seen:
+            # A training rating is predicted with its own entry left out: another x than scorer's.
+            rows, items = training_pairs(model, warm)
+            if candidates is not None:
+                inside = torch.isin(items, candidates)
+                rows, items = rows[inside], items[inside]
+            if len(rows):
+                found.append((warm_rows[rows], items, self._rate(warm[rows], items)))
+        if len(cold_rows):
+            places = torch.cat((known, n_items + torch.arange(unseen)))
+            rating = model.mean.expand(len(places)).clone()
+            rating[: len(known)] += model.item_deviation[known] * (counts[known] > 0)
+            best = rating.sort(descending=True, stable=True).indices[:k]
+            found.append(_every_pair(cold_rows, places[best], rating[best]))
+
+        row, item, score = (torch.cat(side).numpy() for side in zip(*found, strict=True))
+        order = np.lexsort((item, -score, row))
+        order = order[score[order] > -np.inf]
+        order = order[_place_in_row(row[order]) < k]
+        return _Ranked(row[order], item[order], score[order])
+
+    @torch.no_grad()
+    def _rate(self, users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """Ratings ``[B]``, not clipped, of pairs of indices, int64 ``[B]`` with B > 0; CHUNK at a time."""
+        model, histories = self.trained.model, self._kept_histories()
+        parts = [
+            model(user, item, histories)
+            for user, item in zip(users.split(CHUNK), items.split(CHUNK), strict=True)
+        ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _kept_histories(self) -> Histories:
+        """The sums over all histories, which no prediction changes."""
+        if self._histories is None:
+            self._histories = self.trained.model.histories()
+        return self._histories
+
+    def _kept_scorer(self) -> ItemScorer:
+        """All items as the network needs them, on ``device``."""
+        device = torch.device(self.device)
+        if self._scorer is None or self._scorer.device != device:
+            self._scorer = ItemScorer(self.trained.model, self._kept_histories(), device)
+        return self._scorer
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``directory``, which is made if needed.
@@ -123,7 +266,7 @@ class LUNetRecommender:
         config = trained.model.config
         recommender = cls(config.recipe, config.seed)
         recommender.settings = config.to_dict()
-        recommender._trained = trained
+        recommender._set_trained(trained)
         return recommender
 
     @property
@@ -148,3 +291,26 @@ class LUNetRecommender:
             "not trained" if self._trained is None else f"{len(self.users)} users, {len(self.items)} items"
         )
         return f"LUNetRecommender(recipe={self.recipe!r}, seed={self.seed}, {state})"
+
+
+def _listed(ids: Any) -> list[Any]:
+    """One id, or a sequence, array or tensor of them, as a list."""
+    if isinstance(ids, torch.Tensor):
+        ids = ids.detach().cpu().numpy()
+    values: list[Any] = np.asarray(ids, dtype=object).reshape(-1).tolist()
+    return values
+
+
+def _every_pair(
+    rows: torch.Tensor, items: torch.Tensor, score: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(row, item, score) of each row with each item; ``score`` broadcasts to ``[rows, items]``."""
+    shape = (len(rows), len(items))
+    sides = (rows.unsqueeze(1), items, score)
+    row, item, wide = (side.expand(shape).flatten() for side in sides)
+    return row, item, wide
+
+
+def _place_in_row(row: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """0, 1, ... within each run of equal rows, which are sorted."""
+    return np.arange(len(row)) - np.searchsorted(row, row)
