@@ -102,7 +102,7 @@ def layer_fwd_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """h = x Wᵀ + b, or x W + b, and y = φ(h); with ``partial`` the sums of log φ′(h) over each block of columns.
+    """h = x Wᵀ + b, or x W + b, y = φ(h), and in ``partial`` the sums of log φ′(h) over blocks of columns.
 
     One program computes a tile [ROWS, COLUMNS] of one member. The blocks of columns of the same rows come
     one after the other, so that they find x in the L2 cache.

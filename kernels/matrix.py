@@ -76,7 +76,7 @@ def compose_kernel(
     j = block_j * BLOCK + span
     u = diagonal(lu_ptr, sign_ptr, j, D, BOUND)[None, :]
     weight = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for block_k in range(0, tl.minimum(block_i, block_j) + 1):
+    for block_k in range(tl.minimum(block_i, block_j) + 1):
         k = block_k * BLOCK + span
         lower = lower_tile(lu_ptr, i[:, None], k[None, :], D)
         upper = upper_tile(lu_ptr, u, k[:, None], j[None, :], D)
@@ -218,7 +218,7 @@ def compose_backward(
     *,
     direction: int = 1,
 ) -> Tensor:
-    """The gradient of ``lu`` [K, D, D], in its dtype, from those of W [K, D, D] and of log|det W| [K], float32.
+    """The gradient of ``lu`` [K, D, D], in its dtype, from those of W [K, D, D] and log|det W| [K], float32.
 
     direction = −1 negates it: the gradient through W⁻¹ is minus the one through W. 4·D³/3 flops, one launch.
     """

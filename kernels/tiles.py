@@ -3,12 +3,19 @@
 Fixed, not tuned at run time: the first step costs what every other one does, and two runs add up their
 sums in the same order. A tile never depends on the batch size, so neither does a row's result. The
 figures come from compilation (no spills, shared memory in bounds); none has been timed on a GPU.
+
+Who wants to tune does it once and keeps the result: ``benchmarks/tune_kernels.py`` times other tiles on the
+GPU at hand and writes the better ones to a JSON file; LUNET_FAST_TILES=FILE puts them in the table's place.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +29,58 @@ class Tile(NamedTuple):
     inner: int
     warps: int
     stages: int
+
+
+_Choice = TypeVar("_Choice", bound=Callable[..., Any])
+
+#: Tiles that stand in the table's place, by the call that they answer.
+_tuned: dict[str, Tile] = {}
+
+
+def call_name(function: str, *args: Any) -> str:
+    """How a call of one of this file's functions is written in a file of tuned tiles."""
+    return f"{function}({', '.join(map(str, args))})"
+
+
+def _tunable(function: _Choice) -> _Choice:
+    """Let tuned tiles answer first."""
+
+    @functools.wraps(function)
+    def choose(*args: Any) -> Any:
+        if _tuned:
+            tile = _tuned.get(call_name(function.__name__, *args))
+            if tile is not None:
+                return tile
+        return function(*args)
+
+    return choose  # type: ignore[return-value]
+
+
+def use_tuned(tiles: dict[str, Tile]) -> None:
+    """Put these tiles, by ``call_name``, in the table's place; an empty dictionary restores the table."""
+    _tuned.clear()
+    _tuned.update(tiles)
+
+
+def read_tuned(path: str | os.PathLike[str]) -> dict[str, Tile]:
+    """The tiles in a file that ``benchmarks/tune_kernels.py`` wrote.
+
+    Raises:
+        ValueError: the file is not such a file; it names the entry.
+        OSError: it cannot be read.
+    """
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))["tiles"]
+        items = entries.items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a file of tuned tiles: {error}") from None
+    tiles = {}
+    for call, numbers in items:
+        whole = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+        if not whole or len(numbers) != len(Tile._fields):
+            raise ValueError(f"{path}: {call} must be {len(Tile._fields)} whole numbers, got {numbers}")
+        tiles[call] = Tile(*numbers)
+    return tiles
 
 
 #: Elements that a thread of a row-wise kernel holds at a time. The inverse keeps more of each, and spilled at
@@ -59,6 +118,7 @@ LAYER: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
 }
 
 
+@_tunable
 def activation_tile(direction: str, D: int) -> Tile:
     """Of the row-wise kernels, "forward", "inverse" or "backward" (of either).
 
@@ -78,6 +138,7 @@ NET_FEATURES = 64
 MATRIX_PRECISION = "tf32x3"
 
 
+@_tunable
 def matrix_tile(D: int, architecture: int) -> Tile:
     """Of the kernels on the packed matrix: one program forms one square block of D×D."""
     if D > 512 and architecture >= 90:
@@ -86,11 +147,12 @@ def matrix_tile(D: int, architecture: int) -> Tile:
     return Tile(block, block, block, 4, 2)
 
 
-#: Columns up to which U x stays in registers between the two triangular products, in one launch. Beyond 128 the
-#: unrolled products spill, in float32 beyond 64.
+#: Columns up to which U x stays in registers between the two triangular products, in one launch. Beyond 128
+#: the unrolled products spill, in float32 beyond 64.
 TRIANGULAR_FUSED = {"ieee": 64, "tf32x3": 128, "tf32": 128}
 
 
+@_tunable
 def triangular_tile(D: int) -> Tile:
     """Of the products by U and then L, meant for few rows: as few to a program as a tensor core takes.
 
@@ -101,6 +163,7 @@ def triangular_tile(D: int) -> Tile:
     return Tile(16, block, block, 8 if D > 64 and D % 16 != 0 else 4, 2)
 
 
+@_tunable
 def layer_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) -> Tile:
     """Of ``layer_fwd_kernel``, D inputs and outputs; the nearest older architecture serves a newer one."""
     arithmetic = "bf16" if dtype == torch.bfloat16 else precision
@@ -219,9 +282,7 @@ LAYER_BACKWARD_TIGHT: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
         (64, Tile(32, 32, 32, 8, 1)),
     ),
     (90, "ieee"): ((16, Tile(16, 16, 16, 4, 1)),),
-    (90, "tf32x3"): (
-        (16, Tile(32, 16, 16, 4, 1)),
-    ),
+    (90, "tf32x3"): ((16, Tile(32, 16, 16, 4, 1)),),
     (90, "tf32"): (
         (16, Tile(64, 16, 16, 4, 1)),
         (32, Tile(32, 32, 32, 4, 1)),
@@ -245,6 +306,7 @@ def layer_backward_tile(
     return next((tile for largest, tile in rows if largest >= D), None)
 
 
+@_tunable
 def preactivation_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) -> Tile:
     """Of ``preactivation_bwd_kernel``: 8 elements to a thread, 16 where that does not spill."""
     if dtype == torch.bfloat16:
@@ -253,6 +315,7 @@ def preactivation_tile(D: int, dtype: torch.dtype, precision: str, architecture:
     return Tile(rows, 64, 16 if precision == "ieee" else 32, 8, 3)
 
 
+@_tunable
 def weight_gradient_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) -> Tile:
     """Of ``weight_gradient_kernel``: rows × columns of g_W, and the rows of the batch at a time."""
     arithmetic = "bf16" if dtype == torch.bfloat16 else precision
@@ -391,7 +454,7 @@ def stack_outer_block(tile: Tile, dtype: torch.dtype, precision: str) -> tuple[i
 
 
 def stack_programs(architecture: int) -> int:
-    """How many programs walk the rows in a stack's backward: few, so that their scratch stays in the cache."""
+    """How many programs walk the rows in a stack's backward: few, so that their scratch stays cached."""
     return programs(1, 1, architecture)
 
 
@@ -410,13 +473,15 @@ def substitution_block(D: int) -> int:
     return 16 if D <= 16 else 32
 
 
+@_tunable
 def substitution_tile(D: int, precision: str, architecture: int) -> Tile:
     """Of the inverse and its gradient: rows × the block; ``inner`` is 0 where the rows stay in registers."""
     block = substitution_block(D)
     held = SUBSTITUTION_HELD[max((arch for arch in SUBSTITUTION_HELD if arch <= architecture), default=80)]
-    # With 4 warps a thread would hold 16 elements of a block of 32, and these spilled. So did a product over 32
-    # where D is no multiple of 16 and every element has an address of its own.
-    return Tile(64, block, 0 if D <= held else 16 if D % 16 else 32, 4 if block == 16 else 8, 2)
+    # With 4 warps a thread would hold 16 elements of a block of 32, and these spilled. So did a product over
+    # 32 where D is no multiple of 16 and every element has an address of its own.
+    inner = 0 if held >= D else 16 if D % 16 else 32
+    return Tile(64, block, inner, 4 if block == 16 else 8, 2)
 
 
 def inverse_weight_tile(D: int, precision: str, architecture: int) -> Tile:
@@ -437,3 +502,7 @@ def tries_inverse_weight(D: int) -> bool:
 def inverse_product_tile(D: int, precision: str, architecture: int) -> Tile:
     """Of the product with W⁻¹."""
     return layer_tile(D, torch.float32, precision, architecture)
+
+
+if os.environ.get("LUNET_FAST_TILES"):
+    use_tuned(read_tuned(os.environ["LUNET_FAST_TILES"]))

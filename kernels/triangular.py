@@ -5,9 +5,9 @@ Forming W costs 2·D³/3 flops, so it pays when there are more rows than columns
 through U and then L. Both products start and stop where their triangle does: of D/BLOCK blocks squared, half
 are loaded.
 
-Up to ``tiles.TRIANGULAR_FUSED`` columns (128) one launch does both: t = U x stays in registers, as one tile for
-each block of columns, unrolled. Beyond, one program would have the whole matrix to read; there two launches
-share it out over the device, and t goes through memory (the cache, for few rows) once.
+Up to ``tiles.TRIANGULAR_FUSED`` columns (128) one launch does both: t = U x stays in registers, as one tile
+for each block of columns, unrolled. Beyond, one program would have the whole matrix to read; there two
+launches share it out over the device, and t goes through memory (the cache, for few rows) once.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def layer_forward_rows(
     upper: dict[str, Any] = {"x_ptr": x, "sign_ptr": sign, "BOUND": LOG_DIAGONAL_BOUND[lu.dtype]}
     row_tiles = triton.cdiv(N, tile.rows)
     with on_device_of(x):
-        if D <= tiles.TRIANGULAR_FUSED[precision]:
+        if tiles.TRIANGULAR_FUSED[precision] >= D:
             triangular_fused_kernel[(row_tiles, K)](**upper, **finish, **common, BLOCKS=blocks)
         else:
             t = torch.empty_like(x, dtype=torch.float32)

@@ -13,7 +13,6 @@ sum over single features and D need not be cut in halves.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
