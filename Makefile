@@ -13,7 +13,7 @@ TORCH     := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint format bench clean
+.PHONY: help train test test-slow lint format bench kernels-report gpu-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -39,6 +39,12 @@ format: $(VENV)/.dev  ## let ruff rewrite the sources
 
 bench: $(VENV)/.dev  ## layer timings beside nn.Linear, as ratios
 	$(BIN)/python benchmarks/layers.py
+
+kernels-report: $(VENV)/.dev  ## registers, spills, shared memory of every kernel (TRITON=... for another Triton)
+	$(BIN)/python benchmarks/kernel_resources.py --check $(if $(TRITON),--triton $(TRITON))
+
+gpu-check: $(VENV)/.dev  ## the kernels on this GPU: right, and how fast; 8 minutes
+	$(BIN)/python benchmarks/gpu_check.py
 
 clean:  ## remove the virtual environment and the caches
 	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build *.egg-info

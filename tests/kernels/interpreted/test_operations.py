@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import LIMIT, normwise
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.library import opcheck
 
+from harness import LIMIT, normwise
 from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUNet, functional, ops, triton_ops
 
 lib = torch.ops.lunet_fast

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import FAMILIES, LIMIT, amid_nan, guarded, normwise
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import lunet_fast
+from harness import FAMILIES, LIMIT, amid_nan, guarded, normwise
 from lunet_fast import reference
 from lunet_fast.kernels import score, tiles
 from lunet_fast.kernels.launch import PRECISIONS

@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
 from harness import (
     FAMILIES,
     FEATURES,
@@ -19,10 +23,6 @@ from harness import (
     slope_ratio,
     slopes,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
-
 from lunet_fast import blocked, reference
 from lunet_fast.kernels import tiles
 from lunet_fast.kernels.substitution import (

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import FEATURES, LIMIT, amid_nan, guarded, normwise, random_lu, slopes
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from harness import FEATURES, LIMIT, amid_nan, guarded, normwise, random_lu, slopes
 from lunet_fast import reference
 from lunet_fast.kernels import tiles, triangular
 
