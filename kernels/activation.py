@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lunet_fast.kernels import tiles
+from lunet_fast.kernels.launch import check_parameter, check_rows, on_device_of
 
 Slopes = Sequence[float] | Tensor
 
@@ -193,51 +194,56 @@ def phi_inverse(y, family, STEPS: tl.constexpr, FAST: tl.constexpr):
     return tl.where(tl.abs(t) <= LARGEST, t * (1.0 / family[2]), asymptote)
 
 
+@triton.jit
+def phi_backward(g, ld, x, family, INVERSE: tl.constexpr, FAST: tl.constexpr):
+    """g·φ′(x) + ld·φ″(x)/φ′(x), the gradient of x from g, that of φ(x), and ld, that of log φ′(x) or None.
+
+    INVERSE: (g − ld·φ″/φ′)/φ′, the gradient of y from those of x = φ⁻¹(y) and of −log φ′(x).
+    """
+    t = x * family[2]
+    v = _exp_of_negative(-tl.abs(t), FAST)
+    w = _reciprocal(1.0 + v, FAST)
+    s = v * w
+    slope = tl.where(t < 0.0, s, w) * family[1] + family[0]
+    if INVERSE:
+        if ld is not None:
+            g -= ld * ((s * w) * (family[1] * family[2]) * _reciprocal(slope, FAST))
+        return g * _reciprocal(slope, FAST)
+    if ld is not None:
+        return g * slope + ld * ((s * w) * (family[1] * family[2]) * _reciprocal(slope, FAST))
+    return g * slope
+
+
+@triton.jit
+def slope_gradients(g, ld, x, family, FAST: tl.constexpr):
+    """g·∂φ/∂θ + ld·∂log φ′/∂θ at x for θ = a, c, κ, elementwise; ld may be None.
+
+    Of softplus, x·σ(κx) − softplus(κx)/κ is −|x|·s − log1p(v)/κ: no difference of large numbers.
+    """
+    t = x * family[2]
+    v = _exp_of_negative(-tl.abs(t), FAST)
+    w = _reciprocal(1.0 + v, FAST)
+    s = v * w
+    soft = _log1p_unit(v) * (1.0 / family[2])
+    by_a = g * x
+    by_c = g * (tl.maximum(x, 0.0) + soft)
+    by_kappa = -(g * (tl.abs(x) * s + soft)) * (family[1] / family[2])
+    if ld is not None:
+        sigmoid = tl.where(t < 0.0, s, w)
+        share = ld * _reciprocal(sigmoid * family[1] + family[0], FAST)
+        by_a += share
+        by_c += share * sigmoid
+        by_kappa += share * ((s * w) * x * family[1])
+    return by_a, by_c, by_kappa
+
+
 # --- row-wise kernels -----------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["N"])
-def activation_fwd_kernel(
+def activation_kernel(
     x_ptr,  # [N, D]
     y_ptr,  # [N, D]
-    logabsdet_ptr,  # [N] float32, or None
-    slopes_ptr,  # [3] or [3, D], or None
-    a,
-    c,
-    kappa,
-    log_low,
-    log_high,
-    N,
-    D,
-    PER_COLUMN: tl.constexpr,
-    FAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """y = φ(x), and Σ_d log φ′(x_d) for each row. One program does ROWS rows, each added up in one order."""
-    # The first row's address is 64 bits wide, the rest of a tile counts from it in 32: half the registers.
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    x_ptr += first * D
-    y_ptr += first * D
-    rows = tl.arange(0, ROWS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, D, COLUMNS):
-        cols = start + tl.arange(0, COLUMNS)
-        valid = (rows[:, None] < N - first) & (cols[None, :] < D)
-        offsets = rows[:, None] * D + cols[None, :]
-        family = load_family(slopes_ptr, a, c, kappa, log_low, log_high, cols, D, PER_COLUMN)
-        x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-        tl.store(y_ptr + offsets, phi(x, family, FAST).to(y_ptr.dtype.element_ty), mask=valid)
-        if logabsdet_ptr is not None:
-            total += tl.where(valid, log_phi_derivative(x, family, FAST), 0.0)
-    if logabsdet_ptr is not None:
-        tl.store(logabsdet_ptr + first + rows, tl.sum(total, 1), mask=rows < N - first)
-
-
-@triton.jit(do_not_specialize=["N"])
-def activation_inv_kernel(
-    y_ptr,  # [N, D]
-    x_ptr,  # [N, D]
     logabsdet_ptr,  # [N] float32, or None
     slopes_ptr,  # [3] or [3, D], or None
     a,
@@ -253,7 +259,10 @@ def activation_inv_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """x = φ⁻¹(y), and −Σ_d log φ′(x_d) for each row."""
+    """y = φ(x), and Σ_d log φ′(x_d) for each row; with STEPS > 0, y = φ⁻¹(x) and −Σ_d log φ′(y_d).
+
+    One program does ROWS rows, each added up in one order.
+    """
     # The first row's address is 64 bits wide, the rest of a tile counts from it in 32: half the registers.
     first = tl.program_id(0).to(tl.int64) * ROWS
     x_ptr += first * D
@@ -265,26 +274,93 @@ def activation_inv_kernel(
         valid = (rows[:, None] < N - first) & (cols[None, :] < D)
         offsets = rows[:, None] * D + cols[None, :]
         family = load_family(slopes_ptr, a, c, kappa, log_low, log_high, cols, D, PER_COLUMN)
-        y = tl.load(y_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-        x = phi_inverse(y, family, STEPS, FAST)
-        tl.store(x_ptr + offsets, x.to(x_ptr.dtype.element_ty), mask=valid)
+        x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+        if STEPS > 0:
+            y = phi_inverse(x, family, STEPS, FAST)
+        else:
+            y = phi(x, family, FAST)
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
         if logabsdet_ptr is not None:
-            total -= tl.where(valid, log_phi_derivative(x, family, FAST), 0.0)
+            if STEPS > 0:
+                total -= tl.where(valid, log_phi_derivative(y, family, FAST), 0.0)
+            else:
+                total += tl.where(valid, log_phi_derivative(x, family, FAST), 0.0)
     if logabsdet_ptr is not None:
         tl.store(logabsdet_ptr + first + rows, tl.sum(total, 1), mask=rows < N - first)
 
 
+@triton.jit(do_not_specialize=["N"])
+def activation_bwd_kernel(
+    grad_ptr,  # [K, N, D], of φ(x); INVERSE: of x = φ⁻¹(y)
+    grad_logabsdet_ptr,  # [K, N] float32, of Σ log φ′(x); INVERSE: of −Σ log φ′(x); or None
+    x_ptr,  # [K, N, D]
+    out_ptr,  # [K, N, D], the gradient of x; INVERSE: of y
+    sums_ptr,  # [K, programs, COLUMN_SUMS + 3·SLOPE_SUMS, D] float32, or None
+    slopes_ptr,  # [3] or [3, D], or None
+    a,
+    c,
+    kappa,
+    log_low,
+    log_high,
+    N,
+    D,
+    PER_COLUMN: tl.constexpr,
+    INVERSE: tl.constexpr,
+    COLUMN_SUMS: tl.constexpr,
+    SLOPE_SUMS: tl.constexpr,
+    FAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Gradients through φ or φ⁻¹; sums over this program's rows of what it stores and of the slopes' terms.
+
+    A program keeps one block of columns and walks the tiles of ROWS rows, in steps of all the programs.
+    """
+    blocks = tl.cdiv(D, COLUMNS)
+    program = tl.program_id(0) // blocks
+    programs = tl.num_programs(0) // blocks
+    member = tl.program_id(1).to(tl.int64)
+    rows = tl.arange(0, ROWS)
+    cols = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    family = load_family(slopes_ptr, a, c, kappa, log_low, log_high, cols, D, PER_COLUMN)
+    offsets = rows[:, None] * D + cols[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total_a = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total_c = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total_kappa = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(program.to(tl.int64) * ROWS, N, programs * ROWS):
+        base = (member * N + first) * D
+        here = rows < N - first
+        valid = here[:, None] & (cols[None, :] < D)
+        x = tl.load(x_ptr + base + offsets, mask=valid, other=0.0).to(tl.float32)
+        g = tl.load(grad_ptr + base + offsets, mask=valid, other=0.0).to(tl.float32)
+        ld = None
+        if grad_logabsdet_ptr is not None:
+            ld = tl.load(grad_logabsdet_ptr + member * N + first + rows, mask=here, other=0.0)[:, None]
+        out = phi_backward(g, ld, x, family, INVERSE, FAST)
+        tl.store(out_ptr + base + offsets, out.to(out_ptr.dtype.element_ty), mask=valid)
+        if COLUMN_SUMS:
+            total += tl.where(valid, out, 0.0)
+        if SLOPE_SUMS:
+            if INVERSE:
+                by_a, by_c, by_kappa = slope_gradients(-out, None if ld is None else -ld, x, family, FAST)
+            else:
+                by_a, by_c, by_kappa = slope_gradients(g, ld, x, family, FAST)
+            total_a += tl.where(valid, by_a, 0.0)
+            total_c += tl.where(valid, by_c, 0.0)
+            total_kappa += tl.where(valid, by_kappa, 0.0)
+    if sums_ptr is not None:
+        sums_ptr += (member * programs + program) * (COLUMN_SUMS + 3 * SLOPE_SUMS) * D
+        if COLUMN_SUMS:
+            tl.store(sums_ptr + cols, tl.sum(total, 0), mask=cols < D)
+            sums_ptr += D
+        if SLOPE_SUMS:
+            tl.store(sums_ptr + cols, tl.sum(total_a, 0), mask=cols < D)
+            tl.store(sums_ptr + D + cols, tl.sum(total_c, 0), mask=cols < D)
+            tl.store(sums_ptr + 2 * D + cols, tl.sum(total_kappa, 0), mask=cols < D)
+
+
 # --- launchers ------------------------------------------------------------------------------------------
-
-
-def check_rows(name: str, x: Tensor) -> None:
-    """Refuse what the kernels do not address: they take contiguous rows, and never copy behind one's back."""
-    if x.dim() != 2 or x.shape[1] == 0 or not x.is_contiguous():
-        raise ValueError(
-            f"{name} must be contiguous rows [N, D] with D ≥ 1, got {list(x.shape)} with strides {x.stride()}"
-        )
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{name} must be float32 or bfloat16, got {x.dtype}")
 
 
 def family_arguments(slopes: Slopes, D: int) -> dict[str, Any]:
@@ -317,29 +393,7 @@ def activation_forward(
     x: Tensor, slopes: Slopes, *, logabsdet: bool, fast: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(φ(x) [N, D], Σ log φ′ [N] float32 or None) of contiguous rows x [N, D], float32 or bfloat16."""
-    check_rows("x", x)
-    N, D = x.shape
-    y = torch.empty_like(x)
-    total = torch.empty(N, dtype=torch.float32, device=x.device) if logabsdet else None
-    if N == 0:
-        return y, total
-    tile = tiles.activation_tile("activation_fwd_kernel", D)
-    with tiles.on_device_of(x):
-        activation_fwd_kernel[(triton.cdiv(N, tile.rows),)](
-            x,
-            y,
-            total,
-            **family_arguments(slopes, D),
-            N=N,
-            D=D,
-            FAST=fast,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            enable_fp_fusion=True,
-        )
-    return y, total
+    return _activation("x", x, slopes, steps=0, logabsdet=logabsdet, fast=fast)
 
 
 def activation_inverse(
@@ -347,22 +401,30 @@ def activation_inverse(
 ) -> tuple[Tensor, Tensor | None]:
     """(φ⁻¹(y) [N, D], −Σ log φ′ [N] float32 or None) of contiguous rows y [N, D], float32 or bfloat16.
 
-    ``steps`` of Halley's iteration: by default as many as float slopes need, or ``LEARNT_STEPS`` for a
+    ``steps`` ≥ 1 of Halley's iteration: by default as many as float slopes need, or ``LEARNT_STEPS`` for a
     tensor, since to look at its values the host would have to wait for the device.
     """
-    check_rows("y", y)
-    N, D = y.shape
     if steps is None:
         steps = LEARNT_STEPS if isinstance(slopes, Tensor) else inverse_steps(slopes[0] / slopes[1])
-    x = torch.empty_like(y)
-    total = torch.empty(N, dtype=torch.float32, device=y.device) if logabsdet else None
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return _activation("y", y, slopes, steps=steps, logabsdet=logabsdet, fast=fast)
+
+
+def _activation(
+    name: str, x: Tensor, slopes: Slopes, *, steps: int, logabsdet: bool, fast: bool
+) -> tuple[Tensor, Tensor | None]:
+    check_rows(name, x, dims=2)
+    N, D = x.shape
+    y = torch.empty_like(x)
+    total = torch.empty(N, dtype=torch.float32, device=x.device) if logabsdet else None
     if N == 0:
-        return x, total
-    tile = tiles.activation_tile("activation_inv_kernel", D)
-    with tiles.on_device_of(y):
-        activation_inv_kernel[(triton.cdiv(N, tile.rows),)](
-            y,
+        return y, total
+    tile = tiles.activation_tile("inverse" if steps else "forward", D)
+    with on_device_of(x):
+        activation_kernel[(triton.cdiv(N, tile.rows),)](
             x,
+            y,
             total,
             **family_arguments(slopes, D),
             N=N,
@@ -375,4 +437,110 @@ def activation_inverse(
             num_stages=tile.stages,
             enable_fp_fusion=True,
         )
-    return x, total
+    return y, total
+
+
+def activation_backward(
+    grad_y: Tensor, grad_logabsdet: Tensor | None, x: Tensor, slopes: Slopes, *, fast: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x [N, D], and of ``slopes`` if a tensor, from those of φ(x) [N, D] and of Σ log φ′(x) [N].
+
+    g_x = g_y·φ′ + g_ld·φ″/φ′, and g_θ = Σ g_y·∂φ/∂θ + g_ld·∂log φ′/∂θ for θ = a, c, κ. ``grad_y`` and x are
+    contiguous and of one dtype, float32 or bfloat16, and so is the gradient of x; ``grad_logabsdet`` and the
+    gradient of slopes, in their shape, are float32. One launch, and one sum of its programs' sums.
+    """
+    grad_x, _, grad_slopes = row_gradients(
+        *_one_member(grad_y, grad_logabsdet, x), slopes, inverse=False, column_sums=False, fast=fast
+    )
+    return grad_x.squeeze(0), grad_slopes
+
+
+def activation_inverse_backward(
+    grad_x: Tensor, grad_logabsdet: Tensor | None, x: Tensor, slopes: Slopes, *, fast: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of y [N, D], and of ``slopes`` if a tensor, from those of x = φ⁻¹(y) and of −Σ log φ′(x) [N].
+
+    g_y = (g_x − g_ld·φ″/φ′)/φ′, and g_θ = −Σ g_y·∂φ/∂θ + g_ld·∂log φ′/∂θ for θ = a, c, κ, all at x, which
+    the inverse returned; otherwise as ``activation_backward``.
+    """
+    grad_y, _, grad_slopes = row_gradients(
+        *_one_member(grad_x, grad_logabsdet, x), slopes, inverse=True, column_sums=False, fast=fast
+    )
+    return grad_y.squeeze(0), grad_slopes
+
+
+def _one_member(grad: Tensor, grad_logabsdet: Tensor | None, x: Tensor) -> tuple[Any, Any, Any]:
+    """Rows [N, D] as those of K = 1 member."""
+    check_rows("x", x, dims=2)
+    return (
+        grad.unsqueeze(0),
+        None if grad_logabsdet is None else grad_logabsdet.unsqueeze(0),
+        x.unsqueeze(0),
+    )
+
+
+def row_gradients(
+    grad: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    slopes: Slopes,
+    *,
+    inverse: bool,
+    column_sums: bool,
+    fast: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(gradient of x, its sums over the rows [K, D] or None, gradient of ``slopes`` or None).
+
+    ``activation_backward``, or, ``inverse``, ``activation_inverse_backward``, for the rows [K, N, D] of K
+    members, ``grad_logabsdet`` [K, N]; with ``column_sums``, float32, in the same launch.
+    """
+    check_rows("x", x)
+    K, N, D = x.shape
+    check_parameter("the gradient of the rows", grad, (K, N, D), x.dtype)
+    check_parameter("grad_logabsdet", grad_logabsdet, (K, N), torch.float32)
+    family = family_arguments(slopes, D)
+    slope_sums = isinstance(slopes, Tensor)
+    tile = tiles.activation_tile("backward", D)
+    blocks, programs = triton.cdiv(D, tile.columns), triton.cdiv(N, tile.rows)
+    out = torch.empty_like(x)
+    sums: Tensor | None = None
+    if column_sums or slope_sums:
+        programs = min(programs, tiles.programs(8, K * blocks, tiles.architecture(x)))
+        shape = (K, programs, column_sums + 3 * slope_sums, D)
+        sums = torch.empty(shape, dtype=torch.float32, device=x.device)
+    if x.numel() > 0:
+        with on_device_of(x):
+            activation_bwd_kernel[(programs * blocks, K)](
+                grad,
+                grad_logabsdet,
+                x,
+                out,
+                sums,
+                **family,
+                N=N,
+                D=D,
+                INVERSE=inverse,
+                COLUMN_SUMS=column_sums,
+                SLOPE_SUMS=slope_sums,
+                FAST=fast,
+                ROWS=tile.rows,
+                COLUMNS=tile.columns,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+                enable_fp_fusion=True,
+            )
+    return out, *split_sums(sums, slopes, column_sums)
+
+
+def split_sums(
+    sums: Tensor | None, slopes: Slopes | None, column_sums: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """([K, D] or None, gradient of ``slopes`` or None) of the programs' sums [K, programs, 1, 3 or 4, D]."""
+    if sums is None:
+        return None, None
+    totals = sums.sum(1)
+    columns = totals[:, 0].contiguous() if column_sums else None
+    if not isinstance(slopes, Tensor):
+        return columns, None
+    by_slope = totals[:, -3:].sum(0)
+    return columns, by_slope if slopes.dim() == 2 else by_slope.sum(-1)

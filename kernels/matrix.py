@@ -26,9 +26,18 @@ def log_diagonal(lu_ptr, i, D, BOUND: tl.constexpr):
 
 
 @triton.jit
+def _exp(s):
+    """exp(s) for |s| ≤ 80, to rounding: ``tl.exp`` on a GPU is 2^(s·log₂e) with s·log₂e rounded first."""
+    n = tl.floor(s * 1.4426950408889634 + 0.5)
+    # n·0.693359375 is exact; the two constants make log 2 to 12 digits.
+    rest = (s - n * 0.693359375) + n * 2.12194440e-4
+    return tl.exp2(rest * 1.4426950408889634) * tl.exp2(n)
+
+
+@triton.jit
 def diagonal(lu_ptr, sign_ptr, i, D, BOUND: tl.constexpr):
     """u_ii of rows i; 1 beyond D."""
-    u = tl.exp(log_diagonal(lu_ptr, i, D, BOUND))
+    u = _exp(log_diagonal(lu_ptr, i, D, BOUND))
     if sign_ptr is not None:
         u *= tl.load(sign_ptr + i, mask=i < D, other=1.0).to(tl.float32)
     return u
@@ -165,12 +174,21 @@ def compose_bwd_kernel(
     tl.store(grad_lu_ptr + (i[:, None] * D + j[None, :]), grad.to(grad_lu_ptr.dtype.element_ty), mask=inside)
 
 
+#: What a grid's second axis can count, and what 32 bits can of D².
+LARGEST_K, LARGEST_D = 65_535, 46_340
+
+
 def check_packed(lu: Tensor, sign: Tensor | None, permutation: Tensor | None) -> None:
     """Refuse a packed matrix that the kernels do not address."""
     if lu.dim() != 3 or lu.shape[-1] != lu.shape[-2] or lu.shape[-1] == 0 or not lu.is_contiguous():
         raise ValueError(f"lu must be contiguous [K, D, D] with D ≥ 1, got {list(lu.shape)}")
     if lu.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"lu must be float32 or bfloat16, got {lu.dtype}")
+    if lu.shape[0] > LARGEST_K or lu.shape[-1] > LARGEST_D:
+        raise ValueError(
+            f"lu must be at most {LARGEST_K} layers of {LARGEST_D} features in one launch, got "
+            f"{list(lu.shape)}; set the backend to 'reference' for more"
+        )
     check_parameter("sign", sign, tuple(lu.shape[:2]))
     check_parameter("permutation", permutation, tuple(lu.shape[2:]), torch.int64)
     if permutation is not None and lu.shape[0] != 1:

@@ -127,8 +127,10 @@ def activation_tile(direction: str, D: int) -> Tile:
     """
     widths = [512, 256, 128] if D > 128 else [_power_of_two(D)]
     columns = min(widths, key=lambda width: -(-D // width) * width)
-    warps = 4
-    return Tile(max(1, 32 * warps * ACTIVATION_ELEMENTS[direction] // columns), columns, 0, warps, 1)
+    warps, elements = 4, ACTIVATION_ELEMENTS[direction]
+    if direction == "backward" and D % 16 != 0:
+        elements //= 2  # each has an address of its own
+    return Tile(max(1, 32 * warps * elements // columns), columns, 0, warps, 1)
 
 
 #: Features up to which a net of layers is run as one operation. ``stack_tile`` says what is one launch.
@@ -224,7 +226,7 @@ LAYER_BACKWARD: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
     ),
     (80, "tf32x3"): (
         (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(32, 32, 32, 4, 1)),
+        (32, Tile(32, 32, 16, 4, 1)),
         (64, Tile(16, 32, 16, 4, 1)),
     ),
     (80, "tf32"): (
@@ -263,7 +265,7 @@ LAYER_BACKWARD: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
 #: spills, or spills but for tiles so small that three launches take fewer instructions.
 LAYER_BACKWARD_TIGHT: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
     (80, "ieee"): (
-        (16, Tile(64, 16, 16, 4, 1)),
+        (16, Tile(32, 16, 16, 4, 1)),
         (32, Tile(32, 32, 16, 4, 1)),
         (64, Tile(16, 32, 16, 8, 1)),
     ),
@@ -278,7 +280,7 @@ LAYER_BACKWARD_TIGHT: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
     ),
     (80, "bf16"): (
         (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(64, 32, 32, 4, 1)),
+        (32, Tile(32, 32, 32, 4, 1)),
         (64, Tile(32, 32, 32, 8, 1)),
     ),
     (90, "ieee"): ((16, Tile(16, 16, 16, 4, 1)),),
@@ -307,12 +309,11 @@ def layer_backward_tile(
 
 
 @_tunable
-def preactivation_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) -> Tile:
+def preactivation_tile(D: int, dtype: torch.dtype, precision: str, learnt: bool) -> Tile:
     """Of ``preactivation_bwd_kernel``: 8 elements to a thread, 16 where that does not spill."""
-    if dtype == torch.bfloat16:
-        return Tile(64 if D % 16 == 0 else 32, 64, 64, 8, 3)
-    rows = 64 if D % 16 == 0 and precision == "tf32" else 32
-    return Tile(rows, 64, 16 if precision == "ieee" else 32, 8, 3)
+    arithmetic = "bf16" if dtype == torch.bfloat16 else precision
+    rows = 64 if D % 16 == 0 and not learnt and arithmetic in ("tf32", "bf16") else 32
+    return Tile(rows, 64, {"ieee": 16, "bf16": 64}.get(arithmetic, 32), 8, 3)
 
 
 @_tunable
@@ -422,14 +423,18 @@ STACK: dict[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = {
     ),
     ("inverse backward", "tf32x3", 90): (
         (16, Tile(64, 16, 16, 8, 1)),
-        (32, Tile(64, 32, 32, 8, 1)),
+        (32, Tile(32, 32, 32, 4, 1)),
         (64, Tile(16, 64, 32, 8, 1)),
     ),
 }
 
 
-def stack_tile(kernel: str, D: int, dtype: torch.dtype, precision: str, architecture: int) -> Tile | None:
+def stack_tile(
+    kernel: str, D: int, dtype: torch.dtype, precision: str, architecture: int, *, per_column: bool = False
+) -> Tile | None:
     """Of a stack's "forward", "inverse", "backward" or "inverse backward"; ``inner`` is the chunk.
+
+    ``per_column``: with slopes for each column, which changes the rows at most.
 
     None where a stack does not go in one launch: layer by layer is the way.
     """
@@ -441,8 +446,14 @@ def stack_tile(kernel: str, D: int, dtype: torch.dtype, precision: str, architec
     nearest = max((arch for arch in known if arch <= architecture), default=min(known))
     table = STACK[kernel, arithmetic, nearest]
     tile = next((tile for largest, tile in table if largest >= D), None)
-    if tile is not None and kernel == "backward" and D > 32 and D % 16 != 0:
-        return tile._replace(rows=32)  # an address for every element
+    if tile is None or D <= 32:
+        return tile
+    # An address for every element, or slopes for every column: with fewer rows, registers are left for them.
+    addresses = D % 16 != 0
+    if (kernel == "backward" and (addresses or per_column)) or (
+        (kernel, arithmetic) == ("forward", "tf32x3") and addresses
+    ):
+        return tile._replace(rows=32)
     return tile
 
 

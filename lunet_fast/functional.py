@@ -84,6 +84,8 @@ def _check(
             f"{name} must be [K, ..., D] for stacked layers, here with K = {lu.shape[0]}, got shape "
             f"{tuple(x.shape)}"
         )
+    if x.device != lu.device:
+        raise ValueError(f"{name} is on {x.device} and lu on {lu.device}; move one with .to()")
     for what, vector in (("bias", bias), ("sign", sign)):
         if vector is not None and vector.shape != lu.shape[:-1]:
             raise ValueError(
@@ -247,6 +249,12 @@ def net(
     operation, which keeps x (or the inverse's result) alone for backward and computes the layers again
     there: for devices where ``ops.fuses_net`` says that it is one launch.
     """
+    _check_floating("x", x)
+    if lu.dim() != 3 or x.dim() == 0 or x.shape[-1] != lu.shape[-1] or x.device != lu.device:
+        raise ValueError(
+            f"x must have {lu.shape[-1]} features in its last dimension, on {lu.device}, got shape "
+            f"{tuple(x.shape)} on {x.device}"
+        )
     x = _matching("x", x, lu, lower=not inverse)
     learnt, fixed = (slopes, (1.0, 0.0, 1.0)) if isinstance(slopes, Tensor) else _split(slopes, x)
     y, total = autograd.net(x, lu, bias, learnt, sign, fixed, inverse, logabsdet)

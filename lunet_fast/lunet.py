@@ -129,8 +129,9 @@ class LUNet(nn.Module):
     def _run(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
         """f or its inverse at x, and its log-determinant if asked for: here it is decided how."""
         if self.memory == "saved":
-            if ops.fuses_net(x) and self._alike():
-                return self._run_as_one(x, inverse=inverse, logabsdet=logabsdet)
+            slopes = self._common_slopes() if ops.fuses_net(x) else None
+            if slopes is not None:
+                return self._run_as_one(x, slopes, inverse=inverse, logabsdet=logabsdet)
             return self._run_each(x, inverse=inverse, logabsdet=logabsdet)
         # What is computed must not depend on whether a gradient is recorded: one precision for all.
         x = self._invertible(x)
@@ -155,39 +156,40 @@ class LUNet(nn.Module):
                 x = layer.inverse(x) if inverse else layer(x)
         return x, total
 
-    def _alike(self) -> bool:
-        """Whether the layers are such as ``functional.net`` takes: what it computes, they compute."""
+    def _common_slopes(self) -> Slopes | None:
+        """The slopes of all active layers as ``functional.net`` takes them, or None if it does not take
+        these layers: what it computes, they compute."""
         layers = self._layers()
         if len(layers) < 2 or not all(map(_is_plain, layers)) or layers[-1].activation is not None:
-            return False
+            return None
         first = layers[0]
-        slopes = [layer._slopes() for layer in layers[:-1]]
-        if isinstance(slopes[0], Tensor):
-            same = all(isinstance(each, Tensor) and each.shape == slopes[0].shape for each in slopes)
-        else:
-            same = slopes[0] is not None and all(
-                not isinstance(each, Tensor) and each == slopes[0] for each in slopes
-            )
-        return same and all(
+        alike = all(
             layer.permutation is None
             and layer.lu.shape == first.lu.shape
             and layer.lu.dtype == first.lu.dtype
             and (layer.bias is None) == (first.bias is None)
             for layer in layers
         )
+        slopes = [layer._slopes() for layer in layers[:-1]]
+        learnt = [each for each in slopes if isinstance(each, Tensor)]
+        if not alike or slopes[0] is None:
+            return None
+        if not learnt:
+            return slopes[0] if all(each == slopes[0] for each in slopes) else None
+        same = len(learnt) == len(slopes) and all(each.shape == learnt[0].shape for each in learnt)
+        return torch.stack(learnt) if same else None
 
-    def _run_as_one(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
+    def _run_as_one(
+        self, x: Tensor, slopes: Slopes, *, inverse: bool, logabsdet: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """All layers in one operation, which keeps nothing between them."""
         layers = self._layers()
-        slopes = [layer._slopes() for layer in layers[:-1]]
         return functional.net(
             x,
             torch.stack([layer.lu for layer in layers]),
             None if layers[0].bias is None else torch.stack([cast(Tensor, layer.bias) for layer in layers]),
             sign=torch.stack([layer.sign for layer in layers]),
-            slopes=torch.stack(cast("list[Tensor]", slopes))
-            if isinstance(slopes[0], Tensor)
-            else cast("Slopes", slopes[0]),
+            slopes=slopes,
             inverse=inverse,
             logabsdet=logabsdet,
         )

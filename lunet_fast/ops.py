@@ -14,7 +14,6 @@ with zero elements, since an operation's results cannot be optional.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import math
@@ -31,6 +30,8 @@ from lunet_fast.kernels import tiles
 from lunet_fast.reference import autocast_enabled, wide
 
 BACKENDS = ("auto", "reference", "triton")
+
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _backend = "auto"
 
@@ -64,13 +65,8 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _require_triton() -> None:
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         raise RuntimeError(
             "backend 'triton' needs the package triton, which is not installed; "
             "install it or use backend 'reference'"
@@ -92,7 +88,7 @@ def _triton_takes(x: Tensor) -> bool:
     if _backend == "reference" or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     if x.is_cuda:
-        return _triton_installed()
+        return _TRITON_INSTALLED
     if _backend == "triton":
         if not _interpreting():
             raise RuntimeError(

@@ -202,7 +202,9 @@ def layer_forward(
                 precision=precision,
                 constant=constant,
             )
-    if save and weight is None:
+    if save and weight is None and lu.dim() == 3:
+        weight, _ = matrix.compose(packed, sign, order, x.dtype)  # stacked layers always save it
+    elif save and weight is None:
         weight = torch.empty_like(packed, dtype=x.dtype)
     return (
         y.reshape(x.shape),
@@ -237,8 +239,9 @@ def layer_backward(
     rows, packed, order = _members(x, lu), _packed(lu), _order(permutation)
     sign, family = _stacked(sign, lu), _slopes(slopes, a, c, kappa)
     K, N, D = rows.shape
-    # With N ≤ D the forward does not form W.
-    formed = _stacked(weight, lu) if composes(N, D) else matrix.compose(packed, sign, order, x.dtype)[0]
+    # With N ≤ D the forward of one layer does not form W.
+    saved = composes(N, D) or lu.dim() == 3
+    formed = _stacked(weight, lu) if saved else matrix.compose(packed, sign, order, x.dtype)[0]
     assert formed is not None
     share = _flat(grad_logabsdet, (K, N))
     grad_x, grad_weight, grad_bias, grad_slopes = gradient.layer_backward(

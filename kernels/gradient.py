@@ -1,0 +1,601 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# mypy: disable-error-code="assignment, var-annotated"
+# ruff: noqa: RUF005, SIM102 (the compiler has no unpacking of tuples, and no ``and`` of None and a number)
+"""The backward of y = φ(x Wᵀ + b), W = Pᵀ L U already formed.
+
+With h = x Wᵀ + b and g_h the gradient of h, from those of y and of Σ log φ′(h):
+
+    g_h = g_y·φ′(h) + g_ld·φ″(h)/φ′(h),   g_x = g_h W,   g_W = g_hᵀ x,   g_b = Σ g_h.
+
+Up to D = 128 memory is the limit and h is computed again. Up to D = 64 all of it is one launch, which reads
+x and g_y once and writes g_x; each of a fixed number of programs keeps sums of g_W, g_b and the slopes'
+gradient over the rows that it walks. Where that spills, one launch forms g_h, and g_x and g_W are two
+products; so too beyond D = 128, where h was saved and g_h is formed row by row, and without an activation,
+where g_h is g_y. Partial sums are added up in one order: no atomics, so two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lunet_fast.kernels import tiles
+from lunet_fast.kernels.activation import (
+    Slopes,
+    family_arguments,
+    load_family,
+    phi_backward,
+    row_gradients,
+    slope_gradients,
+    split_sums,
+)
+from lunet_fast.kernels.launch import (
+    INTERPRETED,
+    check_parameter,
+    check_precision,
+    check_rows,
+    on_device_of,
+)
+from lunet_fast.kernels.layer import layer_forward
+
+
+@triton.jit
+def _gradient_of_h(
+    grad_y_ptr,  # at the tile's first row
+    grad_logabsdet_ptr,  # at the tile's first row, or None
+    x_ptr,  # at the tile's first row
+    weight_ptr,  # [D, D], W
+    bias_ptr,  # [D], or None
+    left,  # rows that are left from the tile's first one on
+    cols,  # [COLUMNS]
+    family,
+    D,
+    SLOPE_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    FAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """g_h [ROWS, COLUMNS], zero outside, and if asked for the sums over the rows of the slopes' terms."""
+    rows = tl.arange(0, ROWS)
+    inner = tl.arange(0, INNER)
+    here = rows[:, None] < left
+    valid = here & (cols[None, :] < D)
+    ld = None
+    if grad_logabsdet_ptr is not None:
+        ld = tl.load(grad_logabsdet_ptr + rows, mask=rows < left, other=0.0)[:, None]
+    g = tl.load(grad_y_ptr + (rows[:, None] * D + cols[None, :]), mask=valid, other=0.0).to(tl.float32)
+    h = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, D, INNER):
+        # Offsets anew, not pointers carried along: those take twice the registers, and spilled.
+        there = start + inner
+        x_offsets = rows[:, None] * D + there[None, :]
+        w_offsets = cols[None, :] * D + there[:, None]  # [INNER, COLUMNS], of Wᵀ
+        x = tl.load(x_ptr + x_offsets, mask=here & (there[None, :] < D), other=0.0)
+        w = tl.load(weight_ptr + w_offsets, mask=(cols[None, :] < D) & (there[:, None] < D), other=0.0)
+        if UPCAST:  # the interpreter multiplies the raw bits of bfloat16
+            x = x.to(tl.float32)
+            w = w.to(tl.float32)
+        h = tl.dot(x, w, h, input_precision=PRECISION)
+    if bias_ptr is not None:
+        h += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+    by_a = tl.zeros([COLUMNS], tl.float32)
+    by_c = by_a
+    by_kappa = by_a
+    if SLOPE_SUMS:
+        terms = slope_gradients(g, ld, h, family, FAST)
+        by_a = tl.sum(tl.where(valid, terms[0], 0.0), 0)
+        by_c = tl.sum(tl.where(valid, terms[1], 0.0), 0)
+        by_kappa = tl.sum(tl.where(valid, terms[2], 0.0), 0)
+    grad_h = tl.where(valid, phi_backward(g, ld, h, family, False, FAST), 0.0)
+    return grad_h, by_a, by_c, by_kappa
+
+
+@triton.jit
+def _store_sums(sums_ptr, sums, cols, D, COLUMN_SUMS: tl.constexpr, SLOPE_SUMS: tl.constexpr):
+    """These columns of the sums of g_h and of the terms of a, c and κ, those there are, below each other."""
+    if COLUMN_SUMS:
+        tl.store(sums_ptr + cols, sums[0], mask=cols < D)
+    if SLOPE_SUMS:
+        for k in tl.static_range(3):
+            tl.store(sums_ptr + (COLUMN_SUMS + k) * D + cols, sums[1 + k], mask=cols < D)
+
+
+@triton.jit(do_not_specialize=["N"])
+def layer_bwd_kernel(
+    grad_y_ptr,  # [K, N, D]
+    grad_logabsdet_ptr,  # [K, N] float32, or None
+    x_ptr,  # [K, N, D]
+    weight_ptr,  # [K, D, D], W
+    bias_ptr,  # [K, D], or None
+    grad_x_ptr,  # [K, N, D], or None
+    grad_weight_ptr,  # [K, programs, D, D] float32, or None
+    sums_ptr,  # [K, programs, COLUMN_SUMS + 3·SLOPE_SUMS, D] float32, or None
+    slopes_ptr,  # [3] or [3, D], or None
+    a,
+    c,
+    kappa,
+    log_low,
+    log_high,
+    N,
+    D,
+    PER_COLUMN: tl.constexpr,
+    COLUMN_SUMS: tl.constexpr,
+    SLOPE_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    FAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,  # at least D
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """All of the backward: g_x, and sums over this program's rows of g_W, g_b and the slopes' terms.
+
+    A program walks the tiles of ROWS rows of one member, in steps of all the programs. It forms g_h in BLOCKS
+    blocks of COLUMNS, and adds what each gives to all of g_x and to its own rows of g_W: so no more than one
+    block of h, g_h and W is in registers at a time.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    member = tl.program_id(1).to(tl.int64)
+    rows = tl.arange(0, ROWS)
+    width = tl.arange(0, WIDTH)
+    columns = tl.arange(0, COLUMNS)
+    tile_offsets = rows[:, None] * D + width[None, :]
+    block_offsets = columns[:, None] * D + width[None, :]
+    weight_ptr += member * D * D
+    if bias_ptr is not None:
+        bias_ptr += member * D
+
+    grad_weight = ()
+    sums = ()
+    for _ in tl.static_range(BLOCKS):
+        grad_weight = grad_weight + (tl.zeros([COLUMNS, WIDTH], tl.float32),)
+        sums = sums + (tl.zeros([COLUMNS], tl.float32),) * 4
+
+    for first in range(program.to(tl.int64) * ROWS, N, programs * ROWS):
+        row = member * N + first
+        valid = (rows[:, None] < N - first) & (width[None, :] < D)
+        grad_x = tl.zeros([ROWS, WIDTH], tl.float32)
+        next_weight = ()
+        next_sums = ()
+        for i in tl.static_range(BLOCKS):
+            cols = i * COLUMNS + columns
+            family = load_family(slopes_ptr, a, c, kappa, log_low, log_high, cols, D, PER_COLUMN)
+            grad_h, by_a, by_c, by_kappa = _gradient_of_h(
+                grad_y_ptr + row * D,
+                None if grad_logabsdet_ptr is None else grad_logabsdet_ptr + row,
+                x_ptr + row * D,
+                weight_ptr,
+                bias_ptr,
+                N - first,
+                cols,
+                family,
+                D,
+                SLOPE_SUMS,
+                PRECISION,
+                UPCAST,
+                FAST,
+                ROWS,
+                COLUMNS,
+                INNER,
+            )
+            total = sums[4 * i]
+            if COLUMN_SUMS:
+                total += tl.sum(grad_h, 0)
+            next_sums = next_sums + (
+                total,
+                sums[4 * i + 1] + by_a,
+                sums[4 * i + 2] + by_c,
+                sums[4 * i + 3] + by_kappa,
+            )
+            grad_h = grad_h.to(x_ptr.dtype.element_ty)
+            if UPCAST:
+                grad_h = grad_h.to(tl.float32)
+            if grad_x_ptr is not None:
+                inside = (cols[:, None] < D) & (width[None, :] < D)
+                w = tl.load(weight_ptr + i * COLUMNS * D + block_offsets, mask=inside, other=0.0)
+                if UPCAST:
+                    w = w.to(tl.float32)
+                grad_x = tl.dot(grad_h, w, grad_x, input_precision=PRECISION)
+            block = grad_weight[i]
+            if grad_weight_ptr is not None:
+                x = tl.load(x_ptr + row * D + tile_offsets, mask=valid, other=0.0)
+                if UPCAST:
+                    x = x.to(tl.float32)
+                block = tl.dot(tl.trans(grad_h), x, block, input_precision=PRECISION)
+            next_weight = next_weight + (block,)
+        sums = next_sums
+        grad_weight = next_weight
+        if grad_x_ptr is not None:
+            grad_x = grad_x.to(grad_x_ptr.dtype.element_ty)
+            tl.store(grad_x_ptr + row * D + tile_offsets, grad_x, mask=valid)
+
+    share = member * programs + program
+    for i in tl.static_range(BLOCKS):
+        cols = i * COLUMNS + columns
+        if sums_ptr is not None:
+            block_sums = (sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3])
+            share_ptr = sums_ptr + share * (COLUMN_SUMS + 3 * SLOPE_SUMS) * D
+            _store_sums(share_ptr, block_sums, cols, D, COLUMN_SUMS, SLOPE_SUMS)
+        if grad_weight_ptr is not None:
+            inside = (cols[:, None] < D) & (width[None, :] < D)
+            block_ptr = grad_weight_ptr + (share * D + i * COLUMNS) * D
+            tl.store(block_ptr + block_offsets, grad_weight[i], mask=inside)
+
+
+@triton.jit(do_not_specialize=["N"])
+def preactivation_bwd_kernel(
+    grad_y_ptr,  # [K, N, D]
+    grad_logabsdet_ptr,  # [K, N] float32, or None
+    x_ptr,  # [K, N, D]
+    weight_ptr,  # [K, D, D], W
+    bias_ptr,  # [K, D], or None
+    grad_h_ptr,  # [K, N, D]
+    sums_ptr,  # [K, programs, COLUMN_SUMS + 3·SLOPE_SUMS, D] float32, or None
+    slopes_ptr,  # [3] or [3, D], or None
+    a,
+    c,
+    kappa,
+    log_low,
+    log_high,
+    N,
+    D,
+    PER_COLUMN: tl.constexpr,
+    COLUMN_SUMS: tl.constexpr,
+    SLOPE_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    FAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """h again and g_h, and sums over this program's rows of g_h and of the slopes' terms.
+
+    A program keeps one block of columns and walks the tiles of ROWS rows of one member, in steps of all the
+    programs of its block.
+    """
+    blocks = tl.cdiv(D, COLUMNS)
+    block = tl.program_id(0) % blocks
+    program = tl.program_id(0) // blocks
+    programs = tl.num_programs(0) // blocks
+    member = tl.program_id(1).to(tl.int64)
+    rows = tl.arange(0, ROWS)
+    cols = block * COLUMNS + tl.arange(0, COLUMNS)
+    weight_ptr += member * D * D
+    if bias_ptr is not None:
+        bias_ptr += member * D
+    family = load_family(slopes_ptr, a, c, kappa, log_low, log_high, cols, D, PER_COLUMN)
+    sums = (tl.zeros([COLUMNS], tl.float32),) * 4
+    for first in range(program.to(tl.int64) * ROWS, N, programs * ROWS):
+        row = member * N + first
+        grad_h, by_a, by_c, by_kappa = _gradient_of_h(
+            grad_y_ptr + row * D,
+            None if grad_logabsdet_ptr is None else grad_logabsdet_ptr + row,
+            x_ptr + row * D,
+            weight_ptr,
+            bias_ptr,
+            N - first,
+            cols,
+            family,
+            D,
+            SLOPE_SUMS,
+            PRECISION,
+            UPCAST,
+            FAST,
+            ROWS,
+            COLUMNS,
+            INNER,
+        )
+        total = sums[0]
+        if COLUMN_SUMS:
+            total += tl.sum(grad_h, 0)
+        sums = (total, sums[1] + by_a, sums[2] + by_c, sums[3] + by_kappa)
+        tl.store(
+            grad_h_ptr + row * D + (rows[:, None] * D + cols[None, :]),
+            grad_h.to(grad_h_ptr.dtype.element_ty),
+            mask=(rows[:, None] < N - first) & (cols[None, :] < D),
+        )
+    if sums_ptr is not None:
+        share_ptr = sums_ptr + (member * programs + program) * (COLUMN_SUMS + 3 * SLOPE_SUMS) * D
+        _store_sums(share_ptr, sums, cols, D, COLUMN_SUMS, SLOPE_SUMS)
+
+
+@triton.jit(do_not_specialize=["N"])
+def weight_gradient_kernel(
+    grad_h_ptr,  # [K, N, D]
+    x_ptr,  # [K, N, D]
+    grad_weight_ptr,  # [K, splits, D, D] float32
+    grad_bias_ptr,  # [K, splits, D] float32, or None
+    N,
+    D,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """A tile [ROWS, COLUMNS] of g_hᵀ x, and ROWS of Σ g_h, over one split of the rows of the batch.
+
+    The splits take INNER rows in turn. The tiles of one split come one after the other, so that they find its
+    rows in the L2 cache.
+    """
+    across = tl.cdiv(D, COLUMNS)
+    tiles_of_split = tl.cdiv(D, ROWS) * across
+    tile = tl.program_id(0) % tiles_of_split
+    split = tl.program_id(0) // tiles_of_split
+    splits = tl.num_programs(0) // tiles_of_split
+    member = tl.program_id(1).to(tl.int64)
+    rows = (tile // across) * ROWS + tl.arange(0, ROWS)
+    cols = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
+    inner = tl.arange(0, INNER)
+
+    left_offsets = inner[:, None] * D + rows[None, :]
+    right_offsets = inner[:, None] * D + cols[None, :]
+    grad_weight = tl.zeros([ROWS, COLUMNS], tl.float32)
+    grad_bias = tl.zeros([INNER, ROWS], tl.float32)
+    for first in range(split.to(tl.int64) * INNER, N, splits * INNER):
+        base = (member * N + first) * D
+        here = inner[:, None] < N - first
+        grad_h = tl.load(grad_h_ptr + base + left_offsets, mask=here & (rows[None, :] < D), other=0.0)
+        x = tl.load(x_ptr + base + right_offsets, mask=here & (cols[None, :] < D), other=0.0)
+        if grad_bias_ptr is not None:
+            grad_bias += grad_h.to(tl.float32)
+        if UPCAST:  # the interpreter multiplies the raw bits of bfloat16
+            grad_h = grad_h.to(tl.float32)
+            x = x.to(tl.float32)
+        grad_weight = tl.dot(tl.trans(grad_h), x, grad_weight, input_precision=PRECISION)
+
+    share = member * splits + split
+    valid = (rows[:, None] < D) & (cols[None, :] < D)
+    tl.store(grad_weight_ptr + share * D * D + (rows[:, None] * D + cols[None, :]), grad_weight, mask=valid)
+    if grad_bias_ptr is not None:
+        # The blocks of columns have all added up the same numbers; one of them stores.
+        if tile % across == 0:
+            tl.store(grad_bias_ptr + share * D + rows, tl.sum(grad_bias, 0), mask=rows < D)
+
+
+# --- launchers ------------------------------------------------------------------------------------------
+
+
+def layer_backward(
+    grad_y: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    h: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    slopes: Slopes | None,
+    *,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    precision: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (x [K, N, D], W [K, D, D], b [K, D], ``slopes``) of y = φ(h), h = x Wᵀ + b.
+
+    ``grad_y``, x and ``weight`` are contiguous and of one dtype, float32 or bfloat16, and so is the gradient
+    of x; ``grad_logabsdet`` [K, N] is that of each row's Σ log φ′(h), without W's share, and float32, as are
+    all other gradients. That of ``slopes`` comes whenever they are a tensor, the others if needed.
+    ``slopes`` None is no activation: h = y, and ``grad_logabsdet`` has no influence.
+
+    h is computed again from ``bias`` where ``tiles.recomputes(D)``, and must be given beyond (ValueError).
+    ``precision`` is as in ``layer_forward``. 4·K·N·D² flops, 6·K·N·D² with h.
+    """
+    check_rows("x", x)
+    K, N, D = x.shape
+    check_parameter("grad_y", grad_y, (K, N, D), x.dtype)
+    check_parameter("grad_logabsdet", grad_logabsdet, (K, N), torch.float32)
+    check_parameter("h", h, (K, N, D), x.dtype)
+    check_parameter("weight", weight, (K, D, D), x.dtype)
+    check_parameter("bias", bias, (K, D))
+    check_precision(precision)
+    if not (needs_x or needs_weight or needs_bias or isinstance(slopes, Tensor)):
+        return None, None, None, None
+    if slopes is not None and h is None and not tiles.recomputes(D):
+        raise ValueError(f"h must be given for D = {D}: it is not computed again")
+
+    grad_h = grad_y
+    grad_x, grad_weight, grad_bias, grad_slopes = None, None, None, None
+    if slopes is not None and h is not None:
+        grad_h, grad_bias, grad_slopes = row_gradients(
+            grad_y, grad_logabsdet, h, slopes, inverse=False, column_sums=needs_bias
+        )
+    elif slopes is not None:
+        learnt = isinstance(slopes, Tensor)
+        tile = tiles.layer_backward_tile(D, x.dtype, precision, tiles.architecture(x), learnt)
+        if tile is not None:
+            return _fused_backward(
+                *(grad_y, grad_logabsdet, x, weight, bias, slopes, tile),
+                needs_x=needs_x,
+                needs_weight=needs_weight,
+                needs_bias=needs_bias,
+                precision=precision,
+            )
+        grad_h, grad_bias, grad_slopes = _preactivation_backward(
+            *(grad_y, grad_logabsdet, x, weight, bias, slopes), needs_bias=needs_bias, precision=precision
+        )
+    elif needs_bias and not needs_weight:
+        grad_bias = grad_h.sum(1, dtype=torch.float32)
+    if needs_weight:
+        summed = needs_bias and grad_bias is None
+        grad_weight, sums = _weight_gradient(grad_h, x, precision, bias=summed)
+        grad_bias = sums if summed else grad_bias
+    if needs_x:
+        # g_h W is the layer of Wᵀ.
+        grad_x, _, _ = layer_forward(
+            *(grad_h, weight, None, None), logabsdet=False, save=False, precision=precision, transposed=True
+        )
+    return grad_x, grad_weight, grad_bias, grad_slopes
+
+
+def _fused_backward(
+    grad_y: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slopes: Slopes,
+    tile: tiles.Tile,
+    *,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    precision: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """``layer_backward`` in one launch and the sums of its programs' sums."""
+    K, N, D = x.shape
+    slope_sums = isinstance(slopes, Tensor)
+    programs = min(triton.cdiv(N, tile.rows), tiles.programs(8 // tile.warps, K, tiles.architecture(x)))
+
+    def partial(*shape: int) -> Tensor:
+        return torch.empty((K, programs, *shape), dtype=torch.float32, device=x.device)
+
+    grad_x = torch.empty_like(x) if needs_x else None
+    weights = partial(D, D) if needs_weight else None
+    sums = partial(needs_bias + 3 * slope_sums, D) if needs_bias or slope_sums else None
+    family = family_arguments(slopes, D)
+    if x.numel() > 0:
+        with on_device_of(x):
+            layer_bwd_kernel[(programs, K)](
+                grad_y,
+                grad_logabsdet,
+                x,
+                weight,
+                bias,
+                grad_x,
+                weights,
+                sums,
+                **family,
+                N=N,
+                D=D,
+                COLUMN_SUMS=needs_bias,
+                SLOPE_SUMS=slope_sums,
+                PRECISION=precision,
+                UPCAST=INTERPRETED,
+                FAST=False,
+                ROWS=tile.rows,
+                WIDTH=max(16, triton.next_power_of_2(D)),
+                COLUMNS=tile.columns,
+                BLOCKS=triton.cdiv(D, tile.columns),
+                INNER=tile.inner,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+                enable_fp_fusion=True,
+            )
+    grad_bias, grad_slopes = split_sums(sums, slopes, needs_bias)
+    return grad_x, None if weights is None else weights.sum(1), grad_bias, grad_slopes
+
+
+def _preactivation_backward(
+    grad_y: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    slopes: Slopes,
+    *,
+    needs_bias: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of (h [K, N, D], b [K, D] if needed, ``slopes`` if a tensor), h = x Wᵀ + b computed again.
+
+    Arguments as those of ``layer_backward``, which checks them.
+    """
+    K, N, D = x.shape
+    slope_sums = isinstance(slopes, Tensor)
+    architecture = tiles.architecture(x)
+    tile = tiles.preactivation_tile(D, x.dtype, precision, slope_sums)
+    blocks = triton.cdiv(D, tile.columns)
+    programs = min(triton.cdiv(N, tile.rows), tiles.programs(16 // tile.warps, K * blocks, architecture))
+    grad_h = torch.empty_like(x)
+    sums: Tensor | None = None
+    if needs_bias or slope_sums:
+        shape = (K, programs, needs_bias + 3 * slope_sums, D)
+        sums = torch.empty(shape, dtype=torch.float32, device=x.device)
+    family = family_arguments(slopes, D)
+    if x.numel() > 0:
+        with on_device_of(x):
+            preactivation_bwd_kernel[(programs * blocks, K)](
+                grad_y,
+                grad_logabsdet,
+                x,
+                weight,
+                bias,
+                grad_h,
+                sums,
+                **family,
+                N=N,
+                D=D,
+                COLUMN_SUMS=needs_bias,
+                SLOPE_SUMS=slope_sums,
+                PRECISION=precision,
+                UPCAST=INTERPRETED,
+                FAST=False,
+                ROWS=tile.rows,
+                COLUMNS=tile.columns,
+                INNER=tile.inner,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+                enable_fp_fusion=True,
+            )
+    return grad_h, *split_sums(sums, slopes, needs_bias)
+
+
+def weight_gradient(grad_h: Tensor, x: Tensor, *, precision: str) -> Tensor:
+    """g_hᵀ x [K, D, D] float32 of contiguous rows [K, N, D] of one dtype, float32 or bfloat16.
+
+    The rows are split over a number of programs that D, K and the table give; their sums are added up in one
+    order. 2·K·N·D² flops. ``precision`` is as in ``layer_forward``.
+    """
+    return _weight_gradient(grad_h, x, precision, bias=False)[0]
+
+
+def weight_and_bias_gradients(grad_h: Tensor, x: Tensor, *, precision: str) -> tuple[Tensor, Tensor]:
+    """(g_hᵀ x [K, D, D], Σ g_h [K, D]), as ``weight_gradient``; the sums cost no further reading."""
+    return _weight_gradient(grad_h, x, precision, bias=True)
+
+
+def _weight_gradient(grad_h: Tensor, x: Tensor, precision: str, *, bias: bool) -> tuple[Tensor, Any]:
+    check_rows("x", x)
+    K, N, D = x.shape
+    check_parameter("grad_h", grad_h, (K, N, D), x.dtype)
+    check_precision(precision)
+    architecture = tiles.architecture(x)
+    tile = tiles.weight_gradient_tile(D, x.dtype, precision, architecture)
+    blocks = triton.cdiv(D, tile.rows) * triton.cdiv(D, tile.columns)
+    splits = min(triton.cdiv(N, tile.inner), tiles.programs(8 // tile.warps, K * blocks, architecture))
+    weights = torch.empty((K, splits, D, D), dtype=torch.float32, device=x.device)
+    sums = torch.empty((K, splits, D), dtype=torch.float32, device=x.device) if bias else None
+    if x.numel() > 0:
+        with on_device_of(x):
+            weight_gradient_kernel[(blocks * splits, K)](
+                grad_h,
+                x,
+                weights,
+                sums,
+                N,
+                D,
+                PRECISION=precision,
+                UPCAST=INTERPRETED,
+                ROWS=tile.rows,
+                COLUMNS=tile.columns,
+                INNER=tile.inner,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+                enable_fp_fusion=True,
+            )
+    # One split is the sum: no second launch.
+    grad_weight = weights[:, 0] if splits == 1 else weights.sum(1)
+    if sums is None:
+        return grad_weight, None
+    return grad_weight, sums[:, 0] if splits == 1 else sums.sum(1)
