@@ -110,11 +110,20 @@ def test_net(D: int, N: int, activation: Any, method: str) -> None:
 
 def test_a_net_is_one_operation_and_its_layers_agree_with_it() -> None:
     net, x = disturbed(LUNet(12, 4)), torch.randn(20, 12)
-    calls = []
-    with torch.utils._python_dispatch._disable_current_modes():
+    called = []
+
+    class Names(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names(), torch.no_grad():
         y, total = net.forward_and_logabsdet(x)
-    net.layers[1].register_forward_hook(lambda *_: calls.append(1))
-    z, share = net.forward_and_logabsdet(x)  # a hook wants each layer called
+    assert [name for name in called if "lunet_fast" in name] == ["lunet_fast.net.default"]
+    net.layers[1].register_forward_hook(lambda *_: None)  # who hooks a layer wants it called
+    with Names(), torch.no_grad():
+        z, share = net.forward_and_logabsdet(x)
+    assert [name for name in called if "lunet_fast.layer" in name] == ["lunet_fast.layer_forward.default"] * 4
     torch.testing.assert_close(z, y)
     torch.testing.assert_close(share, total)
     assert normwise(net.inverse(y), x.double()) <= 1e-4
@@ -127,6 +136,27 @@ def test_stacked_layers() -> None:
         exact, exact_total = function(x.double(), lu.double(), bias.double(), slopes=(0.1, 0.9, 1.0))
         assert normwise(y, exact) <= 2e-5
         assert normwise(total, exact_total) <= 2e-5
+
+
+@pytest.mark.parametrize("rows", [5, 20])
+def test_stacked_layers_are_differentiated_whatever_the_backend(rows: int) -> None:
+    """With few rows the kernels form no W; what backward is given must not be memory that nobody wrote."""
+    given = torch.randn(2, rows, 8), torch.randn(2, 8, 8) * 0.2, torch.randn(2, 8)
+
+    def gradients(first: str, second: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.clone().to(dtype).requires_grad_() for t in given]
+        slopes = torch.tensor([0.1, 0.9, 1.0], dtype=dtype, requires_grad=True)
+        ops.set_backend(first)
+        y, total = functional.lu_dense_and_logabsdet(*leaves, slopes=slopes)
+        ops.set_backend(second)
+        (y.sum() + total.sum()).backward()
+        assert all(leaf.grad.is_contiguous() for leaf in leaves)
+        return [leaf.grad for leaf in [*leaves, slopes]]
+
+    exact = gradients("reference", "reference", torch.float64)
+    for backends in (("triton", "triton"), ("triton", "reference"), ("reference", "triton")):
+        for mine, expected in zip(gradients(*backends, torch.float32), exact, strict=True):
+            assert normwise(mine, expected) <= 1e-5
 
 
 def test_any_strides_and_leading_shapes() -> None:
