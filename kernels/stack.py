@@ -616,8 +616,8 @@ def _stack_arguments(
     check_precision(precision)
     N, D = x.shape
     check_parameter("biases", biases, (M, D))
-    per_column = isinstance(slopes, Tensor) and slopes.dim() == 3
-    tile = tiles.stack_tile(kernel, D, x.dtype, precision, tiles.architecture(x), per_column=per_column)
+    learnt = isinstance(slopes, Tensor)
+    tile = tiles.stack_tile(kernel, D, x.dtype, precision, tiles.architecture(x), learnt=learnt)
     if tile is None:
         raise ValueError(
             f"a stack of {D} features does not go in one launch in {precision}: call layer by layer"

@@ -396,7 +396,7 @@ STACK: dict[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = {
     ),
     ("backward", "ieee", 80): ((16, Tile(32, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 8, 1))),
     ("backward", "tf32x3", 80): (
-        (16, Tile(64, 16, 16, 8, 1)),
+        (16, Tile(64, 16, 16, 4, 1)),
         (32, Tile(32, 32, 32, 8, 1)),
         (64, Tile(32, 64, 64, 8, 1)),
     ),
@@ -417,7 +417,7 @@ STACK: dict[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = {
     ),
     ("inverse backward", "ieee", 80): ((16, Tile(32, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 8, 1))),
     ("inverse backward", "tf32x3", 80): (
-        (16, Tile(64, 16, 16, 4, 1)),
+        (16, Tile(32, 16, 16, 8, 1)),
         (32, Tile(64, 32, 32, 8, 1)),
         (64, Tile(16, 64, 32, 8, 1)),
     ),
@@ -430,11 +430,11 @@ STACK: dict[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = {
 
 
 def stack_tile(
-    kernel: str, D: int, dtype: torch.dtype, precision: str, architecture: int, *, per_column: bool = False
+    kernel: str, D: int, dtype: torch.dtype, precision: str, architecture: int, *, learnt: bool = False
 ) -> Tile | None:
     """Of a stack's "forward", "inverse", "backward" or "inverse backward"; ``inner`` is the chunk.
 
-    ``per_column``: with slopes for each column, which changes the rows at most.
+    ``learnt``: the slopes are a tensor, and have gradients; that changes the rows at most.
 
     None where a stack does not go in one launch: layer by layer is the way.
     """
@@ -448,9 +448,9 @@ def stack_tile(
     tile = next((tile for largest, tile in table if largest >= D), None)
     if tile is None or D <= 32:
         return tile
-    # An address for every element, or slopes for every column: with fewer rows, registers are left for them.
+    # An address for every element, or gradients of slopes: with fewer rows, registers are left for them.
     addresses = D % 16 != 0
-    if (kernel == "backward" and (addresses or per_column)) or (
+    if (kernel == "backward" and (addresses or learnt)) or (
         (kernel, arithmetic) == ("forward", "tf32x3") and addresses
     ):
         return tile._replace(rows=32)
