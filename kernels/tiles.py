@@ -95,7 +95,7 @@ LAYER: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
     (80, "ieee"): (
         (16, Tile(64, 16, 16, 4, 2)),
         (32, Tile(64, 32, 32, 4, 2)),
-        (0, Tile(64, 64, 32, 4, 2)),
+        (0, Tile(32, 64, 32, 4, 2)),
     ),
     (80, "tf32x3"): (
         (16, Tile(64, 16, 16, 4, 3)),
@@ -149,20 +149,25 @@ def matrix_tile(D: int, architecture: int) -> Tile:
     return Tile(block, block, block, 4, 2)
 
 
-#: Columns up to which U x stays in registers between the two triangular products, in one launch. Beyond 128
-#: the unrolled products spill, in float32 beyond 64.
-TRIANGULAR_FUSED = {"ieee": 64, "tf32x3": 128, "tf32": 128}
+def fuses_triangles(D: int, precision: str) -> bool:
+    """Whether U x stays in registers between the two triangular products, in one launch.
+
+    Beyond 128 columns the unrolled products spill; in float32 and where D is no multiple of 16, beyond 64.
+    """
+    largest = 64 if precision == "ieee" or D % 16 != 0 else 128
+    return largest >= D
 
 
 @_tunable
-def triangular_tile(D: int) -> Tile:
+def triangular_tile(D: int, architecture: int) -> Tile:
     """Of the products by U and then L, meant for few rows: as few to a program as a tensor core takes.
 
     Blocks of columns are square blocks of the matrix too.
     """
     block = 16 if D <= 16 else 32
     # Where D is no multiple of 16 every element has an address of its own, and 4 warps spilled.
-    return Tile(16, block, block, 8 if D > 64 and D % 16 != 0 else 4, 2)
+    many = D > 32 if D % 16 != 0 else D > 64 and architecture < 90
+    return Tile(16, block, block, 8 if many else 4, 2)
 
 
 @_tunable
@@ -172,10 +177,13 @@ def layer_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) ->
     known = [arch for arch, kind in LAYER if kind == arithmetic and arch <= architecture]
     table = LAYER[max(known, default=min(arch for arch, _ in LAYER)), arithmetic]
     tile = next(tile for largest, tile in table if largest == 0 or largest >= D)
-    if D % 16 != 0 and tile.columns == 64:
-        # Every element has an address of its own here: with more than 16 to a thread they spilled. sm_90's
-        # tensor cores want 64 rows; without them, fewer rows leave the compiler more registers.
-        return tile._replace(rows=32) if arithmetic == "ieee" else tile._replace(rows=64, warps=8)
+    if D % 16 != 0:
+        # Every element has an address of its own here: with more than 16 to a thread they spilled, in ieee
+        # with more than 8. sm_90's tensor cores want 64 rows; without them, fewer leave more registers.
+        if arithmetic == "ieee" and (tile.columns == 64 or architecture < 90):
+            return tile._replace(rows=16 if tile.columns == 64 else 32)
+        if tile.columns == 64:
+            return tile._replace(rows=32 if arithmetic == "tf32" and architecture < 90 else 64, warps=8)
     return tile
 
 
@@ -326,7 +334,7 @@ def weight_gradient_tile(D: int, dtype: torch.dtype, precision: str, architectur
     if arithmetic == "ieee":
         return Tile(64, 64, 16, 8, 3)
     if D <= 64:
-        return Tile(64, 64, 32, 4, 3)
+        return Tile(64, 64, 32, 8 if arithmetic == "bf16" and architecture < 90 else 4, 3)
     # Square tiles read least, but spilled with an address for every element, and sm_80's with tf32x3.
     square = D % 16 == 0 and (architecture >= 90 or arithmetic != "tf32x3")
     return Tile(128, 128 if square else 64, 32, 8, 3)
@@ -341,12 +349,17 @@ def score_tile(D: int, layers: int, precision: str, architecture: int) -> Tile:
     A program holds a layer's sums for its rows, and of two layers those of the former as well. sm_80's tensor
     cores take their operands from registers too, so there it is few rows where D is large.
     """
+    warps = 8 if architecture < 90 else 4
     if D <= 32:
-        return Tile(64, 16 if D <= 16 else 32, 0, 4, 1)
+        if D <= 16 and architecture < 90 and precision != "tf32x3":
+            return Tile(32, 16, 0, 4, 1) if precision == "tf32" else Tile(128, 16, 0, 8, 1)
+        return Tile(64, 16 if D <= 16 else 32, 0, warps, 1)
     if precision == "ieee":
-        return Tile(32, 16 if D > 64 and architecture >= 90 else 32, 0, 8, 1)
+        return Tile(32 if D <= 64 else 16, 32, 0, 8, 1)
+    if architecture < 90 and precision == "tf32x3" and D % 16 != 0:
+        return Tile(16, 32, 0, 4, 1)
     if D <= 64:
-        return Tile(64, 32 if architecture >= 90 else 16, 0, 4, 1)
+        return Tile(64, 32 if architecture >= 90 else 16, 0, warps, 1)
     if architecture < 90 and (D % 16 != 0 or layers > 1):
         return Tile(16, 32, 0, 4, 1)
     return Tile(64, 16, 0, 8, 1)
@@ -471,9 +484,8 @@ def stack_programs(architecture: int) -> int:
 
 # --- substitution ---------------------------------------------------------------------------------------
 
-#: Architecture → the longest rows that a program of the inverse keeps in registers. sm_80 spilled with two
-#: blocks of 32; the unrolled code of two is twice as long as that of the loop, which a GPU may like better.
-SUBSTITUTION_HELD = {80: 32, 90: 64}
+#: The longest rows that a program of the inverse keeps in registers: two blocks of 32 spilled.
+SUBSTITUTION_HELD = 32
 
 #: The least D for which a product with W⁻¹ is tried. Below, substitution costs and reads about as much.
 INVERSE_WEIGHT_FROM = 129
@@ -488,11 +500,12 @@ def substitution_block(D: int) -> int:
 def substitution_tile(D: int, precision: str, architecture: int) -> Tile:
     """Of the inverse and its gradient: rows × the block; ``inner`` is 0 where the rows stay in registers."""
     block = substitution_block(D)
-    held = SUBSTITUTION_HELD[max((arch for arch in SUBSTITUTION_HELD if arch <= architecture), default=80)]
     # With 4 warps a thread would hold 16 elements of a block of 32, and these spilled. So did a product over
     # 32 where D is no multiple of 16 and every element has an address of its own.
-    inner = 0 if held >= D else 16 if D % 16 else 32
-    return Tile(64, block, inner, 4 if block == 16 else 8, 2)
+    tight = precision == "ieee" and architecture >= 90
+    inner = 0 if D <= SUBSTITUTION_HELD else 16 if D % 16 or tight else 32
+    rows = 32 if tight and D > 16 and D % 16 else 64
+    return Tile(rows, block, inner, 4 if block == 16 else 8, 2)
 
 
 def inverse_weight_tile(D: int, precision: str, architecture: int) -> Tile:

@@ -5,7 +5,7 @@ Forming W costs 2·D³/3 flops, so it pays when there are more rows than columns
 through U and then L. Both products start and stop where their triangle does: of D/BLOCK blocks squared, half
 are loaded.
 
-Up to ``tiles.TRIANGULAR_FUSED`` columns (128) one launch does both: t = U x stays in registers, as one tile
+Where ``tiles.fuses_triangles`` (D ≤ 128) one launch does both: t = U x stays in registers, as one tile
 for each block of columns, unrolled. Beyond, one program would have the whole matrix to read; there two
 launches share it out over the device, and t goes through memory (the cache, for few rows) once.
 """
@@ -224,7 +224,7 @@ def layer_forward_rows(
     check_parameter("constant", constant, (K,), torch.float32)
     check_precision(precision)
 
-    tile = tiles.triangular_tile(D)
+    tile = tiles.triangular_tile(D, tiles.architecture(x))
     blocks = triton.cdiv(D, tile.columns)
     active = slopes is not None
     y = torch.empty_like(x)
@@ -261,7 +261,7 @@ def layer_forward_rows(
     upper: dict[str, Any] = {"x_ptr": x, "sign_ptr": sign, "BOUND": LOG_DIAGONAL_BOUND[lu.dtype]}
     row_tiles = triton.cdiv(N, tile.rows)
     with on_device_of(x):
-        if tiles.TRIANGULAR_FUSED[precision] >= D:
+        if tiles.fuses_triangles(D, precision):
             triangular_fused_kernel[(row_tiles, K)](**upper, **finish, **common, BLOCKS=blocks)
         else:
             t = torch.empty_like(x, dtype=torch.float32)

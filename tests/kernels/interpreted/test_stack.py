@@ -370,6 +370,7 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
         assert torch.equal(whole[i][64:74], part[i])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("junk", [math.nan, math.inf])
 def test_a_row_keeps_its_nan_to_itself(junk: float) -> None:
     case = Case(20, 2, 33, "floats", FAMILIES[0], True, False)
