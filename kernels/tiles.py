@@ -359,7 +359,7 @@ def score_tile(D: int, layers: int, precision: str, architecture: int) -> Tile:
     if architecture < 90 and precision == "tf32x3" and D % 16 != 0:
         return Tile(16, 32, 0, 4, 1)
     if D <= 64:
-        return Tile(64, 32 if architecture >= 90 else 16, 0, warps, 1)
+        return Tile(64, 32 if architecture >= 90 else 16, 0, warps if D % 16 else 4, 1)
     if architecture < 90 and (D % 16 != 0 or layers > 1):
         return Tile(16, 32, 0, 4, 1)
     return Tile(64, 16, 0, 8, 1)
