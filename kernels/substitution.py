@@ -655,13 +655,16 @@ class PreparedInverse(NamedTuple):
 
 
 def prepare_inverse(
-    lu: Tensor, sign: Tensor | None, permutation: Tensor | None, *, precision: str
+    lu: Tensor, sign: Tensor | None, permutation: Tensor | None, *, precision: str, many_rows: bool = True
 ) -> PreparedInverse:
-    """Invert what ``layer_inverse`` wants inverted of packed ``lu`` [K, D, D]: one launch, with W⁻¹ five."""
+    """Invert what ``layer_inverse`` wants inverted of packed ``lu`` [K, D, D]: one launch, with W⁻¹ five.
+
+    W⁻¹ only for ``many_rows``: for few it costs more than it saves.
+    """
     check_precision(precision)
     D = lu.shape[-1]
     inverses, logabsdet = invert_blocks(lu, sign, block=tiles.substitution_block(D))
-    if not tiles.tries_inverse_weight(D):
+    if not (many_rows and tiles.tries_inverse_weight(D)):
         return PreparedInverse(inverses, logabsdet, None, None)
     weight, condition = inverse_weight(lu, sign, permutation, inverses, precision=precision)
     return PreparedInverse(inverses, logabsdet, weight, condition)
@@ -714,7 +717,7 @@ def inverse_weight(
     """
     check_packed(lu, sign, permutation)
     K, D = lu.shape[:2]
-    precision = _at_least_tf32x3(precision)
+    precision = at_least_tf32x3(precision)
     architecture = tiles.architecture(lu)
     tile = tiles.inverse_weight_tile(D, precision, architecture)
     _check_matrix(lu, inverses, permutation, K, D, tile)
@@ -796,7 +799,7 @@ def layer_inverse(
     """
     check_rows("y", y)
     K, N, D = y.shape
-    precision = _at_least_tf32x3(precision)
+    precision = at_least_tf32x3(precision)
     tile = tiles.substitution_tile(D, precision, tiles.architecture(y))
     _check_matrix(lu, inverses, permutation, K, D, tile)
     check_parameter("bias", bias, (K, D))
@@ -943,7 +946,7 @@ def layer_inverse_backward(
     """
     check_rows("grad_x", grad_x)
     K, N, D = grad_x.shape
-    precision = _at_least_tf32x3(precision)
+    precision = at_least_tf32x3(precision)
     tile = tiles.substitution_tile(D, precision, tiles.architecture(grad_x))
     _check_matrix(lu, inverses, permutation, K, D, tile)
     check_parameter("grad_logabsdet", grad_logabsdet, (K, N), torch.float32)
@@ -987,7 +990,7 @@ def layer_inverse_backward(
     return grad_right, grad_y, split_sums(sums, slopes, False)[1]
 
 
-def _at_least_tf32x3(precision: str) -> str:
+def at_least_tf32x3(precision: str) -> str:
     """Substitution and inverses amplify rounding by the condition: tf32's would be all that is left."""
     check_precision(precision)
     return "tf32x3" if precision == "tf32" else precision

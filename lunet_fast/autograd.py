@@ -474,7 +474,7 @@ class Net(torch.autograd.Function):
     @staticmethod
     def formula(sign: Tensor | None, fixed: Fixed, inverse: bool, logabsdet: bool) -> Callable[..., Outputs]:
         def pair(x: Tensor, lu: Tensor, bias: Tensor | None, slopes: Tensor | None) -> Outputs:
-            total = _none_of(x)
+            total = None
             last = lu.shape[0] - 1
             run = reference.lu_dense_inverse_and_logabsdet if inverse else reference.lu_dense_and_logabsdet
             for m in reversed(range(last + 1)) if inverse else range(last + 1):
@@ -487,8 +487,8 @@ class Net(torch.autograd.Function):
                     slopes=own,
                 )
                 if logabsdet:
-                    total = share if total.numel() == 0 and total.dim() == 1 else total + share
-            return x, total
+                    total = share if total is None else total + share
+            return x, _none_of(x) if total is None else total
 
         return pair
 

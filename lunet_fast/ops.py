@@ -553,11 +553,13 @@ def net_backward_by_layers(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``net_backward`` through implementations of ``layer_forward`` and of the layer's two backwards."""
     last = lu.shape[0] - 1
-    arguments, families = [], []
+    arguments, families, kept = [], [], []
     for m in range(last + 1):
         families.append(_slopes_at(slopes, a, c, kappa, m, last))
         arguments.append((x, lu[m], _at(sign, m), None))
-        x = forward(*arguments[m], _at(bias, m), *families[m], False, False)[0]
+        # What the forward keeps for its own backward; the inverse's wants h, which it need not keep.
+        x, _, h, weight = forward(*arguments[m], _at(bias, m), *families[m], False, not inverse)
+        kept.append((h, weight))
     results: dict[int, tuple[Tensor, ...]] = {}
     for m in range(last + 1) if inverse else reversed(range(last + 1)):
         start, *matrix = arguments[m]
@@ -567,9 +569,8 @@ def net_backward_by_layers(
                 grad, grad_logabsdet, start, h, *matrix, *families[m], needs_lu, needs_bias
             )
         else:
-            _, _, h, weight = forward(*arguments[m], _at(bias, m), *families[m], False, True)
             results[m] = backward(
-                *(grad, grad_logabsdet, start, h, weight, *matrix, _at(bias, m), *families[m]),
+                *(grad, grad_logabsdet, start, *kept[m], *matrix, _at(bias, m), *families[m]),
                 *(needs_x or m > 0, needs_lu, needs_bias),
             )
         grad = results[m][0]

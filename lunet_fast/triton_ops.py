@@ -27,6 +27,7 @@ from torch import Tensor
 from lunet_fast import ops, reference
 from lunet_fast.blocked import composes
 from lunet_fast.kernels import activation, gradient, layer, matrix, stack, substitution, tiles, triangular
+from lunet_fast.ops import _or_nothing, _rows
 from lunet_fast.reference import Slopes
 
 #: Features from which the library's tf32 and bfloat16 products are expected to be faster than this one.
@@ -42,11 +43,6 @@ def precision_of(x: Tensor) -> str:
     except RuntimeError:  # set by PyTorch's newer, per-device setting
         highest = torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "tf32x3" if highest else "tf32"
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as contiguous rows [N, D]; a 0-dimensional x is one row of one."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1).contiguous()
 
 
 def _members(x: Tensor, lu: Tensor) -> Tensor:
@@ -79,12 +75,6 @@ def _slopes(slopes: Tensor | None, a: float, c: float, kappa: float) -> Slopes |
 
 def _flat(row_values: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     return None if row_values is None else row_values.reshape(shape).contiguous()
-
-
-def _or_nothing(result: Tensor | None, like: Tensor, shape: torch.Size | None = None) -> Tensor:
-    if result is None:
-        return like.new_empty(0)
-    return result if shape is None else result.reshape(shape)
 
 
 def _total(total: Tensor | None, x: Tensor) -> Tensor:
@@ -269,14 +259,6 @@ def layer_backward(
     )
 
 
-def _for_substitution(packed: Tensor, sign: Tensor | None) -> substitution.PreparedInverse:
-    """What is inverted ahead where W⁻¹ would not pay."""
-    block = tiles.substitution_block(packed.shape[-1])
-    return substitution.PreparedInverse(
-        *substitution.invert_blocks(packed, sign, block=block), weight=None, condition=None
-    )
-
-
 def layer_inverse(
     y: Tensor,
     lu: Tensor,
@@ -293,11 +275,9 @@ def layer_inverse(
     rows, packed, order = _members(y, lu), _packed(lu), _order(permutation)
     N, D = rows.shape[1:]
     precision = precision_of(y)
-    signs = _stacked(sign, lu)
-    if composes(N, D):
-        prepared = substitution.prepare_inverse(packed, signs, order, precision=precision)
-    else:
-        prepared = _for_substitution(packed, signs)
+    prepared = substitution.prepare_inverse(
+        packed, _stacked(sign, lu), order, precision=precision, many_rows=composes(N, D)
+    )
     x, total, h = substitution.layer_inverse(
         rows,
         packed,
@@ -333,7 +313,7 @@ def layer_inverse_backward(
     rows, packed, order = _members(x, lu), _packed(lu), _order(permutation)
     sign, family, precision = _stacked(sign, lu), _slopes(slopes, a, c, kappa), precision_of(x)
     K, N, D = rows.shape
-    prepared = _for_substitution(packed, sign)
+    prepared = substitution.prepare_inverse(packed, sign, order, precision=precision, many_rows=False)
     share = _flat(grad_logabsdet, (K, N))
     grad_right, grad_y, grad_slopes = substitution.layer_inverse_backward(
         _members(grad_x, lu),
@@ -383,8 +363,8 @@ def net(
     logabsdet: bool,
 ) -> tuple[Tensor, Tensor]:
     precision = precision_of(x)
-    if inverse and precision == "tf32":
-        precision = "tf32x3"
+    if inverse:
+        precision = substitution.at_least_tf32x3(precision)
     tile = _stack_tile("inverse" if inverse else "forward", x, precision)
     if tile is None:
         return ops.net_by_layers(
@@ -428,8 +408,8 @@ def net_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     precision = precision_of(x)
-    if inverse and precision == "tf32":
-        precision = "tf32x3"
+    if inverse:
+        precision = substitution.at_least_tf32x3(precision)
     tile = _stack_tile("inverse backward" if inverse else "backward", x, precision)
     if tile is None:
         return ops.net_backward_by_layers(
