@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import lunet_fast
-from lunet_fast import LeakySoftplus, LUNet, ops
+from lunet_fast import LeakySoftplus, LUNet, functional, ops
 
 lib = torch.ops.lunet_fast
 FIXED = (0.1, 0.9, 1.0)
@@ -126,3 +126,24 @@ def test_backends() -> None:
         assert lunet_fast.get_backend() == "reference"
     finally:
         lunet_fast.set_backend(before)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_net_in_pytorch(inverse: bool) -> None:
+    """What an exported net runs where there are no kernels: its layers one by one, and their gradients."""
+    net = LUNet(D, 3).double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(4, D, dtype=torch.float64, requires_grad=True)
+    lu, bias, sign = (
+        torch.stack([getattr(layer, name) for layer in net.layers]) for name in ("lu", "bias", "sign")
+    )
+    leaves = [x, lu.detach().requires_grad_(), bias.detach().requires_grad_()]
+
+    def run(x: Tensor, lu: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+        return functional.net(x, lu, bias, sign=sign, slopes=(0.1, 0.9, 1.0), inverse=inverse, logabsdet=True)
+
+    expected = (net.inverse_and_logabsdet if inverse else net.forward_and_logabsdet)(x)
+    torch.testing.assert_close(run(*leaves), expected)
+    assert torch.autograd.gradcheck(run, leaves)
