@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from lunet_fast import ops, reference
 
 _ops = torch.ops.lunet_fast
+
+_below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
 #: (a, c, κ) as floats; (1, 0, 1) stands for no activation.
 Fixed = tuple[float, float, float]
@@ -79,6 +83,34 @@ def _vmap(
     mapped = torch.func.vmap(_pair(function, tensors), in_dims=tuple(d for _, d in given))
     with reference.without_autocast(given[0][0]):
         return mapped(*(t for t, _ in given))
+
+
+def _is_watched(*tensors: Any) -> bool:
+    """Whether something besides autograd wants to see an operation on these: tracing, a torch.func
+    transform, a forward-mode derivative, a dispatch mode, batched gradients, a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _forward_level() >= 0
+        or any(type(t) not in (Tensor, Parameter) or is_legacy_batchedtensor(t) for t in tensors)
+    )
+
+
+def _forward_level() -> int:
+    """How many ``forward_ad.dual_level`` are entered, less one."""
+    return forward_ad._current_level
+
+
+def _run(name: str, *args: Any) -> Any:
+    """An operation; past PyTorch's dispatcher, which costs as much as a small layer, where nobody watches.
+
+    The first two arguments are what tells: rows and matrix, or the gradients of both results.
+    """
+    if _is_watched(*(arg for arg in args[:2] if isinstance(arg, Tensor))):
+        return getattr(_ops, name)(*args)
+    with _below_autograd():
+        return ops.IMPLEMENTATIONS[name](*args)
 
 
 def records(*tensors: Tensor | None) -> bool:
@@ -156,7 +188,7 @@ class Activation(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool) -> Outputs:
-        return _ops.activation_forward(x, slopes, *fixed, logabsdet)
+        return _run("activation_forward", x, slopes, *fixed, logabsdet)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Outputs) -> None:
@@ -180,8 +212,13 @@ class Activation(torch.autograd.Function):
             pair = Activation.formula(ctx.fixed, ctx.logabsdet)
             grad_x, grad_slopes = _vjp(pair, (x, slopes), (grad_y, grad_logabsdet))
         else:
-            grad_x, grad_slopes = _ops.activation_backward(
-                grad_y, grad_logabsdet if ctx.logabsdet else None, x, slopes, *ctx.fixed
+            grad_x, grad_slopes = _run(
+                "activation_backward",
+                grad_y,
+                grad_logabsdet if ctx.logabsdet else None,
+                x,
+                slopes,
+                *ctx.fixed,
             )
         return grad_x, grad_slopes if slopes is not None else None, None, None
 
@@ -202,7 +239,7 @@ class ActivationInverse(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool) -> Outputs:
-        return _ops.activation_inverse(y, slopes, *fixed, logabsdet)
+        return _run("activation_inverse", y, slopes, *fixed, logabsdet)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Outputs) -> None:
@@ -226,8 +263,13 @@ class ActivationInverse(torch.autograd.Function):
             pair = ActivationInverse.formula(ctx.fixed, ctx.logabsdet)
             grad_y, grad_slopes = _vjp(pair, (y, slopes), (grad_x, grad_logabsdet))
         else:
-            grad_y, grad_slopes = _ops.activation_inverse_backward(
-                grad_x, grad_logabsdet if ctx.logabsdet else None, x, slopes, *ctx.fixed
+            grad_y, grad_slopes = _run(
+                "activation_inverse_backward",
+                grad_x,
+                grad_logabsdet if ctx.logabsdet else None,
+                x,
+                slopes,
+                *ctx.fixed,
             )
         return grad_y, grad_slopes if slopes is not None else None, None, None
 
@@ -263,7 +305,7 @@ class Layer(torch.autograd.Function):
         logabsdet: bool,
         save: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _ops.layer_forward(x, lu, sign, permutation, bias, slopes, *fixed, logabsdet, save)
+        return _run("layer_forward", x, lu, sign, permutation, bias, slopes, *fixed, logabsdet, save)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -300,7 +342,8 @@ class Layer(torch.autograd.Function):
             return (*gradients, None, None, None, None, None)
         needs_x, needs_lu, needs_bias, needs_slopes = _needed(ctx)
         has_bias = bias is not None and needs_bias
-        grad_x, grad_lu, grad_bias, grad_slopes = _ops.layer_backward(
+        grad_x, grad_lu, grad_bias, grad_slopes = _run(
+            "layer_backward",
             grad_y,
             grad_logabsdet if ctx.logabsdet else None,
             x,
@@ -364,7 +407,7 @@ class LayerInverse(torch.autograd.Function):
         logabsdet: bool,
         save: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _ops.layer_inverse(y, lu, sign, permutation, bias, slopes, *fixed, logabsdet, save)
+        return _run("layer_inverse", y, lu, sign, permutation, bias, slopes, *fixed, logabsdet, save)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -401,7 +444,8 @@ class LayerInverse(torch.autograd.Function):
             return (*gradients, None, None, None, None, None)
         needs_y, needs_lu, needs_bias, needs_slopes = _needed(ctx)
         has_bias = bias is not None and needs_bias
-        grad_y, grad_lu, grad_bias, grad_slopes = _ops.layer_inverse_backward(
+        grad_y, grad_lu, grad_bias, grad_slopes = _run(
+            "layer_inverse_backward",
             grad_x,
             grad_logabsdet if ctx.logabsdet else None,
             x,
@@ -464,7 +508,7 @@ class Net(torch.autograd.Function):
         inverse: bool,
         logabsdet: bool,
     ) -> Outputs:
-        return _ops.net(x, lu, sign, bias, slopes, *fixed, inverse, logabsdet)
+        return _run("net", x, lu, sign, bias, slopes, *fixed, inverse, logabsdet)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Outputs) -> None:
@@ -502,7 +546,8 @@ class Net(torch.autograd.Function):
             return (*gradients, None, None, None, None)
         needs_x, needs_lu, needs_bias, needs_slopes = _needed(ctx)
         has_bias = bias is not None and needs_bias
-        grad_x, grad_lu, grad_bias, grad_slopes = _ops.net_backward(
+        grad_x, grad_lu, grad_bias, grad_slopes = _run(
+            "net_backward",
             grad,
             grad_logabsdet if ctx.logabsdet else None,
             result if ctx.inverse else given,
@@ -548,21 +593,28 @@ def _eager(traceable: type[torch.autograd.Function], inputs: int) -> type[torch.
 
     torch.compile refuses to trace a Function that defines jvp, so what it traces is the class without.
     And ``Function.apply`` binds its arguments by forward's signature, worked out anew at each call, which
-    costs more than a small layer does; a signature already there is taken as it is. ``inputs`` is how
-    many of the arguments, from the first, are tensors that a tangent is computed from.
+    costs as much as a small layer; here it does so only where a torch.func transform needs it. ``inputs`` is
+    how many of the arguments, from the first, are tensors that a tangent is computed from.
     """
+
+    def apply(cls: Any, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super(traceable, cls).apply(*args)
+        alive = (unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args)
+        return super(torch.autograd.Function, cls).apply(*alive)  # type: ignore[misc]
 
     def forward(*args: Any) -> Any:
         # A gradient is recorded here, so the operation's own autograd (below) need not be asked, nor are
         # its results views of anything.
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with _below_autograd():
             return traceable.forward(*args)
 
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
 
     def setup_context(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
         traceable.setup_context(ctx, args, output)
-        ctx.save_for_forward(*args[:inputs])
+        if _forward_level() >= 0:
+            ctx.save_for_forward(*args[:inputs])
         ctx.set_materialize_grads(False)
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -574,7 +626,8 @@ def _eager(traceable: type[torch.autograd.Function], inputs: int) -> type[torch.
         return traceable.tangent(ctx, *tangents)  # type: ignore[attr-defined]
 
     members = {"forward": forward, "setup_context": setup_context, "jvp": jvp}
-    statics = {name: staticmethod(member) for name, member in members.items()}
+    statics: dict[str, Any] = {name: staticmethod(member) for name, member in members.items()}
+    statics["apply"] = classmethod(apply)
     return type(f"Eager{traceable.__name__}", (traceable,), statics)
 
 
@@ -591,33 +644,62 @@ EagerLayerInverse = _eager(LayerInverse, 6)
 EagerNet = _eager(Net, 5)
 
 
-def activation(*args: Any) -> Outputs:
-    """``Activation`` on its arguments, in eager mode or while being traced."""
-    results = (Activation if torch.compiler.is_compiling() else EagerActivation).apply(*args)
-    return results[0], results[1]
+def _apply(traceable: Any, eager: Any, args: tuple[Any, ...]) -> Any:
+    return (traceable if torch.compiler.is_compiling() else eager).apply(*args)
 
 
-def activation_inverse(*args: Any) -> Outputs:
-    """``ActivationInverse`` on its arguments, in eager mode or while being traced."""
-    results = (ActivationInverse if torch.compiler.is_compiling() else EagerActivationInverse).apply(*args)
-    return results[0], results[1]
+def activation(x: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool) -> Outputs:
+    """``Activation`` on its arguments; the operation alone where nothing is recorded."""
+    if not records(x, slopes) and not _is_watched(x):
+        return _run("activation_forward", x, slopes, *fixed, logabsdet)
+    return _apply(Activation, EagerActivation, (x, slopes, fixed, logabsdet))
 
 
-def layer(*args: Any) -> Outputs:
-    """The first two results of ``Layer`` on its arguments, in eager mode or while being traced."""
-    results = (Layer if torch.compiler.is_compiling() else EagerLayer).apply(*args)
-    return results[0], results[1]
+def activation_inverse(y: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool) -> Outputs:
+    """``ActivationInverse`` on its arguments; the operation alone where nothing is recorded."""
+    if not records(y, slopes) and not _is_watched(y):
+        return _run("activation_inverse", y, slopes, *fixed, logabsdet)
+    return _apply(ActivationInverse, EagerActivationInverse, (y, slopes, fixed, logabsdet))
 
 
-def layer_inverse(*args: Any) -> Outputs:
-    """The first two results of ``LayerInverse`` on its arguments, in eager mode or while being traced."""
-    results = (LayerInverse if torch.compiler.is_compiling() else EagerLayerInverse).apply(*args)
-    return results[0], results[1]
+def layer(
+    x: Tensor,
+    lu: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    sign: Tensor | None,
+    permutation: Tensor | None,
+    fixed: Fixed,
+    logabsdet: bool,
+) -> Outputs:
+    """The first two results of ``Layer``; the operation alone where nothing is recorded."""
+    save = records(x, lu, bias, slopes)
+    if not save and not _is_watched(x, lu):
+        return _run("layer_forward", x, lu, sign, permutation, bias, slopes, *fixed, logabsdet, False)[:2]
+    return _apply(Layer, EagerLayer, (x, lu, bias, slopes, sign, permutation, fixed, logabsdet, save))[:2]
+
+
+def layer_inverse(
+    y: Tensor,
+    lu: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    sign: Tensor | None,
+    permutation: Tensor | None,
+    fixed: Fixed,
+    logabsdet: bool,
+) -> Outputs:
+    """The first two results of ``LayerInverse``; the operation alone where nothing is recorded."""
+    save = records(y, lu, bias, slopes)
+    if not save and not _is_watched(y, lu):
+        return _run("layer_inverse", y, lu, sign, permutation, bias, slopes, *fixed, logabsdet, False)[:2]
+    arguments = (y, lu, bias, slopes, sign, permutation, fixed, logabsdet, save)
+    return _apply(LayerInverse, EagerLayerInverse, arguments)[:2]
 
 
 def net(*args: Any) -> Outputs:
     """``Net`` on its arguments, in eager mode or while being traced."""
-    results = (Net if torch.compiler.is_compiling() else EagerNet).apply(*args)
+    results = _apply(Net, EagerNet, args)
     return results[0], results[1]
 
 
@@ -637,7 +719,7 @@ def _from_operation(name: str, function: Callable[..., Any]) -> None:
             )
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return function(*args)
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with _below_autograd():
             return operation(*args)
 
     ops.library.impl(name, call, "Autograd")

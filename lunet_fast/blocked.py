@@ -82,14 +82,28 @@ def _add_scaled_(t: Tensor, factor: float | Tensor, x: Tensor) -> Tensor:
     return t.add_(x, alpha=factor) if isinstance(factor, float) else t.addcmul_(x, factor)
 
 
-def _sweeps(*tensors: Tensor, rows_at_least: int = 1) -> Iterator[tuple[Tensor, ...]]:
-    """The same runs of rows of several tensors of N rows; the first, [N, D], gives their length.
+def _mix_(t: Tensor, x: Tensor, family: Family) -> Tensor:
+    """t ← c·t + a·x. (``lerp_`` is one pass, but takes the difference of the two: NaN for infinities.)"""
+    return _add_scaled_(_scale_(t, family.c), family.a, x)
 
-    Only a CPU has a cache to stay in; elsewhere all rows are one sweep.
-    """
-    rows, columns = tensors[0].shape
-    step = max(rows_at_least, SWEEP * torch.get_num_threads() // max(1, columns))
-    if rows <= step or tensors[0].device.type != "cpu":
+
+def _sweep_rows(t: Tensor, rows_at_least: int) -> int:
+    """Rows of t [N, D] in one sweep: all of them where there is no cache to stay in."""
+    rows, columns = t.shape
+    if t.device.type != "cpu":
+        return rows
+    return max(rows_at_least, SWEEP * torch.get_num_threads() // max(1, columns))
+
+
+def _fits_one_sweep(t: Tensor, rows_at_least: int) -> bool:
+    return t.shape[0] <= _sweep_rows(t, rows_at_least)
+
+
+def _sweeps(*tensors: Tensor, rows_at_least: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    """The same runs of rows of several tensors of N rows; the first, [N, D], gives their length."""
+    step = _sweep_rows(tensors[0], rows_at_least)
+    rows = tensors[0].shape[0]
+    if rows <= step:
         yield tensors
         return
     for start in range(0, rows, step):
@@ -116,14 +130,16 @@ def _soft(h: Tensor, kappa: float | Tensor, out: Tensor | None = None) -> Tensor
 def _activate_into(y: Tensor, h: Tensor, family: Family) -> None:
     """y ← φ(h); bfloat16 and float16 are computed in float32."""
     if h.dtype == wide(h.dtype):
-        _add_scaled_(_scale_(_soft(h, family.kappa, out=y), family.c), family.a, h)
+        _mix_(_soft(h, family.kappa, out=y), h, family)
     else:
         x = h.float()
-        y.copy_(_add_scaled_(_scale_(_soft(x, family.kappa), family.c), family.a, x))
+        y.copy_(_mix_(_soft(x, family.kappa), x, family))
 
 
 def activate(h: Tensor, family: Family) -> Tensor:
     """φ(h) [N, D]."""
+    if _fits_one_sweep(h, 1) and h.dtype == wide(h.dtype):
+        return _mix_(_soft(h, family.kappa), h, family)
     y = torch.empty_like(h)
     for h_part, y_part in _sweeps(h, y):
         _activate_into(y_part, h_part, family)
@@ -156,7 +172,7 @@ def _activation_backward_into(
     """
     if isinstance(family.kappa, float) and h.dtype == wide(h.dtype):
         _softplus_backward_out(grad_y, h, family.kappa, _threshold(h.dtype), grad_input=grad_h)
-        _add_scaled_(_scale_(grad_h, family.c), family.a, grad_y)
+        _mix_(grad_h, grad_y, family)
     else:
         grad_h.copy_(_slope(h.to(wide(h.dtype)), family).mul_(grad_y))
     if ld:
@@ -377,6 +393,8 @@ def composes(rows: int, columns: int) -> bool:
 
 def compose(packed: Packed) -> Tensor:
     """A = Pᵀ L U [D, D], about 2·D³/3 flops."""
+    if packed.size <= BLOCK:
+        return _compose_dense(packed)
     first, *rest = packed.panels()
     weight = packed.lower_panel(first) @ packed.upper_panel(first)
     for panel in rest:
@@ -386,14 +404,29 @@ def compose(packed: Packed) -> Tensor:
     return weight
 
 
+def _compose_dense(packed: Packed) -> Tensor:
+    """A of one layer or of stacked ones, [..., D, D], as U + (L − I) U: L's diagonal need not be written."""
+    upper, below = _upper(packed.lu, packed.diagonal), packed.lu.tril(-1)
+    if packed.lu.dim() == 3:
+        return torch.baddbmm(upper, below, upper)
+    weight = torch.addmm(upper, below, upper)
+    return weight if packed.permutation is None else weight[packed.permutation.argsort()]
+
+
+def _compose_dense_backward(grad_weight: Tensor, packed: Packed) -> Tensor:
+    """``compose_backward`` of ``_compose_dense``: tril(G Uᵀ, −1) + triu(G + (L − I)ᵀ G)."""
+    upper, below = _upper(packed.lu, packed.diagonal), packed.lu.tril(-1)
+    by_lower = (grad_weight @ upper.mT).tril_(-1)
+    add_product = torch.addmm if packed.lu.dim() == 2 else torch.baddbmm
+    return by_lower.add_(add_product(grad_weight, below.mT, grad_weight).triu_())
+
+
 def compose_backward(grad_weight: Tensor, packed: Packed) -> Tensor:
     """The gradient of ``lu`` with U's diagonal in place of s, from that of A: tril(G Uᵀ, −1) + triu(Lᵀ G)."""
     if packed.permutation is not None:
         grad_weight = grad_weight[packed.permutation]
     if packed.size <= BLOCK:
-        whole = slice(0, packed.size)
-        by_lower = grad_weight @ packed.upper_block(whole).T
-        return by_lower.tril_(-1).add_((packed.lower_block(whole).T @ grad_weight).triu_())
+        return _compose_dense_backward(grad_weight, packed)
     grad = torch.empty_like(packed.lu)
     for panel in packed.panels():
         lower, upper = packed.lower_panel(panel), packed.upper_panel(panel)
@@ -554,7 +587,7 @@ def layer_forward(
         if not family.linear:
             parts = _activated_product(x, weight, packed, bias, family, logabsdet=logabsdet, save=save)
             return *parts, weight
-        h = torch.mm(x, weight.T) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
+        h = _affine(x, weight, bias)
     else:
         v = _times(
             _times(x.to(packed.lu.dtype), packed, upper=True, transposed=False),
@@ -574,6 +607,11 @@ def layer_forward(
     return activate(h, family), total, h, weight
 
 
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Rows of A x + b."""
+    return torch.mm(x, weight.T) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
+
+
 def _activated_product(
     x: Tensor,
     weight: Tensor,
@@ -585,6 +623,12 @@ def _activated_product(
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(φ(A x + b), log|det J| or None, h = A x + b or None); φ meets each run of rows still in the cache."""
+    if _fits_one_sweep(x, PRODUCT_ROWS):
+        h = _affine(x, weight, bias)
+        total = None
+        if logabsdet:
+            total = log_derivative_sum(h, family).add_(packed.log_diagonal.sum())
+        return activate(h, family), total, h
     y = torch.empty_like(x)
     h = torch.empty_like(x) if save else None
     total = torch.empty(x.shape[0], dtype=wide(x.dtype), device=x.device) if logabsdet else None
@@ -631,7 +675,16 @@ def layer_backward(
     dtype = packed.lu.dtype
     totals = None if h is None else _slope_totals(slopes, h)
     grad_x = grad_lu = None
-    if weight is not None:
+    if weight is not None and _fits_one_sweep(x, PRODUCT_ROWS):
+        grad_h = grad_y
+        if h is not None:
+            grad_h = torch.empty_like(h)
+            _activation_backward_into(grad_h, grad_y, h, _column(grad_logabsdet), family, totals)
+        grad_x = torch.mm(grad_h, weight) if needs_x else None
+        grad_bias = grad_h.sum(0, dtype=dtype) if has_bias else None
+        if needs_lu:
+            grad_lu = compose_backward(torch.mm(grad_h.T, x).to(dtype), packed)
+    elif weight is not None:
         grad_x = torch.empty_like(x) if needs_x else None
         grad_weight = torch.zeros_like(packed.lu) if needs_lu else None
         grad_bias = torch.zeros_like(packed.log_diagonal) if has_bias else None
@@ -774,8 +827,7 @@ def stacked_forward(
     Meant for many small layers, where one call for each would cost more than its arithmetic; so the
     factors are multiplied as dense matrices, 2·D³ flops a layer.
     """
-    lower, upper = _unit_lower(packed.lu), _upper(packed.lu, packed.diagonal)
-    weight = torch.bmm(lower, upper).to(x.dtype)
+    weight = _compose_dense(packed).to(x.dtype)
     transposed = weight.mT
     h = (
         torch.bmm(x, transposed)
@@ -816,9 +868,7 @@ def stacked_backward(
     grad_x = torch.bmm(grad_h, weight) if needs_x else None
     grad_lu = None
     if needs_lu:
-        lower, upper = _unit_lower(packed.lu), _upper(packed.lu, packed.diagonal)
-        grad_weight = torch.bmm(grad_h.mT, x).to(packed.lu.dtype)
-        grad_lu = torch.bmm(grad_weight, upper.mT).tril_(-1).add_(torch.bmm(lower.mT, grad_weight).triu_())
+        grad_lu = _compose_dense_backward(torch.bmm(grad_h.mT, x).to(packed.lu.dtype), packed)
         row_sums = None if grad_logabsdet is None else grad_logabsdet.sum(-1, keepdim=True)
         _finish_lu_(grad_lu, packed, row_sums, 1.0)
     return grad_x, grad_lu, grad_bias, grad_slopes

@@ -155,8 +155,7 @@ def _layer(
     _check("x", x, lu, bias, sign, permutation)
     x = _matching("x", x, lu, lower=True)
     learnt, fixed = _split(slopes, x)
-    save = autograd.records(x, lu, bias, learnt)
-    return autograd.layer(x, lu, bias, learnt, sign, permutation, fixed, logabsdet, save)
+    return autograd.layer(x, lu, bias, learnt, sign, permutation, fixed, logabsdet)
 
 
 def _layer_inverse(
@@ -171,8 +170,7 @@ def _layer_inverse(
     _check("y", y, lu, bias, sign, permutation)
     y = _matching("y", y, lu, lower=False)
     learnt, fixed = _split(slopes, y)
-    save = autograd.records(y, lu, bias, learnt)
-    return autograd.layer_inverse(y, lu, bias, learnt, sign, permutation, fixed, logabsdet, save)
+    return autograd.layer_inverse(y, lu, bias, learnt, sign, permutation, fixed, logabsdet)
 
 
 def lu_dense(

@@ -108,6 +108,9 @@ def _saves_preactivation(x: Tensor) -> bool:
 #: Where the operations are registered; kept for the life of the process.
 library = torch.library.Library("lunet_fast", "DEF")
 
+#: What computes each operation, by name: the operation without PyTorch's dispatcher around it.
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+
 _FAMILY = "Tensor? slopes, float a, float c, float kappa"
 _MATRIX = "Tensor lu, Tensor? sign, Tensor? permutation"
 
@@ -127,6 +130,7 @@ def _register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
                 return getattr(importlib.import_module("lunet_fast.triton_ops"), name)(x, *args)
             return function(x, *args)
 
+        IMPLEMENTATIONS[name] = compute
         library.define(schema)
         library.impl(name, compute, "CompositeExplicitAutograd")
         return function
@@ -136,6 +140,8 @@ def _register(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def _rows(x: Tensor) -> Tensor:
     """x as contiguous rows [N, D]; a 0-dimensional x is one row of one."""
+    if x.dim() == 2:
+        return x.contiguous()
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1).contiguous()
 
 
@@ -155,6 +161,11 @@ def _or_nothing(result: Tensor | None, like: Tensor, shape: Any = None) -> Tenso
     if result is None:
         return _nothing(like)
     return result if shape is None else result.reshape(shape)
+
+
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows in the shape of ``like``, which they were made of."""
+    return rows if rows.dim() == like.dim() else rows.reshape(like.shape)
 
 
 def _flat(logabsdet_gradient: Tensor | None) -> Tensor | None:
@@ -254,12 +265,14 @@ def _layer_forward(
         logabsdet=logabsdet,
         save=save,
     )
-    total = _or_nothing(total, _nothing(x, wide(x.dtype)), x.shape[:-1])
+    total = _nothing(x, wide(x.dtype)) if total is None else total.reshape(x.shape[:-1])
+    y = _shaped(y, x)
     if not save:
-        return y.reshape(x.shape), total, _nothing(x), _nothing(x)
+        return y, total, _nothing(x), _nothing(x)
     if weight is None:
         weight = torch.empty_like(lu, dtype=x.dtype)
-    return y.reshape(x.shape), total, _or_nothing(h if _saves_preactivation(x) else None, x, x.shape), weight
+    h = _nothing(x) if h is None or not _saves_preactivation(x) else _shaped(h, x)
+    return y, total, h, weight
 
 
 @_register(
@@ -307,7 +320,7 @@ def _layer_backward(
         has_bias=needs_bias,
     )
     return (
-        _or_nothing(grad_x, x, x.shape),
+        _nothing(x) if grad_x is None else _shaped(grad_x, x),
         _nothing(lu) if grad_lu is None else grad_lu.to(lu.dtype),
         _nothing(lu) if grad_bias is None else grad_bias.to(lu.dtype),
         _or_nothing(grad_slopes, x),
