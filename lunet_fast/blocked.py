@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,12 +31,19 @@ _softplus_backward_out = torch.ops.aten.softplus_backward.grad_input
 #: Columns in a panel of a triangular matrix.
 BLOCK = 128
 
+#: The same for so few rows that calls cost more than arithmetic.
+FEW_ROWS_BLOCK = 256
+
 #: Elements a thread that one sweep of elementwise work covers before the next begins, so that what one
 #: pass writes the next still finds in the cache.
-SWEEP = 1 << 16
+SWEEP = 1 << 18
 
 #: Rows that a matrix product is given at least when done in sweeps: with fewer, its threads wait too often.
 PRODUCT_ROWS = 4096
+
+#: Elements that a sweep with a matrix product in it covers at least: fewer cost more in calls than the cache
+#: gives back.
+PRODUCT_SWEEP = 1 << 20
 
 #: κ₁(L)·κ₁(U) up to which a product with the explicit A⁻¹ is as accurate as substitution for our use.
 EXPLICIT_INVERSE_LIMIT = 1e3
@@ -87,21 +94,23 @@ def _mix_(t: Tensor, x: Tensor, family: Family) -> Tensor:
     return _add_scaled_(_scale_(t, family.c), family.a, x)
 
 
-def _sweep_rows(t: Tensor, rows_at_least: int) -> int:
-    """Rows of t [N, D] in one sweep: all of them where there is no cache to stay in."""
+def _sweep_rows(t: Tensor, product: bool) -> int:
+    """Rows of t [N, D] in one sweep, with a matrix product or without; all where no cache is to stay in."""
     rows, columns = t.shape
     if t.device.type != "cpu":
         return rows
-    return max(rows_at_least, SWEEP * torch.get_num_threads() // max(1, columns))
+    if product:
+        return max(PRODUCT_ROWS, PRODUCT_SWEEP // max(1, columns))
+    return max(1, SWEEP * torch.get_num_threads() // max(1, columns))
 
 
-def _fits_one_sweep(t: Tensor, rows_at_least: int) -> bool:
-    return t.shape[0] <= _sweep_rows(t, rows_at_least)
+def _is_one_sweep(t: Tensor, *, product: bool) -> bool:
+    return t.shape[0] <= _sweep_rows(t, product)
 
 
-def _sweeps(*tensors: Tensor, rows_at_least: int = 1) -> Iterator[tuple[Tensor, ...]]:
+def _sweeps(*tensors: Tensor, product: bool = False) -> Iterator[tuple[Tensor, ...]]:
     """The same runs of rows of several tensors of N rows; the first, [N, D], gives their length."""
-    step = _sweep_rows(tensors[0], rows_at_least)
+    step = _sweep_rows(tensors[0], product)
     rows = tensors[0].shape[0]
     if rows <= step:
         yield tensors
@@ -138,7 +147,7 @@ def _activate_into(y: Tensor, h: Tensor, family: Family) -> None:
 
 def activate(h: Tensor, family: Family) -> Tensor:
     """φ(h) [N, D]."""
-    if _fits_one_sweep(h, 1) and h.dtype == wide(h.dtype):
+    if _is_one_sweep(h, product=False) and h.dtype == wide(h.dtype):
         return _mix_(_soft(h, family.kappa), h, family)
     y = torch.empty_like(h)
     for h_part, y_part in _sweeps(h, y):
@@ -361,17 +370,19 @@ class Packed(NamedTuple):
     def size(self) -> int:
         return self.lu.shape[0]
 
-    def panels(self) -> Iterator[slice]:
-        for start in range(0, self.size, BLOCK):
-            yield slice(start, min(start + BLOCK, self.size))
+    def panels(self, width: int = 0) -> Iterator[slice]:
+        """Columns in panels of ``width``, or of BLOCK."""
+        width = width or BLOCK
+        for start in range(0, self.size, width):
+            yield slice(start, min(start + width, self.size))
 
     def lower_block(self, panel: slice) -> Tensor:
         """The diagonal block of L in this panel, dense."""
-        return _unit_lower(self.lu if self.size <= BLOCK else self.lu[panel, panel])
+        return _unit_lower(self.lu[panel, panel])
 
     def upper_block(self, panel: slice) -> Tensor:
         """The diagonal block of U in this panel, dense."""
-        return _upper(self.lu if self.size <= BLOCK else self.lu[panel, panel], self.diagonal[panel])
+        return _upper(self.lu[panel, panel], self.diagonal[panel])
 
     def lower_panel(self, panel: slice) -> Tensor:
         """L[panel.start:, panel], a copy."""
@@ -458,7 +469,7 @@ def rows_backward(grad_v: Tensor, t: Tensor, grad_t: Tensor, x: Tensor, packed: 
 def _times(x: Tensor, packed: Packed, *, upper: bool, transposed: bool) -> Tensor:
     """Rows of T x or, transposed, Tᵀ x, for T = L or U: N·D² flops and up."""
     out = torch.empty_like(x)
-    for panel in packed.panels():
+    for panel in packed.panels(FEW_ROWS_BLOCK if _few(x.shape[0]) else BLOCK):
         block = packed.upper_block(panel) if upper else packed.lower_block(panel)
         product = x[:, panel] @ (block if transposed else block.T)
         beside = slice(panel.stop, packed.size) if upper != transposed else slice(0, panel.start)
@@ -477,48 +488,47 @@ def _invert_triangular(block: Tensor, *, upper: bool) -> Tensor:
     return torch.linalg.solve_triangular(block, eye, upper=upper)
 
 
-def _block_solver(
-    packed: Packed, rows: int, *, upper: bool, transposed: bool
-) -> Callable[[Tensor, slice], Tensor]:
-    """A function that solves one diagonal block of L or U (or its transpose) for rows of right-hand sides.
+def _few(rows: int) -> bool:
+    """Whether there are too few right-hand sides for inverting a block of a triangle first to pay."""
+    return rows <= BLOCK // 4
 
-    With many rows the block is inverted once, so that the solve is a product; with few it is solved as it is.
+
+def _substitute_(right: Tensor, packed: Packed, *, upper: bool, transposed: bool) -> Tensor:
+    """right ← rows of T⁻¹ r or, transposed, T⁻ᵀ r, for T = L or U: blocked substitution, N·D² flops and up.
+
+    In place, panel by panel: memory of the size of the batch, fresh from the system, costs as much time as
+    some of the arithmetic. With many rows each diagonal block is inverted, so that all work is products.
     """
-
-    def block_of(panel: slice) -> Tensor:
-        return packed.upper_block(panel) if upper else packed.lower_block(panel)
-
-    if rows > BLOCK // 4:
-
-        def solve(right: Tensor, panel: slice) -> Tensor:
-            inverse = _invert_triangular(block_of(panel), upper=upper)
-            return right @ (inverse if transposed else inverse.T)
-
-    else:
-
-        def solve(right: Tensor, panel: slice) -> Tensor:
-            matrix = block_of(panel)
-            if transposed:
-                return torch.linalg.solve_triangular(matrix, right, upper=upper, left=False)
-            return torch.linalg.solve_triangular(matrix.T, right, upper=not upper, left=False)
-
-    return solve
-
-
-def _substitute(right: Tensor, packed: Packed, *, upper: bool, transposed: bool) -> Tensor:
-    """Rows of T⁻¹ r or, transposed, T⁻ᵀ r, for T = L or U: blocked substitution, N·D² flops and up."""
-    solve = _block_solver(packed, right.shape[0], upper=upper, transposed=transposed)
-    out = torch.empty_like(right)
+    few = _few(right.shape[0])
+    if few and not upper:
+        # The unit diagonal of L is not read, so it can be solved with as it is stored.
+        return right.copy_(_solve_rows(packed.lu, right, upper=False, transposed=transposed, unit=True))
     forwards = upper == transposed
-    panels = list(packed.panels())
+    panels = list(packed.panels(FEW_ROWS_BLOCK if few else BLOCK))
+    scratch = None if few else right.new_empty(right.shape[0], min(BLOCK, packed.size))
     for panel in panels if forwards else reversed(panels):
         done = slice(0, panel.start) if forwards else slice(panel.stop, packed.size)
         part = right[:, panel]
         if done.stop > done.start:
             couple = packed.lu[done, panel] if transposed else packed.lu[panel, done].T
-            part = torch.addmm(part, out[:, done], couple, alpha=-1)
-        out[:, panel] = solve(part, panel)
-    return out
+            part.addmm_(right[:, done], couple, alpha=-1)
+        block = packed.upper_block(panel) if upper else packed.lower_block(panel)
+        if scratch is None:
+            part.copy_(_solve_rows(block, part, upper=upper, transposed=transposed))
+        else:
+            inverse = _invert_triangular(block, upper=upper)
+            solved = scratch[:, : part.shape[1]]
+            part.copy_(torch.mm(part, inverse if transposed else inverse.T, out=solved))
+    return right
+
+
+def _solve_rows(
+    triangle: Tensor, right: Tensor, *, upper: bool, transposed: bool, unit: bool = False
+) -> Tensor:
+    """Rows of T⁻¹ r or T⁻ᵀ r by LAPACK; with ``unit`` the diagonal and the other triangle are not read."""
+    matrix = triangle if transposed else triangle.T
+    up = upper if transposed else not upper
+    return torch.linalg.solve_triangular(matrix, right, upper=up, left=False, unitriangular=unit)
 
 
 def explicit_inverse(packed: Packed, rows: int) -> Tensor | None:
@@ -541,24 +551,33 @@ def explicit_inverse(packed: Packed, rows: int) -> Tensor | None:
     return upper_inverse @ lower_inverse
 
 
-def solve(right: Tensor, packed: Packed) -> Tensor:
-    """Rows of A⁻¹ r = U⁻¹ L⁻¹ P r."""
-    if packed.permutation is not None:
-        right = right[:, packed.permutation]
-    inverse = explicit_inverse(packed, right.shape[0])
+def solve(h: Tensor, packed: Packed, bias: Tensor | None, *, own: bool) -> Tensor:
+    """Rows of A⁻¹ (h − b) = U⁻¹ L⁻¹ P (h − b); with ``own``, h is the caller's to be overwritten."""
+    inverse = explicit_inverse(packed, h.shape[0])
     if inverse is not None:
-        return right @ inverse.T
-    middle = _substitute(right, packed, upper=False, transposed=False)
-    return _substitute(middle, packed, upper=True, transposed=False)
+        right = _permute(h, packed)
+        if bias is None:
+            return right @ inverse.T
+        shift = inverse @ (bias if packed.permutation is None else bias[packed.permutation])
+        return torch.addmm(shift, right, inverse.T, beta=-1)
+    if bias is not None:
+        right = _permute(h.sub_(bias) if own else h - bias, packed)
+    elif packed.permutation is not None:
+        right = _permute(h, packed)
+    else:
+        right = h if own else h.clone()
+    right = _substitute_(right, packed, upper=False, transposed=False)
+    return _substitute_(right, packed, upper=True, transposed=False)
 
 
 def solve_transposed(grad: Tensor, packed: Packed) -> tuple[Tensor, Tensor | None]:
-    """Rows of v = L⁻ᵀ U⁻ᵀ g (so A⁻ᵀ g = Pᵀ v), and of U⁻ᵀ g where it was formed on the way."""
+    """Rows of v = L⁻ᵀ U⁻ᵀ g (so A⁻ᵀ g = Pᵀ v), and of U⁻ᵀ g with rows so few that it is of use."""
     inverse = explicit_inverse(packed, grad.shape[0])
     if inverse is not None:
         return grad @ inverse, None
-    middle = _substitute(grad, packed, upper=True, transposed=True)
-    return _substitute(middle, packed, upper=False, transposed=True), middle
+    middle = _substitute_(grad.clone(), packed, upper=True, transposed=True)
+    kept = None if composes(*grad.shape) else middle.clone()
+    return _substitute_(middle, packed, upper=False, transposed=True), kept
 
 
 # --- the layer ------------------------------------------------------------------------------------------
@@ -623,19 +642,17 @@ def _activated_product(
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(φ(A x + b), log|det J| or None, h = A x + b or None); φ meets each run of rows still in the cache."""
-    if _fits_one_sweep(x, PRODUCT_ROWS):
-        h = _affine(x, weight, bias)
-        total = None
-        if logabsdet:
-            total = log_derivative_sum(h, family).add_(packed.log_diagonal.sum())
-        return activate(h, family), total, h
+    if _is_one_sweep(x, product=True):
+        whole = _affine(x, weight, bias)
+        logs = log_derivative_sum(whole, family).add_(packed.log_diagonal.sum()) if logabsdet else None
+        return activate(whole, family), logs, whole
     y = torch.empty_like(x)
     h = torch.empty_like(x) if save else None
     total = torch.empty(x.shape[0], dtype=wide(x.dtype), device=x.device) if logabsdet else None
     bias = None if bias is None else bias.to(x.dtype)
     scratch = None
     start = 0
-    for x_part, y_part in _sweeps(x, y, rows_at_least=PRODUCT_ROWS):
+    for x_part, y_part in _sweeps(x, y, product=True):
         rows = slice(start, start + len(x_part))
         start = rows.stop
         if h is not None:
@@ -675,7 +692,7 @@ def layer_backward(
     dtype = packed.lu.dtype
     totals = None if h is None else _slope_totals(slopes, h)
     grad_x = grad_lu = None
-    if weight is not None and _fits_one_sweep(x, PRODUCT_ROWS):
+    if weight is not None and _is_one_sweep(x, product=True):
         grad_h = grad_y
         if h is not None:
             grad_h = torch.empty_like(h)
@@ -731,7 +748,7 @@ def _preactivation_gradients(
         return
     scratch = None
     start = 0
-    parts = _sweeps(grad_y, h, *_column(grad_logabsdet), rows_at_least=PRODUCT_ROWS)
+    parts = _sweeps(grad_y, h, *_column(grad_logabsdet), product=True)
     for g, h_part, *ld in parts:
         scratch = torch.empty_like(h_part) if scratch is None else scratch[: len(h_part)]
         _activation_backward_into(scratch, g, h_part, ld, family, totals)
@@ -765,20 +782,20 @@ def _finish_lu_(grad_lu: Tensor, packed: Packed, grad_logabsdet: Tensor | None, 
 
 
 def layer_inverse(
-    y: Tensor, packed: Packed, bias: Tensor | None, family: Family, *, logabsdet: bool
+    y: Tensor, packed: Packed, bias: Tensor | None, family: Family, *, logabsdet: bool, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(x, the inverse's own log-determinant or None, h = φ⁻¹(y) or None if φ is the identity)."""
+    """(x, the inverse's own log-determinant or None, h = φ⁻¹(y) to ``save`` or None; None if φ is linear)."""
     h = y if family.linear else activation_inverse(y, family)
-    right = h.to(packed.lu.dtype)
-    if bias is not None:
-        right = right - bias
-    x = solve(right, packed).to(y.dtype)
     total = None
     if logabsdet:
         total = _constant_logabsdet(packed, y.shape[0]).neg_()
         if not family.linear:
             total.sub_(log_derivative_sum(h, family))
-    return x, total, None if family.linear else h
+    right = h.to(packed.lu.dtype)
+    own = right is not h or not (family.linear or save)
+    bias = None if bias is None else bias.to(right.dtype)
+    x = solve(right, packed, bias, own=own).to(y.dtype)
+    return x, total, h if save and not family.linear else None
 
 
 def layer_inverse_backward(

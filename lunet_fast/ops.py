@@ -369,10 +369,10 @@ def _layer_inverse(
         )
     family = Family.of(slopes, a, c, kappa, wide(y.dtype))
     x, total, h = blocked.layer_inverse(
-        _rows(y), Packed.of(lu, sign, permutation), bias, family, logabsdet=logabsdet
+        _rows(y), Packed.of(lu, sign, permutation), bias, family, logabsdet=logabsdet, save=save
     )
-    total = _or_nothing(total, _nothing(y, wide(y.dtype)), y.shape[:-1])
-    return x.reshape(y.shape), total, _or_nothing(h if save else None, y, y.shape)
+    total = _nothing(y, wide(y.dtype)) if total is None else total.reshape(y.shape[:-1])
+    return _shaped(x, y), total, _nothing(y) if h is None else _shaped(h, y)
 
 
 @_register(

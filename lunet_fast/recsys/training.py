@@ -61,12 +61,18 @@ class Progress:
 class Curve:
     """Mean squared error by epoch: while training, and on the test part (empty without one).
 
-    ``seconds`` is the time spent training, without evaluation and files.
+    ``elapsed`` is the time spent training up to the end of each epoch, in seconds, without evaluation and
+    files.
     """
 
     train: list[float] = field(default_factory=list)
     test: list[float] = field(default_factory=list)
-    seconds: float = 0.0
+    elapsed: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """The time spent training in all."""
+        return self.elapsed[-1] if self.elapsed else 0.0
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def train(
         checkpoint_seconds=checkpoint_seconds,
         progress=progress or Progress(),
     )
-    with _threads(config.threads):
+    with cpu_threads(config.threads):
         model, curve = run.lu_net()
         values: dict[str, Any] = run.evaluate(model)
         if config.mlp:
@@ -229,6 +235,61 @@ def _resolved(config: TrainConfig, training: Ratings, test: Ratings | None) -> d
     }
 
 
+# One step, as the benchmark of training takes it too --------------------------------------------------------
+
+
+def rating_optimizer(model: RatingModel) -> torch.optim.Adam:
+    """Adam for the recommender: rates and L2 of their own for the tables and for the network."""
+    config = model.config
+    tables = [table.weight for table in model.tables()]
+    net = list(model.nets.parameters())
+    special = {id(p) for p in (*tables, *net)}
+    groups: list[dict[str, Any]] = [
+        {"params": tables, "lr": config.learning_rate, "weight_decay": config.weight_decay},
+        {"params": net, "lr": config.net_learning_rate, "weight_decay": config.net_weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in special], "lr": config.learning_rate},
+    ]
+    return _adam(groups)
+
+
+def rating_objective(
+    model: RatingModel, users: Tensor, items: Tensor, ratings: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """``rating_loss`` of a batch of training ratings, each argument ``[B]``; ``generator`` is dropout's."""
+    output = model.output(users, items, observed=True, dropout_generator=generator)
+    return rating_loss(output, ratings, model.config)
+
+
+def control_optimizer(model: MLPModel, config: TrainConfig) -> torch.optim.Adam:
+    """Adam for the MLP control: one rate, L2 of their own for the tables and for the layers."""
+    tables = [model.user_embedding.weight, model.item_embedding.weight]
+    rest = [*model.hidden.parameters(), *model.readout.parameters()]
+    groups = [
+        {"params": tables, "lr": config.mlp_learning_rate, "weight_decay": config.mlp_weight_decay},
+        {"params": rest, "lr": config.mlp_learning_rate, "weight_decay": config.mlp_net_weight_decay},
+    ]
+    return _adam(groups)
+
+
+def control_objective(
+    model: MLPModel, users: Tensor, items: Tensor, ratings: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Squared error of the control on a batch, each argument ``[B]``: to differentiate, and to report."""
+    loss = F.mse_loss(model(users, items), ratings)
+    return loss, loss.detach()
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Move the parameters by one step of the optimiser on the gradient of ``loss``."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def _adam(groups: list[dict[str, Any]]) -> torch.optim.Adam:
+    return torch.optim.Adam(groups, fused=groups[0]["params"][0].device.type in ("cpu", "cuda"))
+
+
 @dataclass(frozen=True)
 class _Part:
     """Ratings as the loop uses them: three tensors on the device, moved there once."""
@@ -266,25 +327,14 @@ class _Run:
         with _seeded(config.seed):
             model = RatingModel(config, part.user.cpu(), part.item.cpu(), part.rating.cpu(), *self.shape)
         model.to(self.device)
-        tables = [table.weight for table in model.tables()]
-        net = list(model.nets.parameters())
-        special = {id(p) for p in (*tables, *net)}
-        groups: list[dict[str, Any]] = [
-            {"params": tables, "lr": config.learning_rate, "weight_decay": config.weight_decay},
-            {"params": net, "lr": config.net_learning_rate, "weight_decay": config.net_weight_decay},
-            {"params": [p for p in model.parameters() if id(p) not in special], "lr": config.learning_rate},
-        ]
 
         def objective(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            output = model.output(
-                part.user[rows], part.item[rows], observed=True, dropout_generator=generator
-            )
-            return rating_loss(output, part.rating[rows], config)
+            return rating_objective(model, part.user[rows], part.item[rows], part.rating[rows], generator)
 
         phase = _Phase(
             name="LU-Net",
             module=model,
-            optimizer=self._adam(groups),
+            optimizer=rating_optimizer(model),
             rows=len(part),
             epochs=config.epochs,
             batch_size=config.batch_size,
@@ -321,16 +371,9 @@ class _Run:
             decoder = perceptron((*reversed(hidden), 2 * size))
         model.to(self.device)
         decoder.to(self.device)
-        tables = [model.user_embedding.weight, model.item_embedding.weight]
-        rest = [*model.hidden.parameters(), *model.readout.parameters()]
-        groups = [
-            {"params": tables, "lr": config.mlp_learning_rate, "weight_decay": config.mlp_weight_decay},
-            {"params": rest, "lr": config.mlp_learning_rate, "weight_decay": config.mlp_net_weight_decay},
-        ]
 
-        def rating_objective(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            loss = F.mse_loss(model(part.user[rows], part.item[rows]), part.rating[rows])
-            return loss, loss.detach()
+        def objective(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            return control_objective(model, part.user[rows], part.item[rows], part.rating[rows])
 
         def decoding_objective(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
@@ -349,8 +392,8 @@ class _Run:
             _Phase(
                 name="MLP",
                 module=model,
-                optimizer=self._adam(groups),
-                objective=rating_objective,
+                optimizer=control_optimizer(model, config),
+                objective=objective,
                 test_loss=self._test_loss(model),
                 error_limit=self._error_limit(),
                 **common,
@@ -363,7 +406,7 @@ class _Run:
             _Phase(
                 name="decoder",
                 module=decoder,
-                optimizer=self._adam(decoder_rates),
+                optimizer=_adam(decoder_rates),
                 objective=decoding_objective,
                 test_loss=None,
                 error_limit=float("inf"),
@@ -379,9 +422,6 @@ class _Run:
             "mlp_train_seconds": round(curve.seconds, 3),
             "mlp_parameters": sum(p.numel() for p in model.parameters()),
         }
-
-    def _adam(self, groups: list[dict[str, Any]]) -> torch.optim.Adam:
-        return torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
 
     def _test_loss(self, model: RatingModel | MLPModel) -> Callable[[], float] | None:
         test = self.test
@@ -402,7 +442,7 @@ class _Run:
         if self.resume and file is not None and file.is_file():
             state = load_training(file, phase.module, phase.optimizer, generator)
             first = state["epoch"]
-            curve = Curve(state["train_loss"], state["test_loss"], state["seconds"])
+            curve = Curve(state["train_loss"], state["test_loss"], state["elapsed"])
         steps = -(-phase.rows // phase.batch_size)
         rates = [group["lr"] for group in phase.optimizer.param_groups]
         self.progress.start(phase.name, phase.epochs, steps, first)
@@ -411,7 +451,7 @@ class _Run:
             began = time.monotonic()
             error = self._epoch(phase, epoch, steps, rates, generator)
             now = time.monotonic()
-            curve.seconds += now - began
+            curve.elapsed.append(curve.seconds + now - began)
             curve.train.append(error)
             if phase.test_loss is not None:
                 curve.test.append(phase.test_loss())
@@ -422,7 +462,7 @@ class _Run:
                     "epoch": epoch + 1,
                     "train_loss": curve.train,
                     "test_loss": curve.test,
-                    "seconds": curve.seconds,
+                    "elapsed": curve.elapsed,
                 }
                 save_training(file, phase.module, phase.optimizer, generator, state)
                 written = now
@@ -441,9 +481,7 @@ class _Run:
                 for group, rate in zip(phase.optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * left
             loss, error = phase.objective(rows, generator)
-            phase.optimizer.zero_grad()
-            loss.backward()
-            phase.optimizer.step()
+            descend(phase.optimizer, loss)
             errors[step] = error * (len(rows) / phase.rows)
             if step % CHECK_EVERY == CHECK_EVERY - 1 or step == steps - 1:
                 self._check(phase, epoch, errors[: step + 1])
@@ -477,7 +515,7 @@ class _Run:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def cpu_threads(count: int) -> Iterator[None]:
     """Inside, PyTorch computes with ``count`` CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
