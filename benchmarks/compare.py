@@ -4,8 +4,8 @@
     python benchmarks/compare.py v0.1.0 --seconds 20
 
 The other version is checked out into a temporary git worktree. Each has a process of its own with the same
-benchmark code in it, and they take turns: one waits while the other measures. A ratio above 1 is a regression. It
-ends with 1 if any ratio's lower quartile is above ``--limit``.
+benchmark code in it, and they take turns: one waits while the other measures. A ratio above 1 is a
+regression; the script ends with 1 if any ratio's lower quartile is above ``--limit``.
 """
 
 from __future__ import annotations
@@ -168,7 +168,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("base", nargs="?", default="main", help="commit to compare with (default main)")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each case (default 3)")
-    parser.add_argument("--limit", type=float, default=1.05, help="ratio that is no regression (default 1.05)")
+    parser.add_argument(
+        "--limit", type=float, default=1.05, help="ratio that is no regression (default 1.05)"
+    )
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work is not None:

@@ -13,11 +13,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each contest and contender, so that pytest-benchmark groups and compares them."""
+    """One test for each contest."""
     if "spec" not in metafunc.fixturenames:
         return
     from lunet_fast.bench import results
 
     scale = metafunc.config.getoption("--scale")
-    specs = [spec for make in results.SPECS.values() for spec in make(scale)]
+    specs = [spec for suite in results.SUITES.values() for spec in suite.specs(scale)]
     metafunc.parametrize("spec", specs, ids=[f"{spec.suite}: {spec}" for spec in specs])

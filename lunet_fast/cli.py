@@ -358,7 +358,7 @@ def bench_command(
                 if baseline is None
                 else results.Result.load(baseline / results.file_name(name, place, dtype))
             )
-            with _suite_progress(console, len(results.SPECS[name](scale))) as told:
+            with _suite_progress(console, len(results.SUITES[name].specs(scale))) as told:
                 result = results.run_suite(
                     name, scale, place, getattr(torch, dtype), seconds=seconds, told=told
                 )

@@ -54,9 +54,11 @@ def specs(scale: str) -> list[Spec]:
     return [Spec(SUITE, what, D, B) for what, B in CURVES for D in sizes]
 
 
-def contests(scale: str, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
-    """All contests, each built when it is its turn."""
-    for spec in specs(scale):
+def contests(
+    specs: Sequence[Spec], scale: str, device: torch.device, dtype: torch.dtype
+) -> Iterator[Contest]:
+    """The contests of ``specs``, each built when it is its turn."""
+    for spec in specs:
         yield layers.build(spec, device, dtype, (Ours, Solve, Slogdet, Inv))
 
 

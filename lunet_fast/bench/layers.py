@@ -219,9 +219,11 @@ _BUILDERS = {
 }
 
 
-def contests(scale: str, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
-    """All contests, each built when it is its turn; torch.compile, which compiles anew for each size, in
-    "all" alone."""
+def contests(
+    specs: Sequence[Spec], scale: str, device: torch.device, dtype: torch.dtype
+) -> Iterator[Contest]:
+    """The contests of ``specs``, each built when it is its turn; torch.compile, which compiles anew for each
+    size, in scale "all" alone."""
     kinds = [kind for kind in CONTENDERS if scale == "all" or kind is not Compiled]
-    for spec in specs(scale):
+    for spec in specs:
         yield build(spec, device, dtype, kinds)

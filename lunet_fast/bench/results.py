@@ -6,22 +6,34 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 
 from lunet_fast.bench import claims, layers, stacks, training
 from lunet_fast.bench.claims import Counts
+from lunet_fast.bench.contenders import quietly
 from lunet_fast.bench.contest import Contest, Row, Spec, compete
 from lunet_fast.bench.machine import Rates, describe, measure_rates, versions, write_json
 
-#: Suites by name: scale ("quick" or "all"), device and dtype to contests.
-SUITES: dict[str, Callable[[str, torch.device, torch.dtype], Iterator[Contest]]] = {
-    module.SUITE: module.contests for module in (layers, claims, stacks, training)
-}
 
-SPECS: dict[str, Callable[[str], list[Spec]]] = {
-    module.SUITE: module.specs for module in (layers, claims, stacks, training)
+class Suite(Protocol):
+    """What a module of contests has."""
+
+    SUITE: str
+
+    def specs(self, scale: str) -> list[Spec]:
+        """What is compared in scale "quick" or "all"."""
+
+    def contests(
+        self, specs: Sequence[Spec], scale: str, device: torch.device, dtype: torch.dtype
+    ) -> Iterator[Contest]:
+        """The contests of ``specs``."""
+
+
+#: The suites by name.
+SUITES: dict[str, Suite] = {
+    module.SUITE: cast(Suite, module) for module in (layers, claims, stacks, training)
 }
 
 SCALES = ("quick", "all")
@@ -114,14 +126,16 @@ def run_suite(
     Raises:
         CheckFailed: a contender does not compute what it should; nothing is returned.
     """
+    specs = SUITES[suite].specs(scale)
     rates = measure_rates(device, dtype)
     result = Result(suite, scale, str(dtype).removeprefix("torch."), describe(device), versions(), rates)
-    for contest in SUITES[suite](scale, device, dtype):
-        rows = compete(contest, SECONDS[scale] if seconds is None else seconds, rates, device)
-        result.rows.extend(rows)
-        if contest.missing:
-            result.missing[str(contest.spec)] = dict(contest.missing)
-        told(contest.spec, rows)
+    with quietly():
+        for contest in SUITES[suite].contests(specs, scale, device, dtype):
+            rows = compete(contest, SECONDS[scale] if seconds is None else seconds, rates, device)
+            result.rows.extend(rows)
+            if contest.missing:
+                result.missing[str(contest.spec)] = dict(contest.missing)
+            told(contest.spec, rows)
     if suite == claims.SUITE:
         sizes = sorted({row.features for row in result.rows})
         result.counts.extend(claims.count_operations(sizes))

@@ -308,7 +308,9 @@ _BUILDERS: dict[str, Callable[[Flow, Tensor], Run]] = {
 }
 
 
-def contests(scale: str, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
-    """All contests, each built when it is its turn."""
-    for spec in specs(scale):
+def contests(
+    specs: Sequence[Spec], scale: str, device: torch.device, dtype: torch.dtype
+) -> Iterator[Contest]:
+    """The contests of ``specs``, each built when it is its turn."""
+    for spec in specs:
         yield build(spec, device, dtype)

@@ -283,13 +283,15 @@ def build(
     )
 
 
-def contests(scale: str, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
-    """All contests, each built when it is its turn; torch.compile in "all" alone.
+def contests(
+    specs: Sequence[Spec], scale: str, device: torch.device, dtype: torch.dtype
+) -> Iterator[Contest]:
+    """The contests of ``specs``, each built when it is its turn; torch.compile in scale "all" alone.
 
     While one is being run PyTorch has as many CPU threads as the trainer gives it, whatever was set before.
     """
     contenders = CONTENDERS | ({COMPILED: _compiled} if scale == "all" else {})
-    for spec in specs(scale):
+    for spec in specs:
         config = recipe(spec.detail.removeprefix("recipe "), RATINGS)
         with cpu_threads(config.threads):
             yield build(spec, device, dtype, config=config, contenders=contenders)

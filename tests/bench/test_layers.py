@@ -43,7 +43,8 @@ def test_a_wrong_contender_is_found(what: str) -> None:
             scale = 1.001
             forward, inverse, active = self.forward, self.inverse, self.active_inverse
             logabsdet = self.logabsdet
-            assert forward and inverse and active and logabsdet
+            for each in (forward, inverse, active, logabsdet):
+                assert each is not None
             self.forward = lambda x: forward(x) * scale
             self.inverse = lambda y: inverse(y) * scale
             self.active_inverse = lambda y: active(y) * scale
