@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lunet_fast import functional, ops, reference, reversible
+from lunet_fast import functional, ops, reference, reversible, small
 from lunet_fast.activations import BijectiveActivation, LeakySoftplus
 from lunet_fast.lu_dense import LUDense
 from lunet_fast.reference import Slopes
@@ -129,6 +129,9 @@ class LUNet(nn.Module):
     def _run(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
         """f or its inverse at x, and its log-determinant if asked for: here it is decided how."""
         if self.memory == "saved":
+            layers = self._layers()
+            if not inverse and all(map(_is_plain, self.layers)) and small.takes(x, layers):
+                return small.net(x, layers, logabsdet=logabsdet)
             slopes = self._common_slopes() if ops.fuses_net(x) else None
             if slopes is not None:
                 return self._run_as_one(x, slopes, inverse=inverse, logabsdet=logabsdet)
@@ -137,12 +140,12 @@ class LUNet(nn.Module):
         x = self._invertible(x)
         with reference.without_autocast(x):
             if all(map(_is_plain, self.layers)):
-                layers = [
+                parts = [
                     reversible.Layer(layer.lu, layer.bias, layer._slopes(), layer.sign, layer.permutation)
                     for layer in self._layers()
                 ]
-                if reversible.applies(x, layers):
-                    return reversible.run(x, layers, inverse=inverse, logabsdet=logabsdet)
+                if reversible.applies(x, parts):
+                    return reversible.run(x, parts, inverse=inverse, logabsdet=logabsdet)
             return self._run_each(x, inverse=inverse, logabsdet=logabsdet)
 
     def _run_each(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:

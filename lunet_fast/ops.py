@@ -100,6 +100,28 @@ def _triton_takes(x: Tensor) -> bool:
     return False
 
 
+#: Numbers in x up to which a net's layers are small on a CPU, and the features that they may have.
+SMALL_NUMBERS, SMALL_FEATURES = 1 << 18, blocked.BLOCK
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether calling a layer's operation on x costs more than what it computes: ``small.py`` is for that.
+
+    Never while being traced, where the choice must not depend on the batch, nor under autocast or in low
+    precision, of which only the operations know what is computed in which dtype.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and _backend != "triton"
+        and x.dtype in (torch.float32, torch.float64)
+        and x.numel() <= SMALL_NUMBERS
+        and x.dim() > 0
+        and x.shape[-1] <= SMALL_FEATURES
+        and not autocast_enabled(x)
+    )
+
+
 def _saves_preactivation(x: Tensor) -> bool:
     """Whether a layer's forward saves h: the kernels compute it again where memory is the limit."""
     return not (_triton_takes(x) and tiles.recomputes(x.shape[-1]))

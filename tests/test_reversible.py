@@ -151,8 +151,9 @@ def test_values_are_those_of_saved(method: str, shape: tuple[int, ...], layers: 
         without_gradient = outputs(net, method, x)
     net.memory = "saved"
     for f, w, e in zip(found, without_gradient, outputs(net, method, x), strict=True):
-        assert torch.equal(f, e)
-        assert torch.equal(w, e)
+        # A saved net this small is computed by PyTorch's own operations, in another order.
+        torch.testing.assert_close(f, e, rtol=1e-13, atol=1e-13)
+        assert torch.equal(f, w)
         assert f.requires_grad
         assert not w.requires_grad
 

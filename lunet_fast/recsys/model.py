@@ -11,15 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lunet_fast import functional, reference
+from lunet_fast import functional, small
 from lunet_fast.activations import LeakySoftplus
 from lunet_fast.lu_dense import LUDense
 from lunet_fast.lunet import LUNet
 from lunet_fast.recsys.config import TrainConfig
-
-SMALL_NUMBERS = 1 << 18
-"""Numbers in x up to which plain PyTorch is quicker on a CPU than the layers' operations. A training step of
-recipe ``paper``, which has 4,096, takes two thirds of the time; from here on it makes no difference."""
 
 
 class Interactions(nn.Module):
@@ -281,13 +277,10 @@ class RatingModel(nn.Module):
 
     def network(self, x: Tensor) -> Tensor:
         """z = f(x), both ``[K, B, D]``: all members' layers m in one call, for K small ones cost more."""
-        layers = [
-            [cast(LUDense, layer) for layer in members]
-            for members in zip(*(cast(LUNet, net).layers for net in self.nets), strict=True)
-        ]
-        if _is_small(x):
-            return _small_network(x, layers, self.config.alpha)
-        for stacked in layers:
+        members = [[cast(LUDense, layer) for layer in cast(LUNet, net).layers] for net in self.nets]
+        if all(small.takes(x, layers) for layers in members):
+            return small.stacked_net(x, members)
+        for stacked in zip(*members, strict=True):
             activation = stacked[0].activation
             x = functional.lu_dense(
                 x,
@@ -353,44 +346,6 @@ class RatingModel(nn.Module):
             rest, count = rest - entry, count - 1
         scale = count.clamp(min=1).to(sums.dtype).pow(-self.config.history_power)
         return rest * scale.unsqueeze(-1)
-
-
-def _is_small(x: Tensor) -> bool:
-    """Whether calling a layer's operation on x ``[K, B, D]`` costs more than what it computes."""
-    # Under autocast, and in low precision, only the operations know what is computed in which.
-    exact = x.dtype in (torch.float32, torch.float64) and not reference.autocast_enabled(x)
-    return exact and x.device.type == "cpu" and x.numel() <= SMALL_NUMBERS
-
-
-def _small_network(x: Tensor, layers: list[list[LUDense]], alpha: float) -> Tensor:
-    """z = f(x), both ``[K, B, D]``, in the fewest calls of PyTorch; ``layers`` are M by K.
-
-    A = L U = (L - I) U + U is formed for all layers of all members at once, and PyTorch differentiates it.
-    """
-    each = [layer for members in layers for layer in members]
-    lu = torch.stack([layer.lu for layer in each])
-    bound = reference.LOG_DIAGONAL_BOUND[lu.dtype]
-    # hardtanh is clamp with a derivative in one call, where clamp's takes several.
-    diagonal = F.hardtanh(lu.diagonal(dim1=-2, dim2=-1), -bound, bound).exp()
-    diagonal = diagonal * torch.stack([layer.sign for layer in each])
-    upper = lu.triu(1) + torch.diag_embed(diagonal)
-    matrices = torch.baddbmm(upper, lu.tril(-1), upper)
-    linear: Callable[[Tensor, Tensor, Tensor], Tensor]
-    if len(x) == 1:
-        linear, weights = F.linear, matrices.unbind()
-        biases = tuple(cast(Tensor, layer.bias) for layer in each)
-    else:
-        linear, weights = _stacked_linear, matrices.split(len(x))
-        biases = torch.stack([cast(Tensor, layer.bias) for layer in each]).split(len(x))
-    z = linear(x, weights[0], biases[0])
-    for weight, bias in zip(weights[1:], biases[1:], strict=True):
-        z = linear(torch.lerp(reference.softplus(z), z, alpha), weight, bias)
-    return z
-
-
-def _stacked_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """K times ``F.linear``: x ``[K, B, D]``, weight ``[K, D, D]``, bias ``[K, D]``."""
-    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
 
 class MLPModel(nn.Module):

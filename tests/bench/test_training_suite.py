@@ -44,7 +44,7 @@ class TestSpecs:
         monkeypatch.setattr(training, "ROWS", (16,))
         monkeypatch.setattr(torch, "set_num_threads", heard := [].append)  # type: ignore[attr-defined]
         before = torch.get_num_threads()
-        given = training.contests("quick", CPU, torch.float32)
+        given = training.contests(training.specs("quick"), "quick", CPU, torch.float32)
         assert str(next(given).spec) == "training step, D = 32, B = 16, recipe paper"
         assert heard.__self__ == [1]
         assert next(given, None) is None

@@ -1,0 +1,123 @@
+"""Small nets, left to PyTorch's own operations: the same as float64 by the plain formulas, to every order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUNet, ops, reference, small
+
+ACTIVATIONS = {
+    "leaky": lambda: LeakySoftplus(0.1),
+    "general": lambda: GeneralizedLeakySoftplus(2.0, 0.3),
+    "learnable": lambda: LeakySoftplus(0.3, learnable=True),
+}
+
+
+def made(features: int, layers: int, activation: str, dtype: torch.dtype) -> LUNet:
+    net = LUNet(features, layers, ACTIVATIONS[activation](), dtype=dtype)
+    with torch.no_grad():
+        for layer in net.layers:
+            layer.lu.copy_(torch.randn(features, features) * 0.3 / features**0.5)
+            layer.sign.copy_(torch.randn(features).sign())
+            layer.bias.normal_()
+    return net
+
+
+def truth(net: LUNet, x: Tensor) -> tuple[Tensor, Tensor]:
+    """By ``reference``, layer by layer, in x's dtype."""
+    total = x.new_zeros(x.shape[:-1])
+    for layer in net.layers:
+        x, share = reference.lu_dense_and_logabsdet(
+            x, layer.lu, layer.bias, sign=layer.sign, slopes=layer._slopes()
+        )
+        total = total + share
+    return x, total
+
+
+@given(
+    features=st.integers(1, 40),
+    layers=st.integers(1, 4),
+    shape=st.sampled_from([(), (0,), (1,), (7,), (3, 30)]),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+)
+def test_values_and_gradients(features: int, layers: int, shape: tuple[int, ...], activation: str) -> None:
+    net = made(features, layers, activation, torch.float64)
+    x = torch.randn(*shape, features, dtype=torch.float64, requires_grad=True)
+    assert small.takes(x, net._layers())
+    inputs = [x, *net.parameters()]
+    found, expected = net.forward_and_logabsdet(x), truth(net, x)
+    weights = [torch.randn_like(t) for t in expected]
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(pair, inputs, weights) for pair in (found, expected)]
+    for f, e in zip(*gradients, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(net(x), expected[0], rtol=1e-12, atol=1e-12)
+
+
+def test_float32_has_its_accuracy() -> None:
+    net = made(64, 3, "leaky", torch.float32)
+    x = torch.randn(100, 64)
+    wide = made(64, 3, "leaky", torch.float64)
+    wide.load_state_dict(net.state_dict())
+    for f, e in zip(net.forward_and_logabsdet(x), truth(wide, x.double()), strict=True):
+        assert (f.double() - e).norm() <= 2e-6 * e.norm()
+
+
+def test_second_derivatives() -> None:
+    net = made(4, 2, "learnable", torch.float64)
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *p: net.forward_and_logabsdet(x), (x, *net.parameters()))
+
+
+def test_a_diagonal_beyond_its_bound_counts_as_the_bound() -> None:
+    net = made(3, 2, "leaky", torch.float32)
+    with torch.no_grad():
+        net.layers[0].lu.fill_diagonal_(100.0)
+    x = torch.randn(6, 3)
+    y = net(x)
+    y.sum().backward()
+    assert float(net.layers[0].lu.grad.diagonal().abs().max()) == 0.0
+    with torch.no_grad():
+        net.layers[0].lu.fill_diagonal_(80.0)
+        assert torch.equal(net(x), y.detach())
+
+
+def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = made(8, 2, "leaky", torch.float32)
+    layers = net._layers()
+    x = torch.randn(4, 8)
+    assert small.takes(x, layers)
+    with torch.autocast("cpu"):
+        assert not small.takes(x, layers)
+    assert not small.takes(x.double(), layers)
+    assert not small.takes(torch.randn(4, 9), layers)
+    assert not small.takes(torch.empty(ops.SMALL_NUMBERS // 8 + 1, 8), layers)
+    wide = LUNet(ops.SMALL_FEATURES + 1, 2)
+    assert not small.takes(torch.randn(1, ops.SMALL_FEATURES + 1), wide._layers())
+    permuted = LUDense(8, permutation=torch.randperm(8))
+    assert not small.takes(x, [permuted])
+    monkeypatch.setattr(ops, "_backend", "triton")
+    assert not small.takes(x, layers)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_members_side_by_side(bias: bool) -> None:
+    members = []
+    for _ in range(3):
+        net = LUNet(6, 2, bias=bias, dtype=torch.float64)
+        members.append(net._layers())
+        with torch.no_grad():
+            for layer in members[-1]:
+                layer.lu.normal_(std=0.2)
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    found = small.stacked_net(x, members)
+    for k, layers in enumerate(members):
+        torch.testing.assert_close(
+            found[k], small.net(x[k], layers, logabsdet=False)[0], rtol=1e-12, atol=1e-12
+        )
+    assert small.stacked_net(x[:1], members[:1]).shape == (1, 5, 6)
