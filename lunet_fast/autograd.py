@@ -382,7 +382,7 @@ class Layer(torch.autograd.Function):
             save = save or records(*native)
             outputs = EagerLayer.apply(*native, fixed, logabsdet, save)
             active = slopes is not None or fixed[1] != 0.0
-            weight_dim = 0 if save and outputs[3].dim() == 3 else None
+            weight_dim = 0 if save and native[1] is not None and native[1].dim() == 3 else None
             return outputs, (0, 0 if logabsdet else None, 0 if save and active else None, weight_dim)
 
         def pair(x: Tensor, lu: Any, bias: Any, slopes: Any, sign: Any, permutation: Any) -> Outputs:

@@ -23,13 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lunet_fast.reference import log_diagonal, wide
+from lunet_fast.reference import LOG_DIAGONAL_BOUND, log_diagonal, wide
 
 _softplus_out = torch.ops.aten.softplus.out
 _softplus_backward_out = torch.ops.aten.softplus_backward.grad_input
+_hardtanh_backward_out = torch.ops.aten.hardtanh_backward.grad_input
 
 #: Columns in a panel of a triangular matrix.
 BLOCK = 128
+
+#: Columns up to which L and U are multiplied as dense matrices: panels save flops there, and cost calls.
+DENSE = 256
 
 #: The same for so few rows that calls cost more than arithmetic.
 FEW_ROWS_BLOCK = 256
@@ -67,6 +71,17 @@ class Family(NamedTuple):
         if slopes.dim() == 1 and slopes.device.type == "cpu":
             return cls(*slopes.tolist())
         return cls(*slopes.to(dtype).unbind(0))
+
+    def scaled(self, slopes: Tensor | None) -> tuple[float, Family]:
+        """(c, (a/c, 1, κ/c)): φ(h) is the latter's function of c·h, which takes a pass over memory less.
+
+        (1, the family itself) where there is nothing to gain, as without activation, or where ``slopes`` are
+        learnt and their gradients taken.
+        """
+        a, c, kappa = self
+        if slopes is None and c not in (0.0, 1.0):
+            return float(c), Family(a / c, 1.0, kappa / c)
+        return 1.0, self
 
     @property
     def linear(self) -> bool:
@@ -404,7 +419,7 @@ def composes(rows: int, columns: int) -> bool:
 
 def compose(packed: Packed) -> Tensor:
     """A = Pᵀ L U [D, D], about 2·D³/3 flops."""
-    if packed.size <= BLOCK:
+    if packed.size <= DENSE:
         return _compose_dense(packed)
     first, *rest = packed.panels()
     weight = packed.lower_panel(first) @ packed.upper_panel(first)
@@ -425,10 +440,14 @@ def _compose_dense(packed: Packed) -> Tensor:
 
 
 def _compose_dense_backward(grad_weight: Tensor, packed: Packed) -> Tensor:
-    """``compose_backward`` of ``_compose_dense``: tril(G Uᵀ, −1) + triu(G + (L − I)ᵀ G)."""
-    upper, below = _upper(packed.lu, packed.diagonal), packed.lu.tril(-1)
+    """``compose_backward`` of ``_compose_dense``."""
+    return _by_factors(grad_weight, _upper(packed.lu, packed.diagonal), packed.lu.tril(-1))
+
+
+def _by_factors(grad_weight: Tensor, upper: Tensor, below: Tensor) -> Tensor:
+    """tril(G Uᵀ, −1) + triu(G + (L − I)ᵀ G) [..., D, D] from U and L − I."""
     by_lower = (grad_weight @ upper.mT).tril_(-1)
-    add_product = torch.addmm if packed.lu.dim() == 2 else torch.baddbmm
+    add_product = torch.addmm if upper.dim() == 2 else torch.baddbmm
     return by_lower.add_(add_product(grad_weight, below.mT, grad_weight).triu_())
 
 
@@ -436,7 +455,7 @@ def compose_backward(grad_weight: Tensor, packed: Packed) -> Tensor:
     """The gradient of ``lu`` with U's diagonal in place of s, from that of A: tril(G Uᵀ, −1) + triu(Lᵀ G)."""
     if packed.permutation is not None:
         grad_weight = grad_weight[packed.permutation]
-    if packed.size <= BLOCK:
+    if packed.size <= DENSE:
         return _compose_dense_backward(grad_weight, packed)
     grad = torch.empty_like(packed.lu)
     for panel in packed.panels():
@@ -626,6 +645,83 @@ def layer_forward(
     return activate(h, family), total, h, weight
 
 
+def keeps_factors(x: Tensor, lu: Tensor) -> bool:
+    """Whether a layer's forward keeps U and L − I beside A for backward, which need not form them again."""
+    return lu.dim() == 2 and lu.shape[0] <= DENSE and x.dtype == lu.dtype == wide(x.dtype)
+
+
+def factored_forward(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    family: Family,
+    slopes: Tensor | None,
+    *,
+    logabsdet: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """``layer_forward`` to be saved, A formed for any number of rows: (y, log|det J| or None, c·h or None,
+    (c·A, U, L − I) [3, D, D]), with c of ``Family.scaled``."""
+    scale, family = family.scaled(slopes)
+    kept = x.new_empty(3, packed.size, packed.size)
+    weight, upper, below = kept.unbind(0)
+    torch.triu(packed.lu, out=upper)
+    upper.diagonal().copy_(packed.diagonal)
+    torch.tril(packed.lu, -1, out=below)
+    if packed.permutation is None:
+        torch.addmm(upper, below, upper, beta=scale, alpha=scale, out=weight)
+    else:
+        weight[packed.permutation] = torch.addmm(upper, below, upper, beta=scale, alpha=scale)
+    if bias is not None and scale != 1.0:
+        bias = bias * scale
+    if family.linear:
+        total = _constant_logabsdet(packed, x.shape[0]) if logabsdet else None
+        return _affine(x, weight, bias), total, None, kept
+    y, total, h = _activated_product(x, weight, packed, bias, family, logabsdet=logabsdet, save=True)
+    if total is not None and scale != 1.0:
+        total.add_(packed.size * math.log(scale))
+    return y, total, h, kept
+
+
+def factored_backward(
+    grad_y: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    h: Tensor | None,
+    kept: Tensor,
+    lu: Tensor,
+    permutation: Tensor | None,
+    family: Family,
+    slopes: Tensor | None,
+    *,
+    needs_x: bool,
+    needs_lu: bool,
+    has_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (x, lu, bias, slopes) from what ``factored_forward`` kept."""
+    scale, family = family.scaled(slopes)
+    weight, upper, below = kept.unbind(0)
+    totals = None if h is None else _slope_totals(slopes, h)
+    grad_x, grad_weight, grad_bias = _product_gradients(
+        *(grad_y, grad_logabsdet, x, h, weight, family, totals, scale),
+        needs_x=needs_x,
+        needs_weight=needs_lu,
+        has_bias=has_bias,
+    )
+    grad_lu = None
+    if grad_weight is not None:
+        if permutation is not None:
+            grad_weight = grad_weight[permutation]
+        grad_lu = _by_factors(grad_weight, upper, below)
+        diagonal = grad_lu.diagonal()
+        diagonal.mul_(upper.diagonal())
+        if grad_logabsdet is not None:
+            diagonal.add_(grad_logabsdet.sum())
+        bound = LOG_DIAGONAL_BOUND[lu.dtype]
+        # A clamped s_i has no influence.
+        _hardtanh_backward_out(diagonal, lu.diagonal(), -bound, bound, grad_input=diagonal)
+    return grad_x, grad_lu, grad_bias, _finish_slopes(totals, slopes)
+
+
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Rows of A x + b."""
     return torch.mm(x, weight.T) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
@@ -692,26 +788,13 @@ def layer_backward(
     dtype = packed.lu.dtype
     totals = None if h is None else _slope_totals(slopes, h)
     grad_x = grad_lu = None
-    if weight is not None and _is_one_sweep(x, product=True):
-        grad_h = grad_y
-        if h is not None:
-            grad_h = torch.empty_like(h)
-            _activation_backward_into(grad_h, grad_y, h, _column(grad_logabsdet), family, totals)
-        grad_x = torch.mm(grad_h, weight) if needs_x else None
-        grad_bias = grad_h.sum(0, dtype=dtype) if has_bias else None
-        if needs_lu:
-            grad_lu = compose_backward(torch.mm(grad_h.T, x).to(dtype), packed)
-    elif weight is not None:
-        grad_x = torch.empty_like(x) if needs_x else None
-        grad_weight = torch.zeros_like(packed.lu) if needs_lu else None
-        grad_bias = torch.zeros_like(packed.log_diagonal) if has_bias else None
-        for grad_h, rows in _preactivation_gradients(grad_y, grad_logabsdet, h, family, totals):
-            if grad_x is not None:
-                torch.mm(grad_h, weight, out=grad_x[rows])
-            if grad_weight is not None:
-                _add_product_(grad_weight, grad_h.T, x[rows])
-            if grad_bias is not None:
-                grad_bias.add_(grad_h.sum(0, dtype=dtype))
+    if weight is not None:
+        grad_x, grad_weight, grad_bias = _product_gradients(
+            *(grad_y, grad_logabsdet, x, h, weight, family, totals, 1.0),
+            needs_x=needs_x,
+            needs_weight=needs_lu,
+            has_bias=has_bias,
+        )
         if grad_weight is not None:
             grad_lu = compose_backward(grad_weight, packed)
     else:
@@ -732,6 +815,47 @@ def layer_backward(
     if grad_lu is not None:
         _finish_lu_(grad_lu, packed, _row_sum(grad_logabsdet), 1.0)
     return grad_x, grad_lu, grad_bias, _finish_slopes(totals, slopes)
+
+
+def _product_gradients(
+    grad_y: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    h: Tensor | None,
+    weight: Tensor,
+    family: Family,
+    totals: Tensor | None,
+    scale: float,
+    *,
+    needs_x: bool,
+    needs_weight: bool,
+    has_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (x, A, b), float32 or wider but for x, through y = φ(h) with h = ``scale``·(A x + b) and
+    ``weight`` = ``scale``·A."""
+    dtype = wide(x.dtype)
+    if _is_one_sweep(x, product=True):
+        grad_h = grad_y
+        if h is not None:
+            grad_h = torch.empty_like(h)
+            _activation_backward_into(grad_h, grad_y, h, _column(grad_logabsdet), family, totals)
+        grad_weight = grad_bias = None
+        if needs_weight:
+            grad_weight = torch.addmm(weight, grad_h.T, x, beta=0, alpha=scale).to(dtype)
+        if has_bias:
+            grad_bias = _scale_(grad_h.sum(0, dtype=dtype), scale)
+        return torch.mm(grad_h, weight) if needs_x else None, grad_weight, grad_bias
+    grad_x = torch.empty_like(x) if needs_x else None
+    grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+    grad_bias = x.new_zeros(x.shape[1], dtype=dtype) if has_bias else None
+    for grad_h, rows in _preactivation_gradients(grad_y, grad_logabsdet, h, family, totals):
+        if grad_x is not None:
+            torch.mm(grad_h, weight, out=grad_x[rows])
+        if grad_weight is not None:
+            _add_product_(grad_weight, grad_h.T, x[rows], scale)
+        if grad_bias is not None:
+            grad_bias.add_(grad_h.sum(0, dtype=dtype), alpha=scale)
+    return grad_x, grad_weight, grad_bias
 
 
 def _preactivation_gradients(
@@ -756,12 +880,12 @@ def _preactivation_gradients(
         start += len(h_part)
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total ← total + left·right, summed over the runs in the dtype of ``total``."""
+def _add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """total ← total + scale·left·right, summed over the runs in the dtype of ``total``."""
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, alpha=scale)
     else:
-        total.add_(left @ right)
+        total.add_(left @ right, alpha=scale)
 
 
 def _row_sum(grad_logabsdet: Tensor | None) -> Tensor | None:

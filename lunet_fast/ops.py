@@ -127,6 +127,15 @@ def _saves_preactivation(x: Tensor) -> bool:
     return not (_triton_takes(x) and tiles.recomputes(x.shape[-1]))
 
 
+def _keeps_factors(x: Tensor, lu: Tensor) -> bool:
+    """Whether a layer's forward that saves keeps L and U too: the kernels form W's gradient from ``lu``."""
+    return blocked.keeps_factors(x, lu) and not _triton_takes(x)
+
+
+def _kept_shape(x: Tensor, lu: Tensor) -> tuple[int, ...]:
+    return (3, *lu.shape) if _keeps_factors(x, lu) else tuple(lu.shape)
+
+
 #: Where the operations are registered; kept for the life of the process.
 library = torch.library.Library("lunet_fast", "DEF")
 
@@ -277,7 +286,19 @@ def _layer_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, log|det J| per row, h, A). The last two are for backward: h is empty without an activation, and
-    A holds nothing meaningful when it was not formed (``blocked.composes``)."""
+    A holds nothing meaningful when it was not formed (``blocked.composes``). Where ``_keeps_factors`` says so
+    they are what ``blocked.factored_forward`` keeps instead: c·h, and [3, D, D]."""
+    if save and _keeps_factors(x, lu):
+        y, total, h, kept = blocked.factored_forward(
+            _rows(x),
+            Packed.of(lu, sign, permutation),
+            bias,
+            Family.of(slopes, a, c, kappa, x.dtype),
+            slopes,
+            logabsdet=logabsdet,
+        )
+        total = _nothing(x) if total is None else total.reshape(x.shape[:-1])
+        return _shaped(y, x), total, _nothing(x) if h is None else _shaped(h, x), kept
     compute = blocked.stacked_forward if lu.dim() == 3 else blocked.layer_forward
     y, total, h, weight = compute(
         _rows_of(x, lu),
@@ -322,7 +343,22 @@ def _layer_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, lu, bias, slopes)."""
     family = Family.of(slopes, a, c, kappa, wide(x.dtype))
-    rows, packed = _rows_of(x, lu), Packed.of(lu, sign, permutation)
+    rows = _rows_of(x, lu)
+    if weight.dim() > lu.dim():
+        grad_x, grad_lu, grad_bias, grad_slopes = blocked.factored_backward(
+            *(_rows(grad_y), _flat(grad_logabsdet), rows, None if family.linear else _rows(h), weight),
+            *(lu, permutation, family, slopes),
+            needs_x=needs_x,
+            needs_lu=needs_lu,
+            has_bias=needs_bias,
+        )
+        return (
+            _nothing(x) if grad_x is None else _shaped(grad_x, x),
+            _nothing(lu) if grad_lu is None else grad_lu,
+            _nothing(lu) if grad_bias is None else grad_bias,
+            _or_nothing(grad_slopes, x),
+        )
+    packed = Packed.of(lu, sign, permutation)
     preactivation = None
     if not family.linear:
         saved = h.numel() == x.numel()
@@ -665,7 +701,7 @@ def _(grad_x, grad_logabsdet, x, slopes, a, c, kappa):  # type: ignore[no-untype
 def _(x, lu, sign, permutation, bias, slopes, a, c, kappa, logabsdet, save):  # type: ignore[no-untyped-def]
     active = slopes is not None or c != 0.0
     h = _like(x) if save and active and _saves_preactivation(x) else _nothing(x)
-    weight = x.new_empty(lu.shape) if save else _nothing(x)
+    weight = x.new_empty(_kept_shape(x, lu)) if save else _nothing(x)
     return _like(x), _row_values(x, logabsdet), h, weight
 
 

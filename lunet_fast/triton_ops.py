@@ -226,6 +226,12 @@ def layer_backward(
     needs_lu: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if weight.dim() > lu.dim():
+        # The backend was changed since the forward: what PyTorch's kept is for PyTorch's backward.
+        return ops._layer_backward(
+            *(grad_y, grad_logabsdet, x, h, weight, lu, sign, permutation, bias, slopes, a, c, kappa),
+            *(needs_x, needs_lu, needs_bias),
+        )
     rows, packed, order = _members(x, lu), _packed(lu), _order(permutation)
     sign, family = _stacked(sign, lu), _slopes(slopes, a, c, kappa)
     K, N, D = rows.shape

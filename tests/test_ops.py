@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import lunet_fast
-from lunet_fast import LeakySoftplus, LUNet, functional, ops
+from lunet_fast import LeakySoftplus, LUNet, functional, ops, reference
 
 lib = torch.ops.lunet_fast
 FIXED = (0.1, 0.9, 1.0)
@@ -65,8 +65,10 @@ def test_layer_backward(rows: int, stacked: bool) -> None:
     family = (t["bias"], None, *FIXED)
     opcheck(lib.layer_backward.default, (y, logabsdet, t["x"], h, weight, *matrix, *family, True, True, True))
     opcheck(lib.layer_backward.default, (y, None, t["x"], h, weight, *matrix, *family, False, False, False))
-    # A forward that Triton did may not have saved h.
+    # A forward that Triton did saves A alone, and may not have saved h.
     saved = lib.layer_backward(y, None, t["x"], h, weight, *matrix, *family, True, True, True)
+    if not stacked:
+        weight = reference.lu_weight(t["lu"], t["sign"])
     again = lib.layer_backward(y, None, t["x"], h.new_empty(0), weight, *matrix, *family, True, True, True)
     torch.testing.assert_close(again, saved)
     matrix = (*matrix, None, *FIXED)
@@ -103,7 +105,7 @@ def test_exported_program_trains() -> None:
         net(x).square().sum().backward()
         assert len(found) == 6
         for name, parameter in net.named_parameters():
-            torch.testing.assert_close(found[name], parameter.grad)
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_does_not_lower_the_precision_inside() -> None:

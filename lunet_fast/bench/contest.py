@@ -2,7 +2,7 @@
 
 How it is timed. All contenders take turns in one process, in an order that moves on by one each round, so
 that a slow spell of the machine meets all of them and none always follows the same neighbour. A turn repeats
-a short call until it lasts about a millisecond; the number of calls is fixed before the first round. What is
+a short call until it lasts some 20 milliseconds; the number of calls is fixed before the first round. What is
 kept are medians with quartiles, of times and of the ratio to ours round by round, since a ratio of two times
 taken together is steadier than either.
 """
@@ -20,8 +20,9 @@ from lunet_fast.bench.machine import Rates, median_and_quartiles, peak_bytes, sy
 
 Run = Callable[[], object]
 
-#: A turn lasts about this long, or one call if that is longer.
-TURN_SECONDS = 1e-3
+#: A turn lasts about this long, or one call if that is longer: as in a training loop, most calls of a turn
+#: then follow one of their own kind.
+TURN_SECONDS = 20e-3
 
 #: Rounds that are kept at least and at most.
 ROUNDS = (5, 500)

@@ -39,7 +39,7 @@ SUITES: dict[str, Suite] = {
 SCALES = ("quick", "all")
 
 #: Seconds for all rounds of one contest.
-SECONDS = {"quick": 3.0, "all": 6.0}
+SECONDS = {"quick": 3.0, "all": 4.0}
 
 
 @dataclass(frozen=True)
