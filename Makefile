@@ -13,7 +13,7 @@ TORCH     := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint format bench kernels-report gpu-check clean
+.PHONY: help train test test-slow lint format bench bench-all bench-compare kernels-report gpu-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,8 +37,17 @@ format: $(VENV)/.dev  ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## layer timings beside nn.Linear, as ratios
-	$(BIN)/python benchmarks/layers.py
+bench: $(VENV)/.dev  ## 5 minutes of timings beside what else there is, and beside the committed ones
+	$(BIN)/lunet-fast bench layers claims stacks training --baseline benchmarks/results
+
+bench-all: $(VENV)/.dev  ## every size, into benchmarks/results: about an hour
+	$(BIN)/lunet-fast bench layers claims stacks training --scale all --out benchmarks/results
+	$(BIN)/python -m lunet_fast.bench.training --threads 1 2 --out benchmarks/results/time-to-quality.json \
+		$(if $(DATA_DIR),--data-dir $(DATA_DIR))
+	$(BIN)/python benchmarks/readme.py
+
+bench-compare: $(VENV)/.dev  ## is this tree slower than BASE (default main)?
+	$(BIN)/python benchmarks/compare.py $(or $(BASE),main)
 
 kernels-report: $(VENV)/.dev  ## registers, spills, shared memory of every kernel (TRITON=... for another Triton)
 	$(BIN)/python benchmarks/kernel_resources.py --check $(if $(TRITON),--triton $(TRITON))

@@ -14,6 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lunet_fast.bench.claims import verdicts
+from lunet_fast.bench.results import Result, seconds_text
+from lunet_fast.bench.training import samples_per_second
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -62,19 +66,126 @@ def table2() -> str:
     return "\n".join([*lines, "", f"{_machine(result)}; {commands}."])
 
 
+def bench(suite: str) -> Result:
+    return Result.load(RESULTS / f"{suite}-cpu.json")
+
+
+def _ratios(result: Result, what: str, sizes: list[tuple[int, int]], names: dict[str, str]) -> list[str]:
+    """A line a size: our time, its distance from the floor, and the others' times as multiples of ours."""
+    lines = ["| D | B | LUDense | times the floor | " + " | ".join(names.values()) + " |"]
+    lines.append("|---" * (4 + len(names)) + "|")
+    for D, B in sizes:
+        ours = result.row(what, D, B, "LUDense")
+        if ours is None:
+            raise SystemExit(f"the results have no {what}, D = {D}, B = {B}: run make bench-all")
+        cells = [str(D), f"{B:,}", seconds_text(ours.median), f"{ours.median / ours.floor:.3g}"]
+        for name in names:
+            row = result.row(what, D, B, name)
+            cells.append("" if row is None else f"{row.ratio:.3g}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def layers() -> str:
-    result = load("layers-cpu")
-    lines = ["| what | D | rows | LUDense, ms | beside | ms | ours / peer |", "|---" * 7 + "|"]
-    for row in result["rows"]:
-        low, high = row["ratio_quartiles"]
-        lines.append(
-            f"| {row['what']} | {row['features']} | {row['rows']} | {row['ours_ms']:.3g} | {row['peer']} | "
-            f"{row['peer_ms']:.3g} | {row['ratio']:.3g} ({low:.3g} to {high:.3g}) |"
-        )
-    return "\n".join([*lines, "", f"{_machine(result)}, float32; `make bench`."])
+    result = bench("layers")
+    sizes = [(D, B) for B in (8192, 128, 1) for D in (16, 64, 256, 784, 1024)]
+    training = {
+        "nn.Linear + softplus": "nn.Linear",
+        "two triangular products + softplus": "two triangular products",
+        "W formed, torch.compile": "torch.compile",
+        "nflows LULinear + softplus": "nflows",
+        "normflows LULinearPermute + softplus": "normflows",
+        "zuko LULinearTransform + softplus": "zuko",
+        "dense + slogdet + softplus": "dense + slogdet",
+        "original LU-Net's way": "original LU-Net's way",
+    }
+    inverse = {
+        "torch.linalg.solve": "linalg.solve",
+        "dense, torch.linalg.inv": "linalg.inv",
+        "two triangular products": "two solve_triangular",
+        "nflows LULinear": "nflows",
+        "normflows LULinearPermute": "normflows",
+        "zuko LULinearTransform": "zuko",
+        "original LU-Net's way": "original LU-Net's way",
+    }
+    logabsdet = {
+        "torch.linalg.slogdet": "linalg.slogdet",
+        "nflows LULinear": "nflows",
+        "normflows LULinearPermute": "normflows",
+        "zuko LULinearTransform": "zuko",
+        "original LU-Net's way": "original LU-Net's way",
+    }
+    lines = [
+        "Forward and backward, with an activation (ours LeakySoftplus, softplus where none is invertible):",
+        "",
+    ]
+    lines += _ratios(result, "forward + backward", sizes, training)
+    lines += ["", "Inverse of the linear part:", "", *_ratios(result, "inverse, linear part", sizes, inverse)]
+    lines += ["", "Log-determinant of the matrix:", ""]
+    lines += _ratios(result, "log-determinant", [(D, 1) for D in (16, 64, 256, 784, 1024)], logabsdet)
+    lines += ["", "Inverse of the layer, φ⁻¹ included, beside its own forward and the original's:", ""]
+    names = {"its own forward": "its own forward", "original LU-Net's way": "original LU-Net's way"}
+    lines += _ratios(result, "inverse", sizes, names)
+    return "\n".join([*lines, "", f"{result.where()}; `make bench-all`."])
 
 
-SECTIONS = {"table2": table2, "layers": layers}
+def claims() -> str:
+    result = bench("claims")
+    lines = [f"- {verdict}" for verdict in verdicts(result.rows, result.counts)]
+    return "\n".join([*lines, "", f"{result.where()}; `lunet-fast bench claims --scale all`."])
+
+
+def stacks() -> str:
+    result = bench("stacks")
+    names = ["nflows LULinear, LeakyReLU", "zuko RealNVP", "zuko MAF", "original LU-Net's way"]
+    lines = ["| | D | M | B | LUFlow | " + " | ".join(names) + " |", "|---" * 9 + "|"]
+    for spec, rows in result.groups().items():
+        ours = next(row for row in rows if row.ours)
+        found = {row.contender: f"{row.ratio:.3g}" for row in rows}
+        cells = [spec.what, str(spec.features), spec.detail.removeprefix("M = "), str(spec.rows)]
+        cells += [seconds_text(ours.median), *(found.get(name, "") for name in names)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"{result.where()}; `lunet-fast bench stacks --scale all`."])
+
+
+def training() -> str:
+    result = bench("training")
+    names = ["nn.Linear MLP", "MLP control of table 2", "LU-Net, torch.compile"]
+    lines = [
+        "| step of | D | batch | LU-Net | samples a second | " + " | ".join(names) + " |",
+        "|---" * 8 + "|",
+    ]
+    for spec, rows in result.groups().items():
+        ours = next(row for row in rows if row.ours)
+        found = {row.contender: f"{row.ratio:.3g}" for row in rows}
+        cells = [spec.detail, str(spec.features), str(spec.rows), seconds_text(ours.median)]
+        cells += [f"{samples_per_second(ours):,.0f}", *(found.get(name, "") for name in names)]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"{result.where()}, of which a step uses 1; `lunet-fast bench training --scale all`."]
+    quality = load("time-to-quality")
+    lines += ["", "Whole trainings, ML-100K, seed 0:", ""]
+    lines += [
+        "| method | threads | training, s | test MSE | our training had it after, s |",
+        "|---" * 5 + "|",
+    ]
+    for row in quality["trainings"]:
+        if row["missing"]:
+            lines.append(f"| {row['method']} | | {row['missing']} | | |")
+            continue
+        after = row["ours_seconds"]
+        reached = "" if row["curve"] else "never" if after is None else f"{after:.1f}"
+        cells = [row["method"], row["threads"], f"{row['seconds']:.1f}", f"{row['test_mse']:.4f}", reached]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    machine = quality["machine"]
+    lines += [
+        "",
+        f"{machine['processor']}, torch {machine['torch']}, {machine['date']}; "
+        "`python -m lunet_fast.bench.training --threads 1 2 --out benchmarks/results/time-to-quality.json`.",
+    ]
+    return "\n".join(lines)
+
+
+SECTIONS = {"table2": table2, "claims": claims, "layers": layers, "stacks": stacks, "training": training}
 
 
 def filled(text: str) -> str:

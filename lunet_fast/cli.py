@@ -299,7 +299,7 @@ def bench_command(
     ] = "quick",
     seconds: Annotated[
         float | None,
-        typer.Option(help="For one comparison; five rounds are made in any case.", show_default="3, all: 4"),
+        typer.Option(help="For one comparison; three rounds are made in any case.", show_default="3, all: 4"),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="PyTorch's")] = None,
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",

@@ -25,7 +25,7 @@ Run = Callable[[], object]
 TURN_SECONDS = 20e-3
 
 #: Rounds that are kept at least and at most.
-ROUNDS = (5, 500)
+ROUNDS = (3, 500)
 
 OURS = "LUDense"
 
@@ -153,7 +153,7 @@ def compete(
     """Check and time a contest; a row for each contender.
 
     Args:
-        seconds: for all rounds together; no fewer than five are made.
+        seconds: for all rounds together; no fewer than three are made.
         memory: measure each contender's peak of allocated memory too, one more call.
 
     Raises:
