@@ -34,14 +34,12 @@ def net(x: Tensor, layers: Sequence[LUDense], *, logabsdet: bool) -> tuple[Tenso
     Cost: 2·M·D³ flops to form the matrices and 2·M·N·D² for N rows, in about 15 + 4·M calls.
     """
     weights, logs = _matrices(layers)
-    z, total = x, None
-    for layer, weight, log in zip(layers, weights.unbind(), logs.unbind(), strict=True):
+    z, total = x, logs.sum().expand(x.shape[:-1]) if logabsdet else None
+    for layer, weight in zip(layers, weights.unbind(), strict=True):
         h = F.linear(z, weight, layer.bias)
         z, share = _activate(h, layer._slopes(), logabsdet)
-        if logabsdet:
-            constant = log.sum()
-            share = constant.expand(x.shape[:-1]) if share is None else share + constant
-            total = share if total is None else total + share
+        if share is not None and total is not None:
+            total = total + share
     return z, total
 
 
@@ -51,7 +49,7 @@ def stacked_net(x: Tensor, members: Sequence[Sequence[LUDense]]) -> Tensor:
     The activation of a member's layer is taken for all members, as in ``functional`` for stacked layers.
     """
     if len(members) == 1:
-        return net(x[0], members[0], logabsdet=False)[0].unsqueeze(0)
+        return net(x, members[0], logabsdet=False)[0]
     columns = list(zip(*members, strict=True))
     weights = _matrices([layer for column in columns for layer in column])[0].split(len(members))
     for column, weight in zip(columns, weights, strict=True):
@@ -84,5 +82,8 @@ def _activate(h: Tensor, slopes: Slopes | None, logabsdet: bool) -> tuple[Tensor
     else:
         a, c, kappa = slopes
         soft = F.softplus(h, kappa, 40.0)
-        y = torch.add(soft if c == 1.0 else soft * c, h, alpha=a)
+        if kappa == 1.0 and a + c == 1.0 and a <= 0.5:
+            y = torch.lerp(soft, h, a)  # beyond, it would add a rounding of the difference
+        else:
+            y = torch.add(soft if c == 1.0 else soft * c, h, alpha=a)
     return y, reference.log_derivative_sum(h, slopes) if logabsdet else None

@@ -413,4 +413,5 @@ def quietly() -> Iterator[None]:
     """Without the peers' warnings about what they call in PyTorch."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*triangular_solve is deprecated.*")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor.*")
         yield

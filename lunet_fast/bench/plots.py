@@ -36,10 +36,18 @@ def _colours(names: list[str]) -> dict[str, Any]:
     """One colour a contender, ours the strongest."""
     import matplotlib.pyplot as plt
 
-    others = [name for name in names if not name.startswith("LU")]
-    palette = plt.get_cmap("tab10")
-    found: dict[str, Any] = {name: palette(1 + i % 9) for i, name in enumerate(others)}
-    return found | {name: palette(0) for name in names if name.startswith("LU")}
+    # nflows' layer is nflows' layer, with an activation or without.
+    others = list(dict.fromkeys(_base(name) for name in names if not name.startswith("LU")))
+    palette = plt.get_cmap("tab20")
+    order = [*range(2, 20, 2), *range(1, 20, 2)]
+    return {
+        name: palette(0 if name.startswith("LU") else order[others.index(_base(name)) % len(order)])
+        for name in names
+    }
+
+
+def _base(name: str) -> str:
+    return name.removesuffix(" + softplus")
 
 
 def _curves(result: Result) -> Any:

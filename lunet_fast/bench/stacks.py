@@ -67,20 +67,17 @@ class Flow(nn.Module):
         return self.inverse(torch.randn_like(like))
 
 
-def _draw(layer: Any, features: int) -> None:
-    """Off-diagonals of a trained layer's size, of one packed matrix."""
-    with torch.no_grad():
-        layer.copy_(torch.randn(features, features) * 0.2 / math.sqrt(features))
-
-
 class Ours(Flow):
     name = OURS
 
     def __init__(self, features: int, layers: int) -> None:
         super().__init__()
         self.flow = LUFlow(LUNet(features, layers, LeakySoftplus(ALPHA)))
-        for layer in self.flow.net.layers:
-            _draw(layer.lu, features)
+        # Off-diagonals of a trained layer's size; the diagonal stays where the net starts, at f near identity.
+        off = torch.ones(features, features) - torch.eye(features)
+        with torch.no_grad():
+            for layer in cast("list[LUDense]", list(self.flow.net.layers)):
+                layer.lu.add_(off * torch.randn(features, features) * 0.2 / math.sqrt(features))
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.flow.net.forward_and_logabsdet(x)
