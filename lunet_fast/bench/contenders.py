@@ -102,8 +102,9 @@ class Contender:
         return f"{self.name} + softplus" if self.activation is F.softplus else self.name
 
 
-def leaky(t: Tensor) -> Tensor:
-    return ALPHA * t + (1.0 - ALPHA) * F.softplus(t, threshold=40.0)
+def leaky(t: Tensor, alpha: float = ALPHA) -> Tensor:
+    """LeakySoftplus, plainly."""
+    return alpha * t + (1.0 - alpha) * F.softplus(t, threshold=40.0)
 
 
 class Ours(Contender):
@@ -334,10 +335,10 @@ class InverseTable:
 
     KNOTS, LIMIT = 2_000_001, 1000.0
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, alpha: float = ALPHA) -> None:
         self.step = 2.0 * self.LIMIT / (self.KNOTS - 1)
         knots = torch.linspace(-self.LIMIT, self.LIMIT, self.KNOTS, dtype=torch.float64)
-        self.heights = leaky(knots).to(device)
+        self.heights = leaky(knots, alpha).to(device)
 
     def __call__(self, y: Tensor) -> Tensor:
         wide = y.double()
