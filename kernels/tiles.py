@@ -89,12 +89,12 @@ ACTIVATION_ELEMENTS = {"forward": 16, "inverse": 8, "backward": 8}
 
 #: (architecture, arithmetic) → (largest D, tile) in ascending order of D; 0 is "any larger D".
 #: The architecture is the least that the row is meant for: sm_80's rows also fit the 99 KiB of shared memory
-#: of sm_86 and sm_89. The inner block stays at 32 for ieee, whose product is unrolled: with all of D = 128 it
+#: of sm_86 and sm_89. The inner block stays small for ieee, whose product is unrolled: with all of D = 128 it
 #: compiled for a minute and spilled.
 LAYER: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
     (80, "ieee"): (
         (16, Tile(64, 16, 16, 4, 2)),
-        (32, Tile(64, 32, 32, 4, 2)),
+        (32, Tile(64, 32, 16, 4, 2)),
         (0, Tile(32, 64, 32, 4, 2)),
     ),
     (80, "tf32x3"): (
@@ -115,6 +115,21 @@ LAYER: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
         (64, Tile(64, 64, 64, 4, 3)),
         (0, Tile(128, 64, 64, 8, 3)),
     ),
+    (100, "tf32x3"): (
+        (16, Tile(64, 16, 16, 4, 3)),
+        (32, Tile(64, 32, 32, 4, 3)),
+        (0, Tile(64, 64, 64, 8, 2)),
+    ),
+    (100, "tf32"): (
+        (16, Tile(64, 16, 16, 4, 3)),
+        (32, Tile(64, 32, 32, 4, 3)),
+        (0, Tile(64, 64, 32, 8, 3)),
+    ),
+    (100, "bf16"): (
+        (16, Tile(64, 16, 16, 4, 3)),
+        (32, Tile(64, 32, 32, 4, 3)),
+        (0, Tile(64, 64, 64, 8, 3)),
+    ),
 }
 
 
@@ -128,8 +143,11 @@ def activation_tile(direction: str, D: int) -> Tile:
     widths = [512, 256, 128] if D > 128 else [_power_of_two(D)]
     columns = min(widths, key=lambda width: -(-D // width) * width)
     warps, elements = 4, ACTIVATION_ELEMENTS[direction]
-    if direction == "backward" and D % 16 != 0:
-        elements //= 2  # each has an address of its own
+    # Where D is no multiple of 16, each element has an address of its own. The rest spilled under Triton 3.6.
+    if direction == "backward" and (D % 16 != 0 or columns == 128):
+        elements //= 2
+    elif D % 16 != 0 and columns == 128:
+        warps, elements = 8, 8
     return Tile(max(1, 32 * warps * elements // columns), columns, 0, warps, 1)
 
 
@@ -143,8 +161,8 @@ MATRIX_PRECISION = "tf32x3"
 @_tunable
 def matrix_tile(D: int, architecture: int) -> Tile:
     """Of the kernels on the packed matrix: one program forms one square block of D×D."""
-    if D > 512 and architecture >= 90:
-        return Tile(64, 64, 64, 8, 2)
+    if D > 512 and D % 16 == 0 and architecture >= 90:
+        return Tile(64, 64, 64, 8, 2 if architecture < 100 else 3)
     block = 16 if D <= 16 else 32  # with 64, sm_80 spilled
     return Tile(block, block, block, 4, 2)
 
@@ -165,6 +183,10 @@ def triangular_tile(D: int, architecture: int) -> Tile:
     Blocks of columns are square blocks of the matrix too.
     """
     block = 16 if D <= 16 else 32
+    if 64 < D <= 128 and D % 16 == 0:  # one launch, unrolled over the blocks
+        if architecture < 90:
+            return Tile(16, 64, 64, 8, 2)
+        return Tile(16, 32, 32, 4, 2 if architecture < 100 else 1)
     # Where D is no multiple of 16 every element has an address of its own, and 4 warps spilled.
     many = D > 32 if D % 16 != 0 else D > 64 and architecture < 90
     return Tile(16, block, block, 8 if many else 4, 2)
@@ -172,19 +194,30 @@ def triangular_tile(D: int, architecture: int) -> Tile:
 
 @_tunable
 def layer_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) -> Tile:
-    """Of ``layer_fwd_kernel``, D inputs and outputs; the nearest older architecture serves a newer one."""
+    """Of ``layer_fwd_kernel``, D inputs and outputs."""
     arithmetic = "bf16" if dtype == torch.bfloat16 else precision
-    known = [arch for arch, kind in LAYER if kind == arithmetic and arch <= architecture]
-    table = LAYER[max(known, default=min(arch for arch, _ in LAYER)), arithmetic]
-    tile = next(tile for largest, tile in table if largest == 0 or largest >= D)
-    if D % 16 != 0:
-        # Every element has an address of its own here: with more than 16 to a thread they spilled, in ieee
-        # with more than 8. sm_90's tensor cores want 64 rows; without them, fewer leave more registers.
-        if arithmetic == "ieee" and (tile.columns == 64 or architecture < 90):
-            return tile._replace(rows=16 if tile.columns == 64 else 32)
-        if tile.columns == 64:
-            return tile._replace(rows=32 if arithmetic == "tf32" and architecture < 90 else 64, warps=8)
+    rows = _nearest(LAYER, arithmetic, architecture)
+    tile = next(tile for largest, tile in rows if largest == 0 or largest >= D)
+    if D % 16 == 0:
+        return tile
+    # Every element has an address of its own here: with more than 16 to a thread they spilled, in ieee and
+    # for D < 16 on sm_100 with more than 8. Tensor cores from sm_90 want 64 rows; without them, fewer leave
+    # more registers.
+    if arithmetic == "ieee":
+        return tile._replace(rows=16 if tile.columns == 64 else 32)
+    if tile.columns == 64:
+        return tile._replace(rows=32 if arithmetic == "tf32" and architecture < 90 else 64, warps=8)
+    if tile.columns == 16 and architecture >= 100:
+        return tile._replace(warps=8)
     return tile
+
+
+def _nearest(
+    table: dict[tuple[int, str], tuple[tuple[int, Tile], ...]], arithmetic: str, architecture: int
+) -> tuple[tuple[int, Tile], ...]:
+    """The nearest older architecture serves a newer one, the oldest those before it."""
+    known = [arch for arch, kind in table if kind == arithmetic]
+    return table[max((arch for arch in known if arch <= architecture), default=min(known)), arithmetic]
 
 
 def _power_of_two(n: int) -> int:
@@ -267,6 +300,16 @@ LAYER_BACKWARD: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
         (32, Tile(64, 32, 32, 4, 1)),
         (64, Tile(64, 64, 64, 8, 1)),
     ),
+    (100, "tf32"): (
+        (16, Tile(64, 16, 16, 8, 1)),
+        (32, Tile(64, 32, 32, 8, 1)),
+        (64, Tile(64, 64, 32, 8, 1)),
+    ),
+    (100, "bf16"): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(64, 32, 32, 4, 1)),
+        (64, Tile(64, 32, 64, 8, 1)),
+    ),
 }
 
 #: The same where D is no multiple of 16 or the slopes are learnt: both take registers. What is missing
@@ -303,6 +346,17 @@ LAYER_BACKWARD_TIGHT: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
         (32, Tile(32, 32, 32, 4, 1)),
         (64, Tile(32, 64, 64, 8, 1)),
     ),
+    (100, "tf32x3"): ((16, Tile(32, 16, 16, 8, 1)),),
+    (100, "tf32"): (
+        (16, Tile(32, 16, 16, 8, 1)),
+        (32, Tile(32, 32, 32, 4, 1)),
+        (64, Tile(32, 64, 32, 8, 1)),
+    ),
+    (100, "bf16"): (
+        (16, Tile(64, 16, 16, 8, 1)),
+        (32, Tile(32, 32, 32, 4, 1)),
+        (64, Tile(32, 64, 64, 8, 1)),
+    ),
 }
 
 
@@ -312,7 +366,7 @@ def layer_backward_tile(
     """Of ``layer_bwd_kernel``; None where gradients of h, x and W are formed in launches of their own."""
     arithmetic = "bf16" if dtype == torch.bfloat16 else precision
     table = LAYER_BACKWARD_TIGHT if learnt or D % 16 != 0 else LAYER_BACKWARD
-    rows = table.get((90 if architecture >= 90 else 80, arithmetic), ())
+    rows = _nearest(table, arithmetic, architecture)
     return next((tile for largest, tile in rows if largest >= D), None)
 
 
@@ -321,7 +375,9 @@ def preactivation_tile(D: int, dtype: torch.dtype, precision: str, learnt: bool)
     """Of ``preactivation_bwd_kernel``: 8 elements to a thread, 16 where that does not spill."""
     arithmetic = "bf16" if dtype == torch.bfloat16 else precision
     rows = 64 if D % 16 == 0 and not learnt and arithmetic in ("tf32", "bf16") else 32
-    return Tile(rows, 64, {"ieee": 16, "bf16": 64}.get(arithmetic, 32), 8, 3)
+    if arithmetic == "ieee":
+        return Tile(rows, 64, 16, 8, 2)
+    return Tile(rows, 64, 64 if arithmetic == "bf16" else 32, 8, 3)
 
 
 @_tunable
@@ -334,7 +390,9 @@ def weight_gradient_tile(D: int, dtype: torch.dtype, precision: str, architectur
     if arithmetic == "ieee":
         return Tile(64, 64, 16, 8, 3)
     if D <= 64:
-        return Tile(64, 64, 32, 8 if arithmetic == "bf16" and architecture < 90 else 4, 3)
+        # In bfloat16, 4 warps spilled everywhere but on sm_90.
+        many = arithmetic == "bf16" and not 90 <= architecture < 100
+        return Tile(64, 64, 32, 8 if many else 4, 3)
     # Square tiles read least, but spilled with an address for every element, and sm_80's with tf32x3.
     square = D % 16 == 0 and (architecture >= 90 or arithmetic != "tf32x3")
     return Tile(128, 128 if square else 64, 32, 8, 3)
@@ -347,22 +405,36 @@ def score_tile(D: int, layers: int, precision: str, architecture: int) -> Tile:
     """Of ``score_topk_kernel``: ``rows`` items at a time, their features ``columns`` at a time.
 
     A program holds a layer's sums for its rows, and of two layers those of the former as well. sm_80's tensor
-    cores take their operands from registers too, so there it is few rows where D is large.
+    cores take their operands from registers too, so there it is few rows where D is large; sm_100's keep the
+    sums in a memory of their own.
     """
-    warps = 8 if architecture < 90 else 4
-    if D <= 32:
-        if D <= 16 and architecture < 90 and precision != "tf32x3":
-            return Tile(32, 16, 0, 4, 1) if precision == "tf32" else Tile(128, 16, 0, 8, 1)
-        return Tile(64, 16 if D <= 16 else 32, 0, warps, 1)
     if precision == "ieee":
+        if D <= 32:
+            if architecture >= 90:
+                return Tile(64, 16 if D <= 16 else 32, 0, 4, 1)
+            return Tile(128, 16, 0, 8, 1) if D <= 16 else Tile(64, 32, 0, 8, 1)
         return Tile(32 if D <= 64 else 16, 32, 0, 8, 1)
-    if architecture < 90 and precision == "tf32x3" and D % 16 != 0:
-        return Tile(16, 32, 0, 4, 1)
-    if D <= 64:
-        return Tile(64, 32 if architecture >= 90 else 16, 0, warps if D % 16 else 4, 1)
-    if architecture < 90 and (D % 16 != 0 or layers > 1):
-        return Tile(16, 32, 0, 4, 1)
-    return Tile(64, 16, 0, 8, 1)
+    if architecture >= 100:
+        # Triton 3.6 does not compile sums of one block of columns in sm_100's memory: with 32 rows they are
+        # in registers.
+        if D <= 32:
+            return Tile(32, 16, 0, 4, 1)
+        if D <= 64:
+            return Tile(64, 16, 0, 8, 1)
+        return Tile(32 if D % 16 == 0 else 64, 64, 0, 8, 1)
+    if architecture >= 90:
+        if D <= 32:
+            return Tile(64, 16 if D <= 16 else 32, 0, 4, 1)
+        if D > 64 or (D % 16 != 0 and precision == "tf32x3"):
+            return Tile(64, 16, 0, 8, 1)
+        return Tile(64, 32, 0, 4, 1)
+    if precision == "tf32x3":
+        if D <= 32:
+            return Tile(64, 16 if D <= 16 else 32, 0, 8, 1)
+        return Tile(32 if D <= 64 else 16, 64, 0, 8, 1)
+    if D <= 16:
+        return Tile(32, 16, 0, 4, 1)
+    return Tile(64, 32, 0, 8, 1) if D <= 64 else Tile(32, 64, 0, 8, 1)
 
 
 def score_splits(users: int, architecture: int) -> int:
@@ -407,6 +479,11 @@ STACK: dict[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = {
         (32, Tile(64, 32, 32, 4, 2)),
         (64, Tile(16, 64, 32, 4, 1)),
     ),
+    ("inverse", "tf32x3", 100): (
+        (16, Tile(64, 16, 16, 4, 2)),
+        (32, Tile(64, 32, 32, 8, 2)),
+        (64, Tile(16, 64, 32, 4, 1)),
+    ),
     ("backward", "ieee", 80): ((16, Tile(32, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 8, 1))),
     ("backward", "tf32x3", 80): (
         (16, Tile(64, 16, 16, 4, 1)),
@@ -418,8 +495,18 @@ STACK: dict[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = {
         (32, Tile(64, 32, 32, 8, 1)),
         (64, Tile(32, 64, 64, 8, 1)),
     ),
+    ("backward", "tf32x3", 100): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(64, 32, 32, 8, 1)),
+        (64, Tile(32, 64, 64, 8, 1)),
+    ),
     ("backward", "tf32", 80): (
         (16, Tile(64, 16, 16, 8, 1)),
+        (32, Tile(64, 32, 32, 8, 1)),
+        (64, Tile(64, 64, 64, 8, 1)),
+    ),
+    ("backward", "tf32", 100): (
+        (16, Tile(32, 16, 16, 4, 1)),
         (32, Tile(64, 32, 32, 8, 1)),
         (64, Tile(64, 64, 64, 8, 1)),
     ),
@@ -437,6 +524,11 @@ STACK: dict[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = {
     ("inverse backward", "tf32x3", 90): (
         (16, Tile(64, 16, 16, 8, 1)),
         (32, Tile(32, 32, 32, 4, 1)),
+        (64, Tile(16, 64, 32, 8, 1)),
+    ),
+    ("inverse backward", "tf32x3", 100): (
+        (16, Tile(64, 16, 16, 4, 1)),
+        (32, Tile(64, 32, 32, 8, 1)),
         (64, Tile(16, 64, 32, 8, 1)),
     ),
 }
@@ -500,12 +592,18 @@ def substitution_block(D: int) -> int:
 def substitution_tile(D: int, precision: str, architecture: int) -> Tile:
     """Of the inverse and its gradient: rows × the block; ``inner`` is 0 where the rows stay in registers."""
     block = substitution_block(D)
-    # With 4 warps a thread would hold 16 elements of a block of 32, and these spilled. So did a product over
-    # 32 where D is no multiple of 16 and every element has an address of its own.
-    tight = precision == "ieee" and architecture >= 90
-    inner = 0 if D <= SUBSTITUTION_HELD else 16 if D % 16 or tight else 32
-    rows = 32 if tight and D > 16 and D % 16 else 64
-    return Tile(rows, block, inner, 4 if block == 16 else 8, 2)
+    if block == 16:
+        return Tile(64, block, 0, 4 if architecture < 100 else 8, 2)
+    # With 4 warps a thread would hold 16 elements of a block of 32, and these spilled. So did in ieee, and
+    # where D is no multiple of 16 and every element has an address of its own, a product over 32.
+    ieee = precision == "ieee"
+    if D <= SUBSTITUTION_HELD:
+        return Tile(32 if ieee else 64, block, 0, 8, 2)
+    if D % 16 != 0:
+        return Tile(16 if ieee else 64, block, 16, 8, 2)
+    if ieee:
+        return Tile(32, block, 16, 8, 1)
+    return Tile(64 if architecture < 90 else 32, block, 32, 8, 2)  # with 64, rows in bfloat16 spilled
 
 
 def inverse_weight_tile(D: int, precision: str, architecture: int) -> Tile:
