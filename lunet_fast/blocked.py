@@ -553,11 +553,12 @@ def _solve_rows(
 def explicit_inverse(packed: Packed, rows: int) -> Tensor | None:
     """(L U)⁻¹ [D, D] by triangular inversion, or None where substitution is better.
 
-    Worth its D³ only for many more rows than columns and for few blocks (beyond, blocked substitution
-    is as fast); refused when κ₁(L)·κ₁(U) says that it would cost accuracy. Never on a
+    Worth its D³ only for many more rows than columns, the more the more blocks there are, whose
+    substitution is then as fast; refused when κ₁(L)·κ₁(U) says that it would cost accuracy. Never on a
     device where reading the condition back would stall the queue.
     """
-    if packed.lu.device.type != "cpu" or packed.size > 2 * BLOCK or rows < 4 * packed.size:
+    least_rows = (4 if packed.size <= 2 * BLOCK else 10) * packed.size
+    if packed.lu.device.type != "cpu" or rows < least_rows:
         return None
     lower, upper = _unit_lower(packed.lu), _upper(packed.lu, packed.diagonal)
     lower_inverse = _invert_triangular(lower, upper=False)

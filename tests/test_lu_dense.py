@@ -795,3 +795,17 @@ def test_conversions_of_dtype_carry_the_buffers() -> None:
     assert layer.double()(x).dtype == torch.float64
     assert layer.permutation.dtype == torch.int64
     torch.testing.assert_close(layer.inverse(layer(x)), x)
+
+
+@pytest.mark.parametrize("rows", [2999, 3000], ids=["by substitution", "by the explicit inverse"])
+def test_inverse_of_many_rows_by_either_way(rows: int) -> None:
+    layer = LUDense(300, activation=LeakySoftplus(0.1))
+    wide = LUDense(300, activation=LeakySoftplus(0.1), dtype=torch.float64)
+    with torch.no_grad():
+        layer.lu.normal_(std=0.2 / 300**0.5)
+        layer.bias.normal_()
+    wide.load_state_dict(layer.state_dict())
+    y = torch.randn(rows, 300)
+    with torch.no_grad():
+        found, truth = layer.inverse(y).double(), wide.inverse(y.double())
+    assert (found - truth).norm() <= 1e-5 * truth.norm()

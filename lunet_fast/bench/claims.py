@@ -32,6 +32,9 @@ ROWS = (1, 8192)
 #: The least D of a fit in time.
 FIT_FROM = 256
 
+#: Rows that tell what one more row costs: so few that a batch goes through the layer as without them.
+MORE_ROWS = 8
+
 #: (operation, rows): what is timed over D.
 CURVES = (
     ("inverse, linear part", 1),
@@ -183,18 +186,19 @@ class _FlopCount(TorchDispatchMode):
 def executed_inverse(features: int, *, active: bool, rows: int = 8192) -> tuple[float, int]:
     """(operations for one more row of a batch of ``rows``, operations that do not depend on the rows).
 
-    Counted from what ``blocked.layer_inverse`` calls for ``rows`` and for 2·``rows``.
+    Counted from what ``blocked.layer_inverse`` calls for ``rows`` and for a few more, which go the same way.
     """
     problem = Problem.draw(features, torch.device("cpu"), torch.float32)
     packed = blocked.Packed.of(problem.packed.float(), None, None)
     family = blocked.Family(ALPHA, 1.0 - ALPHA, 1.0) if active else blocked.Family(1.0, 0.0, 1.0)
     counts = []
-    for n in (rows, 2 * rows):
+    for n in (rows, rows + MORE_ROWS):
         y = torch.randn(n, features)
         with _FlopCount() as counter:
             blocked.layer_inverse(y, packed, problem.bias.float(), family, logabsdet=False, save=False)
         counts.append(counter.flops)
-    return (counts[1] - counts[0]) / rows, 2 * counts[0] - counts[1]
+    each = (counts[1] - counts[0]) / MORE_ROWS
+    return each, round(counts[0] - rows * each)
 
 
 @dataclass(frozen=True)
