@@ -346,7 +346,7 @@ def _error(way: Way, problem: Problem, rows: int, *, compiles: bool) -> tuple[fl
 
 
 def _plain_loss(model: RatingModel, batch: Batch, generator: torch.Generator) -> Tensor:
-    """The loss of ``losses.rating_loss``, member by member, histories by a dense matrix of who rated what."""
+    """The loss of ``losses.hybrid_loss`` with gamma 1, member by member, histories by a dense matrix of who rated what."""
     config, size = model.config, model.config.embedding_size
     users, items, ratings = batch
     kept = _dropout(model, batch, generator)
@@ -369,6 +369,8 @@ def _plain_loss(model: RatingModel, batch: Batch, generator: torch.Generator) ->
             item = item + history(seen.T[items], users, model.item_history.weight[:, part])
         x = torch.cat((user, item), -1)
         z = _plain_network(model, member, x * kept[member])
+        assert model.weight is not None
+        assert model.intercept is not None
         prediction = model.mean + z @ model.weight[member] + model.intercept[member]
         if config.readout == "pair":
             prediction = prediction + (z[:, :size] * z[:, size:]).sum(-1)

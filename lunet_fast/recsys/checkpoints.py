@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from lunet_fast.recsys.config import TrainConfig
 from lunet_fast.recsys.model import RatingModel
+from lunet_fast.recsys.protocols import Parts
 from lunet_fast.recsys.ratings import IdMap
 
 MODEL_FORMAT = "lunet-fast model"
 CHECKPOINT_FORMAT = "lunet-fast checkpoint"
+CANDIDATES_FORMAT = "lunet-fast candidates"
 FORMAT_VERSION = 1
 
 # A process that is killed while it writes leaves a file of this name behind.
@@ -129,7 +131,8 @@ class RunFolderError(ValueError):
 class RunFolder:
     """The files of one training.
 
-    ``config.json``, ``metrics.json``, ``model.safetensors``, ``loss.png``; for resuming, ``checkpoints/``.
+    ``config.json``, ``metrics.json``, ``model.safetensors``, ``loss.png``; ``candidates.safetensors`` where
+    ratings are held out for ranking; for resuming, ``checkpoints/``.
     ``metrics.json`` is written last, so a folder that has one is finished.
     """
 
@@ -137,6 +140,7 @@ class RunFolder:
         self.path = path
         self.config, self.metrics = path / "config.json", path / "metrics.json"
         self.model, self.loss = path / "model.safetensors", path / "loss.png"
+        self.candidates = path / "candidates.safetensors"
         self.checkpoints = path / "checkpoints"
 
     def is_finished(self) -> bool:
@@ -189,7 +193,13 @@ class RunFolder:
                         f"{wanted.get(name)!r}: give the same settings to resume it, or choose another --out"
                     )
             return
-        for old in (self.metrics, self.model, self.loss, *self.checkpoints.glob("*.safetensors")):
+        for old in (
+            self.metrics,
+            self.model,
+            self.loss,
+            self.candidates,
+            *self.checkpoints.glob("*.safetensors"),
+        ):
             old.unlink(missing_ok=True)
         write_json(self.config, config)
 
@@ -245,6 +255,16 @@ def load_model(path: Path) -> TrainedModel:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path}: {reason}") from error
     return TrainedModel(model, users, items, (low, high), item_info)
+
+
+def save_candidates(path: Path, parts: Parts) -> None:
+    """Write what ranking was measured on: held-out pairs ``user`` and ``item``, int64 ``[H]``, and the items
+    ``candidates``, int64 ``[H, C]``, that each was ranked with, all as indices; -1 for none.
+    """
+    assert parts.held_out is not None
+    assert parts.candidates is not None
+    tensors = {"user": parts.held_out.user, "item": parts.held_out.item, "candidates": parts.candidates}
+    write_tensors(path, tensors, CANDIDATES_FORMAT, {"dataset": parts.training.name})
 
 
 def _pack_ids(name: str, ids: IdMap) -> dict[str, Tensor]:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 RECIPES = ("paper", "best")
-SPLITS = ("random", "per-user")
+SPLITS = ("random", "per-user", "leave-one-out", "joint")
 READOUTS = ("linear", "pair")
 SCHEDULES = ("constant", "linear")
+LOSSES = ("mse", "huber", "ordinal", "bpr")
+NEGATIVE_SAMPLINGS = ("uniform", "popularity")
+NEGATIVES_OUTSIDE = ("known", "training")
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,27 @@ class TrainConfig:
     seed: int = 0
     """Seeds the split, the initial weights, the order of the batches and dropout."""
     split: str = "random"
-    """``random``: 80 % of all ratings train; ``per-user``: 80 % of each user's. ``files``: both parts
-    are given; ``none``: all ratings train and nothing is tested."""
+    """``random``: 80 % of all ratings train; ``per-user``: 80 % of each user's. ``leave-one-out``: each
+    user's most recent one is held out for ranking; ``joint``: that, and 80 % of the rest train. ``files``:
+    both parts are given; ``none``: all ratings train and nothing is tested."""
+
+    gamma: float = 1.0
+    """γ of (2.11), the weight of the ratings' loss; the interactions' has 1 - γ. 1 trains ratings alone, 0
+    interactions alone."""
+    loss: str = "mse"
+    """``mse``: squared error (2.12) and cross-entropy (2.13). ``huber``: Huber's loss with delta 1 instead of
+    the square. ``ordinal``: ratings by the proportional-odds model, bounded to the scale. ``bpr``:
+    interactions by Bayesian personalised ranking instead of cross-entropy."""
+    negatives: int = 4
+    """Items without interaction drawn for each training rating."""
+    negative_sampling: str = "uniform"
+    """``uniform``, or ``popularity``: with probability proportional to count^0.75."""
+    negatives_outside: str = "known"
+    """Which of a user's pairs are never drawn: ``known``, of any part of the data, or ``training`` alone, as
+    if the held-out parts were not there."""
+    interaction_share: float = 0.5
+    """Share of each half of z whose product is the interactions'; the rest is the ratings'. Without effect
+    where gamma is 0 or 1."""
 
     members: int = 8
     """Independent models trained side by side; the prediction is the mean of theirs."""
@@ -58,6 +80,10 @@ class TrainConfig:
     """Weight of |x|^2 in the loss."""
     l2_bias: float = 0.005
     """Weight of the squared biases in the loss."""
+    l2_interaction_latent: float = 0.0
+    """As ``l2_latent``, for the interactions' part of z, in their loss."""
+    l2_interaction_embedding: float = 0.0
+    """As ``l2_embedding``, for the interactions' part of x."""
     weight_decay: float = 0.0
     """Adam's own L2 on the embedding tables (each whole table, at each step)."""
     net_weight_decay: float = 0.0
@@ -96,11 +122,14 @@ class TrainConfig:
             ("readout", READOUTS),
             ("schedule", SCHEDULES),
             ("split", (*SPLITS, "files", "none")),
+            ("loss", LOSSES),
+            ("negative_sampling", NEGATIVE_SAMPLINGS),
+            ("negatives_outside", NEGATIVES_OUTSIDE),
         ):
             value = getattr(self, field)
             if value not in allowed:
                 raise ValueError(f"{field}={value!r} is unknown: choose one of {', '.join(allowed)}")
-        sizes = ("members", "embedding_size", "layers", "epochs", "batch_size")
+        sizes = ("members", "embedding_size", "layers", "epochs", "batch_size", "negatives")
         for field in (*sizes, "mlp_embedding_size", "mlp_epochs", "mlp_batch_size", "threads"):
             _require(self, field, int, lambda v: v >= 1, "a whole number of at least 1")
         _require(self, "seed", int, lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")
@@ -108,7 +137,10 @@ class TrainConfig:
             _require(self, field, bool, lambda v: True, "true or false")
         for field in ("learning_rate", "net_learning_rate", "mlp_learning_rate"):
             _require(self, field, float, lambda v: v > 0, "a positive number, such as 1e-3")
-        penalties = ("l2_latent", "l2_embedding", "l2_bias", "weight_decay", "net_weight_decay")
+        penalties = (
+            *("l2_latent", "l2_embedding", "l2_bias", "l2_interaction_latent", "l2_interaction_embedding"),
+            *("weight_decay", "net_weight_decay"),
+        )
         for field in (
             *penalties,
             "mlp_weight_decay",
@@ -117,6 +149,19 @@ class TrainConfig:
             "history_power",
         ):
             _require(self, field, float, lambda v: v >= 0, "a number of at least 0")
+        _require(self, "gamma", float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+        _require(self, "interaction_share", float, lambda v: 0 < v < 1, "a share between 0 and 1")
+        if self.loss == "bpr" and self.gamma == 1:
+            raise ValueError("loss='bpr' is a loss of interactions, which gamma=1.0 leaves out: lower gamma")
+        if self.loss in ("huber", "ordinal") and self.gamma == 0:
+            raise ValueError(
+                f"loss={self.loss!r} is a loss of ratings, which gamma=0.0 leaves out: raise gamma"
+            )
+        if self.embedding_size < 2 and 0 < self.gamma < 1:
+            raise ValueError(
+                f"embedding_size={self.embedding_size} cannot be shared by ratings and interactions: "
+                "give at least 2, or gamma=0 or 1"
+            )
         _require(self, "dropout", float, lambda v: 0 <= v < 1, "a share of at least 0 and below 1")
         _require(self, "alpha", float, lambda v: 0 < v < 1, "a slope between 0 and 1, both excluded")
         object.__setattr__(self, "mlp_hidden", tuple(self.mlp_hidden))
@@ -124,6 +169,13 @@ class TrainConfig:
             raise ValueError(
                 f"mlp_hidden={self.mlp_hidden!r} must be the sizes of one or more layers, such as (64, 32)"
             )
+
+    @property
+    def interaction_size(self) -> int:
+        """How many of the k coordinates of each half are the interactions': the last ones."""
+        if self.gamma in (0, 1):
+            return 0 if self.gamma == 1 else self.embedding_size
+        return min(max(round(self.embedding_size * self.interaction_share), 1), self.embedding_size - 1)
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with some settings changed; an unknown name raises ``ValueError`` listing the known ones."""

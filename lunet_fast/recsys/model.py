@@ -1,4 +1,4 @@
-"""The recommender: embeddings -> x -> LU-Net -> z -> rating; and the MLP it is compared with."""
+"""The recommender: embeddings -> x -> LU-Net -> z -> rating, interaction; and the MLP it is compared with."""
 
 from __future__ import annotations
 
@@ -119,6 +119,10 @@ class _SparseSum(torch.autograd.Function):
         return ctx.transposed @ grad.contiguous(), None, None
 
 
+MOST_LEVELS = 20
+"""Different ratings that loss ``ordinal`` takes: it has a threshold between every two."""
+
+
 class Histories(NamedTuple):
     """Sums of the history vectors, from :meth:`RatingModel.histories`; None for a side without."""
 
@@ -135,29 +139,42 @@ class Output(NamedTuple):
     """``[K, B, D]`` the network's input, as fed (without dropout)."""
     z: Tensor
     """``[K, B, D]`` the latent vectors f(x)."""
-    prediction: Tensor
-    """``[K, B]`` the members' ratings, not clipped."""
+    score: Tensor | None
+    """``[K, B]`` the rating read-out; None with gamma 0. :meth:`RatingModel.rating` makes ratings of it."""
+    logit: Tensor | None
+    """``[K, B]`` the interaction read-out, of which (2.14) takes the sigmoid; None with gamma 1."""
     bias: Tensor | None
-    """``[K, B, 2]`` the biases of user and item, where the model has them."""
+    """``[K, B, 2]`` the biases of user and item in ``score``, where the model has them."""
 
 
 class RatingModel(nn.Module):
-    """Rating model of the paper: x = [user vector; item vector], z = f(x) by LU-Net, a read-out of z (2.12).
+    """Model of the paper with two read-outs: x = [user vector; item vector], z = f(x) by LU-Net, and from the
+    one z a rating (2.12) and the logit of an interaction (2.14).
 
     x in R^D, D = 2k. The user's half is an embedding plus, with ``user_history``, the sum of a second
     embedding over the items the user rated in training, divided by their number to a power; the item's half
     likewise. The pair's own rating is left out of both histories, or training would see what prediction
-    cannot. The rating is
+    cannot. The read-outs are
 
-        mean + w.z + c                                        (readout ``linear``)
-        mean + w.z + c + z_u.z_i                              (readout ``pair``; z_u, z_i the halves of z)
+        rating = mean + w.z + c                          (readout ``linear``)
+        rating = mean + w.z + c + z_u[:r].z_i[:r]        (readout ``pair``; z_u, z_i the halves of z)
+        logit  = v.z + a + a_i + z_u[r:].z_i[r:]         (``pair``; without the product ``linear``)
 
-    plus biases of user and item with ``biases``. K ``members`` are independent models in one module: tables
-    hold their vectors side by side, ``nets`` their networks, and the prediction is the mean of theirs.
+    plus, for the rating, biases of user and item with ``biases``. The interactions have q = k - r =
+    ``config.interaction_size`` coordinates of each half for themselves, because ratings need about ten times
+    the regularisation. With gamma 1 there is no logit and r = k, with gamma 0 no rating and r = 0.
+
+    The rating is unbounded: predictions are clipped to the scale, where squared error has its optimum, and
+    the read-out stays affine in z's products. With loss ``ordinal`` it is bounded: the read-out is then the
+    score s of P(rating > level l) = sigmoid(s - threshold_l), and the rating its expectation.
+
+    K ``members`` are independent models in one module: tables hold their vectors side by side, ``nets`` their
+    networks, and each read-out is the mean of theirs.
 
     ``users``, ``items`` (int64 ``[N]``) and ``ratings`` (float ``[N]``) are the training part; ids go to
     n_users - 1 and n_items - 1. A pair whose user or item has no rating there is predicted by mean + d_u +
-    d_i, the mean deviations d = sum(rating - mean) / (n + 10), zero for what is unknown.
+    d_i, the mean deviations d = sum(rating - mean) / (n + 10), zero for what is unknown. Its logit is that of
+    the mean user or of an item nobody chose (:meth:`interaction`).
 
     A pass over B pairs costs O(K (B M D^2 + nnz k)), nnz the number of training pairs, if histories are used.
     """
@@ -165,6 +182,7 @@ class RatingModel(nn.Module):
     mean: Tensor
     user_deviation: Tensor
     item_deviation: Tensor
+    levels: Tensor | None
 
     def __init__(
         self, config: TrainConfig, users: Tensor, items: Tensor, ratings: Tensor, n_users: int, n_items: int
@@ -174,13 +192,26 @@ class RatingModel(nn.Module):
         super().__init__()
         mean = ratings.double().mean()
         residual = ratings.double() - mean
-        self._build(config, Interactions(users, items, n_users, n_items))
+        levels = torch.unique(ratings.double()) if config.loss == "ordinal" else None
+        if levels is not None and not 2 <= len(levels) <= MOST_LEVELS:
+            raise ValueError(
+                f"loss='ordinal' needs 2 to {MOST_LEVELS} different ratings, and these have {len(levels)}: "
+                "choose loss='mse'"
+            )
+        self._build(config, Interactions(users, items, n_users, n_items), levels)
         self.mean.copy_(mean)
         for buffer, index in ((self.user_deviation, users), (self.item_deviation, items)):
             total = torch.zeros(len(buffer), dtype=torch.float64, device=index.device).index_add_(
                 0, index, residual
             )
             buffer.copy_(total / (torch.bincount(index, minlength=len(buffer)) + 10))
+
+        if self.thresholds is not None and levels is not None:
+            # From the shares of the ratings, so that a score of 0 predicts their distribution.
+            below = torch.tensor([(ratings.double() <= level).double().mean() for level in levels[:-1]])
+            thresholds = torch.logit(below)
+            with torch.no_grad():
+                self.thresholds.copy_(torch.cat((thresholds[:1], thresholds.diff().log())))
 
     @classmethod
     def from_state(
@@ -193,15 +224,16 @@ class RatingModel(nn.Module):
             indptr, indices = state["interactions.indptr"], state["interactions.indices"]
             if len(indptr) != n_users + 1:
                 raise ValueError(f"the model has {len(indptr) - 1} users but {n_users} user ids")
+            levels = state.get("levels")
             # Loading a model must not move the generator that someone's own program draws from.
             with torch.random.fork_rng(devices=[]):
-                model._build(config, Interactions.from_csr(indptr, indices, n_items))
+                model._build(config, Interactions.from_csr(indptr, indices, n_items), levels)
             model.load_state_dict(state)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"the saved tensors do not fit the model's settings: {error}") from error
         return model
 
-    def _build(self, config: TrainConfig, interactions: Interactions) -> None:
+    def _build(self, config: TrainConfig, interactions: Interactions, levels: Tensor | None) -> None:
         self.config = config
         self.interactions = interactions
         n_users, n_items = interactions.n_users, interactions.n_items
@@ -211,13 +243,23 @@ class RatingModel(nn.Module):
         # One vector for each item as part of a user's history, and the other way round.
         self.user_history = nn.Embedding(n_items, members * size) if config.user_history else None
         self.item_history = nn.Embedding(n_users, members * size) if config.item_history else None
-        self.user_bias = nn.Parameter(torch.zeros(n_users, members)) if config.biases else None
-        self.item_bias = nn.Parameter(torch.zeros(n_items, members)) if config.biases else None
+        rates, interacts = config.gamma > 0, config.gamma < 1
+        biased = rates and config.biases
+        self.user_bias = nn.Parameter(torch.zeros(n_users, members)) if biased else None
+        self.item_bias = nn.Parameter(torch.zeros(n_items, members)) if biased else None
         self.nets = nn.ModuleList(
             LUNet(2 * size, config.layers, LeakySoftplus(config.alpha)) for _ in range(members)
         )
-        self.weight = nn.Parameter(torch.zeros(members, 2 * size))
-        self.intercept = nn.Parameter(torch.zeros(members))
+        self.weight = nn.Parameter(torch.zeros(members, 2 * size)) if rates else None
+        self.intercept = nn.Parameter(torch.zeros(members)) if rates else None
+        self.interaction_weight = nn.Parameter(torch.zeros(members, 2 * size)) if interacts else None
+        self.interaction_intercept = nn.Parameter(torch.zeros(members)) if interacts else None
+        self.item_logit = nn.Parameter(torch.zeros(n_items, members)) if interacts else None
+        self.register_buffer("levels", None if levels is None else levels.float())
+        self.thresholds = None
+        if levels is not None:
+            # Increasing from the start; a member's order is kept by the steps' exponentials (to_rating).
+            self.thresholds = nn.Parameter(torch.zeros(members, len(levels) - 1))
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("user_deviation", torch.zeros(n_users))
         self.register_buffer("item_deviation", torch.zeros(n_items))
@@ -225,7 +267,9 @@ class RatingModel(nn.Module):
             for table in self.tables():
                 table.weight.normal_(std=config.embedding_std)
             if config.readout == "linear":
-                self.weight.normal_(std=0.1)
+                for weight in (self.weight, self.interaction_weight):
+                    if weight is not None:
+                        weight.normal_(std=0.1)
 
     def tables(self) -> list[nn.Embedding]:
         """The embedding tables, each ``[users or items, K k]``."""
@@ -247,33 +291,63 @@ class RatingModel(nn.Module):
         items: Tensor,
         *,
         histories: Histories | None = None,
-        observed: bool | None = None,
+        observed: bool | Tensor | None = None,
         dropout_generator: torch.Generator | None = None,
     ) -> Output:
         """One pass over B pairs; ``users``, ``items`` int64 ``[B]``.
 
-        ``histories`` are computed unless given. ``observed`` says whether these pairs are training ratings,
-        whose items are left out of the histories; None looks it up pair by pair. Dropout acts only where a
-        generator (on the model's device) is given.
+        ``histories`` are computed unless given. ``observed`` says whether these pairs, all or each (bool
+        ``[B]``), are training ratings, whose items are left out of the histories; None looks it up. Dropout
+        acts only where a generator (on the model's device) is given.
         """
-        x = self._embed(users, items, histories or self.histories(), observed)
+        x = self.embed(users, items, histories or self.histories(), observed)
         fed = x
         if dropout_generator is not None and self.config.dropout:
             keep = 1 - self.config.dropout
             fed = x * torch.empty_like(x).bernoulli_(keep, generator=dropout_generator).div_(keep)
         z = self.network(fed)
-        constant = (self.mean + self.intercept).view(-1, 1, 1)
-        prediction = torch.baddbmm(constant, z, self.weight.unsqueeze(-1)).squeeze(-1)
-        if self.config.readout == "pair":
-            z_user, z_item = z.chunk(2, dim=-1)
-            prediction = prediction + (z_user * z_item).sum(-1)
-        bias = None
+        # Which coordinates of each half are whose: the interactions have the last ones.
+        own = self.config.embedding_size - self.config.interaction_size
+        score = logit = bias = None
+        if self.weight is not None and self.intercept is not None:
+            constant = self.intercept if self.thresholds is not None else self.mean + self.intercept
+            score = self._read_out(z, self.weight, constant, slice(None, own))
         if self.user_bias is not None and self.item_bias is not None:
             bias = torch.stack(
                 (F.embedding(users, self.user_bias).t(), F.embedding(items, self.item_bias).t()), -1
             )
-            prediction = prediction + bias.sum(-1)
-        return Output(x, z, prediction, bias)
+            score = bias.sum(-1) if score is None else score + bias.sum(-1)
+        weight, intercept, item_logit = self.interaction_weight, self.interaction_intercept, self.item_logit
+        if weight is not None and intercept is not None and item_logit is not None:
+            logit = self._read_out(z, weight, intercept, slice(own, None))
+            logit = logit + F.embedding(items, item_logit).t()
+        return Output(x, z, score, logit, bias)
+
+    def _read_out(self, z: Tensor, weight: Tensor, constant: Tensor, product: slice) -> Tensor:
+        """``[K, B]``: w.z + constant, and with readout ``pair`` the product of the halves over a slice."""
+        score = torch.baddbmm(constant.view(-1, 1, 1), z, weight.unsqueeze(-1)).squeeze(-1)
+        if self.config.readout == "pair":
+            z_user, z_item = z.chunk(2, dim=-1)
+            score = score + (z_user[..., product] * z_item[..., product]).sum(-1)
+        return score
+
+    def rating(self, score: Tensor) -> Tensor:
+        """Ratings of ``score``, the members' mean read-out: itself, or with loss ``ordinal`` the expectation
+
+            level_1 + sum_l (level_{l+1} - level_l) sigmoid(score - threshold_l),
+
+        thresholds being the mean of the members'. Increasing in ``score``; any shape, O(levels) each.
+        """
+        if self.thresholds is None or self.levels is None:
+            return score
+        above = torch.sigmoid(score.unsqueeze(-1) - self.increasing_thresholds().mean(0))
+        return self.levels[0] + above @ self.levels.diff()
+
+    def increasing_thresholds(self) -> Tensor:
+        """``[K, levels - 1]`` of loss ``ordinal``: the first parameter, and steps exp(parameter) > 0."""
+        assert self.thresholds is not None
+        first, steps = self.thresholds[:, :1], self.thresholds[:, 1:].exp()
+        return torch.cat((first, first + steps.cumsum(-1)), dim=-1)
 
     def network(self, x: Tensor) -> Tensor:
         """z = f(x), both ``[K, B, D]``: all members' layers m in one call, for K small ones cost more."""
@@ -303,9 +377,10 @@ class RatingModel(nn.Module):
         return torch.stack([cast(LUNet, net).inverse(part) for net, part in zip(self.nets, z, strict=True)])
 
     def forward(self, users: Tensor, items: Tensor, histories: Histories | None = None) -> Tensor:
-        """Ratings ``[B]``, not clipped: the mean of the members', or the fall-back.
+        """Ratings ``[B]``, not clipped: :meth:`rating` of the members' mean, or the fall-back.
 
-        An index of -1 stands for a user or item that the model has never seen.
+        An index of -1 stands for a user or item that the model has never seen. ``ValueError`` for a model
+        trained with gamma 0, which knows no ratings.
         """
         known_user, known_item = users.clamp(min=0), items.clamp(min=0)
         fallback = self.mean.expand(len(users))
@@ -317,11 +392,44 @@ class RatingModel(nn.Module):
             rated = (given >= 0) & (counts[index] > 0)
             fallback = fallback + deviation[index] * rated
             known = known & rated
-        prediction = self.output(known_user, known_item, histories=histories).prediction.mean(0)
-        return torch.where(known, prediction, fallback)
+        score = self.output(known_user, known_item, histories=histories).score
+        if score is None:
+            raise ValueError("this model was trained with gamma=0, on interactions alone: it rates nothing")
+        return torch.where(known, self.rating(score.mean(0)), fallback)
 
-    def _embed(self, users: Tensor, items: Tensor, histories: Histories, observed: bool | None) -> Tensor:
-        """x ``[K, B, D]``."""
+    def interaction(self, users: Tensor, items: Tensor, histories: Histories | None = None) -> Tensor:
+        """Logits ``[B]`` of an interaction, the members' mean; sigmoid makes the probability (2.14) of them.
+
+        Where the user or the item (index -1) has none in training: :meth:`popularity` of the item. The
+        probability is that of a pair among ``1 + negatives`` drawn for it, not of one among all pairs.
+        ``ValueError`` for a model trained with gamma 1, on ratings alone.
+        """
+        known_user, known_item = users.clamp(min=0), items.clamp(min=0)
+        logit = self.output(known_user, known_item, histories=histories).logit
+        if logit is None:
+            raise ValueError(
+                "this model was trained with gamma=1, on ratings alone: train with gamma below 1"
+            )
+        popularity = self.popularity()
+        fallback = torch.where(items >= 0, popularity[known_item], _log_odds(0, self.interactions.n_users))
+        known = (users >= 0) & (items >= 0)
+        known &= self.interactions.user_counts[known_user] > 0
+        known &= self.interactions.item_counts[known_item] > 0
+        return torch.where(known, logit.mean(0), fallback)
+
+    def popularity(self) -> Tensor:
+        """``[n_items]``: log of (n + 1) / (users - n + 1), n the users who chose the item in training."""
+        return _log_odds(self.interactions.item_counts, self.interactions.n_users)
+
+    def embed(
+        self, users: Tensor, items: Tensor, histories: Histories, observed: bool | Tensor | None
+    ) -> Tensor:
+        """x ``[K, B, D]``, the network's input: the user's half, then the item's.
+
+        ``observed`` says of the pairs, of all or bool ``[B]``, whether they are training ratings, whose own
+        entry is left out of both histories; None looks each up. Without a pair's own entry the user's half
+        does not depend on the item, nor the item's on the user.
+        """
         seen = self.interactions
         own = seen.contains(users, items) if observed is None else observed
         user, item = self.user_embedding(users), self.item_embedding(items)
@@ -346,6 +454,11 @@ class RatingModel(nn.Module):
             rest, count = rest - entry, count - 1
         scale = count.clamp(min=1).to(sums.dtype).pow(-self.config.history_power)
         return rest * scale.unsqueeze(-1)
+
+
+def _log_odds(count: Tensor | int, total: int) -> Tensor:
+    share = torch.as_tensor(count, dtype=torch.float32)
+    return torch.log((share + 1) / (total - share + 1))
 
 
 class MLPModel(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,9 @@ import torch
 from lunet_fast.recsys.checkpoints import RunFolder, TrainedModel, load_model, save_model, write_json
 from lunet_fast.recsys.config import TrainConfig, recipe
 from lunet_fast.recsys.evaluation import CHUNK
-from lunet_fast.recsys.model import Histories
+from lunet_fast.recsys.model import Histories, RatingModel
 from lunet_fast.recsys.ratings import IdMap, Ratings, from_frame, read_ratings
-from lunet_fast.recsys.scoring import ItemScorer, training_pairs
+from lunet_fast.recsys.scoring import ItemScorer, ranking_readout, training_pairs
 from lunet_fast.recsys.training import Progress, train
 
 USERS = 1024
@@ -100,20 +101,26 @@ class LUNetRecommender:
         each of the other. Ids that training has not seen raise no error: such a pair is predicted by ``mean +
         d_user + d_item``, the mean of the training ratings and the mean deviations of the user and of the
         item from it, shrunk by n / (n + 10) for n ratings and 0 for what is unseen. So a pair unknown on both
-        sides gets the mean. Cost: O(nnz) once for nnz training ratings, then O(D^2) a pair.
+        sides gets the mean. ``ValueError`` with gamma 0, whose training knows no ratings. Cost: O(nnz) once
+        for nnz training ratings, then O(D^2) a pair.
         """
-        trained = self.trained
-        user, item = (
-            torch.from_numpy(ids.index(given))
-            for ids, given in ((trained.users, users), (trained.items, items))
-        )
-        if len(user) != len(item) and 1 not in (len(user), len(item)):
-            raise ValueError(f"users has {len(user)} ids and items {len(item)}: give as many of each, or one")
-        user, item = (side.clone() for side in torch.broadcast_tensors(user, item))
-        if not len(user):
-            return np.empty(0, dtype=np.float32)
-        prediction: npt.NDArray[np.float32] = self._rate(user, item).clamp_(*trained.scale).numpy()
-        return prediction
+        ratings = self._in_chunks(self.trained.model, *self._pairs(users, items))
+        result: npt.NDArray[np.float32] = ratings.clamp_(*self.trained.scale).numpy()
+        return result
+
+    def score(self, users: Any, items: Any) -> npt.NDArray[np.float32]:
+        """Logits of an interaction, float32 ``[N]``: the higher, the sooner the user would choose the item.
+
+        ``users`` and ``items`` as for :meth:`predict`. The sigmoid is the probability (2.14) of an
+        interaction among the pairs of training, where ``negatives`` without stand beside each one with: an
+        order of items, not a frequency. Where training has not seen the user or the item, the logit is that
+        of the item's popularity, log of (n + 1) / (users - n + 1) for n users who chose it.
+
+        ``ValueError`` with gamma 1, whose training knows no interactions. Cost as :meth:`predict`'s.
+        """
+        logits = self._in_chunks(self.trained.model.interaction, *self._pairs(users, items))
+        result: npt.NDArray[np.float32] = logits.numpy()
+        return result
 
     def recommend(
         self, users: Any, k: int = 10, *, exclude_seen: bool = True, items: Any = None
@@ -131,12 +138,14 @@ class LUNetRecommender:
         to choose from, by default all of the training data; ``exclude_seen`` leaves out what the user rated
         in training. A user gets fewer rows where fewer than k items are left.
 
-        ``score`` is what :meth:`predict` gives for the pair, clipped to the scale; items are ranked by the
-        rating before it is clipped, so that several with the highest rating still have an order. Of equal
-        ratings the item comes first that does in :attr:`items`.
+        With gamma below 1 the items are ranked by :meth:`score`, which is trained to rank, and that is the
+        column ``score``. With gamma 1 it is what :meth:`predict` gives for the pair, clipped to the scale;
+        the order is that of the rating before it is clipped. Of equal ones the item comes first that does in
+        :attr:`items`.
 
-        Ids that training has not seen raise no error and have :meth:`predict`'s fall-back: an unseen user
-        gets the items of the highest mean deviation d_item, an unseen item stands at mean + d_user.
+        Ids that training has not seen raise no error and have the fall-back of :meth:`score` or
+        :meth:`predict`: an unseen user gets the most popular items, or with gamma 1 those of the highest mean
+        deviation d_item; an unseen item stands where nobody's choice does, or at mean + d_user.
 
         Cost: O(K M D²) for a user and item, on ``device``; what depends on one of them alone is computed
         once. Memory: :func:`~lunet_fast.recsys.scoring.score_topk`'s for USERS users, and the result.
@@ -164,12 +173,14 @@ class LUNetRecommender:
         user_ids = [
             trained.users.ids[i] if i >= 0 else user for user, i in zip(given, index.tolist(), strict=True)
         ]
+        if ranking_readout(trained.model) == "rating":
+            score = score.clip(*trained.scale)
         return pd.DataFrame(
             {
                 "user": pd.Series(np.array(user_ids, dtype=object)[row], dtype=object).infer_objects(),
                 "rank": _place_in_row(row) + 1,
                 "item": pd.Series(item_ids[item], dtype=item_ids.dtype).infer_objects(),
-                "score": score.clip(*trained.scale),
+                "score": score,
             }
         )
 
@@ -177,7 +188,7 @@ class LUNetRecommender:
     def _ranked(
         self, users: torch.Tensor, k: int, exclude_seen: bool, candidates: torch.Tensor | None, unseen: int
     ) -> _Ranked:
-        """The k best for each of ``users``, int64 ``[U]``, -1 for unseen ones, with ratings not clipped.
+        """The k best for each of ``users``, int64 ``[U]``, -1 for unseen ones, with scores not clipped.
 
         ``candidates`` are the places of known items, ascending, or None for all of them; ``unseen`` items
         without a place count on from the last known one.
@@ -193,8 +204,14 @@ class LUNetRecommender:
 
         found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         scores, items = scorer.best(warm, k, candidates)
+        rates = scorer.readout == "rating"
+        if rates:
+            # -inf stands for no item at all, of which no rating is to be made.
+            scores = torch.where(items < 0, scores, model.rating(scores))
+        popularity = torch.cat((model.popularity(), _nobodys_choice(model).expand(unseen)))
         found.append((warm_rows.repeat_interleave(k), items.flatten(), scores.flatten()))
-        found.append(_every_pair(warm_rows, cold, (model.mean + model.user_deviation[warm]).unsqueeze(1)))
+        unrated = (model.mean + model.user_deviation[warm]).unsqueeze(1) if rates else popularity[cold]
+        found.append(_every_pair(warm_rows, cold, unrated))
         if not exclude_seen:
             # A training rating is predicted with its own entry left out: another x than scorer's.
             rows, items = training_pairs(model, warm)
@@ -202,29 +219,49 @@ class LUNetRecommender:
                 inside = torch.isin(items, candidates)
                 rows, items = rows[inside], items[inside]
             if len(rows):
-                found.append((warm_rows[rows], items, self._rate(warm[rows], items)))
+                read = model if rates else model.interaction
+                found.append((warm_rows[rows], items, self._in_chunks(read, warm[rows], items)))
         if len(cold_rows):
             places = torch.cat((known, n_items + torch.arange(unseen)))
-            rating = model.mean.expand(len(places)).clone()
-            rating[: len(known)] += model.item_deviation[known] * (counts[known] > 0)
-            best = rating.sort(descending=True, stable=True).indices[:k]
-            found.append(_every_pair(cold_rows, places[best], rating[best]))
+            score = popularity[places]
+            if rates:
+                score = model.mean.expand(len(places)).clone()
+                score[: len(known)] += model.item_deviation[known] * (counts[known] > 0)
+            best = score.sort(descending=True, stable=True).indices[:k]
+            found.append(_every_pair(cold_rows, places[best], score[best]))
 
-        row, item, score = (torch.cat(side).numpy() for side in zip(*found, strict=True))
-        order = np.lexsort((item, -score, row))
-        order = order[score[order] > -np.inf]
+        row, item, values = (torch.cat(side).numpy() for side in zip(*found, strict=True))
+        order = np.lexsort((item, -values, row))
+        order = order[values[order] > -np.inf]
         order = order[_place_in_row(row[order]) < k]
-        return _Ranked(row[order], item[order], score[order])
+        return _Ranked(row[order], item[order], values[order])
 
     @torch.no_grad()
-    def _rate(self, users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-        """Ratings ``[B]``, not clipped, of pairs of indices, int64 ``[B]`` with B > 0; CHUNK at a time."""
-        model, histories = self.trained.model, self._kept_histories()
+    def _in_chunks(
+        self,
+        read: Callable[[torch.Tensor, torch.Tensor, Histories], torch.Tensor],
+        users: torch.Tensor,
+        items: torch.Tensor,
+    ) -> torch.Tensor:
+        """``read``, the model or its ``interaction``, of pairs of indices, int64 ``[B]``; CHUNK at a time."""
+        histories = self._kept_histories()
         parts = [
-            model(user, item, histories)
+            read(user, item, histories)
             for user, item in zip(users.split(CHUNK), items.split(CHUNK), strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts) if len(users) else torch.empty(0)
+
+    def _pairs(self, users: Any, items: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices, int64 ``[N]`` each, of ids; a single one on one side goes with each of the other."""
+        trained = self.trained
+        user, item = (
+            torch.from_numpy(ids.index(given))
+            for ids, given in ((trained.users, users), (trained.items, items))
+        )
+        if len(user) != len(item) and 1 not in (len(user), len(item)):
+            raise ValueError(f"users has {len(user)} ids and items {len(item)}: give as many of each, or one")
+        user, item = (side.clone() for side in torch.broadcast_tensors(user, item))
+        return user, item
 
     @torch.no_grad()
     def _kept_histories(self) -> Histories:
@@ -299,6 +336,11 @@ def _listed(ids: Any) -> list[Any]:
         ids = ids.detach().cpu().numpy()
     values: list[Any] = np.asarray(ids, dtype=object).reshape(-1).tolist()
     return values
+
+
+def _nobodys_choice(model: RatingModel) -> torch.Tensor:
+    """The popularity ``[1]`` of an item that training has not seen."""
+    return -torch.log(torch.tensor([model.interactions.n_users + 1.0]))
 
 
 def _every_pair(

@@ -40,11 +40,17 @@ def table_2(values: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def save_loss_figure(path: Path, title: str, train: Sequence[float], test: Sequence[float]) -> None:
+def save_loss_figure(
+    path: Path,
+    title: str,
+    train: Sequence[float],
+    test: Sequence[float],
+    ylabel: str = "mean squared error",
+) -> None:
     """Draw training and test loss by epoch, as figures 3 and 4 of the paper, into a PNG file.
 
-    ``train`` and ``test`` are mean squared errors, one an epoch; ``test`` may be empty. Needs matplotlib, of
-    the extra ``lunet-fast[train]``; no display.
+    ``train`` and ``test`` have a number an epoch, of what ``ylabel`` says; ``test`` may be empty. Needs
+    matplotlib, of the extra ``lunet-fast[train]``; no display.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -71,7 +77,7 @@ def save_loss_figure(path: Path, title: str, train: Sequence[float], test: Seque
             )
     axes.set_title(title, loc="left", fontsize=12)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("mean squared error")
+    axes.set_ylabel(ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.margins(x=0.06)
     axes.grid(axis="y", color="#dddddd")

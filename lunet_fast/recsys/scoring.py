@@ -66,23 +66,33 @@ class Seen(NamedTuple):
 class ItemScorer:
     """The scores of a trained :class:`RatingModel` for any of its users and items that training did not pair.
 
-    What depends on an item alone is computed here, once: O(K (I k D + M D³)) time and K I D numbers for K
-    members, M layers and I items. Later changes of the model are not seen. ``device`` is where scores are
-    computed; the model stays where it is.
+    ``readout`` says which: ``rating``, the score of which :meth:`RatingModel.rating` makes a rating, or
+    ``interaction``, the logit; by default the one that ranks (:func:`ranking_readout`). What depends on an
+    item alone is computed here, once: O(K (I k D + M D³)) time and K I D numbers for K members, M layers and
+    I items. Later changes of the model are not seen. ``device`` is where scores are computed; the model stays
+    where it is.
     """
 
-    def __init__(self, model: RatingModel, histories: Histories, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: RatingModel,
+        histories: Histories,
+        device: torch.device | str = "cpu",
+        readout: str | None = None,
+    ) -> None:
         self.model, self.histories, self.device = model, histories, torch.device(device)
+        self.readout = readout or ranking_readout(model)
         with torch.no_grad():
-            first, self._user_bias, net, self._constant = _split(model)
+            first, self._user_bias, net, self._constant = _split(model, self.readout)
             k = model.config.embedding_size
             self._user_weight = first[..., :k]
             every = torch.arange(model.interactions.n_items, device=first.device)
             # Any user will do: without its own rating, an item's half of x is the same for all.
-            vectors = model._embed(torch.zeros_like(every), every, histories, False)[..., k:]
+            vectors = model.embed(torch.zeros_like(every), every, histories, False)[..., k:]
             offset = torch.zeros_like(vectors[0, :, 0])
-            if model.item_bias is not None:
-                offset = model.item_bias.mean(1)
+            item_offset = model.item_bias if self.readout == "rating" else model.item_logit
+            if item_offset is not None:
+                offset = item_offset.mean(1)
             # The network says nothing of an item without ratings, and −∞ is never among the best.
             offset = offset.masked_fill(model.interactions.item_counts == 0, -torch.inf)
         self.q, self.item_offset = self._moved(vectors @ first[..., k:].mT), self._moved(offset)
@@ -96,16 +106,16 @@ class ItemScorer:
     def users(self, users: Tensor) -> tuple[Tensor, Tensor]:
         """(p ``[K, U, D]``, user offset ``[U]``) of ``users``, int64 ``[U]``; O(K U k D)."""
         model, k = self.model, self.model.config.embedding_size
-        vectors = model._embed(users, torch.zeros_like(users), self.histories, False)[..., :k]
+        vectors = model.embed(users, torch.zeros_like(users), self.histories, False)[..., :k]
         p = torch.baddbmm(self._user_bias.unsqueeze(1), vectors, self._user_weight.mT)
         offset = self._constant.expand(len(users))
-        if model.user_bias is not None:
+        if self.readout == "rating" and model.user_bias is not None:
             offset = offset + model.user_bias[users].mean(1)
         return self._moved(p), self._moved(offset)
 
     @torch.no_grad()
     def scores(self, users: Tensor) -> Tensor:
-        """Ratings ``[U, I]``, not clipped, of every item for ``users``, int64 ``[U]``, on ``device``.
+        """Scores ``[U, I]`` of every item for ``users``, int64 ``[U]``, on ``device``.
 
         Of pairs that are no training ratings, of users that have some, they are the model's to rounding; −∞
         where the item has no training rating.
@@ -115,7 +125,7 @@ class ItemScorer:
 
     @torch.no_grad()
     def best(self, users: Tensor, k: int, candidates: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(ratings, items), both ``[U, k]`` and on the CPU: the k best for each of ``users``, best first.
+        """(scores, items), both ``[U, k]`` and on the CPU: the k best for each of ``users``, best first.
 
         ``users``, int64 ``[U]``, have training ratings; those pairs are left out. ``candidates``, int64 and
         ascending, are the items to choose from, by default all. Items without training ratings are left out
@@ -156,21 +166,36 @@ def training_pairs(model: RatingModel, users: Tensor) -> tuple[Tensor, Tensor]:
     return rows, interactions.indices[place].long()
 
 
-def _split(model: RatingModel) -> tuple[Tensor, Tensor, SplitNet, Tensor]:
-    """(W_1 [K, D, D], b_1 [K, D], what follows, the constant part of every score)."""
+def ranking_readout(model: RatingModel) -> str:
+    """``interaction`` where the model has that read-out, for it is trained to rank; otherwise ``rating``."""
+    return "rating" if model.interaction_weight is None else "interaction"
+
+
+def _split(model: RatingModel, which: str) -> tuple[Tensor, Tensor, SplitNet, Tensor]:
+    """(W_1 [K, D, D], b_1 [K, D], what follows, the constant part of every score) of one read-out."""
     nets = [[cast(LUDense, layer) for layer in cast(LUNet, net).layers] for net in model.nets]
     weight = torch.stack([torch.stack([layer.weight for layer in net]) for net in nets])
     bias = torch.stack([torch.stack([cast(Tensor, layer.bias) for layer in net]) for net in nets])
     layers = weight.shape[1]
     activation = nets[0][0].activation  # every layer but the last has the same, and its slopes are fixed
     slopes: Slopes = (1.0, 1.0, 1.0) if activation is None else activation.slopes()
-    constant = model.mean + model.intercept.mean()
-    readout: Tensor = model.weight
+    own = model.config.embedding_size - model.config.interaction_size
+    if which == "rating":
+        chosen, intercept, product = model.weight, model.intercept, slice(None, own)
+    else:
+        chosen, intercept, product = model.interaction_weight, model.interaction_intercept, slice(own, None)
+    if chosen is None or intercept is None:
+        raise ValueError(f"gamma={model.config.gamma:g}: this model was trained without the {which} read-out")
+    readout: Tensor = chosen
+    constant = intercept.mean()
+    if which == "rating" and model.thresholds is None:
+        constant = constant + model.mean
     curvature: Tensor | None = None
     if model.config.readout == "pair":
         # w.z = w_u.(s + d) + w_i.(s − d)
         readout = 2 * _halves_turned(readout, dim=-1)
-        half = torch.ones_like(readout.chunk(2, dim=-1)[0])
+        half = torch.zeros_like(readout.chunk(2, dim=-1)[0])
+        half[:, product] = 1
         curvature = torch.cat((half, -half), dim=-1)
         last, last_bias = _halves_turned(weight[:, -1], dim=-2), _halves_turned(bias[:, -1], dim=-1)
         weight = torch.cat((weight[:, :-1], last.unsqueeze(1)), dim=1)

@@ -25,16 +25,19 @@ from lunet_fast.recsys.checkpoints import (
     load_model,
     load_training,
     read_json,
+    save_candidates,
     save_model,
     save_training,
     write_json,
 )
 from lunet_fast.recsys.config import TrainConfig
 from lunet_fast.recsys.evaluation import decode, predict_ratings, reconstruct
-from lunet_fast.recsys.losses import rating_loss
+from lunet_fast.recsys.losses import Losses, hybrid_loss
 from lunet_fast.recsys.model import MLPModel, RatingModel, perceptron
+from lunet_fast.recsys.negatives import NegativeSampler
+from lunet_fast.recsys.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.ratings import Ratings
-from lunet_fast.recsys.splits import per_user_split, random_split
+from lunet_fast.recsys.scoring import ItemScorer
 
 CHECK_EVERY = 50
 """Steps between two looks at the loss: each look waits for the device."""
@@ -61,8 +64,8 @@ class Progress:
 class Curve:
     """Mean squared error by epoch: while training, and on the test part (empty without one).
 
-    ``elapsed`` is the time spent training up to the end of each epoch, in seconds, without evaluation and
-    files.
+    With gamma 0 there are no ratings to be wrong about, and ``train`` is the interactions' loss. ``elapsed``
+    is the time spent training up to the end of each epoch, in seconds, without evaluation and files.
     """
 
     train: list[float] = field(default_factory=list)
@@ -119,8 +122,9 @@ def train(
 
     ``ratings`` is split as ``config.split`` and ``config.seed`` say. With ``test`` given it is the training
     part itself, and the split is called ``files`` (:func:`~lunet_fast.recsys.splits.join` gives two files
-    one set of ids). The last epoch's weights are the result: the test part is evaluated at each epoch for
-    the loss figure, and nothing decides by it.
+    one set of ids). Metrics of ranking are those of
+    :func:`~lunet_fast.recsys.protocols.evaluate_ranking`. The last epoch's weights are the result: the test
+    part is evaluated at each epoch for the loss figure, and nothing decides by it.
 
     ``out`` is the run folder to write; without it nothing is written. There, ``resume`` goes on from the
     last checkpoint to the weights that the uninterrupted training would have given, bit for bit on a CPU;
@@ -137,12 +141,13 @@ def train(
         folder.prepare(resume=resume, overwrite=overwrite)
     if test is not None:
         config = config.replace(split="files")
-    training, test = (ratings, test) if test is not None else _split(ratings, config)
+    parts = Parts.of(ratings, config) if test is None else Parts(ratings, test, None, None)
+    training, test = parts.training, parts.test
     for part, rows in (("training", training), ("test", test)):
         if rows is not None and len(rows) == 0:
             raise ValueError(f"the {part} part of {ratings.name} is empty ({len(ratings)} ratings in all)")
     if folder is not None:
-        folder.begin(_resolved(config, training, test), resume=resume)
+        folder.begin(_resolved(config, parts), resume=resume)
         if resume and folder.is_finished():
             return TrainResult(load_model(folder.model), read_json(folder.metrics), Curve())
 
@@ -150,6 +155,7 @@ def train(
         config=config,
         training=_Part.of(training, device),
         test=None if test is None else _Part.of(test, device),
+        known=parts.known_pairs().to(device),
         scale=training.scale,
         shape=(training.n_users, training.n_items),
         device=device,
@@ -160,10 +166,13 @@ def train(
     )
     with cpu_threads(config.threads):
         model, curve = run.lu_net()
-        values: dict[str, Any] = run.evaluate(model)
-        if config.mlp:
+        values: dict[str, Any] = run.evaluate(model, parts)
+        model.to("cpu")
+        with torch.no_grad():
+            scorer = ItemScorer(model, model.histories(), device)
+        values |= evaluate_ranking(scorer.scores, parts, config.seed).metrics
+        if config.mlp and config.gamma > 0:
             values |= run.control()
-    model.to("cpu")
     trained = TrainedModel(model, training.users, training.items, training.scale, training.item_info)
     values |= {
         "dataset": training.name,
@@ -175,12 +184,17 @@ def train(
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_ratings": len(training),
         "test_ratings": 0 if test is None else len(test),
+        "held_out_ratings": 0 if parts.held_out is None else len(parts.held_out),
+        "gamma": config.gamma,
         **versions(),
     }
     if folder is not None:
         save_model(folder.model, trained)
+        if parts.candidates is not None:
+            save_candidates(folder.candidates, parts)
         title = f"{report.dataset_title(training.name)}, recipe {config.recipe}"
-        report.save_loss_figure(folder.loss, title, curve.train, curve.test)
+        ylabel = "mean squared error" if config.gamma > 0 else "loss of interactions"
+        report.save_loss_figure(folder.loss, title, curve.train, curve.test, ylabel)
         write_json(folder.metrics, values)
     return TrainResult(trained, values, curve)
 
@@ -206,21 +220,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def _split(ratings: Ratings, config: TrainConfig) -> tuple[Ratings, Ratings | None]:
-    if config.split == "files":
-        raise ValueError(
-            "split='files' needs the test part: pass test=, or choose split='random' or 'per-user'"
-        )
-    if config.split == "none":
-        return ratings, None
-    split = (random_split if config.split == "random" else per_user_split)(ratings, config.seed)
-    return ratings.select(split.train), ratings.select(split.test)
-
-
-def _resolved(config: TrainConfig, training: Ratings, test: Ratings | None) -> dict[str, Any]:
+def _resolved(config: TrainConfig, parts: Parts) -> dict[str, Any]:
     """The content of ``config.json``: all settings, and what data they were used on."""
-    digest = hashlib.sha256()
-    for part in (training, test):
+    digest, training = hashlib.sha256(), parts.training
+    for part in (training, parts.test, parts.held_out):
         if part is not None:
             for tensor in (part.user, part.item, part.rating):
                 digest.update(tensor.cpu().numpy().tobytes())
@@ -253,11 +256,27 @@ def rating_optimizer(model: RatingModel) -> torch.optim.Adam:
 
 
 def rating_objective(
-    model: RatingModel, users: Tensor, items: Tensor, ratings: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """``rating_loss`` of a batch of training ratings, each argument ``[B]``; ``generator`` is dropout's."""
-    output = model.output(users, items, observed=True, dropout_generator=generator)
-    return rating_loss(output, ratings, model.config)
+    model: RatingModel,
+    users: Tensor,
+    items: Tensor,
+    ratings: Tensor,
+    generator: torch.Generator,
+    sampler: NegativeSampler | None = None,
+) -> Losses:
+    """:func:`~.losses.hybrid_loss` of a batch of training ratings, each argument ``[B]``.
+
+    ``sampler`` draws the pairs without interaction, which gamma below 1 needs; ``generator`` is its own and
+    dropout's.
+    """
+    observed: bool | Tensor = True
+    if sampler is not None:
+        count = model.config.negatives
+        drawn = sampler.draw(users, count, generator)
+        observed = torch.arange(len(users) * (1 + count), device=users.device) < len(users)
+        users = torch.cat((users, users.repeat_interleave(count)))
+        items = torch.cat((items, drawn.flatten()))
+    output = model.output(users, items, observed=observed, dropout_generator=generator)
+    return hybrid_loss(model, output, ratings)
 
 
 def control_optimizer(model: MLPModel, config: TrainConfig) -> torch.optim.Adam:
@@ -313,6 +332,7 @@ class _Run:
     config: TrainConfig
     training: _Part
     test: _Part | None
+    known: Tensor
     scale: tuple[float, float]
     shape: tuple[int, int]
     device: torch.device
@@ -327,9 +347,11 @@ class _Run:
         with _seeded(config.seed):
             model = RatingModel(config, part.user.cpu(), part.item.cpu(), part.rating.cpu(), *self.shape)
         model.to(self.device)
+        sampler = NegativeSampler.of(model, self.known) if config.gamma < 1 else None
 
         def objective(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            return rating_objective(model, part.user[rows], part.item[rows], part.rating[rows], generator)
+            batch = part.user[rows], part.item[rows], part.rating[rows]
+            return rating_objective(model, *batch, generator, sampler)
 
         phase = _Phase(
             name="LU-Net",
@@ -340,24 +362,30 @@ class _Run:
             batch_size=config.batch_size,
             seed=config.seed,
             objective=objective,
-            test_loss=self._test_loss(model),
-            error_limit=self._error_limit(),
+            test_loss=self._test_loss(model) if config.gamma > 0 else None,
+            error_limit=self._error_limit() if config.gamma > 0 else float("inf"),
             rate_setting="learning_rate",
             linear_decay=config.schedule == "linear",
         )
         return model, self._fit(phase)
 
-    def evaluate(self, model: RatingModel) -> dict[str, Any]:
-        """Test error of the clipped predictions, and the reconstruction error over the test pairs."""
-        if self.test is None:
+    def evaluate(self, model: RatingModel, parts: Parts) -> dict[str, Any]:
+        """Test error of the clipped predictions, and the reconstruction error over test or held-out pairs."""
+        pairs = parts.test or parts.held_out
+        if pairs is None:
             return {}
+        reconstruction = reconstruct(model, pairs.user.to(self.device), pairs.item.to(self.device))
+        values = {
+            "reconstruction_error": reconstruction.error,
+            "reconstruction_error_relative": reconstruction.relative,
+        }
+        if self.test is None or self.config.gamma == 0:
+            return values
         prediction = predict_ratings(model, self.test.user, self.test.item, self.scale)
-        reconstruction = reconstruct(model, self.test.user, self.test.item)
         return {
             "test_mse": metrics.mse(prediction, self.test.rating),
             "test_rmse": metrics.rmse(prediction, self.test.rating),
-            "reconstruction_error": reconstruction.error,
-            "reconstruction_error_relative": reconstruction.relative,
+            **values,
         }
 
     def control(self) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lunet_fast.recsys import metrics
 
@@ -40,3 +42,134 @@ def test_refuses_what_has_no_mean_or_does_not_match() -> None:
         metrics.mse(torch.zeros(2), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="its reconstruction"):
         metrics.reconstruction_error(torch.zeros(2, 3), torch.zeros(1, 3))
+
+
+INF, NAN = math.inf, math.nan
+# Few values, so that many tie.
+scores = st.sampled_from([-INF, NAN, -2.5, -0.0, 0.0, 1.0, 1.0, 7.0, INF])
+
+
+@given(st.lists(scores, min_size=1, max_size=9))
+@settings(max_examples=100)
+def test_ranks_against_counting(row: list[float]) -> None:
+    score, *others = [-INF if math.isnan(s) else s for s in row]
+    expected = 1 + sum(s > score for s in others) + sum(s == score for s in others) / 2
+    rank = metrics.ranks(torch.tensor(row[:1]), torch.tensor([row[1:]]))
+    assert rank.dtype == torch.float64
+    assert rank.tolist() == [INF if score == -INF else expected]
+
+
+def test_ranks_by_hand() -> None:
+    score = torch.tensor([3.0, 3.0, 3.0, 3.0, -INF, NAN])
+    others = torch.tensor(
+        [[1, 2, 0], [4, 5, 0], [3, 3, 3], [NAN, -INF, 3], [-INF, -INF, NAN], [-INF, NAN, 0]]
+    ).float()
+    assert metrics.ranks(score, others).tolist() == [1.0, 3.0, 2.5, 1.5, INF, INF]
+    assert metrics.ranks(score, others[:, :0]).tolist() == [1.0, 1.0, 1.0, 1.0, INF, INF]
+    with pytest.raises(ValueError, match=r"score must be \[N\] and others \[N, C\], got \[6\] and \[5, 3\]"):
+        metrics.ranks(score, others[:5])
+
+
+def mean_places(row: list[float], relevant: list[int]) -> list[float]:
+    """Ranks by definition: among T tied items, the j-th of m relevant ones is at place j (T + 1)/(m + 1)."""
+    ranks = []
+    for k, item in enumerate(relevant):
+        tied = [i for i in range(len(row)) if row[i] == row[item]]
+        m = [i for i in relevant if i in tied]
+        j = 1 + sum(i in tied for i in relevant[:k])
+        higher = sum(s > row[item] for s in row)
+        ranks.append(INF if row[item] == -INF else higher + j * (len(tied) + 1) / (len(m) + 1))
+    return ranks
+
+
+tables = st.integers(1, 7).flatmap(
+    lambda items: st.lists(
+        st.tuples(
+            st.lists(scores.filter(lambda s: not math.isnan(s)), min_size=items, max_size=items),
+            st.lists(st.integers(0, items - 1), max_size=items, unique=True),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+
+
+@given(tables)
+@settings(max_examples=100)
+def test_ranks_of_several_against_counting(table: list[tuple[list[float], list[int]]]) -> None:
+    grid = torch.tensor([row for row, _ in table])
+    user = torch.tensor([u for u, (_, relevant) in enumerate(table) for _ in relevant], dtype=torch.int64)
+    item = torch.tensor([i for _, relevant in table for i in relevant], dtype=torch.int64)
+    rank = metrics.ranks_of_several(grid[user, item], user, grid.sort(descending=True).values)
+    assert rank.dtype == torch.float64
+    assert rank.tolist() == [r for row, relevant in table for r in mean_places(row, relevant)]
+    for u, (row, relevant) in enumerate(table):
+        if len(relevant) == 1:
+            others = torch.tensor([row[: relevant[0]] + row[relevant[0] + 1 :]])
+            assert torch.equal(rank[user == u], metrics.ranks(grid[u, relevant], others))
+    if len(item):
+        known = user.unique(return_inverse=True)[1]
+        for k in (1, 2, 5):
+            for values in (metrics.recall, metrics.precision, metrics.ndcg, metrics.hit_rate):
+                value = values(rank, known, k)
+                assert value.dtype == torch.float64
+                assert float(value.min()) >= 0
+                assert float(value.max()) <= 1 + 1e-12
+
+
+def test_ranks_of_several_by_hand() -> None:
+    # 9 is first; 5 is twice, both relevant: places 2 and 3; four have 1, one of them relevant: (4+5+6+7)/4.
+    row = torch.tensor([9.0, 5, 5, 1, 1, 1, 1, -INF])
+    relevant = torch.tensor([5.0, 5, 1, -INF])
+    rank = metrics.ranks_of_several(relevant, torch.zeros(4, dtype=torch.int64), row[None])
+    assert rank.tolist() == [2.0, 3.0, 5.5, INF]
+
+
+def test_rankings_by_hand() -> None:
+    rank = torch.tensor([1.0, 4.0, 12.0, 3.0, 2.5, INF], dtype=torch.float64)
+    user = torch.tensor([0, 0, 0, 1, 2, 2])
+    assert metrics.recall(rank, user, 5).tolist() == [2 / 3, 1.0, 0.5]
+    assert metrics.precision(rank, user, 5).tolist() == [0.4, 0.2, 0.2]
+    assert metrics.hit_rate(rank, user, 3).tolist() == [1.0, 1.0, 1.0]
+    assert metrics.hit_rate(rank, user, 2).tolist() == [1.0, 0.0, 0.0]
+    assert metrics.mrr(rank, user).tolist() == [1.0, 1 / 3, 0.4]
+    three, two = 1 + 1 / math.log2(3) + 0.5, 1 + 1 / math.log2(3)
+    expected = [(1 + 1 / math.log2(5)) / three, 0.5, 1 / math.log2(3.5) / two]
+    assert metrics.ndcg(rank, user, 10).tolist() == pytest.approx(expected, rel=1e-15)
+    # With k = 2, no more than two places can be filled.
+    assert metrics.ndcg(rank, user, 2).tolist() == pytest.approx([1 / two, 0, 0], rel=1e-15)
+    never = torch.tensor([INF], dtype=torch.float64)
+    for value in (metrics.mrr(never, user[:1]), metrics.ndcg(never, user[:1], 5)):
+        assert value.tolist() == [0.0]
+
+
+def test_one_relevant_item() -> None:
+    rank = torch.tensor([1.0, 2.5, 10.0, 10.5], dtype=torch.float64)
+    user = torch.arange(4)
+    assert metrics.hit_rate(rank, user, 10).tolist() == [1, 1, 1, 0]
+    expected = [1, 1 / math.log2(3.5), 1 / math.log2(11), 0]
+    assert metrics.ndcg(rank, user, 10).tolist() == pytest.approx(expected, rel=1e-15)
+    assert metrics.mrr(rank, user).tolist() == [1, 0.4, 0.1, 1 / 10.5]
+
+
+def test_coverage() -> None:
+    top = torch.tensor([[0, 2], [2, -1], [-1, -1]])
+    assert metrics.coverage(top, 8) == 0.25
+    assert metrics.coverage(top[:, :0], 8) == 0.0
+    with pytest.raises(ValueError, match="top has item 2, n_items is 2"):
+        metrics.coverage(top, 2)
+    with pytest.raises(ValueError, match="n_items must be at least 1"):
+        metrics.coverage(top, 0)
+
+
+def test_rankings_refuse_what_has_no_mean_or_does_not_match() -> None:
+    rank, user = torch.ones(2, dtype=torch.float64), torch.arange(2)
+    for metric in (metrics.recall, metrics.precision, metrics.ndcg, metrics.hit_rate):
+        with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+            metric(rank, user, 0)
+        with pytest.raises(ValueError, match="user 0 has no relevant item"):
+            metric(rank, user + 1, 5)
+    with pytest.raises(ValueError, match="no ranks"):
+        metrics.mrr(rank[:0], user[:0])
+    with pytest.raises(ValueError, match=r"both be \[R\], got \[2\] and \[1\]"):
+        metrics.mrr(rank, user[:1])

@@ -111,7 +111,7 @@ class TestInput:
         model = model_of(pairs)
         assert model.user_history is not None
         user, item = pairs[0][:1], pairs[1][:1]
-        model.output(user, item, observed=True).prediction.sum().backward()
+        model.output(user, item, observed=True).score.sum().backward()
         gradient = model.user_history.weight.grad
         assert gradient is not None
         assert gradient[item].abs().max() == 0
@@ -133,8 +133,8 @@ class TestPrediction:
             if model.user_bias is not None and model.item_bias is not None:
                 expected = expected + model.user_bias[users, k] + model.item_bias[items, k]
             torch.testing.assert_close(output.z[k], z)
-            torch.testing.assert_close(output.prediction[k], expected)
-        torch.testing.assert_close(model(users, items), output.prediction.mean(0))
+            torch.testing.assert_close(output.score[k], expected)
+        torch.testing.assert_close(model(users, items), output.score.mean(0))
 
     def test_of_what_has_no_training_rating(self, pairs: tuple[Tensor, Tensor]) -> None:
         model = model_of(pairs)
