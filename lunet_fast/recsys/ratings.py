@@ -238,7 +238,7 @@ def read_ratings(
     *,
     user: str = "user",
     item: str = "item",
-    rating: str = "rating",
+    rating: str | None = "rating",
     timestamp: str | None = "timestamp",
     scale: tuple[float, float] | None = None,
     sep: str | None = None,
@@ -253,10 +253,11 @@ def read_ratings(
     header name of a ``.inter`` file loses its ``:type``. Blank lines are skipped.
 
     ``user``, ``item``, ``rating`` and ``timestamp`` name the columns; other columns are ignored, and the
-    timestamp may be absent. A timestamp is a number of Unix seconds or an ISO date (``2020-01-31``,
-    ``2020-01-31T12:30:00Z``; UTC unless it says otherwise), fractions of a second are cut off, and an empty
-    one is 0, unknown. ``scale`` is the (lowest, highest) rating allowed; without it, the lowest and highest
-    of the file. ``users`` and ``items`` index the ids by given maps instead of the file's own.
+    timestamp may be absent. Without ratings, ``rating=None``, each row is an interaction (a click, a
+    purchase): its rating is 1, and of several rows of a pair the latest counts. A timestamp is a number of
+    Unix seconds or an ISO date (``2020-01-31``, ``2020-01-31T12:30:00Z``; UTC unless it says otherwise),
+    fractions of a second are cut off, and an empty one is 0, unknown. ``scale`` is the (lowest, highest)
+    rating allowed; without it, the lowest and highest of the file. ``users`` and ``items`` index the ids by given maps instead of the file's own.
 
     Raises RatingFileError, naming the file, line and value: a missing column, text in a number, a rating that
     is not finite or outside the scale, an empty id, an id that a given map lacks, a (user, item) pair rated
@@ -281,7 +282,7 @@ def from_frame(
     *,
     user: str = "user",
     item: str = "item",
-    rating: str = "rating",
+    rating: str | None = "rating",
     timestamp: str | None = "timestamp",
     scale: tuple[float, float] | None = None,
     users: IdMap | None = None,
@@ -358,9 +359,15 @@ def _ratings(
 ) -> Ratings:
     user, users = _indices(table, "user", users)
     item, items = _indices(table, "item", items)
-    rating = _rating_values(table, scale)
     timestamp = _timestamp_values(table) if "timestamp" in table.columns else None
-    _refuse_duplicates(table, user, item, users, items)
+    if "rating" in table.columns:
+        rating = _rating_values(table, scale)
+        _refuse_duplicates(table, user, item, users, items)
+    else:
+        latest = _latest_of_each_pair(user, item, timestamp)
+        user, item = user[latest], item[latest]
+        timestamp = None if timestamp is None else timestamp[latest]
+        rating = np.ones(len(user), dtype=np.float32)
     bounds = (
         (float(rating.min()), float(rating.max())) if scale is None else (float(scale[0]), float(scale[1]))
     )
@@ -510,6 +517,15 @@ def _unix_seconds(text: str) -> int | None:
     except (ValueError, OverflowError):
         return None
     return calendar.timegm(moment.timetuple())
+
+
+def _latest_of_each_pair(user: Int64Array, item: Int64Array, timestamp: Int64Array | None) -> Int64Array:
+    """Rows to keep, ascending: of the rows of a pair the one of the latest time, the last of equal ones."""
+    time = np.zeros_like(user) if timestamp is None else timestamp
+    order = np.lexsort((np.arange(len(user)), time, item, user))
+    is_last = np.ones(len(user), dtype=bool)
+    is_last[:-1] = (np.diff(user[order]) != 0) | (np.diff(item[order]) != 0)
+    return np.sort(order[is_last])
 
 
 def _refuse_duplicates(table: _Table, user: Int64Array, item: Int64Array, users: IdMap, items: IdMap) -> None:
@@ -711,10 +727,10 @@ def _used_columns(
             raise RatingFileError(
                 f"{source}, line 1: the column {name!r} ({role}) occurs {names.count(name)} times"
             )
-        elif role != "timestamp":
+        elif role != "timestamp" and not (role == "rating" and name is None):
             listed = ", ".join(repr(n if len(n) <= 40 else n[:37] + "...") for n in names[:30])
             also = (
-                " (files of interactions without ratings cannot be read: add a column of numbers)"
+                " (interactions without ratings are read with rating=None, --gamma 0 on the command line)"
                 if role == "rating"
                 else ""
             )

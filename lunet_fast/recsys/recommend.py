@@ -65,7 +65,7 @@ class LUNetRecommender:
         *,
         user: str = "user",
         item: str = "item",
-        rating: str = "rating",
+        rating: str | None = "rating",
         timestamp: str | None = "timestamp",
         scale: tuple[float, float] | None = None,
         progress: Progress | None = None,
@@ -73,9 +73,12 @@ class LUNetRecommender:
         """Train on all of ``ratings``: a file, a data frame or a :class:`Ratings`; returns itself.
 
         The column names and ``scale`` apply to files and frames, as in
-        :func:`~lunet_fast.recsys.ratings.read_ratings`, whose errors are raised. Sizes other than MovieLens'
+        :func:`~lunet_fast.recsys.ratings.read_ratings`, whose errors are raised; ``rating=None`` reads
+        interactions without ratings, which need gamma 0. Sizes other than MovieLens'
         take the settings of the MovieLens set nearest in size.
         """
+        if rating is None and self._config(1).gamma > 0:
+            raise ValueError("rating=None leaves no ratings to train on: make LUNetRecommender(gamma=0)")
         columns: dict[str, Any] = {
             "user": user,
             "item": item,

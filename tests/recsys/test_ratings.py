@@ -255,7 +255,7 @@ DAMAGED: dict[str, tuple[str | bytes, str]] = {
     "header only": (HEADER, "header, line 1, but no row"),
     "missing user": ("item,rating\n1,2\n", "line 1: there is no column 'user'.*'item', 'rating'.*user="),
     "missing item": ("user,id,rating\n1,2,3\n", "no column 'item'.*'user', 'id', 'rating'.*item="),
-    "missing rating": ("user,item\n1,2\n", "no column 'rating'.*without ratings cannot be read.*rating="),
+    "missing rating": ("user,item\n1,2\n", "no column 'rating'.*without ratings are read with rating=None.*rating="),
     "column twice": ("user,user,item,rating\n1,1,2,3\n", "column 'user' .* occurs 2 times"),
     "no header": ("1,2,3,4\n1,3,3,4\n", "the first line holds numbers: put a header"),
     "other separator": ("user;item;rating\n1;2;3\n", "separator may be another one: sep=';'"),
@@ -566,3 +566,25 @@ def test_shapes_and_dtypes_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=f"{field} must"):
             Ratings(**{**good.__dict__, field: wrong})
+
+
+class TestInteractions:
+    """Files without ratings: clicks, purchases."""
+
+    def test_each_pair_once_at_its_latest_time(self, tmp_path: Path) -> None:
+        file = tmp_path / "clicks.csv"
+        file.write_text("user,item,timestamp\na,x,5\nb,x,7\na,y,6\na,x,9\na,x,2\n")
+        clicks = read_ratings(file, rating=None)
+        assert clicks.users.ids[clicks.user].tolist() == ["b", "a", "a"]
+        assert clicks.items.ids[clicks.item].tolist() == ["x", "y", "x"]
+        assert clicks.rating.tolist() == [1, 1, 1]
+        assert clicks.timestamp is not None
+        assert clicks.timestamp.tolist() == [7, 6, 9]
+
+    def test_without_times(self) -> None:
+        clicks = from_frame(pd.DataFrame({"user": [1, 1, 2, 1], "item": [3, 4, 3, 3]}), rating=None)
+        assert (clicks.user.tolist(), clicks.item.tolist()) == ([0, 1, 0], [1, 0, 0])
+
+    def test_a_rating_column_is_not_read(self) -> None:
+        frame = pd.DataFrame({"user": [1, 1], "item": [3, 4], "rating": ["good", "bad"]})
+        assert from_frame(frame, rating=None).rating.tolist() == [1, 1]

@@ -57,6 +57,71 @@ class TestFit:
             LUNetRecommender("great")
 
 
+@pytest.fixture(scope="module")
+def hybrid() -> LUNetRecommender:
+    return LUNetRecommender(**QUICK, gamma=0.3).fit(latent_frame(), scale=(1, 5))
+
+
+class TestInteractions:
+    def test_score_is_the_logit_of_the_pair(self, hybrid: LUNetRecommender) -> None:
+        users, items = torch.tensor([3, 7, 7]), torch.tensor([1, 2, 3])
+        with torch.no_grad():
+            expected = hybrid.trained.model.interaction(users, items).numpy()
+        np.testing.assert_array_equal(hybrid.score([3, 7, 7], [1, 2, 3]), expected)
+        np.testing.assert_array_equal(hybrid.score("7", [2, 3]), expected[1:])
+        assert hybrid.score([], []).shape == (0,)
+
+    def test_unseen_ids_score_as_popular_as_the_item_is(self, hybrid: LUNetRecommender) -> None:
+        counts = latent_frame()["item"].value_counts()
+        n = int(counts[5])
+        expected = [np.log((n + 1) / (60 - n + 1)), np.log(1 / 61)]
+        np.testing.assert_allclose(hybrid.score(["nobody", 3], [5, "nothing"]), expected, rtol=1e-5)
+
+    @pytest.mark.parametrize("exclude_seen", [True, False])
+    def test_recommend_is_the_order_of_score(self, hybrid: LUNetRecommender, exclude_seen: bool) -> None:
+        frame = latent_frame()
+        found = hybrid.recommend([4, "nobody", 9], k=5, exclude_seen=exclude_seen)
+        for user, rows in found.groupby("user"):
+            seen = set(frame.loc[frame["user"] == user, "item"]) if exclude_seen else set()
+            left = [item for item in range(40) if item not in seen]
+            scores = hybrid.score(user, left)
+            best = np.argsort(-scores, kind="stable")[:5]
+            assert rows["item"].tolist() == [left[b] for b in best]
+            np.testing.assert_allclose(rows["score"], scores[best], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(rows["score"], hybrid.score(user, rows["item"]), rtol=1e-5, atol=1e-5)
+
+    def test_what_was_not_trained_is_refused(self, fitted: LUNetRecommender) -> None:
+        with pytest.raises(ValueError, match="trained with gamma=1"):
+            fitted.score([3], [1])
+        clicks = LUNetRecommender(**QUICK, gamma=0.0).fit(latent_frame()[["user", "item"]], rating=None)
+        assert len(clicks.recommend(3, k=4)) == 4
+        with pytest.raises(ValueError, match="trained with gamma=0"):
+            clicks.predict([3], [1])
+
+    def test_survives_saving(self, hybrid: LUNetRecommender, tmp_path: Path) -> None:
+        hybrid.save(tmp_path)
+        loaded = LUNetRecommender.load(tmp_path)
+        np.testing.assert_array_equal(loaded.score([3, 7], [1, 2]), hybrid.score([3, 7], [1, 2]))
+
+    @pytest.mark.parametrize("gamma", [1.0, 0.5])
+    def test_ordinal_ratings_are_within_the_scale_and_survive_saving(
+        self, gamma: float, tmp_path: Path
+    ) -> None:
+        frame = latent_frame()
+        model = LUNetRecommender(**QUICK, gamma=gamma, loss="ordinal").fit(frame)
+        prediction = model.predict(frame["user"], frame["item"])
+        assert 1 < prediction.min() < prediction.max() < 5
+        assert np.mean((prediction - frame["rating"]) ** 2) < 0.8 * frame["rating"].var()
+        model.save(tmp_path)
+        loaded = LUNetRecommender.load(tmp_path)
+        np.testing.assert_array_equal(loaded.predict(frame["user"], frame["item"]), prediction)
+        if gamma == 1:
+            found = loaded.recommend([3, 8], k=5)
+            np.testing.assert_allclose(
+                found["score"], loaded.predict(found["user"], found["item"]), rtol=1e-5
+            )
+
+
 class TestPredict:
     def test_in_the_ids_of_the_file(self) -> None:
         frame = latent_frame(text_ids=True)

@@ -68,6 +68,50 @@ SETTINGS += [
 ]
 
 
+HYBRIDS: list[dict[str, Any]] = [
+    {"gamma": gamma, "readout": readout, "layers": layers}
+    for gamma, readout, layers in itertools.product((0.0, 0.4), ("linear", "pair"), (1, 2))
+]
+HYBRIDS += [{"gamma": 0.4, "embedding_size": 5, "interaction_share": 0.8}]
+
+
+class TestInteractions:
+    @pytest.mark.parametrize("settings", HYBRIDS, ids=str)
+    def test_each_read_out_is_the_models(self, settings: dict[str, Any]) -> None:
+        model = model_of(**settings).double()
+        users = torch.tensor([3, 0, 58, 3])
+        pairs = grid(users)
+        unseen = ~model.interactions.contains(*pairs).view(4, N_ITEMS)
+        unseen[:, -1] = False
+        with torch.no_grad():
+            expected = {"interaction": model.interaction(*pairs)}
+            if settings["gamma"] > 0:
+                expected["rating"] = model(*pairs)
+            for readout, values in expected.items():
+                scorer = ItemScorer(model, model.histories(), readout=readout)
+                found = scorer.scores(users)
+                torch.testing.assert_close(found[unseen], values.view(4, N_ITEMS)[unseen], rtol=0, atol=1e-12)
+
+    def test_ranks_by_interactions_where_it_can(self) -> None:
+        for gamma, readout in ((0.0, "interaction"), (0.4, "interaction"), (1.0, "rating")):
+            assert scorer_of(model_of(gamma=gamma)).readout == readout
+
+    def test_a_read_out_that_was_not_trained_is_refused(self) -> None:
+        model = model_of(gamma=0.0)
+        with pytest.raises(ValueError, match="gamma=0: this model was trained without the rating read-out"):
+            ItemScorer(model, model.histories(), readout="rating")
+
+    def test_ordinal_scores_become_the_models_ratings(self) -> None:
+        model = model_of(loss="ordinal").double()
+        users = torch.tensor([3, 0])
+        pairs = grid(users)
+        unseen = ~model.interactions.contains(*pairs)
+        unseen[N_ITEMS - 1 :: N_ITEMS] = False
+        with torch.no_grad():
+            found = model.rating(scorer_of(model).scores(users).flatten())
+            torch.testing.assert_close(found[unseen], model(*pairs)[unseen], rtol=0, atol=1e-12)
+
+
 class TestItemScorer:
     @pytest.mark.parametrize("settings", SETTINGS, ids=str)
     def test_scores_are_the_models(self, settings: dict[str, Any]) -> None:

@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from lunet_fast.recsys.checkpoints import CANDIDATES_FORMAT, read_tensors
 from lunet_fast.recsys.config import TrainConfig, nearest_dataset, recipe
-from lunet_fast.recsys.ratings import Ratings
+from lunet_fast.recsys.protocols import Parts
+from lunet_fast.recsys.ratings import Ratings, from_frame
 from lunet_fast.recsys.splits import random_split
 from lunet_fast.recsys.training import DivergenceError, Progress, TrainResult, train
 from tests.recsys.synthetic import latent_ratings, quick_config
@@ -123,6 +128,76 @@ class TestParts:
             train(ratings, quick_config(), test=ratings.select([]))
         with pytest.raises(ValueError, match="the training part of latent is empty"):
             train(ratings.select([]), quick_config(split="none"))
+
+
+class TestHybrid:
+    def test_one_model_rates_and_ranks(self, ratings: Ratings) -> None:
+        settings = {"gamma": 0.5, "split": "joint", "epochs": 25, "embedding_size": 8, "l2_latent": 0.02}
+        values = train(ratings, quick_config(**settings, mlp=False)).metrics
+        assert values["test_mse"] < 0.75 * float(ratings.rating.var())
+        assert (values["held_out_ratings"], values["train_ratings"], values["test_ratings"]) == (60, 912, 228)
+        for name in ("hr@10", "ndcg@10", "precision@10", "full_ndcg@10", "mrr", "coverage@10"):
+            assert 0 <= values[name] <= 1
+        assert 0 < values["reconstruction_error_relative"] < 1e-10
+
+    def test_learns_who_chooses_what(self) -> None:
+        """Two kinds of users choose from two kinds of items."""
+        rng = np.random.default_rng(0)
+        pairs = [(u, i) for u in range(60) for i in range(u % 2, 80, 2) if rng.random() < 0.5]
+        clicks = from_frame(pd.DataFrame(pairs, columns=["user", "item"]), rating=None)
+        settings = {"gamma": 0.0, "split": "leave-one-out", "epochs": 20, "dropout": 0.0}
+        for loss in ("mse", "bpr"):
+            values = train(clicks, quick_config(**settings, loss=loss)).metrics
+            # Of about 60 candidates 20 are of the user's kind: chance is hr@20 = 0.33.
+            assert values["hr@20"] > 0.75
+            assert "test_mse" not in values
+            assert "mlp_test_mse" not in values
+
+    @pytest.mark.parametrize("negatives_outside", ["known", "training"])
+    def test_no_weight_depends_on_which_of_the_other_parts_a_pair_is_in(
+        self, ratings: Ratings, negatives_outside: str
+    ) -> None:
+        """Ratings of the parts that are not trained on change nothing."""
+        config = quick_config(gamma=0.5, split="joint", negatives_outside=negatives_outside, mlp=False)
+        parts = Parts.of(ratings, config)
+        outside = torch.ones(len(ratings), dtype=torch.bool)
+        key = ratings.user * 40 + ratings.item
+        outside[torch.isin(key, parts.training.user * 40 + parts.training.item)] = False
+        changed = torch.where(outside, 6 - ratings.rating, ratings.rating)
+        first, second = train(ratings, config), train(replace(ratings, rating=changed), config)
+        assert_same_weights(first, second)
+        assert first.metrics["test_mse"] != second.metrics["test_mse"]
+
+    def test_with_gamma_one_nothing_is_drawn(self, ratings: Ratings) -> None:
+        """The settings of what is not trained leave the weights as they are."""
+        first = train(ratings, quick_config(mlp=False))
+        second = train(ratings, quick_config(mlp=False, negatives=9, interaction_share=0.2))
+        assert_same_weights(first, second)
+
+    def test_candidates_are_saved(self, ratings: Ratings, tmp_path: Path) -> None:
+        config = quick_config(gamma=0.5, split="joint", epochs=1, mlp=False)
+        train(ratings, config, out=tmp_path)
+        tensors, _ = read_tensors(tmp_path / "candidates.safetensors", CANDIDATES_FORMAT)
+        parts = Parts.of(ratings, config)
+        assert parts.held_out is not None
+        assert parts.candidates is not None
+        assert torch.equal(tensors["candidates"], parts.candidates)
+        assert torch.equal(tensors["user"], parts.held_out.user)
+        assert torch.equal(tensors["item"], parts.held_out.item)
+
+    def test_resumed_training_draws_the_same(self, ratings: Ratings, tmp_path: Path) -> None:
+        config = quick_config(gamma=0.5, split="joint", mlp=False)
+        whole = train(ratings, config)
+
+        class Stop(Progress):
+            def epoch(self, phase: str, epoch: int, train_loss: float, test_loss: float | None) -> None:
+                if epoch == 1:
+                    raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(ratings, config, out=tmp_path, progress=Stop(), checkpoint_seconds=0)
+        resumed = train(ratings, config, out=tmp_path, resume=True, checkpoint_seconds=0)
+        assert_same_weights(whole, resumed)
 
 
 class TestLoop:
