@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-# What the command line needs beyond the library itself: the extra [train].
+# What the command line needs beyond the library itself: the extra [train]. ``doctor``, which says what is
+# missing, gets by with the first two.
 _NEEDED = ("typer", "rich", "matplotlib", "safetensors", "pooch")
+_NEEDED_BY_DOCTOR = _NEEDED[:2]
 
 
 def main() -> None:
     """Run the command line, or say what to install where it cannot run."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    needed = _NEEDED_BY_DOCTOR if sys.argv[1:2] == ["doctor"] else _NEEDED
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"lunet-fast: {', '.join(missing)} not installed: run  pip install 'lunet-fast[train]'")
     from lunet_fast.cli import app

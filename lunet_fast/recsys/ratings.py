@@ -257,7 +257,8 @@ def read_ratings(
     purchase): its rating is 1, and of several rows of a pair the latest counts. A timestamp is a number of
     Unix seconds or an ISO date (``2020-01-31``, ``2020-01-31T12:30:00Z``; UTC unless it says otherwise),
     fractions of a second are cut off, and an empty one is 0, unknown. ``scale`` is the (lowest, highest)
-    rating allowed; without it, the lowest and highest of the file. ``users`` and ``items`` index the ids by given maps instead of the file's own.
+    rating allowed; without it, the lowest and highest of the file. ``users`` and ``items`` index the ids by
+    given maps instead of the file's own.
 
     Raises RatingFileError, naming the file, line and value: a missing column, text in a number, a rating that
     is not finite or outside the scale, an empty id, an id that a given map lacks, a (user, item) pair rated

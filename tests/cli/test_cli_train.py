@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from typer.testing import CliRunner, Result
 
 import lunet_fast
 from lunet_fast import __main__ as entry
-from lunet_fast.cli import app
 from lunet_fast.recsys.recommend import LUNetRecommender
+from tests.cli.invoke import run, squeezed
 from tests.recsys.synthetic import latent_frame
 
 SHORT = ["--epochs", "1", "--members", "1", "--embedding-size", "4"]
+DATA_COMMANDS = ("fetch", "verify", "describe")
 RUN_FILES = {"checkpoints", "config.json", "loss.png", "metrics.json", "model.safetensors"}
 
 
@@ -25,15 +25,6 @@ def csv(tmp_path: Path) -> Path:
     path = tmp_path / "films.csv"
     latent_frame(text_ids=True).to_csv(path, index=False)
     return path
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def squeezed(text: str) -> str:
-    """Text whose lines were broken anywhere."""
-    return "".join(text.split())
 
 
 def metrics(folder: Path) -> dict[str, object]:
@@ -126,7 +117,7 @@ class TestTrain:
         def interrupt(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("lunet_fast.cli.train", interrupt)
+        monkeypatch.setattr("lunet_fast.recsys.training.train", interrupt)
         result = run("train", "-d", csv, "-o", tmp_path / "run")
         assert result.exit_code == 130
         assert "--resume goes on" in result.output
@@ -152,7 +143,7 @@ class TestRefusals:
     def test_names_the_option(self, csv: Path, tmp_path: Path, options: list[str], message: str) -> None:
         result = run("train", "-d", csv, "-o", tmp_path / "run", *options)
         assert result.exit_code == 2
-        assert squeezed(message) in squeezed(result.output.replace("│", ""))
+        assert squeezed(message) in squeezed(result.output)
         assert "Traceback" not in result.output
         assert not (tmp_path / "run" / "metrics.json").exists()
 
@@ -194,12 +185,46 @@ runpy.run_module("lunet_fast", run_name="__main__")
         assert done.returncode == 1
         assert done.stderr.endswith("not installed: run  pip install 'lunet-fast[train]'\n")
 
+    def test_doctor_works_without_the_extra(self) -> None:
+        program = """
+import sys
+sys.modules.update(dict.fromkeys(("matplotlib", "safetensors", "pooch", "pyarrow")))
+sys.argv = ["lunet-fast", "doctor"]
+from lunet_fast import __main__
+__main__.main()
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "without matplotlib, pooch, safetensors" in done.stdout
+        assert "pip install 'lunet-fast[train]'" in done.stdout
+
+    def test_help_needs_neither_pandas_nor_matplotlib(self) -> None:
+        program = """
+import sys
+from lunet_fast.cli import app
+try:
+    app(["train", "--help"])
+except SystemExit:
+    print("loaded", sorted({"pandas", "matplotlib", "pooch"} & sys.modules.keys()))
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+        assert done.stdout.endswith("loaded []\n"), done.stdout + done.stderr
+
     def test_help_teaches(self) -> None:
         result = run("train", "--help")
         assert result.exit_code == 0
         for text in ("--dataset", "--recipe", "--resume", "ml-100k", "metrics.json", "runs/DATASET"):
-            assert squeezed(text) in squeezed(result.output.replace("│", "")), text
+            assert squeezed(text) in squeezed(result.output), text
         assert "train" in run("--help").output
+
+    @pytest.mark.parametrize(
+        "command",
+        ["train", "recommend", "predict", "export", "bench", "doctor", *(f"data {n}" for n in DATA_COMMANDS)],
+    )
+    def test_every_command_has_examples(self, command: str) -> None:
+        result = run(*command.split(), "--help")
+        assert result.exit_code == 0
+        assert f"lunet-fast {command}" in result.output
 
     def test_version(self) -> None:
         result = run("--version")

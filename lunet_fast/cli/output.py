@@ -1,0 +1,139 @@
+"""What commands print and write: errors, tables, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import typer
+from rich.console import Console
+
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+_PLAIN_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+
+
+def fail(error: Exception, code: int) -> NoReturn:
+    """Print the error and leave with the exit code."""
+    typer.echo(f"Error: {error}", err=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """Lets what a user can put right end the command with one message and exit code 2."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever read the output has seen enough; Typer ends quietly
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        fail(error, 2)
+
+
+def wide_console() -> Console:
+    """A console as wide as the terminal, or wide enough for a table where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def printable(value: object) -> str:
+    """An id or a title for a terminal: control characters, which could steer it, are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+
+
+def spreadsheet_safe(value: Any) -> Any:
+    """An id or a title for a cell of a CSV file: a text that a spreadsheet would run as a formula gets a
+    leading apostrophe, which shows it as text. Numbers, also as text, stay as they are."""
+    if isinstance(value, str) and value.startswith(_FORMULA_STARTS) and not _PLAIN_NUMBER.fullmatch(value):
+        return f"'{value}"
+    return value
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy's as one of Python's, which JSON knows; anything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def shortest(value: Any) -> float:
+    """A float32 as the float with the fewest digits that tells it from every other float32."""
+    return float(str(value))
+
+
+# Files ------------------------------------------------------------------------------------------------------
+
+
+def prepare_out(out: Path | None) -> None:
+    """Make the folder of ``--out`` and see that a file can be written there; ``ValueError`` if not."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder: name a file, such as {out / 'ratings.csv'}")
+    if out.exists() and not out.is_file():
+        raise ValueError(f"--out {out}: is not a plain file: leave --out away to write to the output")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot write there ({error}): choose another place") from error
+
+
+def write_out(out: Path | None, write: Callable[[TextIO], None]) -> None:
+    """Let ``write`` fill the file, which appears when it is whole, or write to the output without one."""
+    from lunet_fast.recsys.checkpoints import write_atomically
+
+    def whole(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="") as stream:
+            write(stream)
+
+    if out is None:
+        write(sys.stdout)
+    else:
+        write_atomically(out, whole)
+
+
+def write_csv(stream: TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """RFC 4180 with line feeds; texts are :func:`spreadsheet_safe`, None is empty. A row at a time."""
+    stream.write(",".join(header) + "\n")
+    # csv quotes a field with a carriage return only where that is part of the line end, so it is taken off.
+    writer = csv.writer(_WithoutReturn(stream), lineterminator="\r\n")
+    for row in rows:
+        writer.writerow([spreadsheet_safe(value) for value in row])
+
+
+class _WithoutReturn:
+    """Ends lines that end in CR LF with LF."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, line: str) -> None:
+        self.stream.write(line.removesuffix("\r\n") + "\n")
+
+
+def write_json(stream: TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A list with an object a row, each on a line of its own. A row at a time."""
+    stream.write("[")
+    for n, row in enumerate(rows):
+        stream.write((",\n" if n else "\n") + _json_object(header, row))
+    stream.write("\n]\n")
+
+
+def write_json_lines(stream: TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """An object a line. A row at a time."""
+    for row in rows:
+        stream.write(_json_object(header, row) + "\n")
+
+
+def _json_object(header: Sequence[str], row: Sequence[Any]) -> str:
+    return json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False, allow_nan=False)
+
+
+WRITERS = {"csv": write_csv, "json": write_json, "jsonl": write_json_lines}
+"""Formats of a file, which are also its extensions."""

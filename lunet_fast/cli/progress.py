@@ -1,0 +1,128 @@
+"""How far a long command is: bars in a terminal, lines in a log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from lunet_fast.recsys.training import Progress
+
+
+@contextmanager
+def suite_progress(console: Console, contests: int) -> Iterator[Callable[[Any, list[Any]], None]]:
+    """A bar over the contests of a suite, or a line for each in a log."""
+    if not console.is_terminal:
+        done = 0
+
+        def line(spec: Any, rows: list[Any]) -> None:
+            nonlocal done
+            done += 1
+            typer.echo(f"{done}/{contests}  {spec}", err=True)
+
+        yield line
+        return
+    bars = Bars(
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bars:
+        task = bars.add_task("", total=contests)
+        yield lambda spec, rows: bars.update(task, advance=1, description=f"{spec.suite}: {spec}")
+
+
+@contextmanager
+def counted(total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the number of ``unit`` done since the last call; told on stderr."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        done = 0
+
+        def line(count: int) -> None:
+            nonlocal done
+            done += count
+            typer.echo(f"{done:,}/{total:,} {unit}", err=True)
+
+        yield line
+        return
+    bars = Bars(
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bars:
+        task = bars.add_task(unit, total=total)
+        yield lambda count: bars.update(task, advance=count)
+
+
+def training_progress(console: Console) -> _BarProgress | _LineProgress:
+    return _BarProgress(console) if console.is_terminal else _LineProgress()
+
+
+def _losses(train_loss: float, test_loss: float | None) -> str:
+    return f"train {train_loss:.4f}" + ("" if test_loss is None else f"  test {test_loss:.4f}")
+
+
+class _LineProgress(Progress):
+    """A line an epoch, for logs."""
+
+    def __enter__(self) -> _LineProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def start(self, phase: str, epochs: int, steps: int, done: int) -> None:
+        self.epochs = epochs
+        if done:
+            typer.echo(f"{phase}: {done} of {epochs} epochs are done already")
+
+    def epoch(self, phase: str, epoch: int, train_loss: float, test_loss: float | None) -> None:
+        typer.echo(f"{phase}  epoch {epoch + 1}/{self.epochs}  {_losses(train_loss, test_loss)}")
+
+
+class _BarProgress(Progress):
+    """A bar for each phase, with its epoch and losses."""
+
+    def __init__(self, console: Console) -> None:
+        self.bars = Bars(
+            TextColumn("{task.description:8}"),
+            BarColumn(),
+            TextColumn("epoch"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[losses]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def __enter__(self) -> _BarProgress:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def start(self, phase: str, epochs: int, steps: int, done: int) -> None:
+        self.steps = steps
+        self.task = self.bars.add_task(phase, total=epochs, completed=done, losses="")
+
+    def step(self, phase: str, epoch: int, steps: int) -> None:
+        self.bars.update(self.task, completed=epoch + steps / self.steps)
+
+    def epoch(self, phase: str, epoch: int, train_loss: float, test_loss: float | None) -> None:
+        self.bars.update(self.task, completed=epoch + 1, losses=_losses(train_loss, test_loss))

@@ -1,0 +1,204 @@
+"""``lunet-fast recommend``: the best items for users of a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lunet_fast.cli import options
+from lunet_fast.cli.output import (
+    WRITERS,
+    errors_told,
+    plain,
+    prepare_out,
+    printable,
+    shortest,
+    wide_console,
+    write_out,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lunet_fast.recsys.recommend import LUNetRecommender
+
+BATCH = 4096
+"""Users whose recommendations are in memory at once."""
+_HEADER = ("user", "rank", "item", "score", "title")
+
+
+def recommend_command(
+    run: options.Run = options.DEFAULT_RUN,
+    user: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--user", "-u", metavar="ID", help="A user's id as in your file; give it again for more."
+        ),
+    ] = None,
+    users_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Users' ids, one a line, UTF-8.")
+    ] = None,
+    all_users: Annotated[bool, typer.Option("--all-users", help="Every user of the training data.")] = False,
+    k: Annotated[int, typer.Option("-k", "--k", help="Items for each user, where as many are left.")] = 10,
+    exclude_seen: Annotated[
+        bool,
+        typer.Option("--exclude-seen/--include-seen", help="Leave out what the user rated in training."),
+    ] = True,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="|".join(("table", *WRITERS)),
+            help="`json` is a list, `jsonl` an object a line.",
+            show_default="table, or by the extension of --out",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Write there; the file appears when it is whole."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
+) -> None:
+    """Recommend items to users, best first.
+
+    Columns: `user`, `rank` from 1, `item`, `score` and `title` where the data set has one. The score is the
+    predicted rating; of a model trained on interactions too (gamma below 1), the logit of choosing the item.
+    A user whom training has not seen gets what is best for all, and a note says so. In CSV, ids and titles
+    that a spreadsheet would run as a formula have an apostrophe before them.
+
+    Examples:
+
+        lunet-fast recommend --user 42 -k 5
+
+        lunet-fast recommend --run runs/mine --user ann --user bob --format json
+
+        lunet-fast recommend --users-file newsletter.txt --out newsletter.csv
+
+        lunet-fast recommend --all-users -k 100 --device cuda --out everyone.jsonl
+    """
+    if all_users and (user or users_file is not None):
+        raise typer.BadParameter("--all-users does not go with --user and --users-file, which it includes")
+    if not all_users and not user and users_file is None:
+        raise typer.BadParameter("no users: give --user ID, --users-file FILE or --all-users")
+    if k < 1:
+        raise typer.BadParameter(f"-k {k}: give a whole number of at least 1")
+    form = _format(form, out)
+    if all_users and form == "table":
+        raise typer.BadParameter(
+            f"--all-users makes no table: give --format {', '.join(WRITERS)}, or an --out with that extension"
+        )
+    from lunet_fast.cli.progress import counted
+
+    with errors_told():
+        ids: list[Any] = [] if user is None else [text.strip() for text in user]
+        if users_file is not None:
+            ids += _read_ids(users_file)
+        prepare_out(out)
+        recommender = options.load_run(run, device)
+        ids = recommender.users.ids.tolist() if all_users else list(dict.fromkeys(ids))
+        _tell_unseen(recommender, ids)
+        titles = recommender.trained.item_info is not None
+        long = len(ids) > BATCH and out is not None  # bars over rows in a terminal would be unreadable
+        with counted(len(ids), "users") if long else nullcontext(lambda count: None) as told:
+
+            def rows() -> Iterator[tuple[Any, ...]]:
+                for start in range(0, len(ids), BATCH):
+                    batch = ids[start : start + BATCH]
+                    frame = recommender.recommend(batch, k, exclude_seen=exclude_seen)
+                    yield from _rows(recommender, frame)
+                    told(len(batch))
+
+            def write(stream: TextIO) -> None:
+                if form == "table":
+                    _write_table(None if out is None else stream, list(rows()), titles)
+                else:
+                    WRITERS[form](stream, _HEADER, rows())
+
+            write_out(out, write)
+    if out is not None:
+        typer.echo(f"written to {out}", err=True)
+
+
+def _format(given: str | None, out: Path | None) -> str:
+    if given is not None:
+        if given != "table" and given not in WRITERS:
+            raise typer.BadParameter(f"--format {given}: choose table, {', '.join(WRITERS)}")
+        return given
+    if out is None:
+        return "table"
+    extension = out.suffix.lower().removeprefix(".")
+    if extension not in WRITERS:
+        known = ", ".join(f".{name}" for name in WRITERS)
+        raise typer.BadParameter(f"--out {out}: name it {known}, or say which with --format")
+    return extension
+
+
+def _read_ids(path: Path) -> list[str]:
+    """Ids, one a line; blank lines are skipped."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--users-file {path}: no such file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--users-file {path}: the text is not UTF-8 ({error}): save it as UTF-8") from error
+    ids = [line.strip() for line in lines if line.strip()]
+    if not ids:
+        raise ValueError(f"--users-file {path}: holds no id: write one a line")
+    return ids
+
+
+def _tell_unseen(recommender: LUNetRecommender, ids: Sequence[Any]) -> None:
+    """A note on stderr where users have no training rating to go by."""
+    index = recommender.users.index(list(ids))
+    rated = recommender.trained.model.interactions.user_counts.numpy()[index.clip(min=0)]
+    unseen = [printable(ids[n]) for n in ((index < 0) | (rated == 0)).nonzero()[0]]
+    if unseen:
+        names = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
+        best = "rated best on the whole" if recommender.trained.model.config.gamma == 1 else "most chosen"
+        typer.echo(
+            f"Note: {len(unseen)} of {len(ids)} users have no rating in the training data ({names}): they "
+            f"get the items {best}",
+            err=True,
+        )
+
+
+def _rows(recommender: LUNetRecommender, frame: pd.DataFrame) -> Iterator[tuple[Any, ...]]:
+    info = recommender.trained.item_info
+    titles: list[Any] = [None] * len(frame)
+    if info is not None and "title" in info:
+        titles = info["title"].iloc[recommender.items.index(frame["item"])].tolist()
+    for user, rank, item, score, title in zip(
+        frame["user"].tolist(),
+        frame["rank"].tolist(),
+        frame["item"].tolist(),
+        frame["score"].to_numpy(),
+        titles,
+        strict=True,
+    ):
+        yield plain(user), rank, plain(item), shortest(score), title or None
+
+
+def _write_table(stream: TextIO | None, rows: list[tuple[Any, ...]], titles: bool) -> None:
+    """To ``stream``, or to the terminal without one."""
+    console = wide_console() if stream is None else Console(file=stream, width=120)
+    if not rows:
+        console.print("No item is left to recommend: --include-seen allows those rated already.")
+        return
+    table = Table()
+    for heading in _HEADER if titles else _HEADER[:-1]:
+        table.add_column(heading, justify="right" if heading in ("rank", "score") else "left")
+    for n, (user, rank, item, score, title) in enumerate(rows):
+        if n and user != rows[n - 1][0]:
+            table.add_section()
+        cells: list[str | Text] = [Text(printable(user)), str(rank), Text(printable(item)), f"{score:.3f}"]
+        if titles:
+            cells.append(Text(printable(title or "")))
+        table.add_row(*cells)
+    console.print(table)

@@ -1,0 +1,263 @@
+"""``lunet-fast train``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lunet_fast.cli import options
+from lunet_fast.cli.options import DATA
+from lunet_fast.cli.output import fail
+from lunet_fast.recsys.config import RECIPES, SPLITS, recipe
+
+if TYPE_CHECKING:
+    from lunet_fast.recsys.checkpoints import RunFolder
+    from lunet_fast.recsys.ratings import Ratings
+
+MODEL = "Model and training"
+
+
+def train_command(
+    dataset: Annotated[
+        str,
+        typer.Option(
+            "--dataset",
+            "-d",
+            metavar="NAME|PATH",
+            help="`ml-100k` or `ml-1m`, fetched if need be; or your own CSV, TSV or Parquet file of ratings.",
+            rich_help_panel=DATA,
+        ),
+    ] = "ml-100k",
+    recipe_name: Annotated[
+        str,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="|".join(RECIPES),
+            help="`paper`: the paper's protocol (Adam 1e-3, batch 128, 50 epochs, linear read-out). "
+            "`best`: the best settings found on a validation part.",
+        ),
+    ] = "best",
+    seed: Annotated[
+        int, typer.Option(help="Fixes the split, the first weights and the order of the batches.")
+    ] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Run folder to write.", show_default="runs/DATASET")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the last checkpoint in the run folder, if there is one."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the training in the run folder.")
+    ] = False,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(SPLITS),
+            help="What is held out for the test: 20 % of all ratings; 20 % of each user's; each user's "
+            "latest rating, for ranking; or that and 20 % of the rest.",
+            show_default="random",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    train_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Train on this file, laid out as the files of `--dataset`; goes with `--test-file`.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    test_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Test on this file.", rich_help_panel=DATA)
+    ] = None,
+    data_dir: options.DataDir = None,
+    user_column: options.UserColumn = "user",
+    item_column: options.ItemColumn = "item",
+    rating_column: options.RatingColumn = "rating",
+    timestamp_column: options.TimestampColumn = "timestamp",
+    sep: options.Separator = None,
+    scale: options.Scale = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Passes over the training ratings, of the MLP control too.", rich_help_panel=MODEL),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Ratings a step.", rich_help_panel=MODEL)] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--learning-rate", "--lr", help="Adam's, of the embeddings.", rich_help_panel=MODEL),
+    ] = None,
+    net_learning_rate: Annotated[
+        float | None, typer.Option(help="Adam's, of the LU layers.", rich_help_panel=MODEL)
+    ] = None,
+    embedding_size: Annotated[
+        int | None, typer.Option(help="k: the network works in D = 2k dimensions.", rich_help_panel=MODEL)
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="LU layers, the last one linear.", rich_help_panel=MODEL)
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Left slope of LeakySoftplus, 0 to 1.", rich_help_panel=MODEL)
+    ] = None,
+    members: Annotated[
+        int | None, typer.Option(help="Models trained side by side and averaged.", rich_help_panel=MODEL)
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="On the network's input.", rich_help_panel=MODEL)
+    ] = None,
+    mlp: Annotated[
+        bool,
+        typer.Option(
+            "--mlp/--no-mlp", help="Train the MLP control of the paper's table 2 too.", rich_help_panel=MODEL
+        ),
+    ] = True,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads; another number may change the last digits of the result.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.", rich_help_panel=MODEL)] = "cpu",
+) -> None:
+    """Train the recommender and set it beside the paper's table 2.
+
+    Writes `metrics.json`, `config.json`, `model.safetensors`, `loss.png` and `checkpoints/` into the run
+    folder. The ratings held out are evaluated for the figure and the result; no decision reads them. Settings
+    that are not given are the recipe's for MovieLens data of the nearest size.
+
+    Examples:
+
+        lunet-fast train --dataset ml-100k --recipe best
+
+        lunet-fast train --dataset ml-100k --train-file u1.base --test-file u1.test
+
+        lunet-fast train --dataset my.csv --user-column who --item-column what --scale 0.5 5 --out runs/mine
+    """
+    from lunet_fast.cli.progress import training_progress
+    from lunet_fast.recsys import movielens
+    from lunet_fast.recsys.checkpoints import RunFolder, read_json
+    from lunet_fast.recsys.training import DivergenceError, train
+
+    if (train_file is None) != (test_file is None):
+        raise typer.BadParameter("--train-file and --test-file go together: give both or none")
+    if train_file is not None and split is not None:
+        raise typer.BadParameter("--split does not go with --train-file and --test-file, which are the split")
+    overrides: dict[str, Any] = {
+        "split": split,
+        "epochs": epochs,
+        "mlp_epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "net_learning_rate": net_learning_rate,
+        "embedding_size": embedding_size,
+        "layers": layers,
+        "alpha": alpha,
+        "members": members,
+        "dropout": dropout,
+        "threads": threads,
+        "mlp": mlp,
+    }
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
+    name = dataset if dataset in movielens.DATASETS else Path(dataset).name.split(".")[0]
+    folder = RunFolder(out or Path("runs") / (name or "ratings"))
+    console = Console()
+    try:
+        recipe(recipe_name, 1, seed=seed, **overrides)  # a wrong value is told before any file is read
+        folder.prepare(resume=resume, overwrite=overwrite)
+        if resume and folder.is_finished():
+            data = dataset if dataset in movielens.DATASETS else Path(dataset).name
+            asked = {"recipe": recipe_name, "seed": seed, **overrides}
+            _check_same(folder, asked if train_file is not None else {"dataset": data, **asked})
+            typer.echo(f"{folder.path} holds the finished training; nothing to do.")
+            _show(console, read_json(folder.metrics), folder)
+            return
+        ratings, test = _read(dataset, data_dir, train_file, test_file, columns)
+        size = len(ratings) + (0 if test is None else len(test))
+        config = recipe(recipe_name, size, seed=seed, **overrides)
+        with training_progress(console) as progress:
+            result = train(
+                ratings,
+                config,
+                test=test,
+                out=folder.path,
+                resume=resume,
+                overwrite=overwrite,
+                device=device,
+                progress=progress,
+            )
+    except DivergenceError as error:
+        fail(error, 1)
+    except (OSError, ValueError, ImportError) as error:
+        fail(error, 2)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\nInterrupted. The same command with --resume goes on from {folder.checkpoints}.", err=True
+        )
+        raise typer.Exit(130) from None
+    _show(console, result.metrics, folder)
+
+
+def _read(
+    dataset: str,
+    data_dir: Path | None,
+    train_file: Path | None,
+    test_file: Path | None,
+    columns: dict[str, Any],
+) -> tuple[Ratings, Ratings | None]:
+    """All ratings, or the training and the test part where two files hold them."""
+
+    from lunet_fast.recsys import movielens
+    from lunet_fast.recsys.ratings import read_ratings
+    from lunet_fast.recsys.splits import join
+
+    def read(path: Path) -> Ratings:
+        if dataset in movielens.DATASETS:
+            return movielens.read_like(dataset, path)
+        return read_ratings(path, **columns)
+
+    if train_file is not None and test_file is not None:
+        parts = join(read(train_file), read(test_file))
+        if dataset in movielens.DATASETS:
+            # The results name the data set; which files they were is kept as the source.
+            return replace(parts[0], name=dataset), replace(parts[1], name=dataset)
+        return parts
+    return options.read_dataset("--dataset", dataset, data_dir, columns), None
+
+
+def _check_same(folder: RunFolder, asked: dict[str, Any]) -> None:
+    """Refuse to take a finished training for another one."""
+    from lunet_fast.recsys.checkpoints import read_json
+
+    recorded = read_json(folder.config)
+    for name, value in asked.items():
+        if recorded.get(name) != value:
+            raise ValueError(
+                f"{folder.path} was trained with {name}={recorded.get(name)!r}, not {value!r}: choose "
+                "another --out, or --overwrite instead of --resume"
+            )
+
+
+def _show(console: Console, values: dict[str, Any], folder: RunFolder) -> None:
+    from lunet_fast.recsys import report
+
+    if "test_mse" in values:
+        table = Table(title="Table 2: test error and reconstruction of the embeddings")
+        for heading in ("model", "data"):
+            table.add_column(heading)
+        for heading in ("test MSE", "reconstruction error"):
+            table.add_column(heading, justify="right")
+        for row in report.table_2(values):
+            table.add_row(*row, style="bold" if row[0].startswith("ours") else None)
+        console.print(table)
+    typer.echo(
+        f"{values['dataset']}, split {values['split']}, seed {values['seed']}: {values['epochs']} epochs in "
+        f"{values['train_seconds']:.0f} s, {values['parameters']:,} parameters; written to {folder.path}"
+    )
