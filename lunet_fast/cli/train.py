@@ -13,13 +13,13 @@ from rich.table import Table
 from lunet_fast.cli import options
 from lunet_fast.cli.options import DATA
 from lunet_fast.cli.output import fail
-from lunet_fast.recsys.config import RECIPES, SPLITS, recipe
+from lunet_fast.recsys.config import LOSSES, NEGATIVE_SAMPLINGS, NEGATIVES_OUTSIDE, RECIPES, SPLITS, recipe
 
 if TYPE_CHECKING:
     from lunet_fast.recsys.checkpoints import RunFolder
     from lunet_fast.recsys.ratings import Ratings
 
-MODEL = "Model and training"
+MODEL, OBJECTIVE = "Model and training", "What is learnt: ratings, interactions or both"
 
 
 def train_command(
@@ -62,7 +62,7 @@ def train_command(
             metavar="|".join(SPLITS),
             help="What is held out for the test: 20 % of all ratings; 20 % of each user's; each user's "
             "latest rating, for ranking; or that and 20 % of the rest.",
-            show_default="random",
+            show_default="random; joint with --gamma below 1, leave-one-out with 0",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -111,6 +111,49 @@ def train_command(
     dropout: Annotated[
         float | None, typer.Option(help="On the network's input.", rich_help_panel=MODEL)
     ] = None,
+    gamma: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the ratings' loss (2.11), 0 to 1; the interactions' has the rest. Below 1 the "
+            "model learns to rank as well, 0 needs no ratings.",
+            show_default="1",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(LOSSES),
+            help="`mse`: squared error and cross-entropy. `huber`, `ordinal`: other losses of the ratings. "
+            "`bpr`: another one of the interactions.",
+            show_default="mse",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    negatives: Annotated[
+        int | None,
+        typer.Option(help="Items without interaction drawn for each rating.", rich_help_panel=OBJECTIVE),
+    ] = None,
+    negative_sampling: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(NEGATIVE_SAMPLINGS),
+            help="How they are drawn.",
+            show_default="uniform",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    negatives_outside: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(NEGATIVES_OUTSIDE),
+            help="Never drawn: any pair that is known, held-out ones included, or those of the training "
+            "part alone, as if nothing else were known. The first tells the model a little about the second: "
+            "use `training` to compare with other methods.",
+            show_default="known",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
     mlp: Annotated[
         bool,
         typer.Option(
@@ -135,6 +178,10 @@ def train_command(
     Examples:
 
         lunet-fast train --dataset ml-100k --recipe best
+
+        lunet-fast train --dataset ml-100k --gamma 0.1
+
+        lunet-fast train --dataset clicks.csv --gamma 0
 
         lunet-fast train --dataset ml-100k --train-file u1.base --test-file u1.test
 
@@ -161,11 +208,18 @@ def train_command(
         "alpha": alpha,
         "members": members,
         "dropout": dropout,
+        "gamma": gamma,
+        "loss": loss,
+        "negatives": negatives,
+        "negative_sampling": negative_sampling,
+        "negatives_outside": negatives_outside,
         "threads": threads,
         "mlp": mlp,
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
     columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
+    if gamma == 0 and dataset not in movielens.DATASETS:
+        columns["rating"] = None  # not needed, and clicks have none
     name = dataset if dataset in movielens.DATASETS else Path(dataset).name.split(".")[0]
     folder = RunFolder(out or Path("runs") / (name or "ratings"))
     console = Console()
@@ -257,7 +311,22 @@ def _show(console: Console, values: dict[str, Any], folder: RunFolder) -> None:
         for row in report.table_2(values):
             table.add_row(*row, style="bold" if row[0].startswith("ours") else None)
         console.print(table)
+    if "full_ndcg@10" in values:
+        console.print(_ranking_table(values))
     typer.echo(
         f"{values['dataset']}, split {values['split']}, seed {values['seed']}: {values['epochs']} epochs in "
         f"{values['train_seconds']:.0f} s, {values['parameters']:,} parameters; written to {folder.path}"
     )
+
+
+def _ranking_table(values: dict[str, Any]) -> Table:
+    of = "each user's latest" if values["held_out_ratings"] else "test ratings"
+    table = Table(title=f"Ranking: {of}, {values['full_users']:,} users")
+    table.add_column("among")
+    for heading in ("HR@10", "NDCG@10", "MRR"):
+        table.add_column(heading, justify="right")
+    for among, prefix in (("100 candidates", ""), ("all items not seen", "full_")):
+        if f"{prefix}mrr" in values:
+            cells = [f"{values[prefix + name]:.4f}" for name in ("hr@10", "ndcg@10", "mrr")]
+            table.add_row(among, *cells)
+    return table

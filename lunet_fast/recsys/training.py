@@ -118,7 +118,7 @@ def train(
     progress: Progress | None = None,
     checkpoint_seconds: float = 20.0,
 ) -> TrainResult:
-    """Train the recommender, and the MLP control where ``config.mlp``, and evaluate both on the test part.
+    """Train the recommender, with gamma 1 and ``config.mlp`` the MLP control too, and evaluate both.
 
     ``ratings`` is split as ``config.split`` and ``config.seed`` say. With ``test`` given it is the training
     part itself, and the split is called ``files`` (:func:`~lunet_fast.recsys.splits.join` gives two files
@@ -171,7 +171,7 @@ def train(
         with torch.no_grad():
             scorer = ItemScorer(model, model.histories(), device)
         values |= evaluate_ranking(scorer.scores, parts, config.seed).metrics
-        if config.mlp and config.gamma > 0:
+        if config.mlp and config.gamma == 1:
             values |= run.control()
     trained = TrainedModel(model, training.users, training.items, training.scale, training.item_info)
     values |= {
