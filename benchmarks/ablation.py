@@ -256,13 +256,12 @@ def scores_of(model: RatingModel) -> Callable[[Tensor], Tensor]:
     return torch.no_grad()(score)
 
 
-@torch.no_grad()
 def measured(models: Iterator[RatingModel], config: TrainConfig, parts: Parts) -> dict[str, float]:
     values: dict[str, float] = {}
     totals: list[Tensor] = []
     for model in models:
         if config.gamma < 1:
-            with torch.no_grad():
+            with torch.no_grad():  # not around the loop, which trains
                 found = evaluate_ranking(scores_of(model), parts, config.seed).metrics
             values |= {name: found[name] for name in ("hr@10", "ndcg@10", "full_ndcg@10", "mrr")}
         if config.gamma > 0 and parts.test is not None:

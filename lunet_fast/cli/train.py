@@ -108,6 +108,16 @@ def train_command(
     members: Annotated[
         int | None, typer.Option(help="Models trained side by side and averaged.", rich_help_panel=MODEL)
     ] = None,
+    side_features: Annotated[
+        bool | None,
+        typer.Option(
+            "--side-features/--no-side-features",
+            help="Use what the data set says of users and items beside ratings: genres, age, gender, "
+            "occupation.",
+            show_default="the recipe's",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     dropout: Annotated[
         float | None, typer.Option(help="On the network's input.", rich_help_panel=MODEL)
     ] = None,
@@ -208,6 +218,7 @@ def train_command(
         "alpha": alpha,
         "members": members,
         "dropout": dropout,
+        "side_features": side_features,
         "gamma": gamma,
         "loss": loss,
         "negatives": negatives,

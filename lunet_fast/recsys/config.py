@@ -67,6 +67,9 @@ class TrainConfig:
     """Add to the user's vector the normalised sum of a vector for each item that the user rated (SVD++)."""
     item_history: bool = True
     """Add to the item's vector the normalised sum of a vector for each user who rated it."""
+    side_features: bool = True
+    """Add to each half a vector for what is known of the user (age, gender, occupation) and of the item
+    (genres), where the data set says it."""
     history_power: float = 0.4
     """A history of n entries is divided by n to this power: 1 is the mean, 0.5 SVD++'s."""
     embedding_std: float = 0.1
@@ -133,7 +136,7 @@ class TrainConfig:
         for field in (*sizes, "mlp_embedding_size", "mlp_epochs", "mlp_batch_size", "threads"):
             _require(self, field, int, lambda v: v >= 1, "a whole number of at least 1")
         _require(self, "seed", int, lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")
-        for field in ("biases", "user_history", "item_history", "mlp"):
+        for field in ("biases", "user_history", "item_history", "side_features", "mlp"):
             _require(self, field, bool, lambda v: True, "true or false")
         for field in ("learning_rate", "net_learning_rate", "mlp_learning_rate"):
             _require(self, field, float, lambda v: v > 0, "a positive number, such as 1e-3")
@@ -218,6 +221,7 @@ _PAPER: dict[str, Any] = {
     "biases": False,
     "user_history": False,
     "item_history": False,
+    "side_features": False,
     "members": 1,
     "embedding_size": 16,
     "layers": 2,
@@ -253,7 +257,7 @@ _SETTINGS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
                 "l2_interaction_embedding": 1e-3,
             },
             "ranking": {
-                "members": 2,
+                "members": 4,
                 "embedding_size": 64,
                 "epochs": 8,
                 "l2_interaction_embedding": 1e-3,

@@ -124,11 +124,15 @@ MOST_LEVELS = 20
 
 
 class Histories(NamedTuple):
-    """Sums of the history vectors, from :meth:`RatingModel.histories`; None for a side without."""
+    """What :meth:`RatingModel.histories` computes for all users and items at once; None for what is not."""
 
     user: Tensor | None
-    """``[n_users, K k]``"""
+    """``[n_users, K k]``: sums of the vectors of each user's items."""
     item: Tensor | None
+    """``[n_items, K k]``: sums of the vectors of each item's users."""
+    user_features: Tensor | None = None
+    """``[n_users, K k]``: what the side features add to each user's half."""
+    item_features: Tensor | None = None
     """``[n_items, K k]``"""
 
 
@@ -154,7 +158,8 @@ class RatingModel(nn.Module):
     x in R^D, D = 2k. The user's half is an embedding plus, with ``user_history``, the sum of a second
     embedding over the items the user rated in training, divided by their number to a power; the item's half
     likewise. The pair's own rating is left out of both histories, or training would see what prediction
-    cannot. The read-outs are
+    cannot. ``user_features`` ``[n_users, F]`` and ``item_features`` ``[n_items, G]``, where given, add
+    features @ table to the halves. The read-outs are
 
         rating = mean + w.z + c                          (readout ``linear``)
         rating = mean + w.z + c + z_u[:r].z_i[:r]        (readout ``pair``; z_u, z_i the halves of z)
@@ -183,9 +188,20 @@ class RatingModel(nn.Module):
     user_deviation: Tensor
     item_deviation: Tensor
     levels: Tensor | None
+    user_features: Tensor | None
+    item_features: Tensor | None
 
     def __init__(
-        self, config: TrainConfig, users: Tensor, items: Tensor, ratings: Tensor, n_users: int, n_items: int
+        self,
+        config: TrainConfig,
+        users: Tensor,
+        items: Tensor,
+        ratings: Tensor,
+        n_users: int,
+        n_items: int,
+        *,
+        user_features: Tensor | None = None,
+        item_features: Tensor | None = None,
     ) -> None:
         if len(ratings) == 0:
             raise ValueError("ratings is empty: a model needs at least one training rating")
@@ -198,7 +214,8 @@ class RatingModel(nn.Module):
                 f"loss='ordinal' needs 2 to {MOST_LEVELS} different ratings, and these have {len(levels)}: "
                 "choose loss='mse'"
             )
-        self._build(config, Interactions(users, items, n_users, n_items), levels)
+        interactions = Interactions(users, items, n_users, n_items)
+        self._build(config, interactions, levels, user_features, item_features)
         self.mean.copy_(mean)
         for buffer, index in ((self.user_deviation, users), (self.item_deviation, items)):
             total = torch.zeros(len(buffer), dtype=torch.float64, device=index.device).index_add_(
@@ -224,16 +241,23 @@ class RatingModel(nn.Module):
             indptr, indices = state["interactions.indptr"], state["interactions.indices"]
             if len(indptr) != n_users + 1:
                 raise ValueError(f"the model has {len(indptr) - 1} users but {n_users} user ids")
-            levels = state.get("levels")
+            known = [state.get(name) for name in ("levels", "user_features", "item_features")]
             # Loading a model must not move the generator that someone's own program draws from.
             with torch.random.fork_rng(devices=[]):
-                model._build(config, Interactions.from_csr(indptr, indices, n_items), levels)
+                model._build(config, Interactions.from_csr(indptr, indices, n_items), *known)
             model.load_state_dict(state)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"the saved tensors do not fit the model's settings: {error}") from error
         return model
 
-    def _build(self, config: TrainConfig, interactions: Interactions, levels: Tensor | None) -> None:
+    def _build(
+        self,
+        config: TrainConfig,
+        interactions: Interactions,
+        levels: Tensor | None,
+        user_features: Tensor | None,
+        item_features: Tensor | None,
+    ) -> None:
         self.config = config
         self.interactions = interactions
         n_users, n_items = interactions.n_users, interactions.n_items
@@ -243,6 +267,15 @@ class RatingModel(nn.Module):
         # One vector for each item as part of a user's history, and the other way round.
         self.user_history = nn.Embedding(n_items, members * size) if config.user_history else None
         self.item_history = nn.Embedding(n_users, members * size) if config.item_history else None
+        self.register_buffer("user_features", user_features)
+        self.register_buffer("item_features", item_features)
+        # One vector for each feature, as many as the buffer has columns.
+        self.user_feature = (
+            None if user_features is None else nn.Embedding(user_features.shape[1], members * size)
+        )
+        self.item_feature = (
+            None if item_features is None else nn.Embedding(item_features.shape[1], members * size)
+        )
         rates, interacts = config.gamma > 0, config.gamma < 1
         biased = rates and config.biases
         self.user_bias = nn.Parameter(torch.zeros(n_users, members)) if biased else None
@@ -272,18 +305,30 @@ class RatingModel(nn.Module):
                         weight.normal_(std=0.1)
 
     def tables(self) -> list[nn.Embedding]:
-        """The embedding tables, each ``[users or items, K k]``."""
+        """The embedding tables, each ``[users, items or features, K k]``."""
         tables = (self.user_embedding, self.item_embedding, self.user_history, self.item_history)
-        return [table for table in tables if table is not None]
+        features = (self.user_feature, self.item_feature)
+        return [table for table in (*tables, *features) if table is not None]
 
     def histories(self) -> Histories:
-        """The sums over all histories; O(K nnz k), so compute them once for many passes without a change."""
+        """The sums over all histories and features: compute them once for many passes without a change.
+
+        O(K k (nnz + users F + items G)).
+        """
         user = item = None
         if self.user_history is not None:
             user = self.interactions.sum_over_items(self.user_history.weight)
         if self.item_history is not None:
             item = self.interactions.sum_over_users(self.item_history.weight)
-        return Histories(user, item)
+        features = (
+            (self.user_features, self.user_feature),
+            (self.item_features, self.item_feature),
+        )
+        return Histories(
+            user,
+            item,
+            *(None if t is None or values is None else values @ t.weight for values, t in features),
+        )
 
     def output(
         self,
@@ -433,6 +478,10 @@ class RatingModel(nn.Module):
         seen = self.interactions
         own = seen.contains(users, items) if observed is None else observed
         user, item = self.user_embedding(users), self.item_embedding(items)
+        if histories.user_features is not None:
+            user = user + F.embedding(users, histories.user_features)
+        if histories.item_features is not None:
+            item = item + F.embedding(items, histories.item_features)
         if self.user_history is not None and histories.user is not None:
             entry = self.user_history(items)
             user = user + self._history(histories.user, users, entry, own, seen.user_counts)

@@ -32,6 +32,7 @@ from lunet_fast.recsys.checkpoints import (
 )
 from lunet_fast.recsys.config import TrainConfig
 from lunet_fast.recsys.evaluation import decode, predict_ratings, reconstruct
+from lunet_fast.recsys.features import side_features
 from lunet_fast.recsys.losses import Losses, hybrid_loss
 from lunet_fast.recsys.model import MLPModel, RatingModel, perceptron
 from lunet_fast.recsys.negatives import NegativeSampler
@@ -158,6 +159,7 @@ def train(
         known=parts.known_pairs().to(device),
         scale=training.scale,
         shape=(training.n_users, training.n_items),
+        features=side_features(training) if config.side_features else (None, None),
         device=device,
         checkpoints=None if folder is None else folder.checkpoints,
         resume=resume,
@@ -335,6 +337,7 @@ class _Run:
     known: Tensor
     scale: tuple[float, float]
     shape: tuple[int, int]
+    features: tuple[Tensor | None, Tensor | None]
     device: torch.device
     checkpoints: Path | None
     resume: bool
@@ -345,7 +348,11 @@ class _Run:
         """Train the recommender."""
         config, part = self.config, self.training
         with _seeded(config.seed):
-            model = RatingModel(config, part.user.cpu(), part.item.cpu(), part.rating.cpu(), *self.shape)
+            triple = part.user.cpu(), part.item.cpu(), part.rating.cpu()
+            user_features, item_features = self.features
+            model = RatingModel(
+                config, *triple, *self.shape, user_features=user_features, item_features=item_features
+            )
         model.to(self.device)
         sampler = NegativeSampler.of(model, self.known) if config.gamma < 1 else None
 
