@@ -51,7 +51,7 @@ class TrainConfig:
     """Share of each half of z whose product is the interactions'; the rest is the ratings'. Without effect
     where gamma is 0 or 1."""
 
-    members: int = 8
+    members: int = 16
     """Independent models trained side by side; the prediction is the mean of theirs."""
     embedding_size: int = 16
     """k, the size of a user's and of an item's vector. The network works in D = 2k dimensions."""
@@ -79,7 +79,7 @@ class TrainConfig:
     """Share of x's coordinates set to zero while training (the rest are scaled up)."""
     l2_latent: float = 0.04
     """Weight of |z|^2, the mean over the batch, in the loss."""
-    l2_embedding: float = 0.005
+    l2_embedding: float = 0.0
     """Weight of |x|^2 in the loss."""
     l2_bias: float = 0.005
     """Weight of the squared biases in the loss."""
@@ -281,14 +281,10 @@ _SETTINGS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "hybrid": {
                 "members": 2,
                 "embedding_size": 64,
-                "interaction_share": 0.5,
-                "epochs": 8,
                 "l2_interaction_embedding": 3e-4,
             },
             "ranking": {
                 "members": 1,
-                "embedding_size": 64,
-                "epochs": 8,
                 "l2_interaction_embedding": 3e-4,
             },
         },
