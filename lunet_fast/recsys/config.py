@@ -250,6 +250,8 @@ _SETTINGS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         {
             "paper": _PAPER,
             "best": {},
+            # Its loss is about half of the squared error, and so must its penalty be.
+            "ordinal": {"l2_latent": 0.015},
             "hybrid": {
                 "members": 4,
                 "embedding_size": 48,
@@ -278,6 +280,7 @@ _SETTINGS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
                 "epochs": 6,
                 "batch_size": 4096,
             },
+            "ordinal": {"l2_latent": 0.01},
             "hybrid": {
                 "members": 2,
                 "embedding_size": 64,
@@ -316,4 +319,6 @@ def recipe(name: str, n_ratings: int, **overrides: Any) -> TrainConfig:
         kind, split = "hybrid", "joint"
     if kind is not None and name == "best":
         settings |= recipes[kind]
+    if overrides.get("loss") == "ordinal" and name == "best":
+        settings |= recipes["ordinal"]
     return TrainConfig.from_dict({**settings, "split": split, **overrides})

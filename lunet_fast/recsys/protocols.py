@@ -73,7 +73,7 @@ class Parts:
 
 
 class Ranking(NamedTuple):
-    """What :func:`evaluate_ranking` measures."""
+    """Metrics of a model, and of groups of users."""
 
     metrics: dict[str, float]
     groups: list[ActivityGroup]

@@ -36,7 +36,7 @@ from lunet_fast.recsys.features import side_features
 from lunet_fast.recsys.losses import Losses, hybrid_loss
 from lunet_fast.recsys.model import MLPModel, RatingModel, perceptron
 from lunet_fast.recsys.negatives import NegativeSampler
-from lunet_fast.recsys.protocols import Parts, evaluate_ranking
+from lunet_fast.recsys.protocols import Parts, Ranking, evaluate_ranking
 from lunet_fast.recsys.ratings import Ratings
 from lunet_fast.recsys.scoring import ItemScorer
 
@@ -168,11 +168,7 @@ def train(
     )
     with cpu_threads(config.threads):
         model, curve = run.lu_net()
-        values: dict[str, Any] = run.evaluate(model, parts)
-        model.to("cpu")
-        with torch.no_grad():
-            scorer = ItemScorer(model, model.histories(), device)
-        values |= evaluate_ranking(scorer.scores, parts, config.seed).metrics
+        values: dict[str, Any] = evaluate(model, parts, device).metrics
         if config.mlp and config.gamma == 1:
             values |= run.control()
     trained = TrainedModel(model, training.users, training.items, training.scale, training.item_info)
@@ -222,20 +218,52 @@ def versions() -> dict[str, str]:
     }
 
 
-def _resolved(config: TrainConfig, parts: Parts) -> dict[str, Any]:
-    """The content of ``config.json``: all settings, and what data they were used on."""
-    digest, training = hashlib.sha256(), parts.training
-    for part in (training, parts.test, parts.held_out):
+@torch.no_grad()
+def evaluate(model: RatingModel, parts: Parts, device: torch.device | str = "cpu") -> Ranking:
+    """All metrics of a model on the parts that it was not trained on; the model is on the CPU afterwards.
+
+    ``test_mse`` and ``test_rmse`` of the clipped predictions on the test part; the reconstruction error over
+    the test pairs, or else the held-out ones; and :func:`~.protocols.evaluate_ranking`'s. With the threads
+    of ``model.config`` they are those of ``metrics.json`` to the last digit.
+    """
+    values: dict[str, float] = {}
+    pairs = parts.test or parts.held_out
+    model.to(device)
+    if pairs is not None:
+        reconstruction = reconstruct(model, pairs.user.to(device), pairs.item.to(device))
+        values["reconstruction_error"] = reconstruction.error
+        values["reconstruction_error_relative"] = reconstruction.relative
+    if parts.test is not None and model.config.gamma > 0:
+        test = _Part.of(parts.test, device)
+        prediction = predict_ratings(model, test.user, test.item, parts.training.scale)
+        values["test_mse"] = metrics.mse(prediction, test.rating)
+        values["test_rmse"] = metrics.rmse(prediction, test.rating)
+    model.to("cpu")
+    scorer = ItemScorer(model, model.histories(), device)
+    ranking = evaluate_ranking(scorer.scores, parts, model.config.seed)
+    return Ranking({**values, **ranking.metrics}, ranking.groups)
+
+
+def ratings_digest(parts: Parts) -> str:
+    """SHA-256 over users, items and ratings of all parts: what ``config.json`` says of the data."""
+    digest = hashlib.sha256()
+    for part in (parts.training, parts.test, parts.held_out):
         if part is not None:
             for tensor in (part.user, part.item, part.rating):
                 digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _resolved(config: TrainConfig, parts: Parts) -> dict[str, Any]:
+    """The content of ``config.json``: all settings, and what data they were used on."""
+    training = parts.training
     return {
         "dataset": training.name,
         "source": training.source,
         "users": training.n_users,
         "items": training.n_items,
         "scale": list(training.scale),
-        "ratings_sha256": digest.hexdigest(),
+        "ratings_sha256": ratings_digest(parts),
         **config.to_dict(),
     }
 
@@ -375,25 +403,6 @@ class _Run:
             linear_decay=config.schedule == "linear",
         )
         return model, self._fit(phase)
-
-    def evaluate(self, model: RatingModel, parts: Parts) -> dict[str, Any]:
-        """Test error of the clipped predictions, and the reconstruction error over test or held-out pairs."""
-        pairs = parts.test or parts.held_out
-        if pairs is None:
-            return {}
-        reconstruction = reconstruct(model, pairs.user.to(self.device), pairs.item.to(self.device))
-        values = {
-            "reconstruction_error": reconstruction.error,
-            "reconstruction_error_relative": reconstruction.relative,
-        }
-        if self.test is None or self.config.gamma == 0:
-            return values
-        prediction = predict_ratings(model, self.test.user, self.test.item, self.scale)
-        return {
-            "test_mse": metrics.mse(prediction, self.test.rating),
-            "test_rmse": metrics.rmse(prediction, self.test.rating),
-            **values,
-        }
 
     def control(self) -> dict[str, Any]:
         """Train the MLP of table 2, then a decoder from its last hidden layer to x, and evaluate both."""

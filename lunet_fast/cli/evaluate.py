@@ -1,0 +1,160 @@
+"""``lunet-fast evaluate``: a trained model's metrics, from its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lunet_fast.cli import options
+from lunet_fast.cli.options import DATA
+from lunet_fast.cli.output import errors_told
+
+if TYPE_CHECKING:
+    from lunet_fast.recsys.evaluation import ActivityGroup
+    from lunet_fast.recsys.protocols import Parts
+    from lunet_fast.recsys.recommend import LUNetRecommender
+
+
+def evaluate_command(
+    run: options.Run = options.DEFAULT_RUN,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset",
+            "-d",
+            metavar="NAME|PATH",
+            help="The data that the run was trained on, where they are no longer where they were.",
+            show_default="what the run's config.json names",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    test_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead: the error on a file of ratings of your own. Ids that training has not seen get "
+            "the fall-back.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the metrics as JSON.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
+    data_dir: options.DataDir = None,
+    user_column: options.UserColumn = "user",
+    item_column: options.ItemColumn = "item",
+    rating_column: options.RatingColumn = "rating",
+    timestamp_column: options.TimestampColumn = "timestamp",
+    sep: options.Separator = None,
+    scale: options.Scale = None,
+) -> None:
+    """Evaluate a trained run again, from its files.
+
+    Divides the data as the training did, checks that they are the same, and measures the saved model on the
+    parts that it was not trained on: error of the ratings, reconstruction of the embeddings, ranking among
+    candidates and among all items, and that by groups of users with few, some and many ratings. The figures
+    are those of the run's `metrics.json`.
+
+    Examples:
+
+        lunet-fast evaluate --run runs/ml-100k
+
+        lunet-fast evaluate --run runs/mine --test-file later.csv
+    """
+    with errors_told():
+        from lunet_fast.recsys.checkpoints import write_json
+
+        columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
+        recommender = options.load_run(run, device)
+        console = Console()
+        if test_file is not None:
+            values = _on_file(recommender, test_file, columns)
+            groups: list[ActivityGroup] = []
+        else:
+            from lunet_fast.recsys.training import cpu_threads, evaluate
+
+            parts = _parts(recommender, run, dataset, data_dir, columns)
+            with cpu_threads(recommender.trained.model.config.threads):
+                values, groups = evaluate(recommender.trained.model, parts, device)
+        if out is not None:
+            by_activity = [{**group._asdict()} for group in groups]
+            write_json(out, {**values, "by_activity": by_activity} if groups else dict(values))
+        _show(console, values, groups)
+
+
+def _parts(
+    recommender: LUNetRecommender,
+    run: Path,
+    dataset: str | None,
+    data_dir: Path | None,
+    columns: dict[str, Any],
+) -> Parts:
+    """The parts that the run was trained and tested on."""
+    from lunet_fast.recsys import movielens
+    from lunet_fast.recsys.checkpoints import RunFolder, read_json
+    from lunet_fast.recsys.protocols import Parts
+    from lunet_fast.recsys.training import ratings_digest
+
+    config = recommender.trained.model.config
+    file = RunFolder(run).config
+    recorded = read_json(file) if file.is_file() else {}
+    if config.split in ("files", "none"):
+        why = "two files" if config.split == "files" else "all ratings"
+        raise ValueError(f"--run {run}: was trained on {why}: give --test-file to evaluate it on")
+    name = dataset or str(recorded.get("dataset", ""))
+    if dataset is None and name not in movielens.DATASETS:
+        name = str(recorded.get("source", name))
+    if config.gamma == 0 and name not in movielens.DATASETS:
+        columns = {**columns, "rating": None}
+    parts = Parts.of(options.read_dataset("--dataset", name, data_dir, columns), config)
+    if ratings_digest(parts) != recorded.get("ratings_sha256"):
+        raise ValueError(
+            f"--dataset {name}: these are not the ratings that {run} was trained on: name the right file, or "
+            "use --test-file for other ratings"
+        )
+    return parts
+
+
+def _on_file(recommender: LUNetRecommender, file: Path, columns: dict[str, Any]) -> dict[str, float]:
+    """Error of the ratings in a file."""
+    import torch
+
+    from lunet_fast.recsys import metrics
+    from lunet_fast.recsys.ratings import read_ratings
+
+    ratings = read_ratings(file, **columns)
+    users, items = ratings.users.ids[ratings.user], ratings.items.ids[ratings.item]
+    prediction = torch.from_numpy(recommender.predict(users, items))
+    known = (recommender.users.index(users) >= 0) & (recommender.items.index(items) >= 0)
+    return {
+        "test_mse": metrics.mse(prediction, ratings.rating),
+        "test_rmse": metrics.rmse(prediction, ratings.rating),
+        "test_ratings": len(ratings),
+        "test_ratings_of_known_pairs": int(known.sum()),
+    }
+
+
+def _show(console: Console, values: dict[str, float], groups: list[ActivityGroup]) -> None:
+    table = Table(title="Metrics", title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in values.items():
+        exponent = name.startswith("reconstruction")
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.1e}" if exponent else f"{value:.4f}"
+        table.add_row(name, text)
+    console.print(table)
+    if not groups:
+        return
+    shown = ("full_hr@10", "full_ndcg@10", "full_recall@10", "full_mrr")
+    table = Table(title="By the number of a user's training ratings", title_justify="left")
+    for heading in ("ratings", "users", *shown):
+        table.add_column(heading, justify="right")
+    for group in groups:
+        cells = [f"{group.metrics[name]:.4f}" for name in shown]
+        table.add_row(f"{group.least} to {group.most}", f"{group.users:,}", *cells)
+    console.print(table)
