@@ -5,7 +5,8 @@
 
 ML-100K, three seeds. The test part (ratings: 20 %; ranking: each user's latest) is taken away first and never
 read; what is left is divided again in the same way, and the second part is the one that the figures are of.
-A row changes one thing of recipe best with MEMBERS members, fewer than it has, for time. Writes benchmarks/results/ablation-{ratings,ranking}.{json,md}.
+A row changes one thing of recipe best with MEMBERS members, fewer than it has, for time. Writes
+benchmarks/results/ablation-{ratings,ranking}.{json,md}.
 """
 
 from __future__ import annotations

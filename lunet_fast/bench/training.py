@@ -14,15 +14,10 @@ is the other half, ``time_to_quality``: whole trainings on real ratings, which r
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import importlib
-import importlib.util
-import io
 import itertools
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,7 +32,8 @@ from lunet_fast import LUDense, LUNet, reference
 from lunet_fast.bench.contenders import Unavailable
 from lunet_fast.bench.contest import Contest, Row, Run, Spec
 from lunet_fast.bench.machine import describe, relative_error, versions, write_json
-from lunet_fast.recsys import metrics
+from lunet_fast.recsys import baselines, metrics
+from lunet_fast.recsys.baselines import BASELINES, GIBBS, MF, matrix_factorisation, missing
 from lunet_fast.recsys.config import RECIPES, TrainConfig, nearest_dataset, recipe
 from lunet_fast.recsys.model import MLPModel, RatingModel
 from lunet_fast.recsys.movielens import DATASETS, load
@@ -346,7 +342,7 @@ def _error(way: Way, problem: Problem, rows: int, *, compiles: bool) -> tuple[fl
 
 
 def _plain_loss(model: RatingModel, batch: Batch, generator: torch.Generator) -> Tensor:
-    """The loss of ``losses.hybrid_loss`` with gamma 1, member by member, histories by a dense matrix of who rated what."""
+    """``losses.hybrid_loss`` with gamma 1, by member, histories by a dense matrix of who rated what."""
     config, size = model.config, model.config.embedding_size
     users, items, ratings = batch
     kept = _dropout(model, batch, generator)
@@ -426,12 +422,6 @@ OURS_BEST = "LU-Net, recipe best"
 #: Numbers of CPU threads to train with, where a method can use more than one.
 THREADS = (1, 2)
 
-#: cornac's MF with biases, tuned: factors, rate, L2 and epochs by the bundled data set nearest in size.
-CORNAC = {"ml-100k": (100, 0.005, 0.08, 100), "ml-1m": (200, 0.01, 0.05, 30)}
-
-#: myFM: rank and Gibbs samples.
-MYFM = (10, 200)
-
 
 @dataclass(frozen=True)
 class Quality:
@@ -443,7 +433,8 @@ class Quality:
     settings: str
     threads: int
     seconds: float | None = None
-    """Of training alone: no reading, no conversion for a peer, no evaluation. None where it is missing."""
+    """Of training alone: no reading, no evaluation; a peer's with its own form of the data. None where it is
+    missing."""
     test_mse: float | None = None
     """Of predictions clipped to the scale, after the last epoch or sample."""
     ours_seconds: float | None = None
@@ -469,95 +460,32 @@ def fit_cornac(training: Ratings, test: Ratings, seed: int, threads: int) -> Fit
     Raises:
         Unavailable: cornac is not installed.
     """
-    data_module, models = _imported("cornac.data"), _imported("cornac.models")
-    columns = (training.user.tolist(), training.item.tolist(), training.rating.tolist())
-    data = data_module.Dataset.from_uir(list(zip(*columns, strict=True)), seed=seed)
-    k, rate, l2, epochs = CORNAC[nearest_dataset(len(training) + len(test))]
-    options = {"seed": seed} if threads == 1 else {"num_threads": threads}
-    model = models.MF(
-        k=k, learning_rate=rate, lambda_reg=l2, max_iter=epochs, use_bias=True, verbose=False, **options
-    )
-    began = time.perf_counter()
-    model.fit(data)
-    seconds = time.perf_counter() - began
-
-    def rows(ids: Tensor, index: Mapping[int, int]) -> Any:
-        """Its index of each id, -1 for one that is not in the training part."""
-        return np.array([index.get(i, -1) for i in ids.tolist()])
-
-    user, item = rows(test.user, data.uid_map), rows(test.item, data.iid_map)
-    user_known, item_known = user >= 0, item >= 0
-    found = float(model.global_mean) + model.u_biases[user] * user_known + model.i_biases[item] * item_known
-    products = (model.u_factors[user] * model.i_factors[item]).sum(1)
-    return Fitted(seconds, torch.from_numpy(found + products * (user_known & item_known)))
+    size = nearest_dataset(len(training) + len(test))
+    return _fit("mf", test, lambda: matrix_factorisation(training, seed, size, threads))
 
 
-def fit_myfm(
-    training: Ratings, test: Ratings, seed: int, *, implicit: bool, samples: int = MYFM[1]
-) -> Fitted:
+def fit_myfm(training: Ratings, test: Ratings, seed: int, *, implicit: bool) -> Fitted:
     """myFM's Bayesian factorisation machine on user and item, with ``implicit`` on who rated what too.
 
     Raises:
         Unavailable: myFM is not installed.
     """
-    with _without_pkg_resources():
-        myfm = _imported("myfm")
-    sparse = _imported("scipy.sparse")
-    shape = (training.n_users, training.n_items)
-    entries = np.ones(len(training))
-    seen = sparse.csr_matrix((entries, (training.user.numpy(), training.item.numpy())), shape=shape)
-    sides = [sparse.identity(n, format="csr") for n in shape]
-    groups = list(shape)
-    if implicit:
-        others = [_normalised(seen), _normalised(seen.T.tocsr())]
-        sides = [sparse.hstack(pair, format="csr") for pair in zip(sides, others, strict=True)]
-        groups = [shape[0], shape[1], shape[1], shape[0]]
+    key = "bayesian-svd++" if implicit else "bayesian-fm"
+    size = nearest_dataset(len(training) + len(test))
+    return _fit(key, test, lambda: BASELINES[key].fit(training, seed, size))
 
-    def blocks(part: Ratings) -> list[Any]:
-        indices = (part.user.tolist(), part.item.tolist())
-        return [myfm.RelationBlock(rows, side) for rows, side in zip(indices, sides, strict=True)]
 
-    model = myfm.MyFMRegressor(rank=MYFM[0], random_seed=seed)
-    options: dict[str, Any] = {"n_iter": samples, "group_shapes": groups}
-    known, asked = blocks(training), blocks(test)
+def _fit(key: str, test: Ratings, fit: Callable[[], baselines.Fitted]) -> Fitted:
+    """What ``fit`` trains, the baseline of that key, timed; its package is imported before."""
+    reason = missing(BASELINES[key])
+    if reason is not None:
+        raise Unavailable(reason)
     began = time.perf_counter()
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        model.fit(None, training.rating.double().numpy(), X_rel=known, **options)
+    fitted = fit()
     seconds = time.perf_counter() - began
-    return Fitted(seconds, torch.from_numpy(np.asarray(model.predict(None, asked, n_workers=1))))
-
-
-def _normalised(seen: Any) -> Any:
-    """Rows divided by the root of their number of entries."""
-    counts = np.maximum(seen.getnnz(axis=1), 1)
-    return seen.multiply(1.0 / np.sqrt(counts)[:, None]).tocsr()
-
-
-def _imported(name: str) -> Any:
-    package = name.partition(".")[0]
-    if importlib.util.find_spec(package) is None:
-        raise Unavailable(f"{package} is not installed; pip install 'lunet-fast[bench]'")
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise Unavailable(f"{package} cannot be imported: {error}") from error
-
-
-@contextlib.contextmanager
-def _without_pkg_resources() -> Iterator[None]:
-    """Inside, myFM can be imported: it imports two names of ``pkg_resources``, which setuptools has given up,
-    and uses neither."""
-    name = "pkg_resources"
-    if name in sys.modules or importlib.util.find_spec(name) is not None:
-        yield
-        return
-    stand_in: Any = types.ModuleType(name)
-    stand_in.DistributionNotFound = stand_in.get_distribution = None
-    sys.modules[name] = stand_in
-    try:
-        yield
-    finally:
-        del sys.modules[name]
+    prediction = fitted.predict(test.user, test.item)
+    assert prediction is not None
+    return Fitted(seconds, prediction)
 
 
 class Peer(NamedTuple):
@@ -572,8 +500,8 @@ class Peer(NamedTuple):
 
 def peers(n_ratings: int, threads: Sequence[int] = THREADS) -> list[Peer]:
     """The peers with their settings for data of ``n_ratings`` ratings; myFM samples on one thread."""
-    k, rate, l2, epochs = CORNAC[nearest_dataset(n_ratings)]
-    rank, samples = MYFM
+    k, rate, l2, epochs = MF[nearest_dataset(n_ratings)]
+    rank, samples = GIBBS
     sampling = f"rank {rank}, {samples} Gibbs samples"
     one = [count for count in threads if count == 1] or [1]
     return [

@@ -12,11 +12,14 @@ import typer
 
 import lunet_fast
 from lunet_fast.cli.bench import bench_command
+from lunet_fast.cli.compare import compare_command
 from lunet_fast.cli.data import data_app
 from lunet_fast.cli.doctor import doctor_command
+from lunet_fast.cli.evaluate import evaluate_command
 from lunet_fast.cli.export import export_command
 from lunet_fast.cli.predict import predict_command
 from lunet_fast.cli.recommend import recommend_command
+from lunet_fast.cli.reproduce import SeveralValues, reproduce_command
 from lunet_fast.cli.train import train_command
 
 __all__ = ["app"]
@@ -47,9 +50,12 @@ def lunet(
 
 
 app.command("train")(train_command)
+app.command("evaluate")(evaluate_command)
 app.command("recommend")(recommend_command)
 app.command("predict")(predict_command)
 app.command("export")(export_command)
 app.add_typer(data_app, name="data")
+app.command("compare", cls=SeveralValues)(compare_command)
+app.command("reproduce", cls=SeveralValues)(reproduce_command)
 app.command("bench")(bench_command)
 app.command("doctor")(doctor_command)

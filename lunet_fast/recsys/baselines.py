@@ -35,10 +35,16 @@ from lunet_fast.recsys.negatives import NegativeSampler
 from lunet_fast.recsys.ratings import Ratings
 from lunet_fast.recsys.training import control_objective, control_optimizer, cpu_threads, descend
 
-__all__ = ["BASELINES", "SIZES", "Baseline", "Fitted", "missing"]
+__all__ = ["BASELINES", "GIBBS", "MF", "SIZES", "Baseline", "Fitted", "matrix_factorisation", "missing"]
 
 #: Number of ratings of the bundled data sets, for which there are settings.
 SIZES = {"ml-100k": 100_000, "ml-1m": 1_000_209}
+
+#: Matrix factorisation: factors, rate, L2 and epochs by the size.
+MF = {"ml-100k": (100, 0.005, 0.08, 100), "ml-1m": (200, 0.01, 0.05, 30)}
+
+#: Bayesian factorisation machines: rank and Gibbs samples.
+GIBBS = (10, 200)
 
 #: Numbers held at once while all items are scored: bounds the memory.
 CHUNK = 2**22
@@ -204,11 +210,15 @@ def _mlp_cross_entropy(training: Ratings, seed: int, size: str) -> Fitted:
 # --- cornac ---------------------------------------------------------------------------------------------
 
 
-def _mf(training: Ratings, seed: int, size: str) -> Fitted:
-    """Matrix factorisation with biases, by SGD."""
-    k, rate, l2, epochs = {"ml-100k": (100, 0.005, 0.08, 100), "ml-1m": (200, 0.01, 0.05, 30)}[size]
+def matrix_factorisation(training: Ratings, seed: int, size: str, threads: int = 1) -> Fitted:
+    """cornac's MF with biases, by SGD: what the baseline ``mf`` trains, there with one thread.
+
+    With more it is not reproducible, and takes no seed. ImportError without cornac.
+    """
+    k, rate, l2, epochs = MF[size]
+    way = {"seed": seed} if threads == 1 else {"num_threads": threads}
     model = _package("cornac.models").MF(
-        k=k, learning_rate=rate, lambda_reg=l2, max_iter=epochs, use_bias=True, seed=seed
+        k=k, learning_rate=rate, lambda_reg=l2, max_iter=epochs, use_bias=True, **way
     )
     model.fit(_cornac_data(training, seed))
     return _biased_product(
@@ -398,7 +408,7 @@ def _bayesian_svdpp(training: Ratings, seed: int, size: str) -> Fitted:
 
 def _myfm(training: Ratings, seed: int, *, implicit: bool) -> Fitted:
     myfm, sparse = _package("myfm"), _package("scipy.sparse")
-    rank = 10
+    rank, samples = GIBBS
     shape = _shape(training)
     sides = [sparse.identity(n, format="csr") for n in shape]
     groups = list(shape)
@@ -414,7 +424,7 @@ def _myfm(training: Ratings, seed: int, *, implicit: bool) -> Fitted:
 
     model = myfm.MyFMRegressor(rank=rank, random_seed=seed)
     known = blocks(training.user, training.item)
-    model.fit(None, training.rating.double().numpy(), X_rel=known, n_iter=200, group_shapes=groups)
+    model.fit(None, training.rating.double().numpy(), X_rel=known, n_iter=samples, group_shapes=groups)
 
     def predict(users: Tensor, items: Tensor) -> Tensor:
         return torch.from_numpy(model.predict(None, blocks(users, items), n_workers=1)).float()
@@ -587,7 +597,7 @@ def _undisturbed() -> Iterator[None]:
 BASELINES: dict[str, Baseline] = {
     "biases": Baseline("User and item biases", "ours", ("rating",), _biases),
     "knn": Baseline("Item KNN with biases", "surprise", ("rating",), _knn),
-    "mf": Baseline("Matrix factorisation with biases", "cornac", ("rating",), _mf),
+    "mf": Baseline("Matrix factorisation with biases", "cornac", ("rating",), matrix_factorisation),
     "svd++": Baseline("SVD++", "surprise", ("rating",), _svdpp),
     "mlp": Baseline("MLP", "ours", ("rating",), _mlp),
     "bayesian-fm": Baseline("Bayesian FM", "myfm", ("rating",), _bayesian_fm),

@@ -255,7 +255,7 @@ DAMAGED: dict[str, tuple[str | bytes, str]] = {
     "header only": (HEADER, "header, line 1, but no row"),
     "missing user": ("item,rating\n1,2\n", "line 1: there is no column 'user'.*'item', 'rating'.*user="),
     "missing item": ("user,id,rating\n1,2,3\n", "no column 'item'.*'user', 'id', 'rating'.*item="),
-    "missing rating": ("user,item\n1,2\n", "no column 'rating'.*without ratings are read with rating=None.*rating="),
+    "missing rating": ("user,item\n1,2\n", "no column 'rating'.*are read with rating=None.*rating="),
     "column twice": ("user,user,item,rating\n1,1,2,3\n", "column 'user' .* occurs 2 times"),
     "no header": ("1,2,3,4\n1,3,3,4\n", "the first line holds numbers: put a header"),
     "other separator": ("user;item;rating\n1;2;3\n", "separator may be another one: sep=';'"),

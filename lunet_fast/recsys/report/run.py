@@ -1,4 +1,4 @@
-"""Tables and figures made from the results of a run."""
+"""The table and the figure of a single training."""
 
 from __future__ import annotations
 

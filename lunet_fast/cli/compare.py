@@ -1,0 +1,218 @@
+"""``lunet-fast compare``: the recommender beside other methods, on the same parts of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lunet_fast.cli import options
+from lunet_fast.cli.output import errors_told, prepare_out, printable, wide_console
+
+if TYPE_CHECKING:
+    from lunet_fast.recsys.compare import Comparison
+    from lunet_fast.recsys.ratings import Ratings
+
+#: Of ``comparing.COLUMNS``, narrow.
+_HEADINGS = (
+    *("method", "package", "MSE", "RMSE", "HR@10", "NDCG@10", "of all"),
+    *("f⁻¹ error", "seconds", "MB", "parameters"),
+)
+
+
+def compare_command(
+    dataset: Annotated[
+        str,
+        typer.Option(
+            "--dataset",
+            "-d",
+            metavar="NAME|PATH",
+            help="`ml-100k` or `ml-1m`, fetched if need be; or your own CSV, TSV or Parquet file.",
+            rich_help_panel=options.DATA,
+        ),
+    ] = "ml-100k",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY...",
+            help="Of those that predict ratings `biases`, `knn`, `mf`, `svd++`, `mlp`, `bayesian-fm`, "
+            "`bayesian-svd++`; of those that rank `popularity`, `bpr`, `mlp-ce`, `neumf`, `autoencoder`, "
+            "`als`, `ease`; of ours `lunet-paper`, `lunet-ratings`, `lunet-ids`, `lunet-interactions`, "
+            "`lunet-both`, `lunet-leaky`.",
+            show_default="all that the data allow",
+        ),
+    ] = None,
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N...",
+            help="Each fixes a split, the candidates and the methods' own draws; figures are means.",
+            show_default="0",
+        ),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="Folder for `compare-DATASET.json`, `.md`, `.csv`, `.png`."
+        ),
+    ] = Path("runs"),
+    data_dir: options.DataDir = None,
+    user_column: options.UserColumn = "user",
+    item_column: options.ItemColumn = "item",
+    rating_column: options.RatingColumn = "rating",
+    timestamp_column: options.TimestampColumn = "timestamp",
+    sep: options.Separator = None,
+    scale: options.Scale = None,
+) -> None:
+    """Train other recommenders and ours on the same data, and set errors, time and memory side by side.
+
+    Methods that predict ratings: 80 % of all ratings train, the rest tests. Methods that rank: each user's
+    latest item is to be found among 100 others, and among all. `lunet-both` does the two with one set of
+    weights. Settings are those found for MovieLens data of the nearest size. The packages of others come with
+    `pip install "lunet-fast[baselines]"`; what is missing is named in the table.
+
+    Every method has a process and a thread of its own. What is finished is kept in `--out`: the same command
+    goes on after an interruption, and with more methods or seeds computes only those. A seed takes about 10
+    minutes on ML-100K and some hours on ML-1M. A file without ratings is compared by the methods that rank.
+
+    Examples:
+
+        lunet-fast compare --dataset ml-100k --seeds 0 1 2
+
+        lunet-fast compare --methods als ease lunet-interactions
+
+        lunet-fast compare --dataset my.csv --user-column who --out results
+    """
+    from lunet_fast.recsys import compare as comparing
+    from lunet_fast.recsys import movielens
+
+    chosen = list(dict.fromkeys(methods)) if methods else None
+    numbers = list(seeds or [0])
+    columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
+    name = dataset if dataset in movielens.DATASETS else Path(dataset).name.split(".")[0] or "ratings"
+    file = out / f"compare-{name}.json"
+    for key in chosen or []:
+        if key not in comparing.METHODS:
+            raise typer.BadParameter(f"--methods {key}: choose from {', '.join(comparing.METHODS)}")
+    console = wide_console()
+    try:
+        with errors_told():
+            prepare_out(file)
+            ratings = _read(dataset, data_dir, columns)
+            keys = chosen or comparing.allowed(ratings)
+            with _told(len(keys) * len(numbers)) as (begun, done):
+                result = comparing.compare(
+                    ratings,
+                    keys,
+                    numbers,
+                    file=file,
+                    command=_command(dataset, chosen, numbers, out),
+                    begun=begun,
+                    done=done,
+                )
+            written = comparing.save(result, file)
+    except KeyboardInterrupt:
+        typer.echo(f"\nInterrupted. The same command goes on from what {file} holds.", err=True)
+        raise typer.Exit(130) from None
+    _show(console, result)
+    typer.echo(f"written to {file}, {', '.join(path.suffix for path in written)}")
+    if not any(row["seeds"] for row in result.rows):
+        raise typer.Exit(1)
+
+
+def _read(dataset: str, data_dir: Path | None, columns: dict[str, Any]) -> Ratings:
+    """As ``options.read_dataset``; a file without the usual column of ratings is one of interactions."""
+    from lunet_fast.recsys.ratings import RatingFileError
+
+    try:
+        return options.read_dataset("--dataset", dataset, data_dir, columns)
+    except RatingFileError as error:
+        usual = columns["rating"] == "rating" and "no column 'rating' for the rating" in str(error)
+        if not usual:
+            raise
+    ratings = options.read_dataset("--dataset", dataset, data_dir, {**columns, "rating": None})
+    typer.echo(
+        f"{dataset}: no column 'rating' (another name is given by --rating-column): each row is an "
+        "interaction, and the methods that rank are compared.",
+        err=True,
+    )
+    return ratings
+
+
+def _command(dataset: str, methods: list[str] | None, seeds: list[int], out: Path) -> str:
+    """What to type for the same result, without the places of this machine."""
+    words = ["lunet-fast", "compare", "--dataset", dataset if "/" not in dataset else Path(dataset).name]
+    if methods:
+        words += ["--methods", *methods]
+    words += ["--seeds", *map(str, seeds)]
+    if not out.is_absolute():
+        words += ["--out", str(out)]
+    return " ".join(words)
+
+
+@contextmanager
+def _told(total: int) -> Iterator[tuple[Any, Any]]:
+    """(called with method and seed at a begin, called with each outcome): a bar, or a line each in a log."""
+    from lunet_fast.recsys.compare import METHODS
+
+    console = Console(stderr=True)
+    count = 0
+
+    def line(outcome: dict[str, Any]) -> str:
+        nonlocal count
+        count += 1
+        return f"{count}/{total}  {METHODS[outcome['key']].name}, seed {outcome['seed']}: {_words(outcome)}"
+
+    if not console.is_terminal:
+        yield lambda key, seed: None, lambda outcome: typer.echo(line(outcome), err=True)
+        return
+    bars = Progress(
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+        console=console,
+    )
+    with bars:
+        task = bars.add_task("", total=total)
+
+        def begun(key: str, seed: int) -> None:
+            bars.update(task, description=f"{METHODS[key].name}, seed {seed}")
+
+        def done(outcome: dict[str, Any]) -> None:
+            bars.console.print(line(outcome), markup=False, highlight=False)
+            bars.update(task, completed=count)
+
+        yield begun, done
+
+
+def _words(outcome: dict[str, Any]) -> str:
+    """An outcome in a few words."""
+    if "missing" in outcome or "error" in outcome:
+        return printable(outcome.get("missing") or f"failed, {outcome['error']}")
+    figures = {"MSE": "test_mse", "HR@10": "hr@10", "NDCG@10": "ndcg@10"}
+    said = [f"{label} {outcome[name]:.4f}" for label, name in figures.items() if name in outcome]
+    return ", ".join(said) + f", {outcome['train_seconds']:.1f} s"
+
+
+def _show(console: Console, result: Comparison) -> None:
+    from lunet_fast.recsys import compare as comparing
+    from lunet_fast.recsys.report import dataset_title
+
+    title = printable(dataset_title(result.dataset))
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for place, heading in enumerate(_HEADINGS):
+        shown.add_column(heading, justify="left" if place < 2 else "right", no_wrap=place > 0)
+    for row, cells in zip(result.rows, comparing.table(result, spreads=False), strict=True):
+        style = "bold" if comparing.METHODS[row["key"]].is_lu_net else None
+        shown.add_row(*map(printable, cells), style=style)
+    console.print(shown)
+    for text in (*comparing.reasons(result), *comparing.notes(result)):
+        typer.echo(f"- {printable(text)}")
