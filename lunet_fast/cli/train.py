@@ -157,10 +157,9 @@ def train_command(
         str | None,
         typer.Option(
             metavar="|".join(NEGATIVES_OUTSIDE),
-            help="Never drawn: any pair that is known, held-out ones included, or those of the training "
-            "part alone, as if nothing else were known. The first tells the model a little about the second: "
-            "use `training` to compare with other methods.",
-            show_default="known",
+            help="Never drawn: the pairs of the training part, or all that are known, held-out ones too. The "
+            "second tells the model what is held out and flatters its ranking.",
+            show_default="training",
             rich_help_panel=OBJECTIVE,
         ),
     ] = None,

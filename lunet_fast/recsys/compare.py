@@ -489,7 +489,8 @@ def notes(comparison: Comparison) -> list[str]:
     if "both" in kinds:
         found.append(
             f"{METHODS['lunet-both'].name} has both figures from one set of weights, trained on less than "
-            "the others: each user's latest rating and 20 % of the rest are held out together."
+            "the others: each user's latest rating and 20 % of the rest are held out together. Its test "
+            "ratings are therefore not quite those of the other rows, nor are the items it ranks among all."
         )
     if kinds & {"ranking", "both"} and any(METHODS[key].is_lu_net for key in keys):
         found.append(

@@ -44,9 +44,10 @@ class TrainConfig:
     """Items without interaction drawn for each training rating."""
     negative_sampling: str = "uniform"
     """``uniform``, or ``popularity``: with probability proportional to count^0.75."""
-    negatives_outside: str = "known"
-    """Which of a user's pairs are never drawn: ``known``, of any part of the data, or ``training`` alone, as
-    if the held-out parts were not there."""
+    negatives_outside: str = "training"
+    """Which of a user's pairs are never drawn: those of ``training`` alone, as if nothing else were known, or
+    ``known``, of any part of the data. The second tells the model what is held out, by what is never a
+    negative: on ML-100K it raises HR@10 by 0.03."""
     interaction_share: float = 0.5
     """Share of each half of z whose product is the interactions'; the rest is the ratings'. Without effect
     where gamma is 0 or 1."""

@@ -195,11 +195,11 @@ def items_for_score(
     item's bias stays that of ``near``, or the mean. Found by Newton's method on the item's half, from
     the gradient g of the score at v:
 
-        v  <-  v_0 + g (wanted - score(v) + g.(v - v_0)) / |g|².
+        v  <-  v_0 + g (wanted - score(v) + g.(v - v_0)) / |g|²,
 
-    With half of these steps after the tenth. Where v has not settled after STEPS, it goes the shortest way from
-    where it is, and has the score but may not be the nearest such point: on ML-100K, under 1 in 500 for a rating
-    of 5. Each member reaches the score by itself, so their mean does. f^-1 has no part in it: inverting a changed z
+    and half of this step from the tenth on. A v that has not settled after STEPS goes on from where it is:
+    then it has the score, but may not be the nearest such point (on ML-100K, a rating of 5: 1 in 500). Each
+    member reaches the score by itself, so their mean does. f^-1 has no part in it: inverting a changed z
     would change the user too.
 
     ``users``, int64 ``[U]``, are indices of users with training ratings; ``wanted`` a number or ``[U]``.
@@ -208,8 +208,8 @@ def items_for_score(
     logit. ``items`` leaves out ``near`` itself, items without training ratings and, with ``exclude_seen``,
     what the user rated in training. ``histories`` are :meth:`~lunet_fast.recsys.model.RatingModel.histories`.
 
-    Cost: some ten passes of the network and its gradient over U pairs where the score is not far off, at most
-    2 STEPS, and O(K k) a user and item; in memory O(U (n_items + K k)).
+    Cost: a pass of the network and its gradient over U pairs a step, until the last user has settled, at most
+    2 STEPS (most settle within ten); then O(K k) a user and item. Memory O(U (n_items + K k)).
     ``ValueError`` for a count below 1, an unknown or untrained read-out, and users or ``near`` without
     training ratings. A score that cannot be reached raises nothing: see :attr:`ItemsForScore.score`.
     """

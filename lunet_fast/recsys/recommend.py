@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from lunet_fast.recsys.checkpoints import RunFolder, TrainedModel, load_model, save_model, write_json
 from lunet_fast.recsys.config import TrainConfig, recipe
 from lunet_fast.recsys.evaluation import CHUNK
+from lunet_fast.recsys.fold_in import METHODS, FoldIn, given_items
 from lunet_fast.recsys.model import Histories, RatingModel
 from lunet_fast.recsys.ratings import IdMap, Ratings, from_frame, read_ratings
 from lunet_fast.recsys.scoring import ItemScorer, ranking_readout, training_pairs
@@ -54,6 +55,7 @@ class LUNetRecommender:
         self._trained: TrainedModel | None = None
         self._histories: Histories | None = None
         self._scorer: ItemScorer | None = None
+        self._fold_in: FoldIn | None = None
 
     def _config(self, n_ratings: int) -> TrainConfig:
         fixed = {"seed": self.seed, "split": "none", "mlp": False}
@@ -95,7 +97,7 @@ class LUNetRecommender:
         return self
 
     def _set_trained(self, trained: TrainedModel) -> None:
-        self._trained, self._histories, self._scorer = trained, None, None
+        self._trained, self._histories, self._scorer, self._fold_in = trained, None, None, None
 
     def predict(self, users: Any, items: Any) -> npt.NDArray[np.float32]:
         """Ratings of pairs, float32 ``[N]``, clipped to the scale of the training data.
@@ -186,6 +188,43 @@ class LUNetRecommender:
                 "score": score,
             }
         )
+
+    def fold_in(
+        self, ratings: pd.DataFrame | Mapping[Any, float] | Sequence[Any], *, method: str = "fit"
+    ) -> FoldedUser:
+        """A user whom training has not seen, from what it has rated or chosen; this model stays as it is.
+
+        >>> ann = recommender.fold_in({"film-7": 5, "film-9": 2})          # doctest: +SKIP
+        >>> ann.recommend(k=2)                                             # doctest: +SKIP
+           rank    item  score
+        0     1  film-3   4.81
+        1     2  film-1   4.44
+
+        ``ratings`` are ratings by item, a frame with the columns ``item`` and ``rating``, or items alone, as
+        a sequence or a frame without ``rating``. Items that training has not seen say nothing and raise no
+        error; where none is left, the user is predicted like one never heard of. A model of gamma 0 looks
+        only at the items, and to one of gamma 1 items alone say little.
+
+        The new user starts as the mean of the trained ones, side features included, with the items given as
+        its history. Method ``fit`` then finds the vector and the bias of least training loss on what is
+        given, held to that start by a quadratic prior; ``history`` fits the bias alone. The items' histories
+        stay as trained. The same model and ``ratings`` give the same user.
+
+        ``ValueError`` for an unknown method, and for ratings that are no numbers within the scale or that
+        are of one item. Cost: O(users + items) once; then O(K n (k + M D²)) a step for n items, at most 25
+        or so, of some milliseconds each where n is below 100.
+        """
+        if method not in METHODS:
+            raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
+        items, values = given_items(ratings, self.trained)
+        if self._fold_in is None:
+            self._fold_in = FoldIn(self.trained, self._kept_histories())
+        alone = LUNetRecommender(self.recipe, self.seed, self.device)
+        alone.settings = self.settings
+        trained, histories = self._fold_in(items, values, method)
+        alone._set_trained(trained)
+        alone._histories = histories
+        return FoldedUser(alone)
 
     @torch.no_grad()
     def _ranked(
@@ -331,6 +370,33 @@ class LUNetRecommender:
             "not trained" if self._trained is None else f"{len(self.users)} users, {len(self.items)} items"
         )
         return f"LUNetRecommender(recipe={self.recipe!r}, seed={self.seed}, {state})"
+
+
+class FoldedUser:
+    """A user made by :meth:`LUNetRecommender.fold_in`; items are in the ids of the training data.
+
+    What it was made of counts as its training ratings: their own entry is left out of the history where they
+    are predicted, and :meth:`recommend` leaves them out unless told otherwise.
+    """
+
+    def __init__(self, alone: LUNetRecommender) -> None:
+        self._alone = alone  # of a model whose only user, 0, is this one
+
+    def predict(self, items: Any) -> npt.NDArray[np.float32]:
+        """Ratings ``[N]`` of one or many items, as :meth:`LUNetRecommender.predict`."""
+        return self._alone.predict(0, items)
+
+    def score(self, items: Any) -> npt.NDArray[np.float32]:
+        """Logits of an interaction, ``[N]``, as :meth:`LUNetRecommender.score`."""
+        return self._alone.score(0, items)
+
+    def recommend(self, k: int = 10, *, exclude_seen: bool = True, items: Any = None) -> pd.DataFrame:
+        """The k best items, as :meth:`LUNetRecommender.recommend`: columns ``rank``, ``item``, ``score``."""
+        return self._alone.recommend(0, k, exclude_seen=exclude_seen, items=items).drop(columns="user")
+
+    def __repr__(self) -> str:
+        model = self._alone.trained.model
+        return f"FoldedUser({int(model.interactions.user_counts[0])} of {len(self._alone.items)} items)"
 
 
 def _listed(ids: Any) -> list[Any]:
