@@ -34,6 +34,7 @@ __all__ = ["Copy", "Finding", "examine", "find_movielens"]
 EXTRAS = {
     "train": ("typer", "rich", "matplotlib", "pooch", "safetensors"),
     "bench": ("nflows", "normflows", "zuko", "cornac", "myfm"),
+    "tune": ("optuna",),
     "baselines": ("cornac", "implicit", "myfm", "scikit-surprise", "scipy"),
 }
 """The packages of each extra."""

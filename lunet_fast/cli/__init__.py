@@ -21,6 +21,7 @@ from lunet_fast.cli.predict import predict_command
 from lunet_fast.cli.recommend import recommend_command
 from lunet_fast.cli.reproduce import SeveralValues, reproduce_command
 from lunet_fast.cli.train import train_command
+from lunet_fast.cli.tune import tune_command
 
 __all__ = ["app"]
 
@@ -55,6 +56,7 @@ app.command("recommend")(recommend_command)
 app.command("predict")(predict_command)
 app.command("export")(export_command)
 app.add_typer(data_app, name="data")
+app.command("tune")(tune_command)
 app.command("compare", cls=SeveralValues)(compare_command)
 app.command("reproduce", cls=SeveralValues)(reproduce_command)
 app.command("bench")(bench_command)

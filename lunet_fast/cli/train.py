@@ -84,6 +84,15 @@ def train_command(
     timestamp_column: options.TimestampColumn = "timestamp",
     sep: options.Separator = None,
     scale: options.Scale = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON of settings, as `tune` writes and `config.json` names them; options given here "
+            "go before it.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     epochs: Annotated[
         int | None,
         typer.Option(help="Passes over the training ratings, of the MLP control too.", rich_help_panel=MODEL),
@@ -227,6 +236,12 @@ def train_command(
         "mlp": mlp,
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
+    if settings is not None:
+        try:
+            overrides = {**read_json(settings), **overrides}
+        except (OSError, ValueError) as error:
+            fail(ValueError(f"--settings {settings}: {error}"), 2)
+    gamma = overrides.get("gamma", gamma)
     columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
     if gamma == 0 and dataset not in movielens.DATASETS:
         columns["rating"] = None  # not needed, and clicks have none

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lunet_fast.recsys.protocols import Parts
+from lunet_fast.recsys.training import TrainConfig
+from lunet_fast.recsys.tuning import tune
+from tests.cli.invoke import run
+from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
+
+pytest.importorskip("optuna")
+
+
+@pytest.mark.parametrize(
+    ("gamma", "measure"), [(1.0, "test_mse"), (0.0, "ndcg@10"), (0.5, "ndcg@10 - test_mse")]
+)
+def test_finds_settings_and_goes_on_with_a_study(gamma: float, measure: str, tmp_path: Path) -> None:
+    heard: list[float | None] = []
+    arguments = {"trials": 2, "storage": tmp_path / "study", "gamma": gamma, "epochs": 1, "members": 1}
+    first = tune(latent_ratings(), told=lambda n, value, best: heard.append(value), **arguments)
+    assert (first.measure, first.trials, len(heard)) == (measure, 2, 2)
+    assert "epochs" not in first.settings
+    values = [value for value in heard if value is not None]
+    assert first.value == (min(values) if gamma == 1 else max(values))
+    TrainConfig.from_dict({**first.settings, "gamma": gamma})  # they are settings
+    again = tune(latent_ratings(), **arguments)
+    assert again.trials == 4
+    assert (again.value <= first.value) if gamma == 1 else (again.value >= first.value)
+    with pytest.raises(ValueError, match="holds a study with members=1, not 2"):
+        tune(latent_ratings(), **{**arguments, "members": 2})
+
+
+def test_the_test_part_is_never_read() -> None:
+    ratings = latent_ratings()
+    config = quick_config(gamma=1.0)
+    test = Parts.of(ratings, config).test
+    assert test is not None
+    hidden = set((test.user * 40 + test.item).tolist())
+    changed = ratings.rating.clone()
+    for row, key in enumerate((ratings.user * 40 + ratings.item).tolist()):
+        if key in hidden:
+            changed[row] = 6 - changed[row]
+    from dataclasses import replace
+
+    found = [
+        tune(r, trials=2, epochs=1, members=1).value for r in (ratings, replace(ratings, rating=changed))
+    ]
+    assert found[0] == found[1]
+
+
+def test_from_the_command_line_to_a_training(tmp_path: Path) -> None:
+    latent_frame().to_csv(tmp_path / "r.csv", index=False)
+    found = run("tune", "-d", tmp_path / "r.csv", "--trials", 1, "--epochs", 1, "-o", tmp_path / "s.json")
+    assert found.exit_code == 0, found.output
+    assert "best of 1 trials" in found.output
+    settings = ["--settings", tmp_path / "s.json", "--no-mlp", "-o", tmp_path / "run"]
+    trained = run("train", "-d", tmp_path / "r.csv", *settings)
+    assert trained.exit_code == 0, trained.output
