@@ -70,7 +70,12 @@ def evaluate_command(
         from lunet_fast.recsys.checkpoints import write_json
 
         columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
+        if out is not None and not out.parent.is_dir():
+            raise ValueError(f"--out {out}: there is no folder {out.parent}")
         recommender = options.load_run(run, device)
+        low, high = recommender.trained.scale
+        if scale is None and low < high:
+            columns["scale"] = low, high  # predictions were clipped to the training's
         console = Console()
         if test_file is not None:
             values = _on_file(recommender, test_file, columns)

@@ -109,10 +109,11 @@ def tune(
     study = optuna.create_study(
         study_name="lunet-fast",
         storage=None if storage is None else JournalStorage(JournalFileBackend(str(storage))),
-        sampler=optuna.samplers.TPESampler(seed=seed),
         direction=direction,
         load_if_exists=True,
     )
+    # By the number of trials, too: a study that goes on would draw again what it began with.
+    study.sampler = optuna.samplers.TPESampler(seed=(seed + len(study.trials)) % 2**32)
     what = {"dataset": ratings.name, "ratings": len(ratings), "measure": measure, **asked}
     recorded = study.user_attrs.get("what", what)
     for name in what.keys() | recorded.keys():

@@ -17,6 +17,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     latent_frame().to_csv(folder / "ratings.csv", index=False)
     for name, more in (("random", []), ("joint", ["--gamma", "0.5"]), ("one-out", ["--gamma", "0"])):
+        # Wider than the file's: the predictions are clipped to it.
+        more = [*more, *(["--scale", "0", "7"] if name == "random" else [])]
         arguments = ["train", "-d", str(folder / "ratings.csv"), "-o", str(folder / name), *QUICK, *more]
         assert invoke(*arguments).exit_code == 0
     return folder

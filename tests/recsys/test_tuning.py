@@ -32,6 +32,21 @@ def test_finds_settings_and_goes_on_with_a_study(gamma: float, measure: str, tmp
         tune(latent_ratings(), **{**arguments, "members": 2})
 
 
+def test_a_study_that_goes_on_tries_other_settings(tmp_path: Path) -> None:
+    heard: list[float | None] = []
+    for _ in range(3):
+        tune(
+            latent_ratings(),
+            trials=2,
+            storage=tmp_path / "study",
+            told=lambda n, value, best: heard.append(value),
+            epochs=1,
+            members=1,
+            seed=2**40,
+        )
+    assert len(set(heard)) == 6
+
+
 def test_the_test_part_is_never_read() -> None:
     ratings = latent_ratings()
     config = quick_config(gamma=1.0)
