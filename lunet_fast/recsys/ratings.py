@@ -360,9 +360,9 @@ def _ratings(
 ) -> Ratings:
     user, users = _indices(table, "user", users)
     item, items = _indices(table, "item", items)
+    rating = _rating_values(table, scale) if "rating" in table.columns else None
     timestamp = _timestamp_values(table) if "timestamp" in table.columns else None
-    if "rating" in table.columns:
-        rating = _rating_values(table, scale)
+    if rating is not None:
         _refuse_duplicates(table, user, item, users, items)
     else:
         latest = _latest_of_each_pair(user, item, timestamp)
