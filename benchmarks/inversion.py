@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lunet_fast import LeakySoftplus, LUNet
 from lunet_fast.flow import LUFlow
+from lunet_fast.loop import descend
 from lunet_fast.recsys import metrics, movielens
 from lunet_fast.recsys.checkpoints import write_atomically
 from lunet_fast.recsys.config import TrainConfig, recipe
@@ -36,7 +37,7 @@ from lunet_fast.recsys.negatives import NegativeSampler
 from lunet_fast.recsys.protocols import Parts
 from lunet_fast.recsys.ratings import Ratings
 from lunet_fast.recsys.scoring import ItemScorer, training_pairs
-from lunet_fast.recsys.training import cpu_threads, descend, rating_objective, rating_optimizer
+from lunet_fast.recsys.training import cpu_threads, rating_objective, rating_optimizer
 from machine import describe, write, write_text
 
 SEEDS = (0, 1, 2)

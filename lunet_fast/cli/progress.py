@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import typer
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from lunet_fast.recsys.training import Progress
+from lunet_fast.loop import Progress
 
 
 @contextmanager
@@ -68,7 +68,10 @@ def counted(total: int, unit: str) -> Iterator[Callable[[int], None]]:
         yield lambda count: bars.update(task, advance=count)
 
 
-def training_progress(console: Console) -> _BarProgress | _LineProgress:
+def training_progress(console: Console) -> AbstractContextManager[Progress]:
+    """Bars in a terminal, lines in a log, nothing for a quiet console."""
+    if console.quiet:
+        return nullcontext(Progress())
     return _BarProgress(console) if console.is_terminal else _LineProgress()
 
 

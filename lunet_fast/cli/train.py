@@ -56,6 +56,12 @@ def train_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the training in the run folder.")
     ] = False,
+    checkpoint_minutes: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Time between checkpoints within an epoch; there is one at each epoch's end too."
+        ),
+    ] = 2.0,
     split: Annotated[
         str | None,
         typer.Option(
@@ -193,6 +199,9 @@ def train_command(
     folder. The ratings held out are evaluated for the figure and the result; no decision reads them. Settings
     that are not given are the recipe's for MovieLens data of the nearest size.
 
+    Ctrl-C and SIGTERM save a checkpoint and end the command; after that or anything worse, the same command
+    with `--resume` goes on to the same weights. Under `torchrun` several processes share each batch.
+
     Examples:
 
         lunet-fast train --dataset ml-100k --recipe best
@@ -204,11 +213,16 @@ def train_command(
         lunet-fast train --dataset ml-100k --train-file u1.base --test-file u1.test
 
         lunet-fast train --dataset my.csv --user-column who --item-column what --scale 0.5 5 --out runs/mine
+
+        torchrun --nproc-per-node 2 --max-restarts 3 -m lunet_fast train --dataset ml-1m --resume
     """
+    from lunet_fast.cli import signals
     from lunet_fast.cli.progress import training_progress
+    from lunet_fast.distributed import Workers, workers_of_torchrun
+    from lunet_fast.loop import DivergenceError
     from lunet_fast.recsys import movielens
     from lunet_fast.recsys.checkpoints import RunFolder, read_json
-    from lunet_fast.recsys.training import DivergenceError, train
+    from lunet_fast.recsys.training import train
 
     if (train_file is None) != (test_file is None):
         raise typer.BadParameter("--train-file and --test-file go together: give both or none")
@@ -247,41 +261,59 @@ def train_command(
         columns["rating"] = None  # not needed, and clicks have none
     name = dataset if dataset in movielens.DATASETS else Path(dataset).name.split(".")[0]
     folder = RunFolder(out or Path("runs") / (name or "ratings"))
-    console = Console()
-    try:
-        recipe(recipe_name, 1, seed=seed, **overrides)  # a wrong value is told before any file is read
-        folder.prepare(resume=resume, overwrite=overwrite)
-        if resume and folder.is_finished():
-            data = dataset if dataset in movielens.DATASETS else Path(dataset).name
-            asked = {"recipe": recipe_name, "seed": seed, **overrides}
-            _check_same(folder, asked if train_file is not None else {"dataset": data, **asked})
-            typer.echo(f"{folder.path} holds the finished training; nothing to do.")
-            _show(console, read_json(folder.metrics), folder)
-            return
-        ratings, test = _read(dataset, data_dir, train_file, test_file, columns)
-        size = len(ratings) + (0 if test is None else len(test))
-        config = recipe(recipe_name, size, seed=seed, **overrides)
-        with training_progress(console) as progress:
-            result = train(
-                ratings,
-                config,
-                test=test,
-                out=folder.path,
-                resume=resume,
-                overwrite=overwrite,
-                device=device,
-                progress=progress,
-            )
-    except DivergenceError as error:
-        fail(error, 1)
-    except (OSError, ValueError, ImportError) as error:
-        fail(error, 2)
-    except KeyboardInterrupt:
-        typer.echo(
-            f"\nInterrupted. The same command with --resume goes on from {folder.checkpoints}.", err=True
-        )
-        raise typer.Exit(130) from None
-    _show(console, result.metrics, folder)
+    workers = Workers()
+    with signals.heard() as stop:
+        try:
+            recipe(recipe_name, 1, seed=seed, **overrides)  # a wrong value is told before any file is read
+            with workers_of_torchrun(device) as workers:
+                console = Console(quiet=not workers.is_first)
+                if workers.is_first:
+                    folder.prepare(resume=resume, overwrite=overwrite)
+                if workers.of_first(int(resume and folder.is_finished())):
+                    if workers.is_first:
+                        data = dataset if dataset in movielens.DATASETS else Path(dataset).name
+                        asked = {"recipe": recipe_name, "seed": seed, **overrides}
+                        _check_same(folder, asked if train_file is not None else {"dataset": data, **asked})
+                        typer.echo(f"{folder.path} holds the finished training; nothing to do.")
+                        _show(console, read_json(folder.metrics), folder)
+                    return
+                ratings, test = _read(dataset, data_dir, train_file, test_file, columns)
+                size = len(ratings) + (0 if test is None else len(test))
+                config = recipe(recipe_name, size, seed=seed, **overrides)
+                with training_progress(console) as progress:
+                    result = train(
+                        ratings,
+                        config,
+                        test=test,
+                        out=folder.path,
+                        resume=resume,
+                        overwrite=overwrite,
+                        progress=progress,
+                        checkpoint_seconds=60 * checkpoint_minutes,
+                        stop=stop,
+                        workers=workers,
+                    )
+        except DivergenceError as error:
+            fail(error, 1)
+        except (OSError, ValueError, ImportError) as error:
+            fail(error, 2)
+        except KeyboardInterrupt as error:
+            if workers.is_first:
+                typer.echo(f"\n{_interrupted(error, folder)}", err=True)
+            raise typer.Exit(stop.exit_code) from None
+        except RuntimeError as error:
+            if workers.world_size == 1:
+                raise
+            if stop.asked:  # process 0 has saved, and left first
+                raise typer.Exit(stop.exit_code) from None
+            fail(RuntimeError(f"process {workers.rank} of {workers.world_size}: {error}"), 1)
+    if workers.is_first:
+        _show(console, result.metrics, folder)
+
+
+def _interrupted(error: KeyboardInterrupt, folder: RunFolder) -> str:
+    saved = f"{error}. " if str(error) else ""
+    return f"Interrupted. {saved}The same command with --resume goes on from {folder.checkpoints}."
 
 
 def _read(

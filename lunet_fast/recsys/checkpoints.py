@@ -6,29 +6,44 @@ the old file or the new one. safetensors is imported on use: it belongs to the e
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from lunet_fast.recsys.config import TrainConfig
 from lunet_fast.recsys.model import RatingModel
 from lunet_fast.recsys.protocols import Parts
 from lunet_fast.recsys.ratings import IdMap
+from lunet_fast.recsys.schema import (
+    CANDIDATES_FORMAT,
+    CHECKPOINT_FORMAT,
+    DIGEST_FROM,
+    FORMAT_VERSION,
+    HEADERS,
+    MODEL_FORMAT,
+    TEXT_COLUMNS,
+    shown,
+    violation,
+)
 
-MODEL_FORMAT = "lunet-fast model"
-CHECKPOINT_FORMAT = "lunet-fast checkpoint"
-CANDIDATES_FORMAT = "lunet-fast candidates"
-FORMAT_VERSION = 1
+MOST_HEADER_BYTES = 100_000_000
+"""Of a safetensors file; the package of that name takes no more either."""
+
+MOST_JSON_BYTES = 64 << 20
 
 # A process that is killed while it writes leaves a file of this name behind.
 _TEMPORARY = ".lunet-fast-"
@@ -39,11 +54,15 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file beside ``path``, flush it to disk and move it to ``path`` in one step."""
-    handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    """Let ``write`` make a file beside ``path``, flush it to disk and move it to ``path`` in one step.
+
+    ``OSError`` naming the file where that cannot be done, as on a full disk; ``path`` is as it was then.
+    """
+    temporary = None
     try:
+        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -52,9 +71,24 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        _flush_folder(path.parent)
+    except BaseException as error:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise type(error)(error.errno, f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush the folder's own entries, without which a power cut may undo the move. POSIX only."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -68,57 +102,163 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; :class:`CheckpointError` where the file holds anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not a JSON file ({error})") from error
+    """Read a JSON object; :class:`CheckpointError` where the file holds anything else.
+
+    A missing file raises ``FileNotFoundError``.
+    """
+    with _opened(path) as (file, size):
+        if size > MOST_JSON_BYTES:
+            raise CheckpointError(f"{path}: has {size} bytes, more than any file of a run")
+        text = file.read()
+    values = _parsed(path, text, "not a JSON file")
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds a {type(values).__name__}, not a JSON object")
     return values
 
 
+def _parsed(path: Path, text: str | bytes, otherwise: str) -> Any:
+    """The value of a JSON text; numbers that JSON does not have are refused."""
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {otherwise} ({error})") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file to read, and its size. What is none is refused before anything waits for it.
+
+    A missing file raises ``FileNotFoundError``.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for somebody who writes into it.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        handle = os.open(path, flags)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
+    except OSError as error:
+        if path.is_dir():  # which some systems do not open
+            raise CheckpointError(f"{path}: a folder, where a file is wanted") from error
+        raise
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise CheckpointError(f"{path}: {kind}, where a file is wanted")
+    with os.fdopen(handle, "rb") as file:
+        yield file, status.st_size
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, state: dict[str, Any]) -> None:
     """Write a safetensors file atomically, with ``state`` as JSON in its header."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    header = json.dumps({"format": kind, "version": FORMAT_VERSION, **state}, allow_nan=False)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # By way of JSON, so that what is digested is what will be read.
+    values = json.loads(json.dumps({"format": kind, "version": FORMAT_VERSION, **state}, allow_nan=False))
+    header = json.dumps({**values, "sha256": digest(plain, values)})
+
     # One key alone, since safetensors writes several in no fixed order: the same model is the same bytes.
-    write_atomically(path, lambda temporary: save_file(plain, temporary, metadata={"lunet_fast": header}))
+    def write(temporary: Path) -> None:
+        try:
+            save_file(plain, temporary, metadata={"lunet_fast": header})
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from error
+
+    write_atomically(path, write)
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`write_tensors` wrote: tensors on the CPU and the header's JSON.
 
     A missing file raises ``FileNotFoundError``; a damaged, foreign or newer one :class:`CheckpointError`.
+    From version 2 of the format on, what is returned is what was written, bit for bit: its SHA-256 is in the
+    header. Memory: twice the file as it lies on the disk, whatever it claims to hold.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no iterator)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-    try:
-        header = json.loads(metadata.get("lunet_fast", "null"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: the header is not JSON ({error})") from error
-    if not isinstance(header, dict) or header.get("format") != kind:
-        raise CheckpointError(f"{path}: this safetensors file is not a {kind} file")
-    version = header.get("version")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    with _opened(path) as (file, size):
+        text = _metadata(path, file, size)
+        header = _checked_header(path, text, kind)
+        file.seek(0)
+        try:
+            tensors = load(file.read())
+        except MemoryError as error:
+            raise CheckpointError(f"{path}: its {size} bytes do not fit into memory") from error
+        except (SafetensorError, KeyError, TypeError, AssertionError, RuntimeError, ValueError) as error:
+            # The others are what safetensors makes of types that this PyTorch does not have.
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+    recorded = header.pop("sha256", None)
+    if recorded is None and header["version"] >= DIGEST_FROM:
         raise CheckpointError(
-            f"{path}: version {version!r} of the format; this release reads up to {FORMAT_VERSION}: update "
-            "lunet-fast"
+            f"{path}: sha256 is missing, which files of version {header['version']} of the format have"
+        )
+    if recorded is not None and recorded != digest(tensors, header):
+        raise CheckpointError(
+            f"{path}: damaged, its contents are not those that were written (the SHA-256 differs): copy or "
+            "fetch it again"
         )
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{path}: the tensor {name!r} holds NaN or infinite values")
     return tensors, header
+
+
+def _metadata(path: Path, file: BinaryIO, size: int) -> str:
+    """The text under the key ``lunet_fast`` of an open safetensors file of ``size`` bytes."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(size - 8, MOST_HEADER_BYTES):
+        # Read as a length, the first bytes of these are always too large.
+        if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+            what = "a pickle" if start[:1] == b"\x80" else "a zip file, such as torch.save writes"
+            raise CheckpointError(
+                f"{path}: not a safetensors file but {what}. That is not read: unpickling may run any program"
+            )
+        claim = f"claims a header of {length} bytes" if len(start) == 8 else "has no header"
+        raise CheckpointError(f"{path}: not a whole safetensors file: of {size} bytes, it {claim}")
+    header = _parsed(path, file.read(length), "not a whole safetensors file")
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    text = metadata.get("lunet_fast") if isinstance(metadata, dict) else None
+    return text if isinstance(text, str) else "null"
+
+
+def _checked_header(path: Path, text: str, kind: str) -> dict[str, Any]:
+    """The header of a file of ``kind``, of a version that this release reads, as its schema wants it."""
+    header = _parsed(path, text, "the header is not JSON")
+    if not isinstance(header, dict) or header.get("format") != kind:
+        raise CheckpointError(f"{path}: this safetensors file is not a {kind} file")
+    version = header.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: version {shown(version)} of the format; this release reads up to {FORMAT_VERSION}: "
+            "update lunet-fast"
+        )
+    wrong = violation(header, HEADERS[kind]) if kind in HEADERS else None
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {wrong}")
+    return header
+
+
+def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """SHA-256, in hexadecimal, of what a file holds: the header without its ``sha256``, and all tensors.
+
+    Defined in :mod:`~lunet_fast.recsys.schema`.
+    """
+    total = hashlib.sha256(json.dumps(header, sort_keys=True, separators=(",", ":")).encode("ascii"))
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        described = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        total.update(json.dumps(described, separators=(",", ":")).encode("ascii"))
+        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()
 
 
 # Run folders ------------------------------------------------------------------------------------------------
@@ -132,7 +272,7 @@ class RunFolder:
     """The files of one training.
 
     ``config.json``, ``metrics.json``, ``model.safetensors``, ``loss.png``; ``candidates.safetensors`` where
-    ratings are held out for ranking; for resuming, ``checkpoints/``.
+    ratings are held out for ranking; for resuming, ``checkpoints/``; ``.lock``, empty, held while training.
     ``metrics.json`` is written last, so a folder that has one is finished.
     """
 
@@ -153,8 +293,8 @@ class RunFolder:
     def prepare(self, *, resume: bool, overwrite: bool) -> None:
         """Make the folder and see that it can be written.
 
-        :class:`RunFolderError` where it cannot, or where it holds another training. Nothing is deleted here.
-        Of ``resume`` and ``overwrite`` at most one may be given.
+        :class:`RunFolderError` where it cannot, or where it holds another training or one is going on in it.
+        Nothing is deleted here. Of ``resume`` and ``overwrite`` at most one may be given.
         """
         if resume and overwrite:
             raise RunFolderError(
@@ -166,32 +306,46 @@ class RunFolder:
                 f"{self.path} holds {state}: add --resume to go on with it, --overwrite to replace it, or "
                 "choose another --out"
             )
+        if resume and self.is_finished():
+            return  # to be read only
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(self.checkpoints / "test.tmp", lambda temporary: _write_text(temporary, "x"))
             (self.checkpoints / "test.tmp").unlink()
         except OSError as error:
             raise RunFolderError(f"cannot write into {self.path} ({error}): choose another --out") from error
+        with self.locked():
+            pass
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, this process alone writes into the folder; :class:`RunFolderError` where another one does.
+
+        The operating system releases the lock of a process that has died, so that it stops nobody.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise RunFolderError(
+                f"another process is training in {self.path}: wait for its end, or choose another --out"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def begin(self, config: dict[str, Any], *, resume: bool) -> None:
         """Record the settings of the training that now starts.
 
-        Resuming, they must be those that the folder records already (what is under ``source`` may differ);
-        otherwise the former training is deleted. So is what a killed process left half written.
+        Resuming, they are checked; otherwise the former training is deleted. So is what a killed process left
+        half written.
         """
         for folder in (self.path, self.checkpoints):
             for half_written in folder.glob(f"{_TEMPORARY}*"):
                 half_written.unlink(missing_ok=True)
         if resume and self.config.is_file():
-            recorded = read_json(self.config)
-            # By way of JSON, which has one kind of sequence.
-            wanted = json.loads(json.dumps(config))
-            for name in sorted(wanted.keys() | recorded.keys()):
-                if name != "source" and wanted.get(name) != recorded.get(name):
-                    raise RunFolderError(
-                        f"{self.path} was trained with {name}={recorded.get(name)!r}, not "
-                        f"{wanted.get(name)!r}: give the same settings to resume it, or choose another --out"
-                    )
+            self.check(config)
             return
         for old in (
             self.metrics,
@@ -202,6 +356,18 @@ class RunFolder:
         ):
             old.unlink(missing_ok=True)
         write_json(self.config, config)
+
+    def check(self, config: dict[str, Any]) -> None:
+        """:class:`RunFolderError` unless the folder's training has these settings (``source`` may differ)."""
+        recorded = read_json(self.config)
+        # By way of JSON, which has one kind of sequence.
+        wanted = json.loads(json.dumps(config))
+        for name in sorted(wanted.keys() | recorded.keys()):
+            if name != "source" and wanted.get(name) != recorded.get(name):
+                raise RunFolderError(
+                    f"{self.path} was trained with {name}={recorded.get(name)!r}, not "
+                    f"{wanted.get(name)!r}: give the same settings to resume it, or choose another --out"
+                )
 
 
 # Trained models ---------------------------------------------------------------------------------------------
@@ -224,7 +390,7 @@ def save_model(path: Path, trained: TrainedModel) -> None:
     tensors |= _pack_ids("users", trained.users) | _pack_ids("items", trained.items)
     columns = []
     if trained.item_info is not None:
-        columns = [name for name in ("title", "genres") if name in trained.item_info.columns]
+        columns = [name for name in TEXT_COLUMNS if name in trained.item_info.columns]
         for name in columns:
             texts = trained.item_info[name].fillna("").astype(str).tolist()
             tensors |= _pack_texts(f"items.{name}", texts)
@@ -239,22 +405,30 @@ def save_model(path: Path, trained: TrainedModel) -> None:
 
 
 def load_model(path: Path) -> TrainedModel:
-    """Read what :func:`save_model` wrote, onto the CPU; :class:`CheckpointError` where it is unusable."""
+    """Read what :func:`save_model` wrote, onto the CPU; :class:`CheckpointError` where it is unusable.
+
+    Files of every version of the format are read. A file may come from anybody: nothing in it is executed,
+    its header has to fit :data:`~lunet_fast.recsys.schema.HEADERS`, and the names, dtypes and shapes of its
+    tensors the settings, before anything is allocated for these. What it predicts is its maker's word alone.
+    """
     tensors, header = read_tensors(path, MODEL_FORMAT)
     try:
         config = TrainConfig.from_dict(header["config"])
-        users, items = _unpack_ids("users", tensors), _unpack_ids("items", tensors)
-        state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        model = RatingModel.from_state(config, state, len(users), len(items))
+        users, items = (_unpack_ids(side, tensors, header[f"n_{side}"]) for side in ("users", "items"))
         low, high = (float(end) for end in header["scale"])
-        info = {name: _unpack_texts(f"items.{name}", tensors) for name in header["item_info"]}
-        item_info = pd.DataFrame(info) if info else None
-        if item_info is not None and len(item_info) != len(items):
-            raise ValueError(f"{len(item_info)} titles for {len(items)} items")
-    except (KeyError, TypeError, ValueError) as error:
+        if not low <= high:
+            raise ValueError(f"scale=({low:g}, {high:g}) must be the lowest and the highest rating")
+        info = {name: _unpack_texts(f"items.{name}", tensors, len(items)) for name in header["item_info"]}
+        # What is left is the model's.
+        state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        if len(state) < len(tensors):
+            other = next(name for name in tensors if not name.startswith("model."))
+            raise ValueError(f"the tensor {other!r} is not of a model file")
+        model = RatingModel.from_state(config, state, len(users), len(items))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path}: {reason}") from error
-    return TrainedModel(model, users, items, (low, high), item_info)
+    return TrainedModel(model, users, items, (low, high), pd.DataFrame(info) if info else None)
 
 
 def save_candidates(path: Path, parts: Parts) -> None:
@@ -273,10 +447,15 @@ def _pack_ids(name: str, ids: IdMap) -> dict[str, Tensor]:
     return _pack_texts(f"{name}.ids", [str(text) for text in ids.ids])
 
 
-def _unpack_ids(name: str, tensors: dict[str, Tensor]) -> IdMap:
+def _unpack_ids(name: str, tensors: dict[str, Tensor], count: int) -> IdMap:
+    """What :func:`_pack_ids` packed, taken out of ``tensors``; ``ValueError`` unless it is ``count`` ids."""
     if f"{name}.ids" in tensors:
-        return IdMap(tensors[f"{name}.ids"].numpy())
-    return IdMap(_unpack_texts(f"{name}.ids", tensors))
+        ids = IdMap(_taken(f"{name}.ids", tensors, torch.int64).numpy())
+    else:
+        ids = IdMap(_unpack_texts(f"{name}.ids", tensors))
+    if len(ids) != count:
+        raise ValueError(f"the header has {count} {name} but {len(ids)} {name[:-1]} ids are there")
+    return ids
 
 
 def _pack_texts(name: str, texts: list[str]) -> dict[str, Tensor]:
@@ -287,12 +466,23 @@ def _pack_texts(name: str, texts: list[str]) -> dict[str, Tensor]:
     return {f"{name}.text": torch.from_numpy(data), f"{name}.offsets": torch.from_numpy(offsets)}
 
 
-def _unpack_texts(name: str, tensors: dict[str, Tensor]) -> list[str]:
-    data = tensors[f"{name}.text"].numpy().tobytes()
-    offsets = tensors[f"{name}.offsets"].tolist()
-    if offsets[0] != 0 or offsets[-1] != len(data) or sorted(offsets) != offsets:
+def _unpack_texts(name: str, tensors: dict[str, Tensor], count: int | None = None) -> list[str]:
+    """What :func:`_pack_texts` packed, taken out of ``tensors``."""
+    data = _taken(f"{name}.text", tensors, torch.uint8).numpy().tobytes()
+    offsets = _taken(f"{name}.offsets", tensors, torch.int64).tolist()
+    if not offsets or offsets[0] != 0 or offsets[-1] != len(data) or sorted(offsets) != offsets:
         raise ValueError(f"{name}.offsets does not cut {name}.text into texts")
+    if count is not None and len(offsets) != count + 1:
+        raise ValueError(f"{name} has {len(offsets) - 1} texts for {count} items")
     return [data[a:b].decode("utf-8", "surrogatepass") for a, b in pairwise(offsets)]
+
+
+def _taken(name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """``tensors[name]``, taken out of it: ``[n]`` of ``dtype``, or ``ValueError``."""
+    tensor = tensors.pop(name)
+    if tensor.ndim != 1 or tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} [n], got {tensor.dtype} {list(tensor.shape)}")
+    return tensor
 
 
 # Interrupted trainings --------------------------------------------------------------------------------------
@@ -304,20 +494,23 @@ def save_training(
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
     state: dict[str, Any],
+    own: dict[str, Tensor],
 ) -> None:
-    """Write parameters, the optimiser's tensors, the generator and ``state`` (JSON values) into one file."""
+    """Write parameters, the optimiser's tensors, the generator, ``state`` (JSON values) and the training's
+    ``own`` tensors into one file."""
     tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
     tensors["generator"] = generator.get_state()
+    tensors |= {f"own.{name}": tensor for name, tensor in own.items()}
     write_tensors(path, tensors, CHECKPOINT_FORMAT, {"state": state})
 
 
 def load_training(
     path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> dict[str, Any]:
-    """Put back what :func:`save_training` wrote, in place, and return its ``state``.
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Put back what :func:`save_training` wrote, in place; return its ``state`` and ``own``.
 
     :class:`CheckpointError` where the file does not fit the module; nothing is half restored then, as long as
     the caller gives up.
@@ -335,7 +528,7 @@ def load_training(
         raise CheckpointError(f"{path}: does not fit this training ({error})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: the state is not a JSON object")
-    return state
+    return state, _below("own.", tensors)
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

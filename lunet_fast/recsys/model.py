@@ -43,19 +43,24 @@ class Interactions(nn.Module):
     @classmethod
     def from_csr(cls, indptr: Tensor, indices: Tensor, n_items: int) -> Interactions:
         """From the two saved buffers; ``ValueError`` where they are not a sorted sparse 0/1 matrix."""
-        counts = indptr.diff()
         valid = (
-            indptr.ndim == 1
+            (indptr.ndim, indices.ndim) == (1, 1)
+            and not (indptr.is_floating_point() or indices.is_floating_point())
             and len(indptr) > 0
             and int(indptr[0]) == 0
             and int(indptr[-1]) == len(indices)
-            and bool((counts >= 0).all())
+            and bool((indptr.diff() >= 0).all())
             and bool(((indices >= 0) & (indices < n_items)).all())
         )
-        if not valid:
+        made = None
+        if valid:
+            counts = indptr.diff()
+            rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
+            made = cls(rows, indices.long(), len(counts), n_items)
+        # Sorting changes nothing of what is sorted, and a set leaves nothing out.
+        if made is None or not torch.equal(made.indices.to(indices.dtype), indices):
             raise ValueError("interactions: indptr and indices are not a sparse matrix of users by items")
-        rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        return cls(rows, indices.long(), len(counts), n_items)
+        return made
 
     def _set(self, indptr: Tensor, indices: Tensor, n_items: int) -> None:
         n_users = len(indptr) - 1
@@ -100,10 +105,14 @@ class Interactions(nn.Module):
 
 def _csr(indptr: Tensor, indices: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     ones = torch.ones(len(indices), dtype=dtype, device=indices.device)
-    with warnings.catch_warnings():
-        # PyTorch warns once a process that sparse CSR is in beta; the two products used here are tested.
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.sparse_csr_tensor(indptr.int(), indices, ones, size, check_invariants=False)
+    return torch.sparse_csr_tensor(indptr.int(), indices, ones, size, check_invariants=False)
+
+
+# PyTorch warns once a process that sparse CSR is in beta; the two products used here are tested. That is over
+# after this line, since warnings.catch_warnings around each use would change the filters of all threads.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)
+    _csr(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), (0, 0), torch.float32)
 
 
 class _SparseSum(torch.autograd.Function):
@@ -234,18 +243,38 @@ class RatingModel(nn.Module):
     def from_state(
         cls, config: TrainConfig, state: dict[str, Tensor], n_users: int, n_items: int
     ) -> RatingModel:
-        """The model that ``state``, a ``state_dict``, belongs to; ``ValueError`` where it does not fit."""
+        """The model that ``state``, a ``state_dict``, belongs to; ``ValueError`` where it does not fit.
+
+        Exactly: every tensor is there and no other, of the dtype and the shape that ``config`` asks for, none
+        of which is allocated before. ``state`` is copied.
+        """
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         try:
             indptr, indices = state["interactions.indptr"], state["interactions.indices"]
-            if len(indptr) != n_users + 1:
+            if indptr.ndim == 1 and len(indptr) != n_users + 1:
                 raise ValueError(f"the model has {len(indptr) - 1} users but {n_users} user ids")
-            known = [state.get(name) for name in ("levels", "user_features", "item_features")]
-            # Loading a model must not move the generator that someone's own program draws from.
-            with torch.random.fork_rng(devices=[]):
-                model._build(config, Interactions.from_csr(indptr, indices, n_items), *known)
-            model.load_state_dict(state)
+            interactions = Interactions.from_csr(indptr, indices, n_items)
+            layers = sum(name.endswith(".lu") for name in state)
+            if layers != config.members * config.layers:
+                raise ValueError(
+                    f"members={config.members} and layers={config.layers} do not fit the model's settings: "
+                    f"there are {layers} layers in all"
+                )
+            levels, *features = (state.get(name) for name in ("levels", "user_features", "item_features"))
+            _check_levels(config, levels)
+            for name, given, rows in zip(("user", "item"), features, (n_users, n_items), strict=True):
+                if given is not None and (given.ndim != 2 or len(given) != rows):
+                    raise ValueError(f"{name}_features must have {rows} rows, got {list(given.shape)}")
+            # There nothing is allocated and nothing drawn: no settings are too large, and the generator that
+            # somebody's own program draws from stays as it is, in other threads too.
+            with torch.device("meta"):
+                model._build(config, interactions, levels, *features)
+            _check_same_tensors(model.state_dict(), state)
+            for name, tensor in state.items():
+                if name.endswith(".sign") and not bool((tensor.abs() == 1).all()):
+                    raise ValueError(f"{name!r} must hold signs, 1 and -1")
+            model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"the saved tensors do not fit the model's settings: {error}") from error
         return model
@@ -337,20 +366,16 @@ class RatingModel(nn.Module):
         *,
         histories: Histories | None = None,
         observed: bool | Tensor | None = None,
-        dropout_generator: torch.Generator | None = None,
+        dropout: Tensor | None = None,
     ) -> Output:
         """One pass over B pairs; ``users``, ``items`` int64 ``[B]``.
 
         ``histories`` are computed unless given. ``observed`` says whether these pairs, all or each (bool
-        ``[B]``), are training ratings, whose items are left out of the histories; None looks it up. Dropout
-        acts only where a generator (on the model's device) is given.
+        ``[B]``), are training ratings, whose items are left out of the histories; None looks it up.
+        ``dropout``, of :meth:`draw_dropout`, multiplies the network's input.
         """
         x = self.embed(users, items, histories or self.histories(), observed)
-        fed = x
-        if dropout_generator is not None and self.config.dropout:
-            keep = 1 - self.config.dropout
-            fed = x * torch.empty_like(x).bernoulli_(keep, generator=dropout_generator).div_(keep)
-        z = self.network(fed)
+        z = self.network(x if dropout is None else x * dropout)
         # Which coordinates of each half are whose: the interactions have the last ones.
         own = self.config.embedding_size - self.config.interaction_size
         score = logit = bias = None
@@ -367,6 +392,18 @@ class RatingModel(nn.Module):
             logit = self._read_out(z, weight, intercept, slice(own, None))
             logit = logit + F.embedding(items, item_logit).t()
         return Output(x, z, score, logit, bias)
+
+    def draw_dropout(self, pairs: int, generator: torch.Generator) -> Tensor | None:
+        """``[K, pairs, D]``: 0 for the coordinates dropped, 1 / (1 - p) for the others; None where p is 0.
+
+        ``generator`` is on the model's device.
+        """
+        keep, config = 1 - self.config.dropout, self.config
+        if keep == 1:
+            return None
+        # Laid out as x is.
+        kept = self.mean.new_empty(pairs, config.members, 2 * config.embedding_size).transpose(0, 1)
+        return kept.bernoulli_(keep, generator=generator).div_(keep)
 
     def _read_out(self, z: Tensor, weight: Tensor, constant: Tensor, product: slice) -> Tensor:
         """``[K, B]``: w.z + constant, and with readout ``pair`` the product of the halves over a slice."""
@@ -503,6 +540,31 @@ class RatingModel(nn.Module):
             rest, count = rest - entry, count - 1
         scale = count.clamp(min=1).to(sums.dtype).pow(-self.config.history_power)
         return rest * scale.unsqueeze(-1)
+
+
+def _check_levels(config: TrainConfig, levels: Tensor | None) -> None:
+    if (levels is None) == (config.loss == "ordinal"):
+        there = "is not" if levels is None else "is"
+        raise ValueError(f"loss={config.loss!r}, and the tensor 'levels' of loss 'ordinal' {there} there")
+    if levels is None:
+        return
+    if levels.ndim != 1 or not 2 <= len(levels) <= MOST_LEVELS or not bool((levels.diff() > 0).all()):
+        raise ValueError(f"levels must be 2 to {MOST_LEVELS} ratings in ascending order")
+
+
+def _check_same_tensors(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """``ValueError`` unless the two have the same names, dtypes and shapes."""
+    fit = "do not fit the model's settings"
+    for name in wanted.keys() - state.keys():
+        raise ValueError(f"the saved tensors {fit}: {name!r} is missing")
+    for name in state.keys() - wanted.keys():
+        raise ValueError(f"the saved tensors {fit}: {name!r} is too many")
+    for name, tensor in wanted.items():
+        for what in ("dtype", "shape"):
+            ours, theirs = getattr(tensor, what), getattr(state[name], what)
+            if ours != theirs:
+                ours, theirs = (str(list(v) if what == "shape" else v) for v in (ours, theirs))
+                raise ValueError(f"the saved tensors {fit}: {name!r} is of {what} {theirs}, not {ours}")
 
 
 def _log_odds(count: Tensor | int, total: int) -> Tensor:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lunet_fast.loop import Progress
 from lunet_fast.recsys import movielens
 from lunet_fast.recsys.checkpoints import (
-    CHECKPOINT_FORMAT,
     RunFolder,
     read_json,
     read_tensors,
@@ -26,8 +26,9 @@ from lunet_fast.recsys.ratings import Ratings
 from lunet_fast.recsys.report.document import Document, markdown
 from lunet_fast.recsys.report.html import page
 from lunet_fast.recsys.report.reproduction import Committed, Losses, Reproduction, Run, document
+from lunet_fast.recsys.schema import CHECKPOINT_FORMAT
 from lunet_fast.recsys.scoring import ItemScorer
-from lunet_fast.recsys.training import Progress, TrainResult, cpu_threads, train
+from lunet_fast.recsys.training import TrainResult, cpu_threads, train
 
 DATASETS = tuple(movielens.DATASETS)
 

@@ -1,33 +1,42 @@
-"""The training loop, and :func:`train`, which is all of ``lunet-fast train`` behind its arguments."""
+"""What is trained, and how; :func:`train` is all of ``lunet-fast train`` behind its arguments."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import lunet_fast
+from lunet_fast.distributed import Workers, existing_device
+from lunet_fast.loop import (
+    CHECKPOINT_SECONDS,
+    Batch,
+    Curve,
+    Phase,
+    Progress,
+    ShuffledRows,
+    Stop,
+    fit,
+)
+from lunet_fast.lunet import LUNet
 from lunet_fast.recsys import metrics, report
 from lunet_fast.recsys.checkpoints import (
     RunFolder,
     TrainedModel,
     load_model,
-    load_training,
     read_json,
     save_candidates,
     save_model,
-    save_training,
     write_json,
 )
 from lunet_fast.recsys.config import TrainConfig
@@ -40,44 +49,6 @@ from lunet_fast.recsys.protocols import Parts, Ranking, evaluate_ranking
 from lunet_fast.recsys.ratings import Ratings
 from lunet_fast.recsys.scoring import ItemScorer
 
-CHECK_EVERY = 50
-"""Steps between two looks at the loss: each look waits for the device."""
-
-
-class DivergenceError(ArithmeticError):
-    """Training has diverged; the message names the phase, the epoch, the step and the likely remedy."""
-
-
-class Progress:
-    """Hears how a training goes; this one is silent. Phases are ``LU-Net``, ``MLP`` and ``decoder``."""
-
-    def start(self, phase: str, epochs: int, steps: int, done: int) -> None:
-        """A phase of ``epochs`` epochs of ``steps`` steps begins; ``done`` of them are finished already."""
-
-    def step(self, phase: str, epoch: int, steps: int) -> None:
-        """``steps`` steps of epoch ``epoch`` (from 0) are done; called every CHECK_EVERY steps."""
-
-    def epoch(self, phase: str, epoch: int, train_loss: float, test_loss: float | None) -> None:
-        """Epoch ``epoch`` (from 0) is done, its checkpoint written where one was due."""
-
-
-@dataclass
-class Curve:
-    """Mean squared error by epoch: while training, and on the test part (empty without one).
-
-    With gamma 0 there are no ratings to be wrong about, and ``train`` is the interactions' loss. ``elapsed``
-    is the time spent training up to the end of each epoch, in seconds, without evaluation and files.
-    """
-
-    train: list[float] = field(default_factory=list)
-    test: list[float] = field(default_factory=list)
-    elapsed: list[float] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float:
-        """The time spent training in all."""
-        return self.elapsed[-1] if self.elapsed else 0.0
-
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -86,25 +57,6 @@ class TrainResult:
     trained: TrainedModel
     metrics: dict[str, Any]
     curve: Curve
-
-
-@dataclass
-class _Phase:
-    """One module to train for a number of epochs over the training rows."""
-
-    name: str
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-    rows: int
-    epochs: int
-    batch_size: int
-    seed: int
-    # (row numbers [B], generator for dropout) -> loss to differentiate, squared error to report
-    objective: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
-    test_loss: Callable[[], float] | None
-    error_limit: float
-    rate_setting: str
-    linear_decay: bool = False
 
 
 def train(
@@ -117,7 +69,9 @@ def train(
     overwrite: bool = False,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-    checkpoint_seconds: float = 20.0,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    stop: Stop | None = None,
+    workers: Workers | None = None,
 ) -> TrainResult:
     """Train the recommender, with gamma 1 and ``config.mlp`` the MLP control too, and evaluate both.
 
@@ -130,14 +84,23 @@ def train(
     ``out`` is the run folder to write; without it nothing is written. There, ``resume`` goes on from the
     last checkpoint to the weights that the uninterrupted training would have given, bit for bit on a CPU;
     it starts from the beginning where there is no checkpoint, and returns the stored result (without its
-    curve) where the training is finished. A folder with another training is refused unless ``overwrite``.
-    Checkpoints are written at the end of an epoch, at least ``checkpoint_seconds`` apart, and at the last.
+    curve) where the training is finished. A folder with another training is refused unless ``overwrite``,
+    and so is one that another process is training in. Checkpoints are written at the end of each epoch, and
+    within one ``checkpoint_seconds`` after the last; and when ``stop`` is asked for one, before
+    :class:`~lunet_fast.loop.Interrupted` is raised.
 
-    Raises :class:`DivergenceError` when the loss is not finite or absurd, ``RunFolderError`` for an unusable
-    folder, ``ValueError`` for data that cannot be trained on.
+    ``workers`` are the processes that train together (:mod:`lunet_fast.distributed`): all call this with the
+    same arguments and get the same weights, process 0 alone writes and evaluates, and ``metrics`` are empty
+    for the others. ``config.batch_size`` rows a step are shared by all; a training may be resumed by another
+    number of processes.
+
+    Raises :class:`~lunet_fast.loop.DivergenceError` when the loss is not finite or absurd,
+    ``RunFolderError`` for an unusable folder, ``CheckpointError`` for a damaged checkpoint, ``OSError`` for a
+    file that cannot be written, ``ValueError`` for data that cannot be trained on.
     """
-    device = _device(device)
-    folder = None if out is None else RunFolder(Path(out))
+    workers = workers or Workers(device=existing_device(device))
+    device = workers.device
+    folder = None if out is None or not workers.is_first else RunFolder(Path(out))
     if folder is not None:
         folder.prepare(resume=resume, overwrite=overwrite)
     if test is not None:
@@ -145,66 +108,89 @@ def train(
     parts = Parts.of(ratings, config) if test is None else Parts(ratings, test, None, None)
     training, test = parts.training, parts.test
     for part, rows in (("training", training), ("test", test)):
-        if rows is not None and len(rows) == 0:
-            raise ValueError(f"the {part} part of {ratings.name} is empty ({len(ratings)} ratings in all)")
-    if folder is not None:
-        folder.begin(_resolved(config, parts), resume=resume)
-        if resume and folder.is_finished():
-            return TrainResult(load_model(folder.model), read_json(folder.metrics), Curve())
+        if rows is not None:
+            _check_ratings(part, rows)
+    if workers.of_first(int(resume and folder is not None and folder.is_finished())):
+        if folder is None:
+            raise ValueError("the training is finished already: there is nothing to do for this process")
+        folder.check(_resolved(config, parts))
+        return TrainResult(load_model(folder.model), read_json(folder.metrics), Curve())
 
-    run = _Run(
-        config=config,
-        training=_Part.of(training, device),
-        test=None if test is None else _Part.of(test, device),
-        known=parts.known_pairs().to(device),
-        scale=training.scale,
-        shape=(training.n_users, training.n_items),
-        features=side_features(training) if config.side_features else (None, None),
-        device=device,
-        checkpoints=None if folder is None else folder.checkpoints,
-        resume=resume,
-        checkpoint_seconds=checkpoint_seconds,
-        progress=progress or Progress(),
-    )
-    with cpu_threads(config.threads):
-        model, curve = run.lu_net()
-        values: dict[str, Any] = evaluate(model, parts, device).metrics
-        if config.mlp and config.gamma == 1:
-            values |= run.control()
-    trained = TrainedModel(model, training.users, training.items, training.scale, training.item_info)
-    values |= {
-        "dataset": training.name,
-        "recipe": config.recipe,
-        "split": config.split,
-        "seed": config.seed,
-        "epochs": config.epochs,
-        "train_seconds": round(curve.seconds, 3),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "train_ratings": len(training),
-        "test_ratings": 0 if test is None else len(test),
-        "held_out_ratings": 0 if parts.held_out is None else len(parts.held_out),
-        "gamma": config.gamma,
-        **versions(),
-    }
-    if folder is not None:
-        save_model(folder.model, trained)
-        if parts.candidates is not None:
-            save_candidates(folder.candidates, parts)
-        title = f"{report.dataset_title(training.name)}, recipe {config.recipe}"
-        ylabel = "mean squared error" if config.gamma > 0 else "loss of interactions"
-        report.save_loss_figure(folder.loss, title, curve.train, curve.test, ylabel)
-        write_json(folder.metrics, values)
+    with nullcontext() if folder is None else folder.locked():
+        if folder is not None:
+            folder.begin(_resolved(config, parts), resume=resume)
+        run = _Run(
+            config=config,
+            training=_Part.of(training, device),
+            test=None if test is None else _Part.of(test, device),
+            known=parts.known_pairs().to(device),
+            scale=training.scale,
+            shape=(training.n_users, training.n_items),
+            features=side_features(training) if config.side_features else (None, None),
+            workers=workers,
+            checkpoints=None if folder is None else folder.checkpoints,
+            resume=resume,
+            checkpoint_seconds=checkpoint_seconds,
+            stop=stop or Stop(),
+            progress=progress or Progress(),
+        )
+        with cpu_threads(config.threads):
+            model, curve = run.lu_net()
+            values: dict[str, Any] = {}
+            if workers.is_first:
+                values = evaluate(model, parts, device).metrics
+            if config.mlp and config.gamma == 1:
+                values |= run.control()
+        trained = TrainedModel(
+            model.to("cpu"), training.users, training.items, training.scale, training.item_info
+        )
+        if not workers.is_first:
+            return TrainResult(trained, {}, curve)
+        values |= {
+            "dataset": training.name,
+            "recipe": config.recipe,
+            "split": config.split,
+            "seed": config.seed,
+            "epochs": config.epochs,
+            "train_seconds": round(curve.seconds, 3),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "train_ratings": len(training),
+            "test_ratings": 0 if test is None else len(test),
+            "held_out_ratings": 0 if parts.held_out is None else len(parts.held_out),
+            "gamma": config.gamma,
+            "world_size": workers.world_size,
+            "global_batch": config.batch_size,
+            **versions(),
+        }
+        if folder is not None:
+            save_model(folder.model, trained)
+            if parts.candidates is not None:
+                save_candidates(folder.candidates, parts)
+            title = f"{report.dataset_title(training.name)}, recipe {config.recipe}"
+            ylabel = "mean squared error" if config.gamma > 0 else "loss of interactions"
+            report.save_loss_figure(folder.loss, title, curve.train, curve.test, ylabel)
+            write_json(folder.metrics, values)
     return TrainResult(trained, values, curve)
 
 
-def _device(name: torch.device | str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={str(name)!r} is no device: use 'cpu', 'cuda' or 'cuda:1'") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(name)!r}: PyTorch sees no CUDA device here; use device='cpu'")
-    return device
+def _check_ratings(part: str, rows: Ratings) -> None:
+    """What a table of ratings that no reader has made may hold."""
+    if len(rows) == 0:
+        raise ValueError(f"the {part} part of {rows.name} is empty")
+    bad = (~torch.isfinite(rows.rating)).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        raise ValueError(
+            f"the {part} part of {rows.name} has the rating {rows.rating[row].item()} in row {row} (from 0): "
+            "leave such rows out"
+        )
+    for side, index, count in (("user", rows.user, rows.n_users), ("item", rows.item, rows.n_items)):
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= count:
+            raise ValueError(
+                f"the {part} part of {rows.name} has {side} indices from {low} to {high}, and there are "
+                f"{count} {side}s: an index is from 0 to {count - 1}"
+            )
 
 
 def versions() -> dict[str, str]:
@@ -292,20 +278,31 @@ def rating_objective(
     ratings: Tensor,
     generator: torch.Generator,
     sampler: NegativeSampler | None = None,
+    share: slice | None = None,
 ) -> Losses:
     """:func:`~.losses.hybrid_loss` of a batch of training ratings, each argument ``[B]``.
 
     ``sampler`` draws the pairs without interaction, which gamma below 1 needs; ``generator`` is its own and
-    dropout's.
+    dropout's. ``share`` are the rows whose loss is wanted, all by default; draws are made for all.
     """
-    observed: bool | Tensor = True
+    rows, count = len(users), 0
+    drawn = None
     if sampler is not None:
         count = model.config.negatives
         drawn = sampler.draw(users, count, generator)
+    dropout = model.draw_dropout(rows * (1 + count), generator)
+    if share is not None and share != slice(0, rows):
+        if dropout is not None:
+            negative = slice(rows + share.start * count, rows + share.stop * count)
+            dropout = torch.cat((dropout[:, share], dropout[:, negative]), dim=1)
+        users, items, ratings = users[share], items[share], ratings[share]
+        drawn = None if drawn is None else drawn[share]
+    observed: bool | Tensor = True
+    if drawn is not None:
         observed = torch.arange(len(users) * (1 + count), device=users.device) < len(users)
         users = torch.cat((users, users.repeat_interleave(count)))
         items = torch.cat((items, drawn.flatten()))
-    output = model.output(users, items, observed=observed, dropout_generator=generator)
+    output = model.output(users, items, observed=observed, dropout=dropout)
     return hybrid_loss(model, output, ratings)
 
 
@@ -326,13 +323,6 @@ def control_objective(
     """Squared error of the control on a batch, each argument ``[B]``: to differentiate, and to report."""
     loss = F.mse_loss(model(users, items), ratings)
     return loss, loss.detach()
-
-
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Move the parameters by one step of the optimiser on the gradient of ``loss``."""
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
 
 
 def _adam(groups: list[dict[str, Any]]) -> torch.optim.Adam:
@@ -366,10 +356,11 @@ class _Run:
     scale: tuple[float, float]
     shape: tuple[int, int]
     features: tuple[Tensor | None, Tensor | None]
-    device: torch.device
+    workers: Workers
     checkpoints: Path | None
     resume: bool
     checkpoint_seconds: float
+    stop: Stop
     progress: Progress
 
     def lu_net(self) -> tuple[RatingModel, Curve]:
@@ -381,26 +372,26 @@ class _Run:
             model = RatingModel(
                 config, *triple, *self.shape, user_features=user_features, item_features=item_features
             )
-        model.to(self.device)
+        model.to(self.workers.device)
         sampler = NegativeSampler.of(model, self.known) if config.gamma < 1 else None
 
-        def objective(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            batch = part.user[rows], part.item[rows], part.rating[rows]
-            return rating_objective(model, *batch, generator, sampler)
+        def objective(batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            users, items, ratings = batch
+            return rating_objective(model, users, items, ratings, generator, sampler, share)
 
-        phase = _Phase(
+        phase = Phase(
             name="LU-Net",
             module=model,
             optimizer=rating_optimizer(model),
-            rows=len(part),
+            batches=ShuffledRows((part.user, part.item, part.rating), config.batch_size),
             epochs=config.epochs,
-            batch_size=config.batch_size,
             seed=config.seed,
             objective=objective,
+            rate=("learning_rate", config.learning_rate),
             test_loss=self._test_loss(model) if config.gamma > 0 else None,
             error_limit=self._error_limit() if config.gamma > 0 else float("inf"),
-            rate_setting="learning_rate",
             linear_decay=config.schedule == "linear",
+            locate=lambda batch: first_overflow(model, *batch[:2]),
         )
         return model, self._fit(phase)
 
@@ -413,27 +404,29 @@ class _Run:
             model = MLPModel(*self.shape, size, hidden, mean, config.embedding_std)
             # The mirror image of the network that it has to undo.
             decoder = perceptron((*reversed(hidden), 2 * size))
-        model.to(self.device)
-        decoder.to(self.device)
+        model.to(self.workers.device)
+        decoder.to(self.workers.device)
 
-        def objective(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            return control_objective(model, part.user[rows], part.item[rows], part.rating[rows])
+        def objective(batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            users, items, ratings = (column[share] for column in batch)
+            return control_objective(model, users, items, ratings)
 
-        def decoding_objective(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        def decoding_objective(
+            batch: Batch, share: slice, generator: torch.Generator
+        ) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                x, h = model.latent(part.user[rows], part.item[rows])
+                x, h = model.latent(batch[0][share], batch[1][share])
             loss = (decoder(h) - x).square().sum(-1).mean()
             return loss, loss.detach()
 
         common: dict[str, Any] = {
-            "rows": len(part),
+            "batches": ShuffledRows((part.user, part.item, part.rating), config.mlp_batch_size),
             "epochs": config.mlp_epochs,
-            "batch_size": config.mlp_batch_size,
             "seed": config.seed,
-            "rate_setting": "mlp_learning_rate",
+            "rate": ("mlp_learning_rate", config.mlp_learning_rate),
         }
         curve = self._fit(
-            _Phase(
+            Phase(
                 name="MLP",
                 module=model,
                 optimizer=control_optimizer(model, config),
@@ -447,16 +440,16 @@ class _Run:
             return {}
         decoder_rates = [{"params": list(decoder.parameters()), "lr": config.mlp_learning_rate}]
         self._fit(
-            _Phase(
+            Phase(
                 name="decoder",
                 module=decoder,
                 optimizer=_adam(decoder_rates),
                 objective=decoding_objective,
-                test_loss=None,
-                error_limit=float("inf"),
                 **common,
             )
         )
+        if not self.workers.is_first:
+            return {}
         prediction = predict_ratings(model, self.test.user, self.test.item, self.scale)
         reconstruction = decode(model, decoder, self.test.user, self.test.item)
         return {
@@ -478,84 +471,35 @@ class _Run:
         low, high = self.scale
         return 4 * max((high - low) ** 2, 1.0)
 
-    def _fit(self, phase: _Phase) -> Curve:
-        """Run the epochs of a phase, from its checkpoint where one is to be resumed."""
+    def _fit(self, phase: Phase) -> Curve:
         file = None if self.checkpoints is None else self.checkpoints / f"{phase.name.lower()}.safetensors"
-        generator = torch.Generator(self.device).manual_seed(phase.seed)
-        curve, first = Curve(), 0
-        if self.resume and file is not None and file.is_file():
-            state = load_training(file, phase.module, phase.optimizer, generator)
-            first = state["epoch"]
-            curve = Curve(state["train_loss"], state["test_loss"], state["elapsed"])
-        steps = -(-phase.rows // phase.batch_size)
-        rates = [group["lr"] for group in phase.optimizer.param_groups]
-        self.progress.start(phase.name, phase.epochs, steps, first)
-        written = time.monotonic()
-        for epoch in range(first, phase.epochs):
-            began = time.monotonic()
-            error = self._epoch(phase, epoch, steps, rates, generator)
-            now = time.monotonic()
-            curve.elapsed.append(curve.seconds + now - began)
-            curve.train.append(error)
-            if phase.test_loss is not None:
-                curve.test.append(phase.test_loss())
-            last = epoch == phase.epochs - 1
-            if file is not None and (last or now - written >= self.checkpoint_seconds):
-                state = {
-                    "phase": phase.name,
-                    "epoch": epoch + 1,
-                    "train_loss": curve.train,
-                    "test_loss": curve.test,
-                    "elapsed": curve.elapsed,
-                }
-                save_training(file, phase.module, phase.optimizer, generator, state)
-                written = now
-            self.progress.epoch(phase.name, epoch, error, curve.test[-1] if curve.test else None)
-        return curve
+        return fit(
+            phase,
+            file=file,
+            resume=self.resume,
+            checkpoint_seconds=self.checkpoint_seconds,
+            workers=self.workers,
+            stop=self.stop,
+            progress=self.progress,
+        )
 
-    def _epoch(
-        self, phase: _Phase, epoch: int, steps: int, rates: list[float], generator: torch.Generator
-    ) -> float:
-        """One pass over the training rows in random order; the mean squared error on the way."""
-        order = torch.randperm(phase.rows, generator=generator, device=self.device)
-        errors = torch.zeros(steps, device=self.device)
-        for step, rows in enumerate(order.split(phase.batch_size)):
-            if phase.linear_decay:
-                left = 1 - (epoch * steps + step) / (phase.epochs * steps)
-                for group, rate in zip(phase.optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * left
-            loss, error = phase.objective(rows, generator)
-            descend(phase.optimizer, loss)
-            errors[step] = error * (len(rows) / phase.rows)
-            if step % CHECK_EVERY == CHECK_EVERY - 1 or step == steps - 1:
-                self._check(phase, epoch, errors[: step + 1])
-                self.progress.step(phase.name, epoch, step + 1)
-        mean = errors.sum().item()
-        if not mean <= phase.error_limit:
-            raise DivergenceError(
-                f"{phase.name}: the training error of epoch {epoch + 1} is {mean:.3g}, worse than any "
-                f"constant rating: {self._remedy(phase)}"
-            )
-        # The last step's update is in no loss yet.
-        for name, parameter in phase.module.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise DivergenceError(
-                    f"{phase.name}: {name} is not finite after epoch {epoch + 1}: {self._remedy(phase)}"
-                )
-        return mean
 
-    def _check(self, phase: _Phase, epoch: int, errors: Tensor) -> None:
-        bad = torch.nonzero(~torch.isfinite(errors))
-        if len(bad):
-            step = int(bad[0]) + 1
-            raise DivergenceError(
-                f"{phase.name}: the loss is {errors[step - 1].item()} at epoch {epoch + 1}, step {step}: "
-                f"{self._remedy(phase)}"
-            )
+@torch.no_grad()
+def first_overflow(model: RatingModel, users: Tensor, items: Tensor) -> str:
+    """Where a pass over the pairs, int64 ``[B]``, is first not finite: ``the embeddings``, or a layer's name.
 
-    def _remedy(self, phase: _Phase) -> str:
-        rate = getattr(self.config, phase.rate_setting)
-        return f"{phase.rate_setting}={rate:g} is most likely too high, try {rate / 5:g}"
+    For messages; member by member and layer by layer.
+    """
+    x = model.embed(users, items, model.histories(), True)
+    if not bool(torch.isfinite(x).all()):
+        return "the embeddings with their histories"
+    for member, net in enumerate(model.nets):
+        z = x[member]
+        for place, layer in enumerate(cast(LUNet, net).layers):
+            z = layer(z)
+            if not bool(torch.isfinite(z).all()):
+                return f"the output of nets.{member}.layers.{place}"
+    return "the read-out or the loss"
 
 
 @contextmanager

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lunet_fast.loop import DivergenceError
 from lunet_fast.recsys.config import recipe
 from lunet_fast.recsys.protocols import Parts
 from lunet_fast.recsys.ratings import Ratings
-from lunet_fast.recsys.training import DivergenceError, train
+from lunet_fast.recsys.training import train
 
 if TYPE_CHECKING:
     import optuna

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
 import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -9,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lunet_fast.loop import Interrupted, Progress, Stop
 from lunet_fast.recsys import checkpoints
 from lunet_fast.recsys.checkpoints import CheckpointError, RunFolder, RunFolderError
 from lunet_fast.recsys.ratings import Ratings, from_frame
-from lunet_fast.recsys.training import Progress, TrainResult, train
+from lunet_fast.recsys.schema import CHECKPOINT_FORMAT
+from lunet_fast.recsys.training import TrainResult, train
 from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
 
 CONFIG = quick_config(epochs=3, mlp_epochs=2)
@@ -49,7 +55,7 @@ def untimed(path: Path) -> dict[str, object]:
 
 
 def names(path: Path) -> set[str]:
-    return {child.name for child in path.iterdir()}
+    return {child.name for child in path.iterdir()} - {".lock"}
 
 
 class TestAtomicWrites:
@@ -101,14 +107,14 @@ class TestTensorFiles:
         path.write_bytes(path.read_bytes()[:-20])
         assert "not a whole safetensors file" in refusal()
         path.write_bytes(pickle.dumps({"a": 1}))
-        assert "not a whole safetensors file" in refusal()
+        assert "not a safetensors file but a pickle" in refusal()
         path.write_bytes(b"")
         assert "not a whole safetensors file" in refusal()
         save_file({"a": torch.ones(5)}, path)
         assert "is not a kind file" in refusal()
         save_file({"a": torch.ones(5)}, path, metadata={"lunet_fast": "{"})
         assert "the header is not JSON" in refusal()
-        newer = {"lunet_fast": json.dumps({"format": "kind", "version": 2})}
+        newer = {"lunet_fast": json.dumps({"format": "kind", "version": checkpoints.FORMAT_VERSION + 1})}
         save_file({"a": torch.ones(5)}, path, metadata=newer)
         assert "update lunet-fast" in refusal()
         save_file({"a": torch.tensor([1.0, float("nan")])}, path, metadata=good)
@@ -145,7 +151,7 @@ class TestModelFile:
 
         fewer = {name: t for name, t in tensors.items() if name != "model.weight"}
         assert "do not fit the model's settings" in refusal(fewer, state)
-        assert "60 users but 59 user ids" in refusal(
+        assert "has 60 users but 59 user ids" in refusal(
             {**tensors, "users.ids": tensors["users.ids"][1:]}, state
         )
         assert "sorted and unique" in refusal({**tensors, "users.ids": tensors["users.ids"].flip(0)}, state)
@@ -153,7 +159,7 @@ class TestModelFile:
             {name: t for name, t in tensors.items() if name != "users.ids"}, state
         )
         assert "layers=0" in refusal(tensors, {**state, "config": {**state["config"], "layers": 0}})
-        assert "'scale' is missing" in refusal(tensors, {"config": state["config"]})
+        assert "lacks 'scale'" in refusal(tensors, {"config": state["config"]})
 
 
 class TestRunFolder:
@@ -194,7 +200,7 @@ class TestRunFolder:
         with pytest.raises(KeyboardInterrupt):
             train(ratings, CONFIG, out=out, overwrite=True, progress=Interrupt("LU-Net", 0))
         assert names(out) == {"config.json", "checkpoints"}
-        assert names(out / "checkpoints") == set()
+        assert names(out / "checkpoints") == {"lu-net.safetensors"}  # the new one's
 
     def test_a_folder_that_cannot_be_made(self, ratings: Ratings, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
@@ -283,10 +289,96 @@ class TestResume:
         with pytest.raises(CheckpointError, match=r"lu-net\.safetensors: not a whole"):
             train(ratings, CONFIG, out=out, resume=True)
 
-    def test_checkpoints_are_spaced_in_time(self, ratings: Ratings, tmp_path: Path) -> None:
-        with pytest.raises(KeyboardInterrupt):
-            train(ratings, CONFIG, out=tmp_path, progress=Interrupt("LU-Net", 1), checkpoint_seconds=1e6)
-        assert names(tmp_path / "checkpoints") == set()
-        with pytest.raises(KeyboardInterrupt):
-            train(ratings, CONFIG, out=tmp_path, progress=Interrupt("LU-Net", 2), checkpoint_seconds=1e6)
-        assert names(tmp_path / "checkpoints") == {"lu-net.safetensors"}  # the last epoch's always
+    def test_there_is_one_at_each_epochs_end(self, ratings: Ratings, tmp_path: Path) -> None:
+        for epoch in range(2):
+            stopper = Interrupt("LU-Net", epoch)
+            with pytest.raises(KeyboardInterrupt):
+                train(ratings, CONFIG, out=tmp_path, resume=True, progress=stopper, checkpoint_seconds=1e6)
+            assert stopper.seen == [("LU-Net", epoch)]
+
+    @pytest.mark.parametrize("hybrid", [False, True])
+    def test_from_within_an_epoch(self, ratings: Ratings, tmp_path: Path, hybrid: bool) -> None:
+        """Stopped after each of its steps, a training ends with the bytes and figures of the whole one."""
+        settings = {"gamma": 0.5, "split": "joint"} if hybrid else {}
+        config = CONFIG.replace(**settings, mlp_epochs=1, epochs=2)
+        train(ratings, config, out=tmp_path / "whole")
+        reasons: list[str] = []
+        while not (tmp_path / "run" / "metrics.json").exists():
+            stop = Stop()
+            stop.asked = True
+            try:
+                train(ratings, config, out=tmp_path / "run", resume=True, stop=stop)
+            except Interrupted as error:
+                reasons.append(str(error))
+        assert all("lu-net.safetensors holds" in reason or "up to epoch" in reason for reason in reasons)
+        assert len(reasons) >= 10
+        for name in ("model.safetensors", "config.json", "loss.png"):
+            assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert untimed(tmp_path / "run") == untimed(tmp_path / "whole")
+
+    def test_what_cannot_be_written_leaves_the_last_checkpoint(
+        self, ratings: Ratings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A disk that is full from the second epoch on."""
+        out = tmp_path / "run"
+        real = checkpoints.os.replace
+
+        def full(source: Path, target: Path) -> None:
+            if Path(target).exists():
+                raise OSError(errno.ENOSPC, "No space left on device", str(target))
+            real(source, target)
+
+        monkeypatch.setattr(checkpoints.os, "replace", full)
+        with pytest.raises(OSError, match=r"lu-net\.safetensors: No space left.* holds .* up to epoch 1"):
+            train(ratings, CONFIG, out=out)
+        monkeypatch.undo()
+        assert names(out / "checkpoints") == {"lu-net.safetensors"}  # and no half-written file
+        again = Interrupt("none", 0)
+        train(ratings, CONFIG, out=out, resume=True, progress=again)
+        assert again.seen[0] == ("LU-Net", 1)
+
+    def test_a_file_larger_than_the_system_allows(self, tmp_path: Path) -> None:
+        """The writer of safetensors meets the limit in its own code, and its error must be an OSError."""
+        program = f"""
+import resource, signal
+import torch
+from pathlib import Path
+from lunet_fast.recsys.checkpoints import CHECKPOINT_FORMAT, write_tensors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+path = Path({str(tmp_path / "x.safetensors")!r})
+write_tensors(path, {{"small": torch.zeros(10)}}, CHECKPOINT_FORMAT, {{"state": {{}}}})
+try:
+    write_tensors(path, {{"large": torch.zeros(10**6)}}, CHECKPOINT_FORMAT, {{"state": {{}}}})
+except OSError as error:
+    print(error)
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+        assert "x.safetensors" in done.stdout, done.stderr
+        assert names(tmp_path) == {"x.safetensors"}
+        assert list(checkpoints.read_tensors(tmp_path / "x.safetensors", CHECKPOINT_FORMAT)[0]) == ["small"]
+
+
+class TestTwoTrainings:
+    def test_the_second_into_one_folder_is_refused(self, ratings: Ratings, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path)
+        folder.checkpoints.mkdir()
+        config = CONFIG.replace(mlp=False, epochs=1)
+        with folder.locked():
+            for options in ({}, {"resume": True}, {"overwrite": True}):
+                with pytest.raises(RunFolderError, match="another process is training in"):
+                    train(ratings, config, out=tmp_path, **options)
+        train(ratings, config, out=tmp_path)
+
+    def test_the_lock_of_a_dead_process_stops_nobody(self, ratings: Ratings, tmp_path: Path) -> None:
+        (tmp_path / "checkpoints").mkdir()
+        program = f"""
+import os, signal
+from pathlib import Path
+from lunet_fast.recsys.checkpoints import RunFolder
+with RunFolder(Path({str(tmp_path)!r})).locked():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+        assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == -signal.SIGKILL
+        assert (tmp_path / ".lock").exists()
+        train(ratings, CONFIG.replace(mlp=False, epochs=1), out=tmp_path)

@@ -9,12 +9,13 @@ import pandas as pd
 import pytest
 import torch
 
+from lunet_fast.loop import DivergenceError, Progress
 from lunet_fast.recsys.checkpoints import CANDIDATES_FORMAT, read_tensors
 from lunet_fast.recsys.config import TrainConfig, nearest_dataset, recipe
 from lunet_fast.recsys.protocols import Parts
 from lunet_fast.recsys.ratings import Ratings, from_frame
 from lunet_fast.recsys.splits import random_split
-from lunet_fast.recsys.training import DivergenceError, Progress, TrainResult, train
+from lunet_fast.recsys.training import TrainResult, train
 from tests.recsys.synthetic import latent_ratings, quick_config
 
 
@@ -246,11 +247,17 @@ class TestLoop:
         with pytest.raises(DivergenceError, match=r"LU-Net: .* epoch \d.* learning_rate=10000 .* try 2000"):
             train(ratings, quick_config(learning_rate=1e4))
 
-    def test_a_rating_that_is_not_a_number_stops_at_its_step(self, ratings: Ratings) -> None:
+    def test_a_rating_that_is_not_a_number_is_told_before_training(self, ratings: Ratings) -> None:
         broken = ratings.rating.clone()
         broken[random_split(ratings, 0).train[5]] = float("nan")
-        with pytest.raises(DivergenceError, match=r"LU-Net: the loss is nan at epoch 1, step \d"):
+        with pytest.raises(ValueError, match=r"training part of latent has the rating nan in row 5"):
             train(replace(ratings, rating=broken), quick_config())
+
+    def test_an_index_beyond_the_ids_is_told_before_training(self, ratings: Ratings) -> None:
+        broken = ratings.item.clone()
+        broken[random_split(ratings, 0).train[5]] = 40
+        with pytest.raises(ValueError, match=r"item indices from 0 to 40, and there are 40 items"):
+            train(replace(ratings, item=broken), quick_config())
 
     def test_weights_spoilt_by_the_last_step_are_found(self, ratings: Ratings) -> None:
         """One step an epoch, so that no loss is computed from what it made of the weights."""

@@ -1,0 +1,127 @@
+"""Several processes that train one model, started by ``torchrun``: who they are and what they share."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others: the first one evaluates while they do."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes of a training; this one is number ``rank`` of ``world_size``. The default is one alone.
+
+    All of them take the same steps: a batch is the same for all, each computes the gradient of its
+    :meth:`share` of it, and PyTorch's ``DistributedDataParallel`` adds the gradients up. Random numbers are
+    drawn for the whole batch by every process from the same generator, so that neither what is computed nor
+    a checkpoint depends on how many there are. Process 0 alone reads checkpoints, writes files and evaluates.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, rows: int) -> slice:
+        """The rows of a batch of ``rows`` that are this process's: contiguous, equal up to one."""
+        each, rest = divmod(rows, self.world_size)
+        start = self.rank * each + min(self.rank, rest)
+        return slice(start, start + each + (self.rank < rest))
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """``module``, its parameters made those of process 0 and its gradients the mean over all."""
+        if self.world_size == 1:
+            return module
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of every process's ``values``."""
+        if self.world_size == 1:
+            return values
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    def of_first(self, value: int) -> int:
+        """Process 0's ``value``."""
+        if self.world_size == 1:
+            return value
+        shared = torch.tensor(value, device=self.device)
+        dist.broadcast(shared, 0)
+        return int(shared)
+
+    @contextmanager
+    def file_of_first(self, path: Path | None) -> Iterator[Path | None]:
+        """Process 0's file ``path`` as one that this process can read; None where process 0 has none.
+
+        The others need not share a disk with process 0: its bytes are sent to them.
+        """
+        if self.world_size == 1:
+            yield path if path is not None and path.is_file() else None
+            return
+        size = self.of_first(path.stat().st_size if path is not None and path.is_file() else -1)
+        if size < 0:
+            yield None
+            return
+        content = torch.empty(size, dtype=torch.uint8)
+        if self.is_first and path is not None:
+            content = torch.from_file(str(path), size=size, dtype=torch.uint8)
+        content = content.to(self.device)
+        dist.broadcast(content, 0)
+        if self.is_first:
+            yield path
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "checkpoint.safetensors"
+            copy.write_bytes(content.cpu().numpy().tobytes())
+            yield copy
+
+
+def existing_device(name: torch.device | str) -> torch.device:
+    """``name`` as a device; ``ValueError`` where it is none, or a GPU that is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={str(name)!r} is no device: use 'cpu', 'cuda' or 'cuda:1'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(name)!r}: PyTorch sees no CUDA device here; use device='cpu'")
+    return device
+
+
+@contextmanager
+def workers_of_torchrun(device: torch.device | str) -> Iterator[Workers]:
+    """Join the processes that ``torchrun`` has started, gloo between CPUs and NCCL between GPUs.
+
+    Without ``torchrun``: this process alone. With ``device`` ``cuda`` each takes the GPU of its local rank.
+    """
+    place = existing_device(device)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield Workers(device=place)
+        return
+    settings: dict[str, Any] = {"backend": "gloo", "timeout": TIMEOUT}
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+        settings |= {"backend": "nccl", "device_id": place}
+    dist.init_process_group(**settings)
+    try:
+        yield Workers(dist.get_rank(), dist.get_world_size(), place)
+    finally:
+        # After an error the others may be gone, and leaving the group in good order would wait for them.
+        dist.destroy_process_group()
