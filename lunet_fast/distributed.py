@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +110,30 @@ def existing_device(name: torch.device | str) -> torch.device:
     return device
 
 
+def _fresh(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """A part of ``store`` that only the processes which are there now write into.
+
+    After a restart torchrun gives its workers the store of their dead predecessors, whose addresses they would
+    take for each other's. So process 0 draws a name and hands it to whoever greets it with a new one.
+    """
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", mine)
+        name = store.get(f"welcome/{mine}").decode()
+        store.set(f"ready/{name}/{rank}", "")
+        return dist.PrefixStore(name, store)
+    others = range(1, world_size)
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while not all(store.check([f"ready/{mine}/{other}"]) for other in others):
+        for other in others:
+            if store.check([f"hello/{other}"]):
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", mine)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"fewer than {world_size} processes are there after {TIMEOUT}")
+        time.sleep(0.02)
+    return dist.PrefixStore(mine, store)
+
+
 @contextmanager
 def workers_of_torchrun(device: torch.device | str) -> Iterator[Workers]:
     """Join the processes that ``torchrun`` has started, gloo between CPUs and NCCL between GPUs.
@@ -118,7 +144,9 @@ def workers_of_torchrun(device: torch.device | str) -> Iterator[Workers]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Workers(device=place)
         return
-    settings: dict[str, Any] = {"backend": "gloo", "timeout": TIMEOUT}
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    settings: dict[str, Any] = {"backend": "gloo", "timeout": TIMEOUT, "rank": rank, "world_size": world_size}
+    settings["store"] = _fresh(store, rank, world_size)
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)

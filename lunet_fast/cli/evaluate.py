@@ -108,8 +108,8 @@ def _parts(
     config = recommender.trained.model.config
     file = RunFolder(run).config
     recorded = read_json(file) if file.is_file() else {}
-    if config.split in ("files", "none"):
-        why = "two files" if config.split == "files" else "all ratings"
+    if config.split in ("files", "stream", "none"):
+        why = {"files": "two files", "stream": "a stream", "none": "all ratings"}[config.split]
         raise ValueError(f"--run {run}: was trained on {why}: give --test-file to evaluate it on")
     name = dataset or str(recorded.get("dataset", ""))
     if dataset is None and name not in movielens.DATASETS:

@@ -257,7 +257,7 @@ def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         described = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
         total.update(json.dumps(described, separators=(",", ":")).encode("ascii"))
-        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -422,7 +422,7 @@ def load_model(path: Path) -> TrainedModel:
         # What is left is the model's.
         state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
         if len(state) < len(tensors):
-            other = next(name for name in tensors if not name.startswith("model."))
+            other = min(name for name in tensors if not name.startswith("model."))
             raise ValueError(f"the tensor {other!r} is not of a model file")
         model = RatingModel.from_state(config, state, len(users), len(items))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -501,7 +501,8 @@ def save_training(
     tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = value
+            # SparseAdam counts its steps by an int, Adam by a floating-point tensor.
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
     tensors["generator"] = generator.get_state()
     tensors |= {f"own.{name}": tensor for name, tensor in own.items()}
     write_tensors(path, tensors, CHECKPOINT_FORMAT, {"state": state})
@@ -521,7 +522,10 @@ def load_training(
         for name, parameter in module.named_parameters():
             saved = _below(f"optimizer.{name}.", tensors)
             if saved:
-                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in saved.items()}
+                optimizer.state[parameter] = {
+                    key: int(value) if value.dtype == torch.int64 else value.to(parameter.device)
+                    for key, value in saved.items()
+                }
         generator.set_state(tensors["generator"])
         state = header["state"]
     except (KeyError, RuntimeError, TypeError) as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,8 @@ SCHEDULES = ("constant", "linear")
 LOSSES = ("mse", "huber", "ordinal", "bpr")
 NEGATIVE_SAMPLINGS = ("uniform", "popularity")
 NEGATIVES_OUTSIDE = ("known", "training")
+
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class TrainConfig:
     split: str = "random"
     """``random``: 80 % of all ratings train; ``per-user``: 80 % of each user's. ``leave-one-out``: each
     user's most recent one is held out for ranking; ``joint``: that, and 80 % of the rest train. ``files``:
-    both parts are given; ``none``: all ratings train and nothing is tested."""
+    both parts are given; ``stream``: 80 % train by a rule on the ids (:mod:`~.streaming`); ``none``: all
+    ratings train and nothing is tested."""
 
     gamma: float = 1.0
     """γ of (2.11), the weight of the ratings' loss; the interactions' has 1 - γ. 1 trains ratings alone, 0
@@ -123,9 +128,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field, allowed in (
+            ("recipe", RECIPES),
             ("readout", READOUTS),
             ("schedule", SCHEDULES),
-            ("split", (*SPLITS, "files", "none")),
+            ("split", (*SPLITS, "files", "stream", "none")),
             ("loss", LOSSES),
             ("negative_sampling", NEGATIVE_SAMPLINGS),
             ("negatives_outside", NEGATIVES_OUTSIDE),
@@ -134,8 +140,10 @@ class TrainConfig:
             if value not in allowed:
                 raise ValueError(f"{field}={value!r} is unknown: choose one of {', '.join(allowed)}")
         sizes = ("members", "embedding_size", "layers", "epochs", "batch_size", "negatives")
-        for field in (*sizes, "mlp_embedding_size", "mlp_epochs", "mlp_batch_size", "threads"):
+        for field in (*sizes, "mlp_embedding_size", "mlp_epochs", "mlp_batch_size"):
             _require(self, field, int, lambda v: v >= 1, "a whole number of at least 1")
+        # As many would be started, and a model file from elsewhere may ask for any number.
+        _require(self, "threads", int, lambda v: 1 <= v <= 1024, "a whole number from 1 to 1024")
         _require(self, "seed", int, lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")
         for field in ("biases", "user_history", "item_history", "side_features", "mlp"):
             _require(self, field, bool, lambda v: True, "true or false")
@@ -168,10 +176,14 @@ class TrainConfig:
             )
         _require(self, "dropout", float, lambda v: 0 <= v < 1, "a share of at least 0 and below 1")
         _require(self, "alpha", float, lambda v: 0 < v < 1, "a slope between 0 and 1, both excluded")
-        object.__setattr__(self, "mlp_hidden", tuple(self.mlp_hidden))
-        if not self.mlp_hidden or not all(isinstance(size, int) and size >= 1 for size in self.mlp_hidden):
+        hidden = self.mlp_hidden
+        sequence = isinstance(hidden, Iterable) and not isinstance(hidden, (str, bytes))
+        object.__setattr__(self, "mlp_hidden", tuple(hidden) if sequence else ())
+        if not self.mlp_hidden or not all(
+            isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in self.mlp_hidden
+        ):
             raise ValueError(
-                f"mlp_hidden={self.mlp_hidden!r} must be the sizes of one or more layers, such as (64, 32)"
+                f"mlp_hidden={hidden!r} must be the sizes of one or more layers, such as (64, 32)"
             )
 
     @property
@@ -193,6 +205,8 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """The inverse of :meth:`to_dict`. Fields that are absent take their defaults."""
+        if not isinstance(values, dict):
+            raise ValueError(f"the settings must be a JSON object, got a {type(values).__name__}")
         _check_names(values)
         return cls(**values)
 
@@ -201,11 +215,20 @@ def _require(config: TrainConfig, field: str, kind: type, valid: Any, wanted: st
     value = getattr(config, field)
     kinds = (int, float) if kind is float else (kind,)
     wrong_kind = not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool))
-    if wrong_kind or not math.isfinite(value) or not valid(value):
-        raise ValueError(f"{field}={value!r} must be {wanted}")
+    # An integer may be too large for a float, of which math.isfinite would not say whether it is finite.
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    if wrong_kind or infinite or not valid(value) or (kind is float and abs(value) > _LARGEST):
+        raise ValueError(f"{field}={_shown(value)} must be {wanted}")
     if kind is float:
         # 1 and 1.0 are the same setting and must be written the same way in config.json.
         object.__setattr__(config, field, float(value))
+
+
+def _shown(value: Any) -> str:
+    """The value for a message; an integer from a file may have more digits than Python prints."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)
 
 
 def _check_names(values: dict[str, Any]) -> None:

@@ -23,6 +23,9 @@ class Interactions(nn.Module):
 
     ``users``, ``items``: int64 ``[N]``, duplicates allowed. Buffers: ``indptr`` int64 ``[n_users + 1]`` and
     ``indices`` int32 ``[nnz]`` (rows are users, sorted), which are all that is saved.
+
+    With :meth:`of_counts` no pair is kept, for data with more of them than memory has room for: ``indptr``
+    and ``indices`` are those of an empty matrix, and ``user_counts`` and ``item_counts`` are saved too.
     """
 
     indptr: Tensor
@@ -61,6 +64,17 @@ class Interactions(nn.Module):
         if made is None or not torch.equal(made.indices.to(indices.dtype), indices):
             raise ValueError("interactions: indptr and indices are not a sparse matrix of users by items")
         return made
+
+    @classmethod
+    def of_counts(cls, user_counts: Tensor, item_counts: Tensor) -> Interactions:
+        """Without the pairs: how many each user ``[n_users]`` and each item ``[n_items]`` has, both int64."""
+        none = torch.zeros(0, dtype=torch.int64)
+        interactions = cls(none, none, len(user_counts), len(item_counts))
+        for name, counts in (("user_counts", user_counts), ("item_counts", item_counts)):
+            if counts.ndim != 1 or counts.dtype != torch.int64 or bool((counts < 0).any()):
+                raise ValueError(f"interactions: {name} must be int64 numbers of at least 0 in one dimension")
+            interactions.register_buffer(name, counts.clone())
+        return interactions
 
     def _set(self, indptr: Tensor, indices: Tensor, n_items: int) -> None:
         n_users = len(indptr) - 1
@@ -240,6 +254,28 @@ class RatingModel(nn.Module):
                 self.thresholds.copy_(torch.cat((thresholds[:1], thresholds.diff().log())))
 
     @classmethod
+    def of_statistics(
+        cls, config: TrainConfig, mean: float, user: tuple[Tensor, Tensor], item: tuple[Tensor, Tensor]
+    ) -> RatingModel:
+        """A model for training ratings of which only ``mean`` and the sums are known.
+
+        ``user`` and ``item`` are (sums of ratings float64, counts int64), ``[n_users]`` and ``[n_items]``.
+        ``ValueError`` for settings that need the pairs: histories, gamma below 1, loss ``ordinal``.
+        """
+        if config.user_history or config.item_history or config.gamma < 1 or config.loss == "ordinal":
+            raise ValueError(
+                "without the pairs of users and items a model is trained with user_history=False, "
+                "item_history=False, gamma=1 and loss='mse' or 'huber'"
+            )
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._build(config, Interactions.of_counts(user[1], item[1]), None, None, None)
+        model.mean.fill_(mean)
+        for buffer, (total, count) in ((model.user_deviation, user), (model.item_deviation, item)):
+            buffer.copy_((total - mean * count) / (count + 10))
+        return model
+
+    @classmethod
     def from_state(
         cls, config: TrainConfig, state: dict[str, Tensor], n_users: int, n_items: int
     ) -> RatingModel:
@@ -254,7 +290,11 @@ class RatingModel(nn.Module):
             indptr, indices = state["interactions.indptr"], state["interactions.indices"]
             if indptr.ndim == 1 and len(indptr) != n_users + 1:
                 raise ValueError(f"the model has {len(indptr) - 1} users but {n_users} user ids")
-            interactions = Interactions.from_csr(indptr, indices, n_items)
+            if "interactions.user_counts" in state:
+                counts = state["interactions.user_counts"], state["interactions.item_counts"]
+                interactions = Interactions.of_counts(*counts)
+            else:
+                interactions = Interactions.from_csr(indptr, indices, n_items)
             layers = sum(name.endswith(".lu") for name in state)
             if layers != config.members * config.layers:
                 raise ValueError(
@@ -275,8 +315,10 @@ class RatingModel(nn.Module):
                 if name.endswith(".sign") and not bool((tensor.abs() == 1).all()):
                     raise ValueError(f"{name!r} must hold signs, 1 and -1")
             model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"the saved tensors do not fit the model's settings: {error}") from error
+        except (KeyError, RuntimeError, TypeError, OverflowError) as error:
+            # Of some errors of PyTorch the rest is a trace of its own.
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"the saved tensors do not fit the model's settings: {reason}") from error
         return model
 
     def _build(
@@ -555,9 +597,9 @@ def _check_levels(config: TrainConfig, levels: Tensor | None) -> None:
 def _check_same_tensors(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     """``ValueError`` unless the two have the same names, dtypes and shapes."""
     fit = "do not fit the model's settings"
-    for name in wanted.keys() - state.keys():
+    for name in sorted(wanted.keys() - state.keys()):
         raise ValueError(f"the saved tensors {fit}: {name!r} is missing")
-    for name in state.keys() - wanted.keys():
+    for name in sorted(state.keys() - wanted.keys()):
         raise ValueError(f"the saved tensors {fit}: {name!r} is too many")
     for name, tensor in wanted.items():
         for what in ("dtype", "shape"):

@@ -46,6 +46,8 @@ class Parts:
     @classmethod
     def of(cls, ratings: Ratings, config: TrainConfig) -> Parts:
         """As ``config.split`` and ``config.seed`` say."""
+        if config.split == "stream":
+            raise ValueError("split='stream' is that of a stream of ratings: choose split='random'")
         if config.split == "files":
             raise ValueError(
                 "split='files' needs the test part: pass test=, or choose split='random' or 'per-user'"

@@ -366,7 +366,7 @@ class _Run:
     def lu_net(self) -> tuple[RatingModel, Curve]:
         """Train the recommender."""
         config, part = self.config, self.training
-        with _seeded(config.seed):
+        with seeded(config.seed):
             triple = part.user.cpu(), part.item.cpu(), part.rating.cpu()
             user_features, item_features = self.features
             model = RatingModel(
@@ -389,7 +389,7 @@ class _Run:
             objective=objective,
             rate=("learning_rate", config.learning_rate),
             test_loss=self._test_loss(model) if config.gamma > 0 else None,
-            error_limit=self._error_limit() if config.gamma > 0 else float("inf"),
+            error_limit=error_limit(self.scale) if config.gamma > 0 else float("inf"),
             linear_decay=config.schedule == "linear",
             locate=lambda batch: first_overflow(model, *batch[:2]),
         )
@@ -399,7 +399,7 @@ class _Run:
         """Train the MLP of table 2, then a decoder from its last hidden layer to x, and evaluate both."""
         config, part = self.config, self.training
         size, hidden = config.mlp_embedding_size, config.mlp_hidden
-        with _seeded(config.seed):
+        with seeded(config.seed):
             mean = part.rating.double().mean().item()
             model = MLPModel(*self.shape, size, hidden, mean, config.embedding_std)
             # The mirror image of the network that it has to undo.
@@ -432,7 +432,7 @@ class _Run:
                 optimizer=control_optimizer(model, config),
                 objective=objective,
                 test_loss=self._test_loss(model),
-                error_limit=self._error_limit(),
+                error_limit=error_limit(self.scale),
                 **common,
             )
         )
@@ -466,11 +466,6 @@ class _Run:
             return None
         return lambda: metrics.mse(predict_ratings(model, test.user, test.item, self.scale), test.rating)
 
-    def _error_limit(self) -> float:
-        """A mean squared error that no constant rating within the scale can have."""
-        low, high = self.scale
-        return 4 * max((high - low) ** 2, 1.0)
-
     def _fit(self, phase: Phase) -> Curve:
         file = None if self.checkpoints is None else self.checkpoints / f"{phase.name.lower()}.safetensors"
         return fit(
@@ -482,6 +477,12 @@ class _Run:
             stop=self.stop,
             progress=self.progress,
         )
+
+
+def error_limit(scale: tuple[float, float]) -> float:
+    """A mean squared error that no constant rating within the scale can have."""
+    low, high = scale
+    return 4 * max((high - low) ** 2, 1.0)
 
 
 @torch.no_grad()
@@ -514,7 +515,7 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Inside, PyTorch's global CPU generator is seeded: modules draw their initial weights from it."""
     # Not the seed of the batches' generator, or first weights and first order would share their numbers.
     mixed = torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))

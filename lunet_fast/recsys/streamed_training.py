@@ -1,0 +1,253 @@
+"""Training on ratings that are read from Parquet files batch by batch, behind ``lunet-fast train --stream``.
+
+Memory is that of the tables, their gradients' rows and the optimiser's two moments, O((users + items) K k),
+and one shuffle buffer; the number of ratings is not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lunet_fast.distributed import Workers, existing_device
+from lunet_fast.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, fit
+from lunet_fast.recsys import report
+from lunet_fast.recsys.checkpoints import (
+    RunFolder,
+    TrainedModel,
+    load_model,
+    read_json,
+    save_model,
+    write_json,
+)
+from lunet_fast.recsys.config import TrainConfig
+from lunet_fast.recsys.evaluation import full_ranking
+from lunet_fast.recsys.model import RatingModel
+from lunet_fast.recsys.scoring import ItemScorer
+from lunet_fast.recsys.streaming import RatingStream
+from lunet_fast.recsys.training import (
+    TrainResult,
+    cpu_threads,
+    error_limit,
+    first_overflow,
+    rating_objective,
+    seeded,
+    versions,
+)
+
+RANKED_USERS = 200
+"""Users of the test part whose ranking of all items is measured, drawn by ``default_rng((seed, 4))``."""
+
+TEST_BATCH = 1 << 14
+
+STREAM_SETTINGS: dict[str, Any] = {
+    "split": "stream",
+    "user_history": False,
+    "item_history": False,
+    "side_features": False,
+    "mlp": False,
+    "weight_decay": 0.0,
+}
+"""What a recipe's settings are replaced by: histories need every pair in memory, and Adam's own L2 every row
+of the tables at each step."""
+
+
+class StreamedRows:
+    """The training rows of a stream as :class:`~lunet_fast.loop.Batches`, on a device."""
+
+    def __init__(self, stream: RatingStream, batch_size: int, seed: int, device: torch.device) -> None:
+        self.stream, self.batch_size, self.seed, self.device = stream, batch_size, seed, device
+        self.rows = stream.n_rows
+        self.steps = -(-self.rows // batch_size)
+
+    def epoch(self, epoch: int, first: int, generator: torch.Generator) -> Iterator[Batch]:
+        """As the protocol says; the order is a function of the seed and the epoch, not of ``generator``."""
+        batches = self.stream.batches(epoch, self.batch_size, start=first, seed=self.seed)
+        return (tuple(column.to(self.device) for column in batch) for batch in batches)
+
+
+class TableOptimizer(torch.optim.Optimizer):
+    """Adam, which for the tables moves only the rows that a batch has touched (``SparseAdam``).
+
+    ``tables`` are parameters with sparse gradients, ``groups`` the others. A row's moments stay as they are
+    while it is in no batch; a step costs O(rows of the batch), not O(rows of the table).
+    """
+
+    def __init__(self, tables: list[Tensor], learning_rate: float, groups: list[dict[str, Any]]) -> None:
+        self.sparse = torch.optim.SparseAdam(tables, lr=learning_rate)
+        self.dense = torch.optim.Adam(groups, fused=tables[0].device.type in ("cpu", "cuda"))
+        self.sparse.state = self.state = self.dense.state
+        self.param_groups = [*self.sparse.param_groups, *self.dense.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.sparse.zero_grad(set_to_none)
+        self.dense.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        self.sparse.step()
+        self.dense.step()
+
+
+def streamed_optimizer(model: RatingModel) -> TableOptimizer:
+    """:class:`TableOptimizer` with the settings' rates; from here on the tables have sparse gradients."""
+    config = model.config
+    tables: list[Tensor] = []
+    for table in model.tables():
+        table.sparse = True
+        tables.append(table.weight)
+    net = list(model.nets.parameters())
+    special = {id(p) for p in (*tables, *net)}
+    groups: list[dict[str, Any]] = [
+        {"params": net, "lr": config.net_learning_rate, "weight_decay": config.net_weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in special], "lr": config.learning_rate},
+    ]
+    return TableOptimizer(tables, config.learning_rate, groups)
+
+
+def train_stream(
+    stream: RatingStream,
+    config: TrainConfig,
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    stop: Stop | None = None,
+    workers: Workers | None = None,
+) -> TrainResult:
+    """Train the recommender on a stream; as :func:`~.training.train` but for what needs all ratings at hand.
+
+    ``config`` has :data:`STREAM_SETTINGS`: no histories, no side features, gamma 1. The tables are optimised
+    by ``SparseAdam``, so an epoch costs O(ratings), whatever the number of users and items. Metrics:
+    ``test_mse`` and ``test_rmse`` over the whole test part, and ``full_...`` of RANKED_USERS of its users.
+    The model keeps no list of who rated what: recommendations from it may hold rated items, unless the caller
+    leaves them out.
+
+    Each of several ``workers`` reads all rows and computes with its share.
+    """
+    workers = workers or Workers(device=existing_device(device))
+    for name, value in STREAM_SETTINGS.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{name}={getattr(config, name)!r}: training on a stream needs {name}={value!r}")
+    folder = None if out is None or not workers.is_first else RunFolder(Path(out))
+    if folder is not None:
+        folder.prepare(resume=resume, overwrite=overwrite)
+    recorded = {
+        "dataset": stream.name,
+        "source": stream.source,
+        "users": stream.n_users,
+        "items": stream.n_items,
+        "scale": list(stream.scale),
+        "fingerprint": stream.fingerprint,
+        "test_share": stream.test_share,
+        "buffer_rows": stream.buffer_rows,
+        **config.to_dict(),
+    }
+    if workers.of_first(int(resume and folder is not None and folder.is_finished())):
+        if folder is None:
+            raise ValueError("the training is finished already: there is nothing to do for this process")
+        folder.check(recorded)
+        return TrainResult(load_model(folder.model), read_json(folder.metrics), Curve())
+    with nullcontext() if folder is None else folder.locked(), cpu_threads(config.threads):
+        if folder is not None:
+            folder.begin(recorded, resume=resume)
+        with seeded(config.seed):
+            sums = (stream.user_sum, stream.user_count), (stream.item_sum, stream.item_count)
+            model = RatingModel.of_statistics(config, stream.mean, *sums).to(workers.device)
+
+        def objective(batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            users, items, ratings = batch
+            return rating_objective(model, users, items, ratings, generator, None, share)
+
+        phase = Phase(
+            name="LU-Net",
+            module=model,
+            optimizer=streamed_optimizer(model),
+            batches=StreamedRows(stream, config.batch_size, config.seed, workers.device),
+            epochs=config.epochs,
+            seed=config.seed,
+            objective=objective,
+            rate=("learning_rate", config.learning_rate),
+            test_loss=(lambda: streamed_error(model, stream, workers.device)) if stream.n_test else None,
+            error_limit=error_limit(stream.scale),
+            linear_decay=config.schedule == "linear",
+            locate=lambda batch: first_overflow(model, *batch[:2]),
+        )
+        curve = fit(
+            phase,
+            file=None if folder is None else folder.checkpoints / "lu-net.safetensors",
+            resume=resume,
+            checkpoint_seconds=checkpoint_seconds,
+            workers=workers,
+            stop=stop,
+            progress=progress,
+        )
+        for table in model.tables():
+            table.sparse = False
+        trained = TrainedModel(model.to("cpu"), stream.users, stream.items, stream.scale)
+        if not workers.is_first:
+            return TrainResult(trained, {}, curve)
+        values: dict[str, Any] = {}
+        if stream.n_test:
+            values["test_mse"] = curve.test[-1]
+            values["test_rmse"] = curve.test[-1] ** 0.5
+            values |= ranking_of_some(model, stream, config.seed)
+        values |= {
+            "dataset": stream.name,
+            "recipe": config.recipe,
+            "split": config.split,
+            "seed": config.seed,
+            "epochs": config.epochs,
+            "train_seconds": round(curve.seconds, 3),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "train_ratings": stream.n_rows,
+            "test_ratings": stream.n_test,
+            "held_out_ratings": 0,
+            "gamma": config.gamma,
+            "world_size": workers.world_size,
+            "global_batch": config.batch_size,
+            **versions(),
+        }
+        if folder is not None:
+            save_model(folder.model, trained)
+            title = f"{report.dataset_title(stream.name)}, recipe {config.recipe}, streamed"
+            report.save_loss_figure(folder.loss, title, curve.train, curve.test, "mean squared error")
+            write_json(folder.metrics, values)
+    return TrainResult(trained, values, curve)
+
+
+@torch.no_grad()
+def streamed_error(model: RatingModel, stream: RatingStream, device: torch.device) -> float:
+    """Mean squared error of the clipped predictions over the stream's test part."""
+    total = 0.0
+    for users, items, ratings in stream.test_batches(TEST_BATCH):
+        predicted = model(users.to(device), items.to(device)).clamp(*stream.scale)
+        total += float((predicted - ratings.to(device)).double().square().sum())
+    return total / stream.n_test
+
+
+def ranking_of_some(
+    model: RatingModel, stream: RatingStream, seed: int, count: int = RANKED_USERS
+) -> dict[str, float]:
+    """``full_...`` metrics of at most ``count`` users with training ratings, and ``full_users``, their number.
+
+    Their test items are ranked among all items that they have not rated in training. Two passes over the
+    files; scores of USER_CHUNK users at a time.
+    """
+    known = torch.nonzero(stream.user_count).squeeze(1).numpy()
+    drawn = np.random.default_rng((seed, 4)).choice(known, min(count, len(known)), replace=False)
+    users = torch.from_numpy(np.sort(drawn))
+    relevant, seen = stream.test_pairs(users), stream.seen(users)
+    if not len(relevant[0]):
+        return {}
+    scorer = ItemScorer(model, model.histories())
+    ranking = full_ranking(scorer.scores, *relevant, *seen, stream.n_items)
+    return {**ranking.metrics, "full_users": ranking.users}
