@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others: the first one evaluates while they do."""
@@ -110,18 +112,18 @@ def existing_device(name: torch.device | str) -> torch.device:
     return device
 
 
-def _fresh(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+def _fresh(store: Store, rank: int, world_size: int) -> Store:
     """A part of ``store`` that only the processes which are there now write into.
 
-    After a restart torchrun gives its workers the store of their dead predecessors, whose addresses they would
-    take for each other's. So process 0 draws a name and hands it to whoever greets it with a new one.
+    After a restart torchrun gives its workers the store of their dead predecessors, whose addresses they
+    would take for each other's. So process 0 draws a name and hands it to whoever greets it with a new one.
     """
     mine = uuid.uuid4().hex
     if rank > 0:
         store.set(f"hello/{rank}", mine)
         name = store.get(f"welcome/{mine}").decode()
         store.set(f"ready/{name}/{rank}", "")
-        return dist.PrefixStore(name, store)
+        return PrefixStore(name, store)
     others = range(1, world_size)
     deadline = time.monotonic() + TIMEOUT.total_seconds()
     while not all(store.check([f"ready/{mine}/{other}"]) for other in others):
@@ -131,7 +133,7 @@ def _fresh(store: dist.Store, rank: int, world_size: int) -> dist.Store:
         if time.monotonic() > deadline:
             raise RuntimeError(f"fewer than {world_size} processes are there after {TIMEOUT}")
         time.sleep(0.02)
-    return dist.PrefixStore(mine, store)
+    return PrefixStore(mine, store)
 
 
 @contextmanager
@@ -144,7 +146,7 @@ def workers_of_torchrun(device: torch.device | str) -> Iterator[Workers]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Workers(device=place)
         return
-    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     settings: dict[str, Any] = {"backend": "gloo", "timeout": TIMEOUT, "rank": rank, "world_size": world_size}
     settings["store"] = _fresh(store, rank, world_size)
     if place.type == "cuda":

@@ -425,9 +425,10 @@ class RatingModel(nn.Module):
             constant = self.intercept if self.thresholds is not None else self.mean + self.intercept
             score = self._read_out(z, self.weight, constant, slice(None, own))
         if self.user_bias is not None and self.item_bias is not None:
-            bias = torch.stack(
-                (F.embedding(users, self.user_bias).t(), F.embedding(items, self.item_bias).t()), -1
-            )
+            sparse = self.user_embedding.sparse  # gradients of rows alone, where the tables have them
+            of_user = F.embedding(users, self.user_bias, sparse=sparse)
+            of_item = F.embedding(items, self.item_bias, sparse=sparse)
+            bias = torch.stack((of_user.t(), of_item.t()), -1)
             score = bias.sum(-1) if score is None else score + bias.sum(-1)
         weight, intercept, item_logit = self.interaction_weight, self.interaction_intercept, self.item_logit
         if weight is not None and intercept is not None and item_logit is not None:

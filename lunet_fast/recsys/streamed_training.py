@@ -101,6 +101,7 @@ def streamed_optimizer(model: RatingModel) -> TableOptimizer:
     for table in model.tables():
         table.sparse = True
         tables.append(table.weight)
+    tables += [bias for bias in (model.user_bias, model.item_bias) if bias is not None]
     net = list(model.nets.parameters())
     special = {id(p) for p in (*tables, *net)}
     groups: list[dict[str, Any]] = [
