@@ -196,14 +196,14 @@ def _extrapolation(row: dict[str, Any]) -> list[str]:
         f"{flops * ratings / 50e9 / 3600:.1f} core hours; at 20 Tflop/s of a GPU in float32 "
         f"{flops * ratings / 20e12:.0f} s, so that there reading and the tables decide.",
         f"- **Measured.** {row['seconds_a_rating'] * 1e6:.2f} µs a rating with D = {row['D']} at "
-        f"{row['ratings']:,} ratings: an epoch of 10⁹ such is {row['seconds_a_rating'] * 1e9 / 3600:.2f} core "
-        "hours, provided that the cost stays as flat as above.",
+        f"{row['ratings']:,} ratings: an epoch of 10⁹ such is {row['seconds_a_rating'] * 1e9 / 3600:.2f} "
+        "core hours, provided that the cost stays as flat as above.",
         f"- **Network.** With data-parallel processes and dense gradients each step would move the tables, "
         f"{table / 1e9:.2f} GB, which no network bears; with sparse gradients the rows of the batch, at most "
         f"2 · {batch:,} · {k} · 4 B = {touched / 1e6:.0f} MB at batch {batch:,}, and the network's "
         f"{net / 1e3:.0f} kB. Over 10 Gbit/s that is {touched * 8 / 10e9 * 1e3:.0f} ms a step, "
         f"{ratings / batch * touched * 8 / 10e9 / 60:.0f} min an epoch: less than the arithmetic of one "
-        "core, more than that of a GPU, so several GPUs want a faster network or larger embeddings kept in place.",
+        "core, more than that of a GPU, so several GPUs want a faster network, or tables that stay in place.",
         "",
         "None of this was run at 10⁹: it is what the measured rows and the formulas give.",
     ]
