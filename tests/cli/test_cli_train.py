@@ -17,7 +17,7 @@ from tests.recsys.synthetic import latent_frame
 
 SHORT = ["--epochs", "1", "--members", "1", "--embedding-size", "4"]
 DATA_COMMANDS = ("fetch", "verify", "describe")
-RUN_FILES = {"checkpoints", "config.json", "loss.png", "metrics.json", "model.safetensors"}
+RUN_FILES = {".lock", "checkpoints", "config.json", "loss.png", "metrics.json", "model.safetensors"}
 
 
 @pytest.fixture
