@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,6 +144,8 @@ class Phase:
     """An epoch whose reported error is above has diverged."""
     linear_decay: bool = False
     """All rates fall linearly to zero at the last step."""
+    sparse: Sequence[nn.Parameter] = ()
+    """Parameters with sparse gradients, those of ``nn.Embedding`` aside."""
     locate: Callable[[Batch], str] | None = None
     """Where in the module a batch whose loss is not finite first was not."""
 
@@ -196,8 +198,14 @@ class _Weighted(nn.Module):
     """The objective as a module, which DistributedDataParallel takes: the mean over the whole batch once the
     processes' gradients are averaged."""
 
-    def __init__(self, module: nn.Module, objective: Objective, workers: Workers) -> None:
+    def __init__(
+        self, module: nn.Module, objective: Objective, workers: Workers, sparse: Sequence[nn.Parameter]
+    ) -> None:
         super().__init__()
+        # DistributedDataParallel takes gradients for dense unless an nn.Embedding is the first to have them.
+        self.sparse = nn.ModuleList(nn.Embedding(1, 1, sparse=True, device="meta") for _ in sparse)
+        for table, parameter in zip(self.sparse, sparse, strict=True):
+            table.weight = parameter
         self.module, self.objective, self.workers = module, objective, workers
 
     def forward(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -265,7 +273,7 @@ class _Loop:
     def run(self) -> None:
         phase, steps = self.phase, self.phase.batches.steps
         self.progress.start(phase.name, phase.epochs, steps, self.epoch)
-        weighted = _Weighted(phase.module, phase.objective, self.workers)
+        weighted = _Weighted(phase.module, phase.objective, self.workers, phase.sparse)
         if self.epoch == phase.epochs:
             return
         compute = self.workers.parallel(weighted)

@@ -180,6 +180,7 @@ def train_stream(
             test_loss=(lambda: streamed_error(model, stream, workers.device)) if stream.n_test else None,
             error_limit=error_limit(stream.scale),
             linear_decay=config.schedule == "linear",
+            sparse=[bias for bias in (model.user_bias, model.item_bias) if bias is not None],
             locate=lambda batch: first_overflow(model, *batch[:2]),
         )
         curve = fit(
