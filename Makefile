@@ -13,7 +13,7 @@ TORCH     := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint format bench bench-all bench-compare kernels-report gpu-check clean
+.PHONY: help train test test-slow fuzz scale lint format bench bench-all bench-compare kernels-report gpu-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,8 +25,14 @@ train: $(VENV)/.train  ## train recipe best on ML-100K into runs/ml-100k (OUT=..
 test: $(VENV)/.dev  ## the test suite, about 5 minutes on 2 cores
 	$(BIN)/python -m pytest -q
 
-test-slow: $(VENV)/.dev  ## the long tests
+test-slow: $(VENV)/.dev  ## the long tests, thirty kills among them; about half an hour
 	$(BIN)/python -m pytest -q -m slow
+
+fuzz: $(VENV)/.dev  ## 130,000 broken files; atheris guides them if `pip install atheris==2.3.0` worked
+	$(BIN)/python tests/fuzz/ratings.py --inputs 120000 --archives 5000 --models 5000 --seed 0
+
+scale: $(VENV)/.dev  ## cost and memory of streamed training up to 32 million ratings; 12 minutes
+	$(BIN)/python benchmarks/scale.py
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

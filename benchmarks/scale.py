@@ -91,7 +91,7 @@ def measure(path: Path, size: int) -> dict[str, Any]:
     }
 
 
-def run(quick: bool) -> dict[str, Any]:
+def run(quick: bool, remark: str) -> dict[str, Any]:
     rows = []
     shrink = 100 if quick else 1
     with tempfile.TemporaryDirectory() as folder:
@@ -121,6 +121,7 @@ def run(quick: bool) -> dict[str, Any]:
         "quick": quick,
         "machine": machine.describe(),
         "versions": machine.versions(),
+        "remark": remark,
         "rows": rows,
     }
 
@@ -134,6 +135,7 @@ def page(result: dict[str, Any]) -> str:
         "Made by `python benchmarks/scale.py`; every row is one epoch of `lunet-fast train --stream` with "
         "one member, two layers, batch 8192 and one thread, on a file of `lunet-fast data synth`, in a "
         f"process of its own. {result['machine']['processor']}, {result['date']}.",
+        *(["", result["remark"]] if result.get("remark") else []),
         "",
         "![cost and memory against ratings, users, items and D](results/scale.png)",
         "",
@@ -241,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--render", action="store_true")
+    parser.add_argument("--remark", default="", help="what the reader must know of this run")
     parser.add_argument("--out", type=Path, default=RESULTS / "scale.json")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -248,7 +251,7 @@ def main() -> None:
         print(json.dumps(measure(Path(arguments.measure[0]), int(arguments.measure[1]))))
         return
     if not arguments.render:
-        write_json(arguments.out, run(arguments.quick))
+        write_json(arguments.out, run(arguments.quick, arguments.remark))
     result = json.loads(arguments.out.read_text())
     draw(result, arguments.out.with_suffix(".png"))
     target = PAGE if arguments.out == RESULTS / "scale.json" else arguments.out.with_suffix(".md")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,3 +178,49 @@ class TestTwoProcesses:
         values = result(tmp_path)[1]
         assert values["world_size"] == then
         assert values["test_mse"] == pytest.approx(result(whole[0])[1]["test_mse"], rel=1e-5)
+
+
+def _may_make_namespaces() -> bool:
+    if not sys.platform.startswith("linux") or os.geteuid() != 0 or shutil.which("ip") is None:
+        return False
+    made = subprocess.run(["ip", "netns", "add", "lunet-probe"], capture_output=True).returncode == 0
+    return made and subprocess.run(["ip", "netns", "del", "lunet-probe"]).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _may_make_namespaces(), reason="network namespaces cannot be made here")
+def test_two_hosts(data: Path, whole: tuple[Path, float], tmp_path: Path) -> None:
+    """Two network namespaces with a cable between them, a torchrun in each; they share no run folder."""
+    hosts = [("lunet-a", "10.77.0.1"), ("lunet-b", "10.77.0.2")]
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    try:
+        for name, _ in hosts:
+            ip("netns", "add", name)
+        ip("link", "add", "lunet-v0", "type", "veth", "peer", "name", "lunet-v1")
+        runs = []
+        for place, (name, address) in enumerate(hosts):
+            cable = f"lunet-v{place}"
+            ip("link", "set", cable, "netns", name)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", cable)
+            ip("-n", name, "link", "set", cable, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        for place, (name, address) in enumerate(hosts):
+            torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+            torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0][1]}:29555"]
+            torchrun += ["--rdzv-conf", f"is_host={1 - place}", "--local-addr", address]
+            training = command(data, tmp_path / name)[1:]
+            inside = ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME=lunet-v{place}"]
+            runs.append(started([*inside, sys.executable, *torchrun, *training]))
+        for process in runs:
+            _, stderr = process.communicate(timeout=120)
+            assert process.returncode == 0, stderr
+    finally:
+        for name, _ in hosts:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+    assert not (tmp_path / "lunet-b").exists()
+    values = result(tmp_path / "lunet-a")[1]
+    assert values["world_size"] == 2
+    assert values["test_mse"] == pytest.approx(result(whole[0])[1]["test_mse"], rel=1e-5)
