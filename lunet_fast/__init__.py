@@ -9,7 +9,7 @@ from lunet_fast import functional, reference
 from lunet_fast.activations import BijectiveActivation, GeneralizedLeakySoftplus, LeakySoftplus
 from lunet_fast.flow import LUFlow, StandardNormal
 from lunet_fast.lu_dense import LUDense
-from lunet_fast.lunet import Condition, LUNet
+from lunet_fast.lunet import Condition, ConditionWarning, LUNet
 from lunet_fast.ops import get_backend, set_backend
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BijectiveActivation",
     "Condition",
+    "ConditionWarning",
     "GeneralizedLeakySoftplus",
     "LUDense",
     "LUFlow",

@@ -323,12 +323,16 @@ def activation_inverse(y: Tensor, family: Family) -> Tensor:
     dtype = wide(y.dtype)
     a, c, kappa = family
     r = a / c
+    if not isinstance(r, Tensor):
+        # Below, it would be 0 in this dtype, and 0/0 at y = 0; φ⁻¹ is as good with this one, to rounding.
+        r = max(r, torch.finfo(dtype).tiny)
     low = float(r.min()) if isinstance(r, Tensor) else r
     low = (
         low if 0.0 < low < math.inf else 1.0
     )  # slopes that are NaN, or no slopes, give NaN in any number of steps
-    # Where a ≫ c, φ is nearly linear and softplus a small correction: 2¹⁰ needs no more steps than 2⁹⁹.
-    steps = _halley_steps(min(math.floor(math.log2(low)), 10), dtype)
+    # Where a ≫ c, φ is nearly linear and softplus a small correction: 2¹⁰ needs no more steps than 2⁹⁹. Nor
+    # does 2⁻⁹⁹⁹ than 2⁻⁵⁰⁰, below which the squared slope is 0 on the far left and the asymptote exact.
+    steps = _halley_steps(min(max(math.floor(math.log2(low)), -500), 10), dtype)
     x = torch.empty_like(y)
     scratch: list[Tensor] = []
     for y_part, x_part in _sweeps(y, x):

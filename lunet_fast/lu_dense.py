@@ -35,6 +35,10 @@ class LUDense(nn.Module):
 
     Shapes: every method takes [..., D] with any leading shape, none and empty ones included.
 
+    NaN and infinities are no errors: a row that holds one comes out without a finite number, forward and
+    inverse, an infinity perhaps as NaN, and reaches no other row. A NaN in a parameter is in every row of the
+    results that depend on it.
+
     Cost for N rows: forward and inverse 2·N·D² flops (plus 2·D³/3 when N > D), log-determinant O(D) a row.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +19,10 @@ from lunet_fast.transforms import InvertibleTransform
 
 #: What ``LUNet`` keeps for backward: every layer's input, or only the result.
 MEMORY = ("saved", "reversible")
+
+
+class ConditionWarning(UserWarning):
+    """The inverse of a net has lost digits: ``LUNet.condition`` says how many, and in which layer."""
 
 
 class LUNet(nn.Module):
@@ -35,7 +40,8 @@ class LUNet(nn.Module):
     Raises:
         ValueError: features or layers below 1, or memory is neither of the two.
 
-    Shapes: every method takes [..., D]. Cost for N rows: M times that of ``LUDense``.
+    Shapes: every method takes [..., D]. Cost for N rows: M times that of ``LUDense``. NaN and infinities pass
+    as through ``LUDense``.
 
     Memory. "saved" keeps each layer's input and pre-activation for backward, about 2·M·N·D numbers.
     "reversible" keeps only the result, N·D, and up to 32 rows of each layer's input; backward recovers the
@@ -213,13 +219,21 @@ class LUNet(nn.Module):
         return InvertibleTransform(self)
 
     def condition(self, x: Tensor | None = None) -> Condition:
-        """How many digits a round trip through each layer can lose, O(M·D³).
+        """How many digits a round trip through each layer can lose, and how many one keeps on x; O(M·D³).
 
         Args:
-            x: data [..., D] on which the activations' slopes are taken; None takes their full range.
+            x: data [..., D] on which the activations' slopes are taken and a round trip is measured; None
+                takes the slopes' full range, and measures on 64 rows of standard normal numbers.
+
+        Warns:
+            ConditionWarning: a round trip keeps less than half of the digits of the parameters' dtype in its
+                worst row: 3.5 of 6.9 in float32, 7.8 of 15.7 in float64, 1.1 of 2.1 in bfloat16. The other
+                half is still there then.
         """
         report = []
+        where, rows = ("x", x) if x is not None and x.numel() else self._normal_rows()
         with torch.no_grad():
+            kept = self._digits_kept(rows)
             for index, layer in enumerate(self._layers()):
                 lower, upper = (t.double() for t in reference.factors(layer.lu, layer.sign))
                 slope = (1.0, 1.0)
@@ -234,7 +248,38 @@ class LUNet(nn.Module):
                 if x is not None:
                     x = layer(x)
         dtype = self._layers()[0].lu.dtype
-        return Condition(tuple(report), -math.log10(torch.finfo(dtype).eps))
+        condition = Condition(tuple(report), -math.log10(torch.finfo(dtype).eps), kept)
+        if not condition.is_good:
+            # NaN, which compares with nothing, is the worst.
+            worst = max(report, key=lambda each: (math.isnan(each.digits_lost), each.digits_lost))
+            warnings.warn(
+                f"a round trip of {where} keeps {max(kept, 0):.1f} of {condition.digits:.1f} digits in "
+                f"{dtype}; {worst.name} can lose most, {worst.digits_lost:.1f}: compute in a wider dtype, or "
+                "train with a lower rate, weight decay on the layers, fewer layers or a larger alpha",
+                ConditionWarning,
+                stacklevel=2,
+            )
+        return condition
+
+    def _normal_rows(self) -> tuple[str, Tensor]:
+        """Their name, and 64 rows, the same at each call."""
+        like = self._layers()[0].lu
+        rows = torch.randn(64, self.features, generator=torch.Generator().manual_seed(0))
+        return "standard normal rows", rows.to(like.device, like.dtype)
+
+    def _digits_kept(self, x: Tensor) -> float:
+        """Decimal digits that f⁻¹(f(x)) has in its worst row, -inf where it is not finite.
+
+        A row's error is taken beside its own length or the mean one, whichever is greater, since a row that
+        happens to lie near 0 says nothing; where all are 0, beside 1.
+        """
+        with reference.without_autocast(x):
+            error = (self.inverse(self.forward(x)).double() - x.double()).norm(dim=-1)
+        lengths = x.double().norm(dim=-1)
+        worst = float((error / torch.maximum(lengths, lengths.mean() or lengths.new_ones(()))).max())
+        if not math.isfinite(worst):
+            return -math.inf
+        return -math.log10(worst) if worst > 0 else math.inf
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -276,6 +321,14 @@ class Condition:
     layers: tuple[LayerCondition, ...]
     digits: float
     """Decimal digits that the parameters' dtype holds: 6.9 in float32, 15.7 in float64."""
+    digits_kept: float
+    """Digits that a round trip kept in the worst of the rows that it was measured on; -inf where it was not
+    finite."""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the round trip that was measured kept half of the digits or more."""
+        return self.digits_kept >= self.digits / 2
 
     @property
     def digits_lost(self) -> float:
@@ -296,4 +349,5 @@ class Condition:
                 f"{layer.digits_lost:>13.1f}"
             )
         lines.append(f"a round trip keeps at least {self.digits_left:.1f} of {self.digits:.1f} digits")
+        lines.append(f"measured, it keeps {self.digits_kept:.1f}")
         return "\n".join(lines)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUNet
+from lunet_fast import ConditionWarning, GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUNet
 
 ACTIVATIONS = {
     "leaky": lambda: LeakySoftplus(0.1),
@@ -325,7 +325,8 @@ def test_condition_names_the_layer_that_is_at_fault() -> None:
     net = LUNet(6, 3)
     with torch.no_grad():
         net.layers[1].lu[2, 2] = -14.0
-    report = net.condition()
+    with pytest.warns(ConditionWarning, match="layers.1 can lose most"):
+        report = net.condition()
     lost = [layer.digits_lost for layer in report.layers]
     assert lost[1] == max(lost)
     assert lost[1] > 5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,8 +14,7 @@ from typing import Any, NoReturn, TextIO
 import typer
 from rich.console import Console
 
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
-_PLAIN_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+from lunet_fast.recsys.spreadsheet import spreadsheet_safe
 
 
 def fail(error: Exception, code: int) -> NoReturn:
@@ -47,12 +45,11 @@ def printable(value: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
-def spreadsheet_safe(value: Any) -> Any:
-    """An id or a title for a cell of a CSV file: a text that a spreadsheet would run as a formula gets a
-    leading apostrophe, which shows it as text. Numbers, also as text, stay as they are."""
-    if isinstance(value, str) and value.startswith(_FORMULA_STARTS) and not _PLAIN_NUMBER.fullmatch(value):
-        return f"'{value}"
-    return value
+def given_text(option: str, text: str) -> str:
+    """A text of the command line without white space around it; ValueError where it is not UTF-8."""
+    if any("\ud800" <= c <= "\udfff" for c in text):  # what Python makes of other bytes
+        raise ValueError(f"{option} {printable(text)}: is not UTF-8: set the terminal to UTF-8")
+    return text.strip()
 
 
 def plain(value: Any) -> Any:

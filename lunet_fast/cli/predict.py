@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lunet_fast.cli import options
-from lunet_fast.cli.output import errors_told, prepare_out, shortest, write_csv, write_out
+from lunet_fast.cli.output import errors_told, given_text, prepare_out, shortest, write_csv, write_out
+
+if TYPE_CHECKING:
+    from lunet_fast.recsys.ratings import IdMap, _Table
 
 
 def predict_command(
@@ -44,6 +47,9 @@ def predict_command(
     ids. One pair prints one number. A pair whose user or item training has not seen is predicted by the mean
     rating and what is known of the other side, and a note says so.
 
+    The file may be what `recommend` or `predict` wrote. In their CSV, ids that a spreadsheet would run as a
+    formula have an apostrophe before them, which is taken off again unless training knows the id with it.
+
     Examples:
 
         lunet-fast predict --user 42 --item 50
@@ -61,10 +67,14 @@ def predict_command(
         raise typer.BadParameter("--out goes with --pairs: one pair prints one number")
     with errors_told():
         prepare_out(out)
-        users, items = [str(user)], [str(item)]
-        if pairs is not None:
-            users, items = _read_pairs(pairs, user_column, item_column, sep)
+        if pairs is None:
+            users, items = [given_text("--user", str(user))], [given_text("--item", str(item))]
+        else:
+            table = _read_pairs(pairs, user_column, item_column, sep)
         recommender = options.load_run(run)
+        if pairs is not None:
+            users = _ids(table, "user", recommender.users)
+            items = _ids(table, "item", recommender.items)
         predictions = recommender.predict(users, items)
         counts = recommender.trained.model.interactions
         unseen = ~(
@@ -95,8 +105,8 @@ def _rated(index: Any, counts: Any) -> Any:
     return (index >= 0) & (counts.numpy()[index.clip(min=0)] > 0)
 
 
-def _read_pairs(path: Path, user: str, item: str, sep: str | None) -> tuple[list[str], list[str]]:
-    """The ids of each row, as texts.
+def _read_pairs(path: Path, user: str, item: str, sep: str | None) -> _Table:
+    """The rows of the file, no id of which is empty.
 
     Formats, rules and errors are those of ``read_ratings``, which itself wants a rating and each pair once:
     so its parts are called here.
@@ -106,18 +116,34 @@ def _read_pairs(path: Path, user: str, item: str, sep: str | None) -> tuple[list
     if not path.is_file():
         raise FileNotFoundError(f"--pairs {path}: no such file")
     suffix = ratings._format(path, sep)
-    data = ratings._read_bytes(path)
+    data = ratings.read_bytes(path)
     columns = ratings._columns(user=user, item=item)
     if suffix == ".parquet":
         table = ratings._read_parquet(path, data, columns)
     else:
         separator = ratings.SEPARATORS[suffix] if sep is None else sep
         table = ratings._read_text(str(path), data, separator, columns, strip_types=suffix == ".inter")
-    found = []
     for role in ("user", "item"):
-        column = table.columns[role]
-        empty = [k for k, text in enumerate(column.texts) if not text]
+        empty = [k for k, text in enumerate(table.columns[role].texts) if not text]
         if empty:
             table.fail(role, empty, "id is empty: give every row one")
-        found.append([column.texts[code] for code in column.codes.tolist()])
-    return found[0], found[1]
+    return table
+
+
+def _ids(table: _Table, role: str, known: IdMap) -> list[str]:
+    """The ids of each row, as texts, without the apostrophes that our CSV files have before some."""
+    from lunet_fast.recsys.spreadsheet import as_it_was
+
+    column = table.columns[role]
+    texts = list(column.texts)
+    if table.unit == "line":  # Parquet holds ids as they are
+        texts = [as_it_was(text) for text in texts]
+        as_written, without = known.index(column.texts) >= 0, known.index(texts) >= 0
+        changed = [k for k, text in enumerate(texts) if text != column.texts[k] and as_written[k]]
+        both = [k for k in changed if without[k]]
+        if both:
+            problem = f"{{text}} is a known {role}, and is one without its first apostrophe too"
+            table.fail(role, both, f"{problem}: give the pairs as Parquet")
+        for k in changed:
+            texts[k] = column.texts[k]
+    return [texts[code] for code in column.codes.tolist()]

@@ -16,6 +16,7 @@ from lunet_fast.cli import options
 from lunet_fast.cli.output import (
     WRITERS,
     errors_told,
+    given_text,
     plain,
     prepare_out,
     printable,
@@ -71,7 +72,8 @@ def recommend_command(
     Columns: `user`, `rank` from 1, `item`, `score` and `title` where the data set has one. The score is the
     predicted rating; of a model trained on interactions too (gamma below 1), the logit of choosing the item.
     A user whom training has not seen gets what is best for all, and a note says so. In CSV, ids and titles
-    that a spreadsheet would run as a formula have an apostrophe before them.
+    that a spreadsheet would run as a formula have an apostrophe before them, which `predict --pairs` takes
+    off again; JSON has them as they are.
 
     Examples:
 
@@ -97,7 +99,7 @@ def recommend_command(
     from lunet_fast.cli.progress import counted
 
     with errors_told():
-        ids: list[Any] = [] if user is None else [text.strip() for text in user]
+        ids: list[Any] = [] if user is None else [given_text("--user", text) for text in user]
         if users_file is not None:
             ids += _read_ids(users_file)
         prepare_out(out)
@@ -142,12 +144,16 @@ def _format(given: str | None, out: Path | None) -> str:
 
 def _read_ids(path: Path) -> list[str]:
     """Ids, one a line; blank lines are skipped."""
+    from lunet_fast.recsys.ratings import read_bytes
+
     if not path.is_file():
         raise FileNotFoundError(f"--users-file {path}: no such file")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"--users-file {path}: the text is not UTF-8 ({error}): save it as UTF-8") from error
+    # Not str.splitlines, which ends lines within ids too: at U+2028, U+0085, a form feed.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     ids = [line.strip() for line in lines if line.strip()]
     if not ids:
         raise ValueError(f"--users-file {path}: holds no id: write one a line")

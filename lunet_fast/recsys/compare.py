@@ -41,6 +41,7 @@ from lunet_fast.recsys.config import TrainConfig, nearest_dataset, recipe
 from lunet_fast.recsys.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.ratings import Ratings
 from lunet_fast.recsys.report import dataset_title
+from lunet_fast.recsys.spreadsheet import spreadsheet_safe
 from lunet_fast.recsys.training import train
 
 __all__ = ["METHODS", "Comparison", "Method", "allowed", "compare", "draw", "markdown", "save", "table"]
@@ -553,7 +554,10 @@ def _seed_list(comparison: Comparison) -> str:
 
 
 def csv_text(comparison: Comparison) -> str:
-    """The rows with every digit, a column for each figure and its spread, lists of seeds by spaces."""
+    """The rows with every digit, a column for each figure and its spread, lists of seeds by spaces.
+
+    Texts are :func:`~.spreadsheet.spreadsheet_safe`: what another package says of its failure is not ours.
+    """
     header = ["key", "method", "package", "kind", "seeds"]
     for name in FIGURES:
         header += [name, f"{name}_sd"]
@@ -561,7 +565,8 @@ def csv_text(comparison: Comparison) -> str:
     writer = csv.DictWriter(stream, [*header, "missing", "error"], restval="", lineterminator="\n")
     writer.writeheader()
     for row in comparison.rows:
-        writer.writerow({**row, "seeds": " ".join(map(str, row["seeds"]))})
+        cells = {**row, "seeds": " ".join(map(str, row["seeds"]))}
+        writer.writerow({name: spreadsheet_safe(cell) for name, cell in cells.items()})
     return stream.getvalue()
 
 

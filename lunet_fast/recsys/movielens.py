@@ -14,7 +14,9 @@ download``, checked against a pinned SHA-256.
 In the folders 1 and 2 the data set may be ``ml-100k/ml-100k.zip``, ``ml-100k.zip``, or unpacked as
 ``ml-100k/u.data``, ``ml-100k/ml-100k/u.data`` or ``u.data`` (``ml-1m`` and ``ratings.dat`` likewise).
 Whatever the source, the files inside are checked: by their SHA-256, or, for the ratings of ML-1M, by their
-counts. Zips are read member by member in memory and nothing is extracted.
+counts. Zips are read member by member in memory and nothing is extracted; one that has a name outside its
+own folder (``/x``, ``../x``), a link, more than MAX_MEMBERS names, or a member of another size than it
+states, is refused.
 
 The ratings in the wheel are those of ``u.data``, row for row. Its titles lack the year and its genres are
 separated by blanks; both are put back as in ``u.item``. Titles lose white space at their ends (three have
@@ -28,6 +30,7 @@ import io
 import logging
 import os
 import secrets
+import stat
 import subprocess
 import sys
 import tempfile
@@ -38,7 +41,15 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from lunet_fast.recsys.ratings import IdMap, RatingFileError, Ratings, parse_text
+from lunet_fast.recsys.ratings import (
+    IdMap,
+    RatingFileError,
+    Ratings,
+    brief,
+    cause,
+    parse_text,
+    read_bytes,
+)
 
 __all__ = ["DATASETS", "DataNotFoundError", "Located", "load", "locate", "read_like"]
 
@@ -47,7 +58,8 @@ logger = logging.getLogger(__name__)
 DATA_VARIABLE = "LUNET_FAST_DATA"
 CACHE_VARIABLE = "LUNET_FAST_CACHE"
 MAX_MEMBER_BYTES = 64 << 20  # the largest file that is read has 24.6 MB
-MAX_ARCHIVE_BYTES = 256 << 20
+MAX_ARCHIVE_BYTES = 32 << 20  # the largest that is read has 5.9 MB
+MAX_MEMBERS = 10_000  # the wheel has some hundreds; zipfile makes an object of each
 CONNECT_SECONDS = 10
 READ_SECONDS = 30
 PIP_SECONDS = 180
@@ -203,7 +215,7 @@ def read_like(
     file = Path(path)
     spec = _spec(dataset)
     ratings = parse_text(
-        str(file), file.read_bytes(), spec.sep, name=file.name, scale=SCALE, users=users, items=items
+        str(file), read_bytes(file), spec.sep, name=file.name, scale=SCALE, users=users, items=items
     )
     return replace(ratings, source=str(file))
 
@@ -505,24 +517,37 @@ def _read_wheel(wheel: Wheel, data: bytes) -> dict[str, bytes]:
 
 
 def _opened(data: bytes) -> zipfile.ZipFile:
+    # As many as the directory can have at most, before zipfile makes an object of each.
+    if data.count(b"PK\x01\x02") > MAX_MEMBERS:
+        raise _Unavailable(f"the zip has more than {MAX_MEMBERS:,} members: refused")
     try:
-        return zipfile.ZipFile(io.BytesIO(data))
+        archive = zipfile.ZipFile(io.BytesIO(data))
     except Exception as error:  # a damaged directory ends in errors of several types
-        raise _Unavailable(f"not a zip file, or cut short ({error})") from error
+        raise _Unavailable(f"not a zip file, or cut short ({cause(error)})") from error
+    for member in archive.infolist():
+        path = PurePosixPath(member.filename.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or (path.parts[:1] and ":" in path.parts[0]):
+            raise _Unavailable(f"{brief(member.filename)} in the zip leads out of its folder: refused")
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise _Unavailable(f"{brief(member.filename)} in the zip is a link: refused")
+    return archive
 
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    name = brief(member.filename)
     # zipfile reads these two in bounded steps; of others, a few bytes can fill the memory.
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise _Unavailable(f"{member.filename} in the zip is packed by another method than deflate: refused")
+        raise _Unavailable(f"{name} in the zip is packed by another method than deflate: refused")
     try:
         with archive.open(member) as stream:
             data = stream.read(MAX_MEMBER_BYTES + 1)  # the size that the directory states may be a lie
     except Exception as error:  # of zipfile, zlib and struct
-        raise _Unavailable(f"{member.filename} in the zip is damaged ({error})") from error
+        raise _Unavailable(f"{name} in the zip is damaged ({cause(error)})") from error
     if len(data) > MAX_MEMBER_BYTES:
-        reason = f"unpacks to more than {MAX_MEMBER_BYTES} bytes: refused"
-        raise _Unavailable(f"{member.filename} in the zip {reason}")
+        raise _Unavailable(f"{name} in the zip unpacks to more than {MAX_MEMBER_BYTES} bytes: refused")
+    if len(data) != member.file_size:
+        stated = f"states {member.file_size:,} bytes and has {len(data):,}"
+        raise _Unavailable(f"{name} in the zip {stated}: refused")
     return data
 
 

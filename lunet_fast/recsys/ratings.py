@@ -10,6 +10,10 @@ Rules for ids, the same for CSV, TSV, Parquet and data frames:
   an id such as ``007``, ``+5``, ``5.0``, ``-0`` or one outside the 64-bit range makes all ids of that column
   strings, because ``007`` and ``7`` may be two different people;
 * integer ids are sorted by value, strings by code point; the index of an id is its place in that order.
+
+Files may come from anybody, so what reading one may take has bounds: a file is refused that is larger, or
+unpacks to more, than :func:`max_bytes`, a sixteenth of the memory, or that unpacks to more than RATIO times
+its own size.
 """
 
 from __future__ import annotations
@@ -22,32 +26,47 @@ import io
 import math
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
 
-__all__ = ["IdMap", "RatingFileError", "Ratings", "from_frame", "read_ratings"]
+from lunet_fast.recsys.parquet_sizes import stated_sizes
+
+__all__ = ["IdMap", "RatingFileError", "Ratings", "from_frame", "max_bytes", "read_ratings"]
 
 Int64Array = npt.NDArray[np.int64]
+
+LIMIT_VARIABLE = "LUNET_FAST_MAX_BYTES"
+RATIO = 200
+"""The most that a packed file may unpack to, as a multiple of its size. Ratings have 3 to 20, bombs 1000."""
+RATIO_FREE_BYTES = 64 << 20
+"""What any packed file may unpack to: small ones of many equal rows have higher ratios."""
+MAX_FIELD = 131_072
+"""Characters of an id, a rating or a time; also the limit of Python's csv module."""
+_PARQUET_TEXTS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+_UNKNOWN_MEMORY = 8 << 30
+_BLOCK = 1 << 20
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".inter": "\t", ".dat": "::"}
 _INT64 = np.iinfo(np.int64)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+# No digit can be matched by two parts of it: otherwise a long text that is no number took quadratic time.
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 _ISO_DATE = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})"
-    r"(?:[T ]([0-9]{2}):([0-9]{2})(?::([0-9]{2})(?:[.,][0-9]+)?)?\s*(Z|[+-][0-9]{2}:?[0-9]{2})?)?"
+    r"(?:[T ]([0-9]{2}):([0-9]{2})(?::([0-9]{2})(?:[.,][0-9]+)?)?\s*(Z|[+-][01][0-9]:?[0-5][0-9])?)?"
 )
 # Stands for a separator of several bytes ("::") while the C parser, which takes one byte, reads the file.
 _ONE_BYTE_SEPARATOR = b"\x1f"
@@ -262,13 +281,18 @@ def read_ratings(
 
     Raises RatingFileError, naming the file, line and value: a missing column, text in a number, a rating that
     is not finite or outside the scale, an empty id, an id that a given map lacks, a (user, item) pair rated
-    twice, a row with more or fewer fields than the header, no rows, text that is not UTF-8, a damaged file.
+    twice, a row with more or fewer fields than the header, no rows, text that is not UTF-8, a damaged file,
+    an id of more than MAX_FIELD characters, a file larger than :func:`max_bytes` or unpacking to more than
+    that or RATIO times its size.
     FileNotFoundError where there is no file; ValueError for a wrong argument.
+
+    Takes O(n) time for n bytes, O(n log n) for sorting, and 12 to 20 bytes of memory for each; 40 for text
+    that has quotes.
     """
     file = Path(path)
     _check_scale(scale)
     suffix = _format(file, sep)
-    data = _read_bytes(file)
+    data = read_bytes(file)
     columns = _columns(user=user, item=item, rating=rating, timestamp=timestamp)
     if suffix == ".parquet":
         table = _read_parquet(file, data, columns)
@@ -294,6 +318,54 @@ def from_frame(
     _check_scale(scale)
     columns = _columns(user=user, item=item, rating=rating, timestamp=timestamp)
     return _ratings(_frame_table(name, frame, columns), name, "a data frame", scale, users, items)
+
+
+def max_bytes() -> int:
+    """The most bytes that a rating file may have, and unpack to.
+
+    ``$LUNET_FAST_MAX_BYTES``, or a sixteenth of the memory of this machine or container, as reading takes 12
+    to 20 bytes for each. ValueError where the variable is no whole number.
+    """
+    given = os.environ.get(LIMIT_VARIABLE, "").strip()
+    if not given:
+        return _memory() // 16
+    if not (_PLAIN_INTEGER.fullmatch(given) and int(given) > 0):
+        raise ValueError(f"${LIMIT_VARIABLE} must be a whole number of bytes, at least 1, got {given!r}")
+    return int(given)
+
+
+def read_bytes(file: Path) -> bytes:
+    """What ``file`` holds, unpacked where its name ends in ``.gz``.
+
+    RatingFileError, before more than the limit is in memory, where it is larger than :func:`max_bytes`,
+    unpacks to more than that or to more than RATIO times its size, or is damaged; OSError as ``open``.
+    """
+    limit = max_bytes()
+    with file.open("rb") as stream:
+        about = os.fstat(stream.fileno())
+        if stat.S_ISREG(about.st_mode) and about.st_size > limit:
+            raise RatingFileError(f"{file}: has {about.st_size:,} bytes, {_too_many(limit)}")
+        if file.suffix.lower() != ".gz":
+            data = _within(stream, limit)
+            if data is None:
+                raise RatingFileError(f"{file}: has more bytes, {_too_many(limit)}")
+            return data
+        by_ratio = max(RATIO_FREE_BYTES, RATIO * about.st_size)
+        try:
+            with gzip.GzipFile(fileobj=stream, mode="rb") as unpacked:
+                data = _within(unpacked, min(limit, by_ratio))
+        except (OSError, EOFError, zlib.error) as error:
+            raise RatingFileError(
+                f"{file}: the gzip file is damaged or cut short ({cause(error)})"
+            ) from error
+    if data is not None:
+        return data
+    if by_ratio < limit:
+        raise RatingFileError(
+            f"{file}: its {about.st_size:,} bytes unpack to more than {by_ratio:,}, as no ratings do: if you "
+            "trust it, unpack it (gunzip) and give the unpacked file"
+        )
+    raise RatingFileError(f"{file}: unpacks to more bytes, {_too_many(limit)}")
 
 
 def parse_text(
@@ -541,8 +613,9 @@ def _refuse_duplicates(table: _Table, user: Int64Array, item: Int64Array, users:
     earlier, later = order[first], order[first + 1]
     more = f" ({len(repeated)} repeated pairs in all)" if len(repeated) > 1 else ""
     raise RatingFileError(
-        f"{table.source}, {table.unit} {table.places[later]}: user {users.ids[user[later]]!s} has rated item "
-        f"{items.ids[item[later]]!s} already in {table.unit} {table.places[earlier]}: keep one of them{more}"
+        f"{table.source}, {table.unit} {table.places[later]}: user {brief(users.ids[user[later]])} has rated "
+        f"item {brief(items.ids[item[later]])} already in {table.unit} {table.places[earlier]}: keep one of "
+        f"them{more}"
     )
 
 
@@ -556,7 +629,7 @@ def _format(file: Path, sep: str | None) -> str:
         suffixes.pop()
     suffix = suffixes[-1] if suffixes else ""
     if sep is not None:
-        if not isinstance(sep, str) or not sep or any(c in sep for c in '\n\r"\0'):
+        if not isinstance(sep, str) or not sep or any(c in sep for c in '\n\r"\0') or not _is_utf8(sep):
             raise ValueError(
                 f"sep must be a text without line ends and quotes, such as ',' or '\\t', got {sep!r}"
             )
@@ -570,14 +643,44 @@ def _format(file: Path, sep: str | None) -> str:
     return suffix
 
 
-def _read_bytes(file: Path) -> bytes:
-    data = file.read_bytes()
-    if file.suffix.lower() == ".gz":
-        try:
-            return gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise RatingFileError(f"{file}: the gzip file is damaged or cut short ({error})") from error
-    return data
+def _memory() -> int:
+    """Bytes of memory that this process may come to use: the machine's, or less in a container."""
+    found = []
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for place in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
+            found.append(int(Path(place).read_text(encoding="ascii")))
+    return min((size for size in found if size > 0), default=_UNKNOWN_MEMORY)
+
+
+def _too_many(limit: int) -> str:
+    return (
+        f"more than the {limit:,} that are read on this machine: give it in parts or on a machine with more "
+        f"memory, or set ${LIMIT_VARIABLE} to a larger number"
+    )
+
+
+def _within(stream: IO[bytes] | gzip.GzipFile, limit: int) -> bytes | None:
+    """The rest of ``stream``, or None where it is more than ``limit`` bytes, of which no more is read."""
+    kept = io.BytesIO()
+    while block := stream.read(_BLOCK):
+        if kept.tell() + len(block) > limit:
+            return None
+        kept.write(block)
+    return kept.getvalue()
+
+
+def cause(error: BaseException) -> str:
+    """What an error of another library says, on one line, short, and safe for a terminal."""
+    return brief(str(error) or type(error).__name__, 200)
+
+
+def brief(value: object, most: int = 80) -> str:
+    """``value`` for a message: control characters are written out, and what is too long is cut."""
+    text = str(value)
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _read_text(
@@ -640,8 +743,10 @@ def _read_text(
         body = rows[skip:]
         found = {role: _factorise(names[k], [row[k] for row in body]) for role, k in used.items()}
     else:
+        # The parser takes a byte order mark off its first field, even where that is not the file's first.
         frame = pd.read_csv(
-            io.BytesIO(data[data.index(b"\n") + 1 :] if skip else data),
+            io.BytesIO(data if skip else b"\n" + data),
+            skiprows=1,
             sep=separator,
             header=None,
             names=list(range(len(names))),
@@ -654,7 +759,11 @@ def _read_text(
             low_memory=False,
         )
         found = {role: _factorise(names[k], frame[k]) for role, k in used.items()}
-    return _Table(source, found, places[skip:], "line")
+    return _not_too_long(_Table(source, found, places[skip:], "line"))
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _utf8(source: str, data: bytes) -> bytes:
@@ -711,7 +820,7 @@ def _csv_rows(source: str, text: str, separator: str) -> tuple[list[list[str]], 
             start = reader.line_num + 1
     except csv.Error as error:
         raise RatingFileError(
-            f"{source}, line {start}: the quotes do not match, or a field is too long ({error})"
+            f"{source}, line {start}: the quotes do not match, or a field is too long ({cause(error)})"
         ) from error
     return rows, np.array(places, dtype=np.int64)
 
@@ -761,6 +870,14 @@ def _factorise(name: str, values: pd.Series | list[str]) -> _Column:
     return _Column(name, codes.astype(np.int64), texts)
 
 
+def _not_too_long(table: _Table) -> _Table:
+    for role, column in table.columns.items():
+        long = [k for k, text in enumerate(column.texts) if len(text) > MAX_FIELD]
+        if long:
+            table.fail(role, long, f"{{text}} has more than {MAX_FIELD:,} characters: give it a shorter one")
+    return table
+
+
 def _read_parquet(file: Path, data: bytes, columns: Mapping[str, str | None]) -> _Table:
     if not data:
         raise RatingFileError(f"{file}: the file is empty")
@@ -769,16 +886,53 @@ def _read_parquet(file: Path, data: bytes, columns: Mapping[str, str | None]) ->
     except ImportError as error:
         raise ImportError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
-        content = parquet.ParquetFile(io.BytesIO(data))
-        names = [str(name) for name in content.schema_arrow.names]
+        schema = parquet.read_schema(io.BytesIO(data))
+        names = [str(name) for name in schema.names]
     except Exception as error:  # pyarrow reports damage by errors of a dozen types
-        raise RatingFileError(f"{file}: the Parquet file is damaged or cut short ({error})") from error
+        raise RatingFileError(f"{file}: the Parquet file is damaged or cut short ({cause(error)})") from error
     used = _used_columns(str(file), names, columns)
+    for role, k in used.items():
+        if schema.field(k).type.num_fields:
+            raise RatingFileError(
+                f"{file}: the {role} column {names[k]!r} is of type {brief(schema.field(k).type)}: store a "
+                "number, a string or a time"
+            )
+    rows = _check_sizes(file, data, list(used.values()))
+    wanted = [names[k] for k in used.values()]
+    # Texts as a dictionary: a page can name one of a megabyte a million times.
+    texts = [names[k] for k in used.values() if str(schema.field(k).type) in _PARQUET_TEXTS]
     try:
-        frame = content.read(columns=[names[k] for k in used.values()]).to_pandas(ignore_metadata=True)
+        content = parquet.ParquetFile(io.BytesIO(data), read_dictionary=texts)
+        frame = content.read(columns=wanted).to_pandas(ignore_metadata=True)
     except Exception as error:
-        raise RatingFileError(f"{file}: the Parquet file is damaged or cut short ({error})") from error
+        raise RatingFileError(
+            f"{file}: the Parquet file is damaged or cut short, or has a value that cannot be read "
+            f"({cause(error)})"
+        ) from error
+    if len(frame) != rows:
+        raise RatingFileError(
+            f"{file}: the Parquet file is damaged: it states {rows:,} rows and holds {len(frame):,}"
+        )
     return _frame_table(str(file), frame, columns)
+
+
+def _check_sizes(file: Path, data: bytes, columns: Sequence[int]) -> int:
+    """The rows that a Parquet file states; RatingFileError where they, or the bytes of ``columns``, are more
+    than is read."""
+    try:
+        rows, values, unpacked = stated_sizes(data, columns)
+    except ValueError as error:
+        raise RatingFileError(f"{file}: the Parquet file is damaged or cut short ({error})") from error
+    stated = max(8 * values, unpacked)
+    limit, by_ratio = max_bytes(), max(RATIO_FREE_BYTES, RATIO * len(data))
+    if stated > limit:
+        raise RatingFileError(f"{file}: its {rows:,} rows are {stated:,} bytes, {_too_many(limit)}")
+    if stated > by_ratio:
+        raise RatingFileError(
+            f"{file}: its {len(data):,} bytes state {rows:,} rows of {stated:,} bytes, as no ratings do: if "
+            "you trust it, write them as CSV"
+        )
+    return rows
 
 
 def _frame_table(source: str, frame: pd.DataFrame, columns: Mapping[str, str | None]) -> _Table:
@@ -798,9 +952,14 @@ def _frame_table(source: str, frame: pd.DataFrame, columns: Mapping[str, str | N
             )
         try:
             found[role] = _factorise(str(frame.columns[k]), series)
-        except (TypeError, ValueError) as error:
+        except UnicodeDecodeError as error:
+            row = series.tolist().index(error.object) + 1
+            raise RatingFileError(
+                f"{source}, row {row}: {role} {brief(error.object)} is not UTF-8: store it as a string"
+            ) from error
+        except Exception as error:  # of pandas, by the type: a time that no datetime can hold, a list
             raise RatingFileError(
                 f"{source}: the {role} column {frame.columns[k]!r} has values of type {series.dtype} that "
-                f"cannot be read ({error})"
+                f"cannot be read ({cause(error)})"
             ) from error
-    return _Table(source, found, np.arange(1, len(frame) + 1, dtype=np.int64), "row")
+    return _not_too_long(_Table(source, found, np.arange(1, len(frame) + 1, dtype=np.int64), "row"))

@@ -189,6 +189,24 @@ class TestDescribe:
         assert "unknown" in result.stdout
         assert result.stdout.count("10.0%") == 10
 
+    def test_extreme_times_and_a_name_that_is_no_text(self, tmp_path: Path) -> None:
+        file = Path(f"{tmp_path}/\udcff.csv")
+        try:
+            file.write_text(f"user,item,rating,timestamp\n1,2,3,{-(2**63)}\n1,3,4,{2**63 - 1}\n")
+        except OSError:
+            pytest.skip("the file system wants UTF-8")
+        result = run("data", "describe", file, "--json")
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+        assert (found["name"], found["first_timestamp"], found["last_timestamp"]) == (
+            "?.csv",
+            -(2**63),
+            2**63 - 1,
+        )
+        result = run("data", "describe", file)
+        assert result.exit_code == 0, result.output
+        assert f"{2**63 - 1} s after 1970" in result.stdout
+
     def test_json(self, csv: Path) -> None:
         result = run("data", "describe", csv, "--json")
         found = json.loads(result.stdout)

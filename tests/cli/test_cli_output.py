@@ -7,32 +7,65 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lunet_fast.cli.output import (
+    given_text,
     prepare_out,
     printable,
     shortest,
-    spreadsheet_safe,
     write_csv,
     write_json,
     write_json_lines,
     write_out,
 )
+from lunet_fast.recsys.spreadsheet import as_it_was, spreadsheet_safe
 
 
 class TestSpreadsheetSafe:
     @pytest.mark.parametrize(
         "text",
-        ["=1+1", "+A1", "-A1", "@SUM(A1)", "\tx", "\rx", "\nx", "=", "-", "+", "-5+cmd|' /C calc'!A0", "＝1"],
+        [
+            *(
+                "=1+1",
+                "+A1",
+                "-A1",
+                "@SUM(A1)",
+                "\tx",
+                "\rx",
+                "\nx",
+                "=",
+                "-",
+                "+",
+                "-5+cmd|' /C calc'!A0",
+                "＝1",
+            ),
+            *("'=1", "''-x", " =1", "\u00a0+x", "-1e5", "+1;2", "'-7"),
+        ],
     )
     def test_formulas_get_an_apostrophe(self, text: str) -> None:
         assert spreadsheet_safe(text) == f"'{text}"
 
     @pytest.mark.parametrize(
-        "value", ["", "Alien", "a=b", "'=1", "-7", "+5", "-1.5", "007", -7, -1.5, 3, None]
+        "value", ["", "Alien", "a=b", "'", "'tis", "-7", "+5", "-1.5", "007", -7, -1.5, 3, None]
     )
     def test_other_values_and_numbers_stay(self, value: object) -> None:
         assert spreadsheet_safe(value) is value
+
+    @given(st.text("'=+-@\t\r\n 1a＝") | st.text())
+    @settings(max_examples=500)
+    def test_any_text_comes_back(self, text: str) -> None:
+        cell = spreadsheet_safe(text)
+        assert as_it_was(cell) == text
+        assert cell in (text, f"'{text}")
+        assert not cell.lstrip().startswith(tuple("=+-@＝＋－＠")) or cell.strip("+-.0123456789") == ""
+
+
+def test_texts_of_the_command_line_are_utf8() -> None:
+    assert given_text("--user", " ann ") == "ann"
+    with pytest.raises(ValueError, match=r"--user a\\udcff: is not UTF-8"):
+        given_text("--user", "a\udcff")
 
 
 HEADER = ("user", "title")

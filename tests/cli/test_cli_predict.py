@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lunet_fast.recsys.recommend import LUNetRecommender
 from tests.cli.conftest import Trained
-from tests.cli.invoke import run, squeezed
+from tests.cli.invoke import QUICK, run, squeezed
+from tests.recsys.synthetic import latent_frame
 
 
 def test_one_pair_is_one_number(trained: Trained, texts: Trained) -> None:
@@ -49,6 +51,73 @@ class TestPairs:
             lines = result.stdout.splitlines()
             assert lines[1].startswith('user 1 ü,"item-1, vol. 2",')
             assert [np.float32(line.rsplit(",", 1)[1]) for line in lines[1:]] == expected.tolist()
+
+
+@pytest.fixture(scope="module")
+def formulas(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    frame = latent_frame()
+    frame["user"] = [f"={u}+1" for u in frame["user"]]
+    frame["item"] = [f"'@{i}" for i in frame["item"]]
+    folder = tmp_path_factory.mktemp("formulas")
+    recommender = LUNetRecommender(**QUICK).fit(frame, scale=(1, 5))
+    recommender.save(folder)
+    return Trained(folder, recommender)
+
+
+class TestOwnFiles:
+    """Ids that a spreadsheet would run as formulas, in files that the commands wrote."""
+
+    def test_ids_come_back(self, formulas: Trained, tmp_path: Path) -> None:
+        best, first, second = (tmp_path / f"{name}.csv" for name in ("best", "first", "second"))
+        assert run("recommend", "--run", formulas.folder, "--all-users", "-k", 3, "-o", best).exit_code == 0
+        assert best.read_text().splitlines()[1].startswith("'=0+1,1,''@")
+        result = run("predict", "--run", formulas.folder, "--pairs", best, "-o", first)
+        assert result.exit_code == 0, result.output
+        assert "Note" not in result.stderr
+        expected = formulas.recommender.recommend([f"={u}+1" for u in sorted(map(str, range(60)))], 3)
+        found = pd.read_csv(first)
+        values = formulas.recommender.predict(expected["user"], expected["item"])
+        assert found["user"].tolist() == [f"'{user}" for user in expected["user"]]
+        np.testing.assert_array_equal(found["prediction"].to_numpy(np.float32), values)
+        assert run("predict", "--run", formulas.folder, "--pairs", first, "-o", second).exit_code == 0
+        assert second.read_bytes() == first.read_bytes()
+
+    def test_ids_as_in_the_training_data_stay(self, formulas: Trained, tmp_path: Path) -> None:
+        pairs, unknown = tmp_path / "pairs.csv", tmp_path / "unknown.csv"
+        pairs.write_text("user,item\n=3+1,'@4\n")
+        result = run("predict", "--run", formulas.folder, "--pairs", pairs)
+        assert result.stderr == ""
+        assert np.float32(result.stdout.split(",")[-1]) == formulas.recommender.predict("=3+1", "'@4")[0]
+        unknown.write_text("user,item\n'=x,'@4\n=x,'@4\n")
+        result = run("predict", "--run", formulas.folder, "--pairs", unknown)
+        assert [line.split(",")[0] for line in result.stdout.splitlines()[1:]] == ["'=x", "'=x"]
+
+    def test_an_id_that_may_be_either_is_refused(self, tmp_path: Path) -> None:
+        frame = latent_frame()
+        frame["user"] = frame["user"].map({0: "=x", 1: "'=x"}).fillna("u" + frame["user"].astype(str))
+        recommender = LUNetRecommender(**QUICK).fit(frame, scale=(1, 5))
+        recommender.save(tmp_path)
+        pairs = tmp_path / "pairs.csv"
+        pairs.write_text("user,item\nu2,3\n'=x,3\n")
+        result = run("predict", "--run", tmp_path, "--pairs", pairs)
+        assert result.exit_code == 2
+        assert 'line 3: user "\'=x" is a known user, and is one without its first apostrophe' in result.stderr
+        pd.DataFrame({"user": ["'=x"], "item": [3]}).to_parquet(tmp_path / "pairs.parquet")
+        result = run("predict", "--run", tmp_path, "--pairs", tmp_path / "pairs.parquet")
+        assert np.float32(result.stdout.split(",")[-1]) == recommender.predict("'=x", 3)[0]
+
+
+class TestUnseen:
+    def test_the_fall_back_is_the_mean_and_what_is_known(self, trained: Trained, tmp_path: Path) -> None:
+        frame = latent_frame()
+        mean, of_item = frame["rating"].mean(), frame[frame["item"] == 4]["rating"]
+        deviation = (of_item - mean).sum() / (len(of_item) + 10)
+        (tmp_path / "pairs.csv").write_text("user,item\nnobody,nothing\nnobody,4\n-9223372036854775808,4\n")
+        result = run("predict", "--run", trained.folder, "--pairs", tmp_path / "pairs.csv")
+        assert result.exit_code == 0
+        assert "Note: 3 of 3 pairs have a user or an item without a rating" in result.stderr
+        found = [float(line.split(",")[-1]) for line in result.stdout.splitlines()[1:]]
+        assert found == pytest.approx([mean, mean + deviation, mean + deviation], rel=1e-5)
 
 
 class TestRefusals:

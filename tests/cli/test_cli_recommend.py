@@ -118,6 +118,22 @@ class TestUsers:
         assert result.exit_code == 0, result.output
         assert [row["user"] for row in rows_of(result.stdout)] == ["user 9 ü", "user 3 ü", "user 1 ü"]
 
+    def test_an_id_may_hold_what_ends_lines_elsewhere(self, trained: Trained, tmp_path: Path) -> None:
+        listed, ids = tmp_path / "users.txt", ["a\u2028b", "c\x85d", "e\x0cf", "g"]
+        listed.write_text("\n".join(ids), encoding="utf-8")
+        options = ["--users-file", listed, "-k", 1, "--format", "json"]
+        found = json.loads(run("recommend", "--run", trained.folder, *options).stdout)
+        assert [row["user"] for row in found] == ids
+
+    def test_a_file_of_users_is_bounded(
+        self, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "users.txt").write_text("1\n" * 50)
+        monkeypatch.setenv("LUNET_FAST_MAX_BYTES", "99")
+        result = run("recommend", "--run", trained.folder, "--users-file", tmp_path / "users.txt")
+        assert result.exit_code == 2
+        assert "users.txt: has 100 bytes, more than the 99" in result.stderr
+
     def test_everyone_in_batches(
         self, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

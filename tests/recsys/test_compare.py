@@ -413,6 +413,11 @@ class TestShown:
         assert rows[0]["hr@10"] == ""
         assert rows[0]["seeds"] == "0 1"
 
+    def test_csv_runs_no_formula(self, result: module.Comparison) -> None:
+        failed = replace(result, rows=[{"key": "mf", "method": "MF", "error": "=1+1: x", "seeds": []}])
+        (row,) = csv.DictReader(io.StringIO(csv_text(failed)))
+        assert row["error"] == "'=1+1: x"
+
     def test_files(self, result: module.Comparison, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
         written = save(result, tmp_path / "compare-latent.json")

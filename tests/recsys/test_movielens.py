@@ -489,12 +489,47 @@ def test_other_packing_methods_are_refused(made_up: Path, tmp_path: Path, compre
         load("ml-100k", tmp_path)
 
 
-def test_nothing_is_extracted(made_up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["../x", "ml-100k/../../x", "/etc/x", "..\\x", "\\x", "C:\\x", "C:/x", "a/..", "..", "../u.data"]
+)
+def test_names_that_lead_out_are_refused(made_up: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "one" / "two"
-    put(folder / "ml-100k.zip", zipped(FILES, "../../"))
-    monkeypatch.chdir(folder)
-    assert_the_made_up(load("ml-100k", folder))
+    put(folder / "ml-100k.zip", zipped({**FILES, name: b"x"}, ""))
+    with pytest.raises(DataNotFoundError, match="in the zip leads out of its folder: refused"):
+        load("ml-100k", folder)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["ml-100k.zip"]
+
+
+def test_links_are_refused(made_up: Path, tmp_path: Path) -> None:
+    stream = io.BytesIO(ZIP)
+    with zipfile.ZipFile(stream, "a") as archive:
+        link = zipfile.ZipInfo("ml-100k/link\x1b")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc/passwd")
+    put(tmp_path / "ml-100k.zip", stream.getvalue())
+    with pytest.raises(DataNotFoundError, match=r"ml-100k/link\\x1b in the zip is a link: refused"):
+        load("ml-100k", tmp_path)
+
+
+def test_a_member_of_another_size_than_stated_is_refused(made_up: Path, tmp_path: Path) -> None:
+    """Larger than stated is noticed by the checksum of the zip, smaller would not be."""
+    for stated, message in ((len(U_DATA) + 9, "states 60 bytes and has 51: refused"), (9, "is damaged")):
+        lying = ZIP.replace(len(U_DATA).to_bytes(4, "little"), stated.to_bytes(4, "little"))
+        assert lying != ZIP
+        put(tmp_path / "ml-100k.zip", lying)
+        with pytest.raises(DataNotFoundError, match=f"u.data in the zip {message}"):
+            load("ml-100k", tmp_path)
+
+
+def test_a_zip_of_many_names_is_refused_before_they_are_read(
+    made_up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "ml-100k.zip", zipped({**FILES, **{f"{n}": b"" for n in range(8)}}))
+    assert_the_made_up(load("ml-100k", tmp_path))
+    monkeypatch.setattr(movielens, "MAX_MEMBERS", 10)
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    with pytest.raises(DataNotFoundError, match="more than 10 members: refused"):
+        load("ml-100k", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -629,6 +664,15 @@ def test_read_like(tmp_path: Path) -> None:
     test = read_like("ml-100k", other, users=ratings.users, items=ratings.items)
     assert (test.user.tolist(), test.item.tolist()) == ([0], [1])
     assert read_like("ml-1m", put(tmp_path / "r", RATINGS_DAT)).rating.tolist() == [4, 3, 5]
+
+
+def test_read_like_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = put(tmp_path / "u1.base", U_DATA)
+    monkeypatch.setenv("LUNET_FAST_MAX_BYTES", str(len(U_DATA)))
+    assert len(read_like("ml-100k", file)) == 3
+    monkeypatch.setenv("LUNET_FAST_MAX_BYTES", str(len(U_DATA) - 1))
+    with pytest.raises(RatingFileError, match=f"{file}: has 51 bytes, more than the 50"):
+        read_like("ml-100k", file)
 
 
 @pytest.mark.parametrize(

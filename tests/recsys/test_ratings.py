@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
+import time
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +18,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lunet_fast.recsys.ratings import IdMap, RatingFileError, Ratings, from_frame, read_ratings
+from lunet_fast.recsys import ratings as module
+from lunet_fast.recsys.parquet_sizes import stated_sizes
+from lunet_fast.recsys.ratings import (
+    IdMap,
+    RatingFileError,
+    Ratings,
+    from_frame,
+    max_bytes,
+    parse_text,
+    read_ratings,
+)
 
 HEADER = "user,item,rating,timestamp\n"
 
@@ -441,6 +455,287 @@ def test_a_damaged_byte_of_a_good_file(tmp_path: Path, at: int, damage: bytes) -
     else:
         assert 1 <= len(ratings) <= 17
         assert ratings.scale == (1.0, 5.0)
+
+
+# #
+# ------------------------------------------------------------------------------------------------------------
+# # What a file may take
+
+
+class Reads(io.BytesIO):
+    """Counts the bytes that are read of it."""
+
+    total = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.total += len(data)
+        return data
+
+
+@pytest.fixture
+def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUNET_FAST_MAX_BYTES", "10000")
+
+
+def many(rows: int) -> bytes:
+    return HEADER.encode() + b"".join(b"%d,2,3,0\n" % n for n in range(rows))
+
+
+@pytest.mark.parametrize("name", ["r.csv", "r.csv.gz", "r.parquet"])
+def test_large_files_are_refused(tmp_path: Path, small_limit: None, name: str) -> None:
+    file = tmp_path / name
+    for rows, fits in ((300, True), (5000, False)):
+        if name.endswith("parquet"):
+            pytest.importorskip("pyarrow")
+            pd.read_csv(io.BytesIO(many(rows))).to_parquet(file)
+        else:
+            file.write_bytes(gzip.compress(many(rows)) if name.endswith("gz") else many(rows))
+        if fits:
+            assert len(read_ratings(file)) == rows
+        else:
+            with pytest.raises(
+                RatingFileError, match=f"{file}: .* more than the 10,000 that are read on this"
+            ):
+                read_ratings(file)
+
+
+def test_no_more_is_unpacked_than_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for length, limit in ((100, 100), (101, 100), (1000, 100)):
+        stream = Reads(bytes(length))
+        monkeypatch.setattr(module, "_BLOCK", 10)
+        assert module._within(stream, limit) == (bytes(length) if length <= limit else None)
+        assert stream.total <= limit + 10
+
+
+def test_gzip_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their ratio: what they unpack to could be of a size that is read."""
+    monkeypatch.setattr(module, "RATIO_FREE_BYTES", 100_000)
+    file = write(tmp_path, gzip.compress(HEADER.encode() + b"\n" * 2_000_000), "r.csv.gz")
+    advice = "as no ratings do: if you trust it, unpack it"
+    with pytest.raises(
+        RatingFileError, match=rf"{file}: its [0-9,]+ bytes unpack to more than [0-9,]+, {advice}"
+    ):
+        read_ratings(file)
+    file = write(tmp_path, gzip.compress(many(9000)), "r.csv.gz")
+    assert len(read_ratings(file)) == 9000  # 7 times its size
+
+
+def test_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LUNET_FAST_MAX_BYTES", raising=False)
+    assert max_bytes() == module._memory() // 16 > 1 << 20
+    monkeypatch.setenv("LUNET_FAST_MAX_BYTES", " 123 ")
+    assert max_bytes() == 123
+    for wrong in ("0", "-1", "1e9", "x", "4 GB"):
+        monkeypatch.setenv("LUNET_FAST_MAX_BYTES", wrong)
+        with pytest.raises(ValueError, match=f"LUNET_FAST_MAX_BYTES must be a whole number .*'{wrong}'"):
+            max_bytes()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [HEADER + "1,2,{},0\n", HEADER + "1,2,3,{}\n", "{},item,rating\n1,2,3\n"],
+    ids=["rating", "time", "name"],
+)
+def test_long_numbers_take_no_long_time(tmp_path: Path, text: str) -> None:
+    """120 kB of digits and a letter: two minutes when a digit could be matched in two ways."""
+    file = write(tmp_path, text.format("1" * 120_000 + "x"))
+    begin = time.monotonic()
+    with pytest.raises(RatingFileError, match="is not a number|is neither|no column 'user'"):
+        read_ratings(file)
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_long_ids(tmp_path: Path, quote: str) -> None:
+    """The two tokenisers have one limit; messages stay short."""
+    fits, long = "a" * 131_072, "a" * 131_073
+    text = f"user,item,rating\n{quote}{{}}{quote},2,3\n{quote}{{}}{quote},3,3\n"
+    assert read_ratings(write(tmp_path, text.format(fits, "b"))).users.ids.tolist() == [fits, "b"]
+    with pytest.raises(
+        RatingFileError, match="line 3: .*(more than 131,072 characters|field larger than)"
+    ) as caught:
+        read_ratings(write(tmp_path, text.format("b", long)))
+    assert len(str(caught.value)) < 400
+    with pytest.raises(RatingFileError, match=r"line 3: user a+\.\.\. has rated item 2 already") as caught:
+        read_ratings(write(tmp_path, f"user,item,rating\n{fits},2,3\n{fits},2,4\n"))
+    assert len(str(caught.value)) < 400
+
+
+def test_messages_steer_no_terminal(tmp_path: Path) -> None:
+    for text in (
+        "user,item,rating\n\x1b[31m,\x07,3\n\x1b[31m,\x07,3\n",
+        'user\titem\trating\n"a"b\t2\t3\n',
+        "user,item,rating\n1,2,\x1b[31m\n",
+    ):
+        with pytest.raises(RatingFileError) as caught:
+            read_ratings(write(tmp_path, text), sep="\t" if "\t" in text else ",")
+        assert str(caught.value).isprintable()
+
+
+def test_only_the_first_byte_order_mark_goes(tmp_path: Path) -> None:
+    for header in (HEADER, HEADER.replace("user", '"user"')):
+        text = "\ufeff" + header + "\ufeffann,2,3,0\n"
+        assert read_ratings(write(tmp_path, text)).users.ids.tolist() == ["\ufeffann"]
+    assert parse_text(
+        "x", b"\xef\xbb\xbf\xef\xbb\xbfann\t2\t3\t0\n", "\t", name="x", scale=(1, 5)
+    ).users.ids.tolist() == ["\ufeffann"]
+
+
+@pytest.mark.parametrize("zone", ["+99:99", "+24:00x", "-20:00", "+05:60"])
+def test_zones_that_are_none(tmp_path: Path, zone: str) -> None:
+    with pytest.raises(RatingFileError, match="line 2: timestamp '2020-01-01T00:00:00.*is neither"):
+        read_ratings(write(tmp_path, HEADER + f"1,2,3,2020-01-01T00:00:00{zone}\n"))
+
+
+def test_a_separator_that_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sep must be"):
+        read_ratings(write(tmp_path, HEADER + "1,2,3,0\n"), sep="\udcff")
+
+
+class TestParquet:
+    """Types and sizes that only Parquet has."""
+
+    @pytest.fixture(autouse=True)
+    def _needs_pyarrow(self) -> None:
+        pytest.importorskip("pyarrow")
+
+    @staticmethod
+    def put(folder: Path, columns: dict[str, Any], **settings: Any) -> Path:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        n = len(next(iter(columns.values())))
+        usual = {"user": np.arange(n), "item": np.arange(n), "rating": np.full(n, 3.0)}
+        parquet.write_table(pa.table({**usual, **columns}), folder / "r.parquet", **settings)
+        return folder / "r.parquet"
+
+    def test_values_that_cannot_be_read(self, tmp_path: Path) -> None:
+        import pyarrow as pa
+
+        far = pa.array([2**62, 0], pa.timestamp("us", tz="Europe/Berlin"))
+        for columns, message in (
+            (
+                {"timestamp": far},
+                "the timestamp column 'timestamp' has values of type .* that cannot be read",
+            ),
+            ({"timestamp": far.cast(pa.timestamp("us"))}, "row 1: timestamp '148108-07-06 .*is neither"),
+            (
+                {"timestamp": pa.array([2**30, 0], pa.int32()).cast(pa.date32())},
+                "year 2941775 is out of range",
+            ),
+            ({"user": pa.array([b"a", b"\xff"])}, r"row 2: user b'\\xff' is not UTF-8: store it as a string"),
+            (
+                {"user": [[1], [2]]},
+                "the user column 'user' is of type list<.*: store a number, a string or a time",
+            ),
+            ({"user": [{"a": 1}, {"a": 2}]}, "the user column 'user' is of type struct<"),
+        ):
+            with pytest.raises(RatingFileError, match=f"r.parquet.*{message}"):
+                read_ratings(self.put(tmp_path, columns))
+
+    def test_writers_settings(self, tmp_path: Path) -> None:
+        """Whatever pages, groups and columns beside them there are, the sizes are read."""
+        n = 3000
+        frame = pd.DataFrame({"user": np.arange(n) // 30, "item": np.arange(n) % 30, "rating": 3.0})
+        columns = {
+            "nested": [{"a": [1, 2], "b": {"c": "x"}}] * n,
+            "user": [f"u{u}" for u in frame["user"]],
+            "item": frame["item"],
+        }
+        for version in ("1.0", "2.0"):
+            for compression in ("none", "snappy", "zstd"):
+                for dictionary in (True, False):
+                    file = self.put(
+                        tmp_path,
+                        columns,
+                        compression=compression,
+                        data_page_version=version,
+                        use_dictionary=dictionary,
+                        row_group_size=1000,
+                        data_page_size=200,
+                        write_page_index=True,
+                    )
+                    ratings = read_ratings(file)
+                    assert (len(ratings), ratings.n_users, ratings.n_items) == (n, 100, 30)
+                    sizes = stated_sizes(file.read_bytes(), [0, 1, 2])
+                    assert (sizes.rows, sizes.values) == (n, 3 * n)
+
+    def test_many_rows_of_few_bytes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A run of equal values has any length: each of these rows took 150 bytes of memory."""
+        monkeypatch.setenv("LUNET_FAST_MAX_BYTES", str(1 << 30))
+        file = self.put(
+            tmp_path, {name: np.zeros(10_000_000, np.int8) for name in ("user", "item", "rating")}
+        )
+        assert file.stat().st_size < 1 << 20
+        with pytest.raises(
+            RatingFileError, match="bytes state 10,000,000 rows of 240,000,000 bytes, as no rat"
+        ):
+            read_ratings(file)
+
+    def test_a_long_text_named_often_is_kept_once(self, tmp_path: Path) -> None:
+        import pyarrow as pa
+
+        text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(200, np.int32)), ["x" * 100_000])
+        file = self.put(tmp_path, {"user": text.cast(pa.string())})
+        pool, usual = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+        pa.set_memory_pool(pool)
+        tracemalloc.start()
+        try:
+            assert read_ratings(file).n_users == 1
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+            pa.set_memory_pool(usual)
+        assert 0 < pool.max_memory() < 5_000_000
+        assert peak < 5_000_000
+
+    def test_lies_about_sizes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The footer says little, the page's header what it unpacks to; or the other way round."""
+        monkeypatch.setattr(module, "RATIO_FREE_BYTES", 100_000)
+        settings = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+        file = self.put(tmp_path, {"user": ["x" * 1_000_000]}, **settings)
+        good = file.read_bytes()
+        page, total = varint(1_000_010), varint(stated_sizes(good, [0]).bytes)
+        assert page != total  # the footer's has the page's header too
+        assert (good.count(page), good.count(total)) == (1, 1)
+        one = b"\x82\x80\x00"
+        for lying in (good, good.replace(page, one), good.replace(total, one)):
+            file.write_bytes(lying)
+            with pytest.raises(
+                RatingFileError, match="bytes state 1 rows of 1,000,0.. bytes, as no ratings do"
+            ):
+                read_ratings(file)
+        monkeypatch.setattr(module, "RATIO_FREE_BYTES", 10_000_000)
+        file.write_bytes(good)
+        with pytest.raises(RatingFileError, match="more than 131,072 characters"):
+            read_ratings(file)
+        for wrong in (one, varint(1_000_009), varint(2**20 - 1)):
+            file.write_bytes(good.replace(page, wrong))
+            with pytest.raises(RatingFileError, match="damaged or cut short"):
+                read_ratings(file)
+
+    def test_no_rows(self, tmp_path: Path) -> None:
+        import pyarrow as pa
+
+        with pytest.raises(RatingFileError, match="there is no row"):
+            read_ratings(self.put(tmp_path, {"user": pa.array([], pa.int64())}))
+
+    @given(st.binary(max_size=60), st.integers(0, 60))
+    @settings(max_examples=300)
+    def test_headers_of_any_bytes(self, data: bytes, length: int) -> None:
+        file = b"PAR1" + data + length.to_bytes(4, "little") + b"PAR1"
+        with contextlib.suppress(ValueError):
+            stated_sizes(file, [0, 1])
+
+
+def varint(number: int) -> bytes:
+    """As Thrift's compact protocol has it."""
+    value, out = number << 1, bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
 
 
 # #

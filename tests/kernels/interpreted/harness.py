@@ -39,8 +39,8 @@ def normwise(result: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
-    """Let torch.empty and empty_like give NaN between two guards, which must be untouched at the end."""
+def guarded(fill: float = math.nan) -> Iterator[None]:
+    """Let torch.empty and empty_like give ``fill`` between two guards, which must be untouched at the end."""
     plain = torch.empty, torch.empty_like
     buffers: list[Tensor] = []
 
@@ -48,7 +48,7 @@ def guarded() -> Iterator[None]:
         shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
         count = math.prod(shape)
         buffer = torch.full((count + 256,), 77, dtype=dtype or torch.float32)
-        junk = math.nan if buffer.is_floating_point() else torch.iinfo(buffer.dtype).max
+        junk = fill if buffer.is_floating_point() else torch.iinfo(buffer.dtype).max
         buffer[128 : 128 + count] = junk
         buffers.append(buffer)
         return buffer[128 : 128 + count].view(shape)
