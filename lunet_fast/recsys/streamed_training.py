@@ -239,7 +239,7 @@ def streamed_error(model: RatingModel, stream: RatingStream, device: torch.devic
 def ranking_of_some(
     model: RatingModel, stream: RatingStream, seed: int, count: int = RANKED_USERS
 ) -> dict[str, float]:
-    """``full_...`` metrics of at most ``count`` users with training ratings, and ``full_users``, their number.
+    """``full_...`` metrics of at most ``count`` users with training ratings; ``full_users``, their number.
 
     Their test items are ranked among all items that they have not rated in training. Two passes over the
     files; scores of USER_CHUNK users at a time.
