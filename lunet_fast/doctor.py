@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Copy", "Finding", "examine", "find_movielens"]
 
 EXTRAS = {
-    "train": ("typer", "rich", "matplotlib", "pooch", "safetensors"),
+    "train": ("typer", "rich", "matplotlib", "pooch", "safetensors", "filelock"),
     "bench": ("nflows", "normflows", "zuko", "cornac", "myfm"),
     "tune": ("optuna",),
     "baselines": ("cornac", "implicit", "myfm", "scikit-surprise", "scipy"),

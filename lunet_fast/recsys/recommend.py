@@ -34,6 +34,40 @@ class _Ranked(NamedTuple):
     score: npt.NDArray[np.float32]
 
 
+class _Ready:
+    """A trained model and what its predictions have in common, computed at first use.
+
+    A recommender refers to one of these, and a call to the one that it began with alone: threads may predict
+    while another trains the recommender anew. Two that come first both compute, and the same.
+    """
+
+    def __init__(self, trained: TrainedModel, histories: Histories | None = None) -> None:
+        self.trained = trained
+        self._histories = histories
+        self._scorer: ItemScorer | None = None
+        self._fold_in: FoldIn | None = None
+
+    @torch.no_grad()
+    def histories(self) -> Histories:
+        """The sums over all histories, which no prediction changes."""
+        if self._histories is None:
+            self._histories = self.trained.model.histories()
+        return self._histories
+
+    def scorer(self, device: torch.device) -> ItemScorer:
+        """All items as the network needs them, on ``device``."""
+        scorer = self._scorer
+        if scorer is None or scorer.device != device:
+            self._scorer = scorer = ItemScorer(self.trained.model, self.histories(), device)
+        return scorer
+
+    def fold_in(self) -> FoldIn:
+        """What new users start from."""
+        if self._fold_in is None:
+            self._fold_in = FoldIn(self.trained, self.histories())
+        return self._fold_in
+
+
 class LUNetRecommender:
     """Predicts ratings by an invertible LU-Net over user and item embeddings.
 
@@ -46,6 +80,7 @@ class LUNetRecommender:
     :meth:`recommend` run; single pairs are predicted on the CPU.
 
     A trained model is not to be changed: what its predictions have in common is computed once and kept.
+    Several threads may call one recommender, and get the bits that one thread would.
     """
 
     def __init__(
@@ -53,10 +88,7 @@ class LUNetRecommender:
     ) -> None:
         self.recipe, self.seed, self.device, self.settings = recipe, seed, device, settings
         self._config(1)  # a wrong name or value is told now, not after the data are read
-        self._trained: TrainedModel | None = None
-        self._histories: Histories | None = None
-        self._scorer: ItemScorer | None = None
-        self._fold_in: FoldIn | None = None
+        self._ready: _Ready | None = None
 
     def _config(self, n_ratings: int) -> TrainConfig:
         fixed = {"seed": self.seed, "split": "none", "mlp": False}
@@ -98,7 +130,7 @@ class LUNetRecommender:
         return self
 
     def _set_trained(self, trained: TrainedModel) -> None:
-        self._trained, self._histories, self._scorer, self._fold_in = trained, None, None, None
+        self._ready = _Ready(trained)
 
     def predict(self, users: Any, items: Any) -> npt.NDArray[np.float32]:
         """Ratings of pairs, float32 ``[N]``, clipped to the scale of the training data.
@@ -110,8 +142,9 @@ class LUNetRecommender:
         sides gets the mean. ``ValueError`` with gamma 0, whose training knows no ratings. Cost: O(nnz) once
         for nnz training ratings, then O(D^2) a pair.
         """
-        ratings = self._in_chunks(self.trained.model, *self._pairs(users, items))
-        result: npt.NDArray[np.float32] = ratings.clamp_(*self.trained.scale).numpy()
+        ready = self._prepared()
+        ratings = _in_chunks(ready.trained.model, ready.histories(), *_pairs(ready.trained, users, items))
+        result: npt.NDArray[np.float32] = ratings.clamp_(*ready.trained.scale).numpy()
         return result
 
     def score(self, users: Any, items: Any) -> npt.NDArray[np.float32]:
@@ -124,7 +157,9 @@ class LUNetRecommender:
 
         ``ValueError`` with gamma 1, whose training knows no interactions. Cost as :meth:`predict`'s.
         """
-        logits = self._in_chunks(self.trained.model.interaction, *self._pairs(users, items))
+        ready = self._prepared()
+        pairs = _pairs(ready.trained, users, items)
+        logits = _in_chunks(ready.trained.model.interaction, ready.histories(), *pairs)
         result: npt.NDArray[np.float32] = logits.numpy()
         return result
 
@@ -160,7 +195,8 @@ class LUNetRecommender:
         """
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise ValueError(f"k={k!r} must be a whole number of at least 1")
-        trained, given = self.trained, _listed(users)
+        ready, given = self._prepared(), _listed(users)
+        trained, device = ready.trained, torch.device(self.device)
         index = torch.from_numpy(trained.users.index(given))
         item_ids, candidates, unseen = trained.items.ids, None, 0
         if items is not None:
@@ -172,7 +208,8 @@ class LUNetRecommender:
             unseen = len(strangers)
             item_ids = np.array([*item_ids.tolist(), *strangers], dtype=object)
         parts = [
-            self._ranked(batch, int(k), exclude_seen, candidates, unseen) for batch in index.split(USERS)
+            _ranked(ready, device, batch, int(k), exclude_seen, candidates, unseen)
+            for batch in index.split(USERS)
         ]
         row = np.concatenate([part.row + n * USERS for n, part in enumerate(parts)])
         item, score = (np.concatenate(side) for side in list(zip(*parts, strict=True))[1:])
@@ -217,108 +254,12 @@ class LUNetRecommender:
         """
         if method not in METHODS:
             raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
-        items, values = given_items(ratings, self.trained)
-        if self._fold_in is None:
-            self._fold_in = FoldIn(self.trained, self._kept_histories())
+        ready = self._prepared()
+        items, values = given_items(ratings, ready.trained)
         alone = LUNetRecommender(self.recipe, self.seed, self.device)
         alone.settings = self.settings
-        trained, histories = self._fold_in(items, values, method)
-        alone._set_trained(trained)
-        alone._histories = histories
+        alone._ready = _Ready(*ready.fold_in()(items, values, method))
         return FoldedUser(alone)
-
-    @torch.no_grad()
-    def _ranked(
-        self, users: torch.Tensor, k: int, exclude_seen: bool, candidates: torch.Tensor | None, unseen: int
-    ) -> _Ranked:
-        """The k best for each of ``users``, int64 ``[U]``, -1 for unseen ones, with scores not clipped.
-
-        ``candidates`` are the places of known items, ascending, or None for all of them; ``unseen`` items
-        without a place count on from the last known one.
-        """
-        model, scorer = self.trained.model, self._kept_scorer()
-        n_items = len(self.items)
-        counts = model.interactions.item_counts
-        known = torch.arange(n_items) if candidates is None else candidates
-        cold = torch.cat((known[counts[known] == 0], n_items + torch.arange(unseen)))[:k]
-        has_ratings = (users >= 0) & (model.interactions.user_counts[users.clamp(min=0)] > 0)
-        warm_rows, cold_rows = torch.where(has_ratings)[0], torch.where(~has_ratings)[0]
-        warm = users[warm_rows]
-
-        found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        scores, items = scorer.best(warm, k, candidates)
-        rates = scorer.readout == "rating"
-        if rates:
-            # -inf stands for no item at all, of which no rating is to be made.
-            scores = torch.where(items < 0, scores, model.rating(scores))
-        popularity = torch.cat((model.popularity(), _nobodys_choice(model).expand(unseen)))
-        found.append((warm_rows.repeat_interleave(k), items.flatten(), scores.flatten()))
-        unrated = (model.mean + model.user_deviation[warm]).unsqueeze(1) if rates else popularity[cold]
-        found.append(_every_pair(warm_rows, cold, unrated))
-        if not exclude_seen:
-            # A training rating is predicted with its own entry left out: another x than scorer's.
-            rows, items = training_pairs(model, warm)
-            if candidates is not None:
-                inside = torch.isin(items, candidates)
-                rows, items = rows[inside], items[inside]
-            if len(rows):
-                read = model if rates else model.interaction
-                found.append((warm_rows[rows], items, self._in_chunks(read, warm[rows], items)))
-        if len(cold_rows):
-            places = torch.cat((known, n_items + torch.arange(unseen)))
-            score = popularity[places]
-            if rates:
-                score = model.mean.expand(len(places)).clone()
-                score[: len(known)] += model.item_deviation[known] * (counts[known] > 0)
-            best = score.sort(descending=True, stable=True).indices[:k]
-            found.append(_every_pair(cold_rows, places[best], score[best]))
-
-        row, item, values = (torch.cat(side).numpy() for side in zip(*found, strict=True))
-        order = np.lexsort((item, -values, row))
-        order = order[values[order] > -np.inf]
-        order = order[_place_in_row(row[order]) < k]
-        return _Ranked(row[order], item[order], values[order])
-
-    @torch.no_grad()
-    def _in_chunks(
-        self,
-        read: Callable[[torch.Tensor, torch.Tensor, Histories], torch.Tensor],
-        users: torch.Tensor,
-        items: torch.Tensor,
-    ) -> torch.Tensor:
-        """``read``, the model or its ``interaction``, of pairs of indices, int64 ``[B]``; CHUNK at a time."""
-        histories = self._kept_histories()
-        parts = [
-            read(user, item, histories)
-            for user, item in zip(users.split(CHUNK), items.split(CHUNK), strict=True)
-        ]
-        return torch.cat(parts) if len(users) else torch.empty(0)
-
-    def _pairs(self, users: Any, items: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices, int64 ``[N]`` each, of ids; a single one on one side goes with each of the other."""
-        trained = self.trained
-        user, item = (
-            torch.from_numpy(ids.index(given))
-            for ids, given in ((trained.users, users), (trained.items, items))
-        )
-        if len(user) != len(item) and 1 not in (len(user), len(item)):
-            raise ValueError(f"users has {len(user)} ids and items {len(item)}: give as many of each, or one")
-        user, item = (side.clone() for side in torch.broadcast_tensors(user, item))
-        return user, item
-
-    @torch.no_grad()
-    def _kept_histories(self) -> Histories:
-        """The sums over all histories, which no prediction changes."""
-        if self._histories is None:
-            self._histories = self.trained.model.histories()
-        return self._histories
-
-    def _kept_scorer(self) -> ItemScorer:
-        """All items as the network needs them, on ``device``."""
-        device = torch.device(self.device)
-        if self._scorer is None or self._scorer.device != device:
-            self._scorer = ItemScorer(self.trained.model, self._kept_histories(), device)
-        return self._scorer
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``directory``, which is made if needed.
@@ -352,9 +293,18 @@ class LUNetRecommender:
     @property
     def trained(self) -> TrainedModel:
         """The model with its ids; ``RuntimeError`` before :meth:`fit` or :meth:`load`."""
-        if self._trained is None:
+        return self._prepared().trained
+
+    def _prepared(self) -> _Ready:
+        """The model that a call goes on with, whatever happens to the recommender meanwhile."""
+        ready = self._ready
+        if ready is None:
             raise RuntimeError("this recommender is not trained yet: call fit() or load() first")
-        return self._trained
+        return ready
+
+    @property
+    def _histories(self) -> Histories:
+        return self._prepared().histories()
 
     @property
     def users(self) -> IdMap:
@@ -367,9 +317,7 @@ class LUNetRecommender:
         return self.trained.items
 
     def __repr__(self) -> str:
-        state = (
-            "not trained" if self._trained is None else f"{len(self.users)} users, {len(self.items)} items"
-        )
+        state = "not trained" if self._ready is None else f"{len(self.users)} users, {len(self.items)} items"
         return f"LUNetRecommender(recipe={self.recipe!r}, seed={self.seed}, {state})"
 
 
@@ -398,6 +346,90 @@ class FoldedUser:
     def __repr__(self) -> str:
         model = self._alone.trained.model
         return f"FoldedUser({int(model.interactions.user_counts[0])} of {len(self._alone.items)} items)"
+
+
+@torch.no_grad()
+def _ranked(
+    ready: _Ready,
+    device: torch.device,
+    users: torch.Tensor,
+    k: int,
+    exclude_seen: bool,
+    candidates: torch.Tensor | None,
+    unseen: int,
+) -> _Ranked:
+    """The k best for each of ``users``, int64 ``[U]``, -1 for unseen ones, with scores not clipped.
+
+    ``candidates`` are the places of known items, ascending, or None for all of them; ``unseen`` items
+    without a place count on from the last known one.
+    """
+    model, scorer = ready.trained.model, ready.scorer(device)
+    n_items = len(ready.trained.items)
+    counts = model.interactions.item_counts
+    known = torch.arange(n_items) if candidates is None else candidates
+    cold = torch.cat((known[counts[known] == 0], n_items + torch.arange(unseen)))[:k]
+    has_ratings = (users >= 0) & (model.interactions.user_counts[users.clamp(min=0)] > 0)
+    warm_rows, cold_rows = torch.where(has_ratings)[0], torch.where(~has_ratings)[0]
+    warm = users[warm_rows]
+
+    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    scores, items = scorer.best(warm, k, candidates)
+    rates = scorer.readout == "rating"
+    if rates:
+        # -inf stands for no item at all, of which no rating is to be made.
+        scores = torch.where(items < 0, scores, model.rating(scores))
+    popularity = torch.cat((model.popularity(), _nobodys_choice(model).expand(unseen)))
+    found.append((warm_rows.repeat_interleave(k), items.flatten(), scores.flatten()))
+    unrated = (model.mean + model.user_deviation[warm]).unsqueeze(1) if rates else popularity[cold]
+    found.append(_every_pair(warm_rows, cold, unrated))
+    if not exclude_seen:
+        # A training rating is predicted with its own entry left out: another x than scorer's.
+        rows, items = training_pairs(model, warm)
+        if candidates is not None:
+            inside = torch.isin(items, candidates)
+            rows, items = rows[inside], items[inside]
+        if len(rows):
+            read = model if rates else model.interaction
+            found.append((warm_rows[rows], items, _in_chunks(read, ready.histories(), warm[rows], items)))
+    if len(cold_rows):
+        places = torch.cat((known, n_items + torch.arange(unseen)))
+        score = popularity[places]
+        if rates:
+            score = model.mean.expand(len(places)).clone()
+            score[: len(known)] += model.item_deviation[known] * (counts[known] > 0)
+        best = score.sort(descending=True, stable=True).indices[:k]
+        found.append(_every_pair(cold_rows, places[best], score[best]))
+
+    row, item, values = (torch.cat(side).numpy() for side in zip(*found, strict=True))
+    order = np.lexsort((item, -values, row))
+    order = order[values[order] > -np.inf]
+    order = order[_place_in_row(row[order]) < k]
+    return _Ranked(row[order], item[order], values[order])
+
+
+@torch.no_grad()
+def _in_chunks(
+    read: Callable[[torch.Tensor, torch.Tensor, Histories], torch.Tensor],
+    histories: Histories,
+    users: torch.Tensor,
+    items: torch.Tensor,
+) -> torch.Tensor:
+    """``read``, the model or its ``interaction``, of pairs of indices, int64 ``[B]``; CHUNK at a time."""
+    parts = [
+        read(user, item, histories) for user, item in zip(users.split(CHUNK), items.split(CHUNK), strict=True)
+    ]
+    return torch.cat(parts) if len(users) else torch.empty(0)
+
+
+def _pairs(trained: TrainedModel, users: Any, items: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices, int64 ``[N]`` each, of ids; a single one on one side goes with each of the other."""
+    user, item = (
+        torch.from_numpy(ids.index(given)) for ids, given in ((trained.users, users), (trained.items, items))
+    )
+    if len(user) != len(item) and 1 not in (len(user), len(item)):
+        raise ValueError(f"users has {len(user)} ids and items {len(item)}: give as many of each, or one")
+    user, item = (side.clone() for side in torch.broadcast_tensors(user, item))
+    return user, item
 
 
 def _listed(ids: Any) -> list[Any]:
