@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lunet_fast import functional, reference
 from lunet_fast.activations import BijectiveActivation, GeneralizedLeakySoftplus, LeakySoftplus
-from lunet_fast.flow import LUFlow, StandardNormal
+from lunet_fast.conditional import ConditionalLUNet
+from lunet_fast.flow import LUFlow, NormalMixture, StandardNormal
 from lunet_fast.lu_dense import LUDense
 from lunet_fast.lunet import Condition, ConditionWarning, LUNet
 from lunet_fast.ops import get_backend, set_backend
@@ -21,12 +22,14 @@ __all__ = [
     "BijectiveActivation",
     "Condition",
     "ConditionWarning",
+    "ConditionalLUNet",
     "GeneralizedLeakySoftplus",
     "LUDense",
     "LUFlow",
     "LUNet",
     "LUNetRecommender",
     "LeakySoftplus",
+    "NormalMixture",
     "StandardNormal",
     "functional",
     "get_backend",

@@ -20,6 +20,9 @@ from lunet_fast.transforms import InvertibleTransform
 #: What ``LUNet`` keeps for backward: every layer's input, or only the result.
 MEMORY = ("saved", "reversible")
 
+#: How ``LUNet`` may mix the order of coordinates between layers.
+PERMUTATIONS = ("reverse", "random")
+
 
 class ConditionWarning(UserWarning):
     """The inverse of a net has lost digits: ``LUNet.condition`` says how many, and in which layer."""
@@ -36,9 +39,12 @@ class LUNet(nn.Module):
         activation: copied for each layer, so learnable slopes are learnt a layer each.
         bias, device, dtype: as in ``LUDense``.
         memory: "saved" or "reversible", see below; the attribute of that name may be set at any time.
+        permutation: the order in which each layer but the last gives its coordinates to the next: "reverse",
+            "random" (drawn here, by PyTorch's global generator), or None for their own. f then starts near
+            the product of the permutations.
 
     Raises:
-        ValueError: features or layers below 1, or memory is neither of the two.
+        ValueError: features or layers below 1, or memory or permutation is not one of its values.
 
     Shapes: every method takes [..., D]. Cost for N rows: M times that of ``LUDense``. NaN and infinities pass
     as through ``LUDense``.
@@ -68,10 +74,15 @@ class LUNet(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         memory: str = "saved",
+        permutation: str | None = None,
     ) -> None:
         super().__init__()
         if layers < 1:
             raise ValueError(f"layers must be at least 1, got {layers}")
+        if permutation is not None and permutation not in PERMUTATIONS:
+            raise ValueError(
+                f"permutation must be one of {', '.join(PERMUTATIONS)} or None, got {permutation!r}"
+            )
         self.features = features
         self.memory = memory
         activation = LeakySoftplus(0.1) if activation is None else activation
@@ -79,6 +90,11 @@ class LUNet(nn.Module):
         self.layers = nn.ModuleList(
             LUDense(features, bias=bias, device=device, dtype=dtype, activation=each) for each in [*own, None]
         )
+        if permutation is not None:
+            for layer in self._layers()[:-1]:
+                order = torch.arange(features - 1, -1, -1)
+                order = order if permutation == "reverse" else torch.randperm(features)
+                layer.permutation = order.to(device=layer.lu.device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -99,6 +115,36 @@ class LUNet(nn.Module):
                     if layer.bias is not None:
                         layer.bias.copy_(-value * layer.weight.sum(-1))
             before = layer.activation
+
+    def whiten(self, x: Tensor) -> None:
+        """Set every A and b so that on the rows of x [..., D] each layer's h = A x + b is white.
+
+        Data-dependent initialisation: h then has mean 0 and covariance I, so that training starts from
+        a maximum-likelihood Gaussian bent by the activations. A = Pᵀ C^(−1/2), the whitening matrix nearest
+        to the identity, by the LU factorisation of a positive definite matrix, which needs no pivoting; C is
+        the covariance of the layer's input, drawn to its mean diagonal by the share D/(D + N) so that N rows
+        of any number will do. P and the slopes are kept.
+
+        Cost: O(M·(N·D² + D³)), in float64.
+
+        Raises:
+            ValueError: x has fewer than two rows, another last dimension than D, or values that are not
+                finite; a layer has no bias.
+        """
+        layers = self._layers()
+        if x.dim() == 0 or x.shape[-1] != self.features:
+            raise ValueError(
+                f"x must have {self.features} features in its last dimension, got shape {tuple(x.shape)}"
+            )
+        rows = x.detach().reshape(-1, self.features)
+        if len(rows) < 2 or not bool(torch.isfinite(rows).all()):
+            raise ValueError(f"x must have at least 2 rows, all finite, got shape {tuple(x.shape)}")
+        if any(layer.bias is None for layer in layers):
+            raise ValueError("whiten needs layers with a bias: make the net with bias=True")
+        rows = rows.to(layers[0].lu.device, torch.float64)
+        with torch.no_grad(), reference.without_autocast(rows):
+            for layer in layers:
+                rows = _whiten(layer, rows)
 
     @property
     def memory(self) -> str:
@@ -239,11 +285,11 @@ class LUNet(nn.Module):
                 slope = (1.0, 1.0)
                 if layer.activation is not None:
                     a, c, kappa = layer.activation.slope_values()
-                    slope = (a, a + c)
+                    low, high = a, a + c
                     if x is not None and x.numel():
                         h = reference.affine(x, layer.lu, layer.bias, layer.sign, layer.permutation)
-                        sigma = torch.sigmoid(kappa * h.double())
-                        slope = (a + c * float(sigma.min()), a + c * float(sigma.max()))
+                        low = high = a + c * torch.sigmoid(kappa * h.double())
+                    slope = (float(low.min()), float(high.max()))
                 report.append(LayerCondition(f"layers.{index}", _kappa_1(lower), _kappa_1(upper), *slope))
                 if x is not None:
                     x = layer(x)
@@ -288,6 +334,29 @@ def _is_plain(layer: nn.Module) -> bool:
         layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )
     return isinstance(layer, LUDense) and type(layer).forward is LUDense.forward and not hooked
+
+
+def _whiten(layer: LUDense, x: Tensor) -> Tensor:
+    """Set A and b of a layer so that h = A x + b is white on x [N, D], float64; return φ(h)."""
+    count, features = x.shape
+    mean = x.mean(0)
+    covariance = torch.cov(x.mT).reshape(features, features)
+    # A constant coordinate has no scale of its own; beside the others it is left as it is.
+    scale = covariance.diagonal().mean().clamp_min(torch.finfo(x.dtype).tiny)
+    covariance = torch.lerp(
+        covariance, scale * torch.eye(features, dtype=x.dtype, device=x.device), features / (features + count)
+    )
+    values, vectors = torch.linalg.eigh(covariance)
+    root = torch.linalg.cholesky((vectors / values.sqrt()) @ vectors.mT)
+    diagonal = root.diagonal()
+    unit_lower, upper = root / diagonal, diagonal.unsqueeze(-1) * root.mT
+    layer.lu.copy_(unit_lower.tril(-1) + upper.triu(1) + torch.diag(2.0 * diagonal.log()))
+    layer.sign.fill_(1.0)
+    weight = reference.lu_weight(layer.lu.double(), layer.sign.double(), layer.permutation)
+    cast(Tensor, layer.bias).copy_(-(weight @ mean))
+    h = (x - mean) @ weight.mT
+    slopes = layer._slopes()
+    return h if slopes is None else reference.leaky_softplus(h, slopes)
 
 
 def _kappa_1(triangle: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Transform, constraints
 
 
@@ -23,7 +23,7 @@ class InvertibleTransform(Transform):
     codomain = constraints.real_vector
     bijective = True
 
-    def __init__(self, module: nn.Module, cache_size: int = 0) -> None:
+    def __init__(self, module: Any, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
         self.module = module
 
@@ -39,10 +39,8 @@ class InvertibleTransform(Transform):
         return self.module(x)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        module: Any = self.module
-        return module.inverse(y)
+        return self.module.inverse(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """log|det ∂y/∂x| [...] at x [..., D]; computed from x, y is not used."""
-        module: Any = self.module
-        return module.forward_and_logabsdet(x)[1]
+        return self.module.forward_and_logabsdet(x)[1]
