@@ -140,6 +140,8 @@ class Phase:
     """The setting that is most likely too high when training diverges, and its value."""
     test_loss: Callable[[], float] | None = None
     """The error on the test part, at each epoch."""
+    enough: Callable[[Curve], bool] | None = None
+    """Asked at each epoch's end: whether to train no further."""
     error_limit: float = math.inf
     """An epoch whose reported error is above has diverged."""
     linear_decay: bool = False
@@ -274,15 +276,20 @@ class _Loop:
         phase, steps = self.phase, self.phase.batches.steps
         self.progress.start(phase.name, phase.epochs, steps, self.epoch)
         weighted = _Weighted(phase.module, phase.objective, self.workers, phase.sparse)
-        if self.epoch == phase.epochs:
+        if self._is_done():
             return
         compute = self.workers.parallel(weighted)
         self.written = time.monotonic()
-        while self.epoch < phase.epochs:
+        while not self._is_done():
             self._run_epoch(compute)
             mean = self._finish_epoch()
             test = self.curve.test[-1] if self.curve.test else None
             self.progress.epoch(phase.name, self.epoch - 1, mean, test)
+
+    def _is_done(self) -> bool:
+        enough = self.phase.enough
+        at_end = self.epoch == self.phase.epochs
+        return at_end or (self.step == 0 and enough is not None and enough(self.curve))
 
     def _run_epoch(self, compute: nn.Module) -> None:
         phase, steps, rows = self.phase, self.phase.batches.steps, self.phase.batches.rows
@@ -356,7 +363,7 @@ class _Loop:
         self.epoch, self.step, self.looked, self.spent = self.epoch + 1, 0, 0, 0.0
         self.at_epoch = self.generator.get_state()
         self._save()
-        if self.epoch < phase.epochs:
+        if not self._is_done():
             self._stop_if_asked()
         return mean
 

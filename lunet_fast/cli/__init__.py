@@ -14,6 +14,7 @@ import lunet_fast
 from lunet_fast.cli.bench import bench_command
 from lunet_fast.cli.compare import compare_command
 from lunet_fast.cli.data import data_app
+from lunet_fast.cli.density import density_app
 from lunet_fast.cli.doctor import doctor_command
 from lunet_fast.cli.evaluate import evaluate_command
 from lunet_fast.cli.export import export_command
@@ -56,6 +57,7 @@ app.command("recommend")(recommend_command)
 app.command("predict")(predict_command)
 app.command("export")(export_command)
 app.add_typer(data_app, name="data")
+app.add_typer(density_app, name="density")
 app.command("tune")(tune_command)
 app.command("compare", cls=SeveralValues)(compare_command)
 app.command("reproduce", cls=SeveralValues)(reproduce_command)

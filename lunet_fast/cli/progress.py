@@ -68,19 +68,25 @@ def counted(total: int, unit: str) -> Iterator[Callable[[int], None]]:
         yield lambda count: bars.update(task, advance=count)
 
 
-def training_progress(console: Console) -> AbstractContextManager[Progress]:
-    """Bars in a terminal, lines in a log, nothing for a quiet console."""
+def training_progress(
+    console: Console, unit: str = "epoch", held_out: str = "test"
+) -> AbstractContextManager[Progress]:
+    """Bars in a terminal, lines in a log, nothing for a quiet console; ``unit`` and ``held_out`` are what an
+    epoch and the part that is not trained on are called."""
     if console.quiet:
         return nullcontext(Progress())
-    return _BarProgress(console) if console.is_terminal else _LineProgress()
+    return _BarProgress(console, unit, held_out) if console.is_terminal else _LineProgress(unit, held_out)
 
 
-def _losses(train_loss: float, test_loss: float | None) -> str:
-    return f"train {train_loss:.4f}" + ("" if test_loss is None else f"  test {test_loss:.4f}")
+def _losses(train_loss: float, test_loss: float | None, held_out: str) -> str:
+    return f"train {train_loss:.4f}" + ("" if test_loss is None else f"  {held_out} {test_loss:.4f}")
 
 
 class _LineProgress(Progress):
     """A line an epoch, for logs."""
+
+    def __init__(self, unit: str, held_out: str) -> None:
+        self.unit, self.held_out = unit, held_out
 
     def __enter__(self) -> _LineProgress:
         return self
@@ -91,20 +97,22 @@ class _LineProgress(Progress):
     def start(self, phase: str, epochs: int, steps: int, done: int) -> None:
         self.epochs = epochs
         if done:
-            typer.echo(f"{phase}: {done} of {epochs} epochs are done already")
+            typer.echo(f"{phase}: {done} of {epochs} {self.unit}s are done already")
 
     def epoch(self, phase: str, epoch: int, train_loss: float, test_loss: float | None) -> None:
-        typer.echo(f"{phase}  epoch {epoch + 1}/{self.epochs}  {_losses(train_loss, test_loss)}")
+        losses = _losses(train_loss, test_loss, self.held_out)
+        typer.echo(f"{phase}  {self.unit} {epoch + 1}/{self.epochs}  {losses}")
 
 
 class _BarProgress(Progress):
     """A bar for each phase, with its epoch and losses."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, unit: str, held_out: str) -> None:
+        self.held_out = held_out
         self.bars = Bars(
             TextColumn("{task.description:8}"),
             BarColumn(),
-            TextColumn("epoch"),
+            TextColumn(unit),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[losses]}"),
             TimeElapsedColumn(),
@@ -128,4 +136,4 @@ class _BarProgress(Progress):
         self.bars.update(self.task, completed=epoch + steps / self.steps)
 
     def epoch(self, phase: str, epoch: int, train_loss: float, test_loss: float | None) -> None:
-        self.bars.update(self.task, completed=epoch + 1, losses=_losses(train_loss, test_loss))
+        self.bars.update(self.task, completed=epoch + 1, losses=_losses(train_loss, test_loss, self.held_out))

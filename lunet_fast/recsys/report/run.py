@@ -46,11 +46,15 @@ def save_loss_figure(
     train: Sequence[float],
     test: Sequence[float],
     ylabel: str = "mean squared error",
+    *,
+    held_out: str = "test",
+    unit: str = "epoch",
 ) -> None:
     """Draw training and test loss by epoch, as figures 3 and 4 of the paper, into a PNG file.
 
-    ``train`` and ``test`` have a number an epoch, of what ``ylabel`` says; ``test`` may be empty. Needs
-    matplotlib, of the extra ``lunet-fast[train]``; no display.
+    ``train`` and ``test`` have a number an epoch, of what ``ylabel`` says; ``test`` may be empty.
+    ``held_out`` and ``unit`` are what the test part and an epoch are called. Needs matplotlib, of the extra
+    ``lunet-fast[train]``; no display.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,7 +66,7 @@ def save_loss_figure(
     epochs = range(1, len(train) + 1)
     # Few epochs are told apart by markers, which would run into each other for many.
     style: dict[str, Any] = {"linewidth": 2, "marker": "o" if len(train) <= 25 else "", "markersize": 4}
-    for label, values, colour in (("training", train, "#1f5f99"), ("test", test, "#d1662b")):
+    for label, values, colour in (("training", train, "#1f5f99"), (held_out, test, "#d1662b")):
         if values:
             axes.plot(epochs, values, color=colour, label=label, **style)
             # Above the upper curve's end and below the lower one's, so that near ends keep apart.
@@ -76,7 +80,7 @@ def save_loss_figure(
                 color=colour,
             )
     axes.set_title(title, loc="left", fontsize=12)
-    axes.set_xlabel("epoch")
+    axes.set_xlabel(unit)
     axes.set_ylabel(ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.margins(x=0.06)

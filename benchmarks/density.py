@@ -1,0 +1,405 @@
+"""LU-Net as a density, beside the flows people use, in one harness: digits, points of the plane, depth.
+
+    python benchmarks/density.py digits      quality: losses over seeds, outliers        (2 hours of 1 core)
+    python benchmarks/density.py plane       divergence from known densities             (1 hour)
+    python benchmarks/density.py depth       1 to 32 layers, started in three ways       (30 minutes)
+    python benchmarks/density.py speed       a training step and a sample, interleaved   (2 minutes, quiet)
+    python benchmarks/density.py report      density.md and density.png from the four files
+
+Every flow gets the same rows, noise, optimiser, averaging and stopping (lunet_fast/density/training.py), and
+the same budget of tuning: each of GRID once with seed 0 and TUNING_STEPS steps, the validation part chooses,
+then the five seeds. A part that was measured is kept in benchmarks/results/density-*.json and not measured
+again; delete it there to do so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lunet_fast import LUDense, LUNet, NormalMixture, StandardNormal
+from lunet_fast.density import data
+from lunet_fast.density.config import DensityConfig
+from lunet_fast.density.evaluation import TEST_DRAWS, auroc, divergence, integral
+from lunet_fast.density.model import DensityModel, build_flow, whiten
+from lunet_fast.density.preprocessing import Preprocessing
+from lunet_fast.density.training import fit_flow
+from lunet_fast.recsys.training import cpu_threads, seeded
+from machine import RESULTS, write, write_text
+
+SEEDS = (0, 1, 2, 3, 4)
+
+#: Of each flow: the base, Adam's rate, the decay of matrices.
+GRID = tuple(
+    {"components": components, "learning_rate": rate, "weight_decay": decay}
+    for components in (1, 30)
+    for rate, decay in ((1e-3, 0.01), (5e-3, 0.01), (5e-3, 0.2))
+)
+TUNING_STEPS = 1500
+
+DIGITS = DensityConfig(steps=5000, patience=12)
+PLANE = DensityConfig(steps=4000, patience=40, batch_size=512, weight_decay=0.0, permutation=None)
+
+
+class Peer(nn.Module):
+    """Another library's transform between standardised rows and a base."""
+
+    def __init__(self, transform: nn.Module, features: int, components: int, rows: Tensor) -> None:
+        super().__init__()
+        self.transform = transform
+        self.base: Any = NormalMixture(features, components) if components > 1 else StandardNormal(features)
+        self.register_buffer("shift", rows.mean(0))
+        self.register_buffer("scale", rows.std(0))
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        z, logabsdet = self.call((y - self.shift) / self.scale)
+        return self.base.log_prob(z) + logabsdet - self.scale.log().sum()
+
+    def sample(self, n: int) -> Tensor:
+        with torch.no_grad():
+            return self.inverse(self.base.sample((n,))) * self.scale + self.shift
+
+
+class Zuko(Peer):
+    def call(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform().call_and_ladj(y)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return self.transform().inv(z)
+
+
+class Nflows(Peer):
+    def call(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform(y)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return self.transform.inverse(z)[0]
+
+
+Make = Callable[[Tensor, DensityConfig], nn.Module]
+
+
+def lunet(layers: int) -> Make:
+    def make(rows: Tensor, config: DensityConfig) -> nn.Module:
+        flow = build_flow(replace(config, layers=layers), rows.shape[1])
+        whiten(flow, rows)
+        return flow
+
+    return make
+
+
+def zuko(kind: str, transforms: int, hidden: tuple[int, ...]) -> Make:
+    def make(rows: Tensor, config: DensityConfig) -> nn.Module:
+        import zuko.flows
+
+        features = rows.shape[1]
+        flow = getattr(zuko.flows, kind)(features, transforms=transforms, hidden_features=hidden)
+        return Zuko(flow.transform, features, config.components, rows)
+
+    return make
+
+
+def nflows(blocks: int, hidden: int) -> Make:
+    """LULinear and a rational-quadratic coupling, alternating, as nflows' users stack them."""
+
+    def make(rows: Tensor, config: DensityConfig) -> nn.Module:
+        from nflows.nn.nets import ResidualNet
+        from nflows.transforms import CompositeTransform, PiecewiseRationalQuadraticCouplingTransform
+        from nflows.transforms.lu import LULinear
+        from nflows.utils import create_alternating_binary_mask
+
+        features = rows.shape[1]
+        parts: list[nn.Module] = []
+        for block in range(blocks):
+            parts += [
+                LULinear(features, identity_init=True),
+                PiecewiseRationalQuadraticCouplingTransform(
+                    create_alternating_binary_mask(features, even=block % 2 == 0),
+                    lambda inputs, outputs: ResidualNet(inputs, outputs, hidden, num_blocks=1),
+                    num_bins=4,
+                    tails="linear",
+                    tail_bound=5.0,
+                ),
+            ]
+        return Nflows(CompositeTransform(parts), features, config.components, rows)
+
+    return make
+
+
+#: Family → size → flow, on digits (D 64).
+DIGITS_FLOWS: dict[str, dict[str, Make]] = {
+    "LU-Net": {"S": lunet(2), "M": lunet(4), "L": lunet(12)},
+    "Gaussian or mixture (M = 1)": {"S": lunet(1)},
+    "RealNVP (zuko)": {
+        "S": zuko("RealNVP", 4, (24,)),
+        "M": zuko("RealNVP", 6, (32,)),
+        "L": zuko("RealNVP", 6, (96,)),
+    },
+    "MAF (zuko)": {"S": zuko("MAF", 2, (24,)), "M": zuko("MAF", 3, (32,)), "L": zuko("MAF", 4, (80,))},
+    "NSF (zuko)": {
+        "S": zuko("NSF", 1, (8,)),
+        "M": zuko("NSF", 1, (16,)),
+        "L": zuko("NSF", 2, (24,)),
+    },
+    "LULinear + splines (nflows)": {"S": nflows(1, 8), "M": nflows(2, 12), "L": nflows(3, 32)},
+}
+
+#: On the plane (D 2), at three sizes of about 150, 300 and 1,200 numbers.
+PLANE_FLOWS: dict[str, dict[str, Make]] = {
+    "LU-Net": {"S": lunet(8), "M": lunet(16), "L": lunet(32)},
+    "RealNVP (zuko)": {
+        "S": zuko("RealNVP", 4, (8,)),
+        "M": zuko("RealNVP", 6, (12,)),
+        "L": zuko("RealNVP", 8, (32,)),
+    },
+    "NSF (zuko)": {"S": zuko("NSF", 1, (4,)), "M": zuko("NSF", 2, (4,)), "L": zuko("NSF", 3, (12,))},
+}
+
+
+def _model(make: Make, parts: data.Parts, config: DensityConfig) -> DensityModel:
+    """The untrained model: first weights by the seed, preprocessing by the training part."""
+    training = parts.training
+    preprocessing = Preprocessing.of(training.values, training.levels)
+    rows = preprocessing.forward(training.values, torch.Generator().manual_seed(config.seed))[0]
+    with seeded(config.seed):
+        return DensityModel(make(rows, config), preprocessing, training.features)
+
+
+def _train(make: Make, parts: data.Parts, config: DensityConfig) -> tuple[DensityModel, dict[str, Any]]:
+    model = _model(make, parts, config)
+    trained, curve, chosen = fit_flow(model, parts, config)
+    return trained, {
+        "validation": curve.test[chosen - 1] if chosen else math.inf,
+        "curve": [round(loss, 4) for loss in curve.test],
+        "rounds": len(curve.train),
+        "chosen": chosen,
+        "parameters": sum(p.numel() for p in model.flow.parameters()),
+        "seconds": round(curve.seconds, 2),
+    }
+
+
+def _tune(make: Make, parts: data.Parts, config: DensityConfig, grid: Any) -> dict[str, Any]:
+    """The settings of the grid that the validation part likes best."""
+    tried = []
+    for settings in grid:
+        short = replace(config, steps=TUNING_STEPS, **settings)
+        try:
+            validation = _train(make, parts, short)[1]["validation"]
+        except ArithmeticError:
+            validation = math.inf
+        tried.append((validation, settings))
+    return {
+        "chosen": min(tried, key=lambda pair: pair[0])[1],
+        "tried": [{**settings, "validation": v if math.isfinite(v) else None} for v, settings in tried],
+    }
+
+
+class Kept:
+    """Rows of a results file, written after each, so that what was measured is not measured again."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        path = RESULTS / f"{name}.json"
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+
+    def has(self, **keys: Any) -> bool:
+        return any(all(row.get(key) == value for key, value in keys.items()) for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        write(self.name, {"rows": self.rows})
+        shown = {k: v for k, v in row.items() if not isinstance(v, list | dict)}
+        print(" ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items()), flush=True)
+
+
+def digits(seeds: int) -> None:
+    """Bits a dimension over the seeds; AUROC of 0–4 against 5–9 by a flow that saw only 0–4."""
+    kept = Kept("density-digits")
+    rows = data.read("digits")
+    assert rows.labels is not None
+    for size in ("M", "S", "L"):
+        for family, flows in DIGITS_FLOWS.items():
+            if size not in flows or kept.has(family=family, size=size):
+                continue
+            make = flows[size]
+            tuned = _tune(make, data.split(rows, 0), DIGITS, GRID)
+            runs = []
+            for seed in SEEDS[:seeds]:
+                config = replace(DIGITS, seed=seed, **tuned["chosen"])
+                parts = data.split(rows, seed)
+                model, run = _train(make, parts, config)
+                run["test"] = float(model.loss(parts.test.values, TEST_DRAWS).double().mean())
+                low = rows.where(rows.labels < 5)
+                few = data.split(low, seed)
+                narrow, _ = _train(make, few, config)
+                others = rows.where(rows.labels >= 5)
+                run["auroc"] = auroc(narrow.log_prob(few.test.values, TEST_DRAWS), narrow.log_prob(others.values, TEST_DRAWS))
+                runs.append(run)
+            kept.add(
+                {
+                    "family": family,
+                    "size": size,
+                    "parameters": runs[0]["parameters"],
+                    "test": statistics.fmean(run["test"] for run in runs),
+                    "test_std": statistics.stdev(run["test"] for run in runs) if len(runs) > 1 else 0.0,
+                    "auroc": statistics.fmean(run["auroc"] for run in runs),
+                    "tuned": tuned,
+                    "runs": runs,
+                }
+            )
+
+
+def plane(seeds: int) -> None:
+    """Kullback–Leibler divergence from the truth, nats, and the integral of what was learnt."""
+    kept = Kept("density-plane")
+    grid = tuple(
+        {"components": components, "learning_rate": rate} for components in (1, 32) for rate in (5e-3, 2e-2)
+    )
+    for name in data.TARGETS:
+        for size in ("M", "S", "L"):
+            for family, flows in PLANE_FLOWS.items():
+                if kept.has(target=name, family=family, size=size):
+                    continue
+                make = flows[size]
+                rows = data.read(name, seed=0)
+                tuned = _tune(make, data.split(rows, 0), PLANE, grid)
+                runs = []
+                for seed in SEEDS[:seeds]:
+                    rows = data.read(name, seed=seed)
+                    assert rows.target is not None
+                    parts = data.split(rows, seed)
+                    model, run = _train(make, parts, replace(PLANE, seed=seed, **tuned["chosen"]))
+                    run["kl"], run["kl_error"] = divergence(model, rows.target)
+                    run["integral"] = integral(model, rows.target)
+                    runs.append(run)
+                kept.add(
+                    {
+                        "target": name,
+                        "family": family,
+                        "size": size,
+                        "parameters": runs[0]["parameters"],
+                        "kl": statistics.fmean(run["kl"] for run in runs),
+                        "kl_std": statistics.stdev(run["kl"] for run in runs) if len(runs) > 1 else 0.0,
+                        "tuned": tuned,
+                        "runs": runs,
+                    }
+                )
+
+
+def depth(seeds: int) -> None:
+    """What depth does on digits, by how the net starts, and what is left of a row after there and back."""
+    kept = Kept("density-depth")
+    rows = data.read("digits")
+    # As LU-Net starts by itself; whitened layer by layer; whitened with slopes near 1.
+    starts = {"identity at 0": (0.1, False), "white": (0.1, True), "white, slopes near 1": (0.7, True)}
+    for layers in (4, 1, 2, 8, 12, 16, 24, 32):
+        for name, (alpha, white) in starts.items():
+            if kept.has(layers=layers, start=name):
+                continue
+            runs = []
+            for seed in SEEDS[:seeds]:
+                config = replace(DIGITS, seed=seed, layers=layers, alpha=alpha, permutation=None)
+                parts = data.split(rows, seed)
+
+                def make(y: Tensor, config: DensityConfig, white: bool = white) -> nn.Module:
+                    flow = build_flow(config, y.shape[1])
+                    if white:
+                        whiten(flow, y)
+                    return flow
+
+                first = float(_model(make, parts, config).loss(parts.test.values).double().mean())
+                try:
+                    model, run = _train(make, parts, config)
+                except ArithmeticError as error:
+                    runs.append({"first": first, "diverged": str(error)})
+                    continue
+                run["first"] = first
+                run["test"] = float(model.loss(parts.test.values, TEST_DRAWS).double().mean())
+                y = model.preprocessing.forward(parts.test.values, torch.Generator().manual_seed(0))[0]
+                net: LUNet = model.flow.net
+                run["digits_kept"] = net._digits_kept(y)
+                with torch.no_grad():
+                    back = (net.inverse(net(y)) - y).norm(dim=-1) / y.norm(dim=-1)
+                run["round_trip_median"], run["round_trip_worst"] = float(back.median()), float(back.max())
+                run["digits_lost_at_most"] = sum(each.digits_lost for each in net.condition(y).layers)
+                runs.append(run)
+            good = [run for run in runs if "test" in run]
+            row: dict[str, Any] = {"layers": layers, "start": name, "first": statistics.fmean(r["first"] for r in runs)}
+            for key in ("test", "round_trip_median", "round_trip_worst", "digits_kept", "digits_lost_at_most"):
+                row[key] = statistics.fmean(run[key] for run in good) if good else None
+            kept.add({**row, "diverged": len(runs) - len(good), "runs": runs})
+
+
+def speed(repeats: int = 40) -> None:
+    """Medians of a training step of 256 rows and of 256 samples, all flows in turn, one thread."""
+    rows = data.read("digits")
+    parts = data.split(rows, 0)
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    runs: dict[tuple[str, str], tuple[Callable[[], Any], Callable[[], Any]]] = {}
+    for family, flows in DIGITS_FLOWS.items():
+        for size, make in flows.items():
+            for components in (1, 30):
+                config = replace(DIGITS, components=components)
+                model = _model(make, parts, config)
+                optimizer = torch.optim.AdamW(model.flow.parameters(), lr=0.0, fused=True)
+                y = model.preprocessing.forward(parts.training.values[:256], torch.Generator().manual_seed(0))[0]
+
+                def step(flow: nn.Module = model.flow, optimizer: Any = optimizer, y: Tensor = y) -> None:
+                    optimizer.zero_grad()
+                    flow.log_prob(y).mean().neg().backward()
+                    optimizer.step()
+
+                name = (family, f"{size}, base of {components}" if components > 1 else size)
+                runs[name] = (step, lambda flow=model.flow: flow.sample(256))
+                found[name] = {
+                    "family": family,
+                    "size": size,
+                    "components": components,
+                    "parameters": sum(p.numel() for p in model.flow.parameters()),
+                    "step": [],
+                    "sample": [],
+                }
+    for repeat in range(repeats + 3):
+        for name, (step, sample) in runs.items():
+            for what, call in (("step", step), ("sample", sample)):
+                if what == "sample" and repeat % 4:
+                    continue  # MAF's takes D passes
+                start = time.perf_counter()
+                call()
+                if repeat >= 3:
+                    found[name][what].append(time.perf_counter() - start)
+    table = [
+        {**row, **{f"{what}_ms": 1e3 * statistics.median(row.pop(what)) for what in ("step", "sample")}}
+        for row in found.values()
+    ]
+    write("density-speed", {"rows": table, "batch": 256})
+    for row in table:
+        print(f"{row['family']:30} {row['size']} K {row['components']:2} {row['parameters']:7,} "
+              f"step {row['step_ms']:7.2f} ms  sample {row['sample_ms']:8.2f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("digits", "plane", "depth", "speed", "report"))
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer for a try")
+    options = parser.parse_args()
+    with cpu_threads(1):
+        if options.part in ("digits", "plane", "depth"):
+            {"digits": digits, "plane": plane, "depth": depth}[options.part](options.seeds)
+        elif options.part == "speed":
+            speed()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Density estimation with LUFlow: data, training, evaluation and files."""

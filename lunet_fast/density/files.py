@@ -1,0 +1,111 @@
+"""The file of a trained density: safetensors with the settings in its header, no pickle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lunet_fast.density.config import DensityConfig
+from lunet_fast.density.data import Rows
+from lunet_fast.density.model import DensityModel, build_flow
+from lunet_fast.density.preprocessing import Preprocessing
+from lunet_fast.recsys.checkpoints import CheckpointError, read_tensors, write_tensors
+from lunet_fast.recsys.schema import FORMAT_VERSION, Schema, violation
+
+FLOW_FORMAT = "lunet-fast flow"
+
+_COUNT: Schema = {"type": "integer", "minimum": 1}
+
+HEADER: Schema = {
+    "type": "object",
+    "properties": {
+        "format": {"const": FLOW_FORMAT},
+        "version": {"type": "integer", "minimum": 2, "maximum": FORMAT_VERSION},
+        "config": {"type": "object"},
+        "dataset": {"type": "string"},
+        "source": {"type": "string"},
+        "features": _COUNT,
+        "classes": {"type": "integer", "minimum": 0},
+        "levels": {"type": "integer", "minimum": 0},
+        "image": {"type": "array", "items": _COUNT, "maxItems": 2},
+    },
+    "required": ["config", "dataset", "source", "features", "classes", "levels", "image"],
+    "additionalProperties": False,
+}
+"""The header; ``levels`` 0 stands for data that are not integers, ``image`` [] for no picture."""
+
+
+@dataclass(frozen=True)
+class TrainedFlow:
+    """A density read from a file, and what it was trained on."""
+
+    model: DensityModel
+    config: DensityConfig
+    dataset: str
+    source: str
+    image: tuple[int, int] | None
+
+
+def save_flow(path: Path, model: DensityModel, config: DensityConfig, rows: Rows) -> None:
+    """Write the flow, its preprocessing and settings into one file, atomically."""
+    preprocessing = model.preprocessing
+    tensors = {f"flow.{name}": tensor for name, tensor in model.flow.state_dict().items()}
+    for name in ("shift", "scale"):
+        value = getattr(preprocessing, name)
+        if value is not None:
+            tensors[f"preprocessing.{name}"] = value
+    if model.shares is not None:
+        tensors["shares"] = model.shares
+    state: dict[str, Any] = {
+        "config": config.to_dict(),
+        "dataset": rows.name,
+        "source": rows.source,
+        "features": model.features,
+        "classes": 0 if model.shares is None else len(model.shares),
+        "levels": preprocessing.levels or 0,
+        "image": list(rows.image or ()),
+    }
+    write_tensors(path, tensors, FLOW_FORMAT, state)
+
+
+def load_flow(path: Path) -> TrainedFlow:
+    """Read what :func:`save_flow` wrote, onto the CPU.
+
+    Nothing in the file is executed. :class:`CheckpointError` where it is damaged, of another kind, or where
+    its tensors are not those of its settings; ``FileNotFoundError`` where it is missing.
+    """
+    tensors, header = read_tensors(path, FLOW_FORMAT)
+    wrong = violation(header, HEADER)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {wrong}")
+    try:
+        config = DensityConfig.from_dict(header["config"])
+        features, classes = header["features"], header["classes"]
+        found = tensors.get("flow.net.layers.0.lu", tensors.get("flow.net.net.layers.0.lu"))
+        if found is None or found.shape != (features, features):
+            # Told before a net of that size is made.
+            raise ValueError(f"the first layer is not one of {features} features")
+        if config.conditional != (classes > 0):
+            raise ValueError(f"classes is {classes} with conditional={config.conditional}")
+        with torch.random.fork_rng(devices=[]):
+            flow = build_flow(config, features, classes)
+        preprocessing = Preprocessing(
+            header["levels"] or None,
+            *(tensors.pop(f"preprocessing.{name}", None) for name in ("shift", "scale")),
+        )
+        for name, value in (("shift", preprocessing.shift), ("scale", preprocessing.scale)):
+            if value is not None and (value.shape != (features,) or not value.is_floating_point()):
+                raise ValueError(f"preprocessing.{name} must be [{features}], got {list(value.shape)}")
+        shares = tensors.pop("shares", None)
+        if (0 if shares is None else shares.numel()) != classes:
+            raise ValueError(f"shares does not have a number for each of {classes} classes")
+        flow.load_state_dict({name.removeprefix("flow."): tensor for name, tensor in tensors.items()})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    model = DensityModel(flow.requires_grad_(False), preprocessing, features, shares)
+    size = header["image"]
+    image = (size[0], size[1]) if len(size) == 2 else None
+    return TrainedFlow(model, config, header["dataset"], header["source"], image)

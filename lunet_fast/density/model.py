@@ -1,0 +1,96 @@
+"""DensityModel: a flow together with what its data goes through, so that it speaks of the data itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lunet_fast.activations import LeakySoftplus
+from lunet_fast.conditional import ConditionalLUNet
+from lunet_fast.density.config import DensityConfig
+from lunet_fast.density.preprocessing import Preprocessing
+from lunet_fast.flow import LUFlow, NormalMixture
+from lunet_fast.lunet import LUNet
+
+
+def build_flow(config: DensityConfig, features: int, classes: int = 0) -> LUFlow:
+    """The flow of these settings on ℝᴰ, drawn by PyTorch's global generator, not yet whitened.
+
+    ``classes`` are needed where ``config.conditional``: ``ValueError`` without.
+    """
+    activation = LeakySoftplus(
+        config.alpha,
+        learnable=config.slopes != "fixed",
+        features=features if config.slopes == "coordinate" else None,
+    )
+    net: Any = LUNet(features, config.layers, activation, permutation=config.permutation)
+    if config.conditional:
+        if classes < 1:
+            raise ValueError("conditional=True needs labels, and the data has none: set it to False")
+        conditioner = nn.Embedding(classes, 2 * config.layers * features)
+        nn.init.zeros_(conditioner.weight)
+        net = ConditionalLUNet(net, conditioner)
+    return LUFlow(net, NormalMixture(features, config.components) if config.components > 1 else None)
+
+
+def whiten(flow: LUFlow, y: Tensor) -> None:
+    """``LUNet.whiten`` of the flow's net on rows y [N, D]."""
+    cast(LUNet, flow.net.net if isinstance(flow.net, ConditionalLUNet) else flow.net).whiten(y)
+
+
+@dataclass
+class DensityModel:
+    """A density on data rows [N, D].
+
+    ``shares`` [C] are the classes' shares of the training rows where the flow is conditional, else None.
+    """
+
+    flow: Any
+    preprocessing: Preprocessing
+    features: int
+    shares: Tensor | None = None
+
+    def forward(self, x: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        """log p(x), or log p(x | labels), [N] at one draw of the noise. Differentiable."""
+        y, logabsdet = self.preprocessing.forward(x, generator)
+        return (self.flow.log_prob(y) if labels is None else self.flow.log_prob(y, labels)) + logabsdet
+
+    def log_prob(self, x: Tensor, draws: int = 1, seed: int = 0) -> Tensor:
+        """log p(x) [N] for rows x [N, D], summed over the classes of a conditional flow. No gradient.
+
+        Of integers, the mean of log p(x + u) over ``draws`` draws of the noise from ``seed``, in the mean a
+        lower bound of log P(x). Without noise ``draws`` has no effect.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        draws = draws if self.preprocessing.levels is not None else 1
+        with torch.no_grad():
+            return torch.stack([self._marginal(x, generator) for _ in range(draws)]).mean(0)
+
+    def _marginal(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        y, logabsdet = self.preprocessing.forward(x, generator)
+        if self.shares is None:
+            return self.flow.log_prob(y) + logabsdet
+        return self.class_log_prob(y).logsumexp(-1) + logabsdet
+
+    def class_log_prob(self, y: Tensor) -> Tensor:
+        """log p(y, c) [N, C] of a conditional flow, for preprocessed rows; its softmax says the class."""
+        assert self.shares is not None
+        classes = torch.arange(len(self.shares), device=y.device)
+        return self.flow.log_prob(y.unsqueeze(-2), classes) + self.shares.log().to(y)
+
+    def loss(self, x: Tensor, draws: int = 1, seed: int = 0) -> Tensor:
+        """−log p(x) [N] in the unit of the preprocessing, without gradient."""
+        return self.preprocessing.loss(self.log_prob(x, draws, seed), self.features)
+
+    def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
+        """n rows of data [n, D], by PyTorch's global generator; with ``labels`` [n], of these classes."""
+        if self.shares is None:
+            if labels is not None:
+                raise ValueError("labels must be None: the flow was not trained with labels")
+            return self.preprocessing.inverse(self.flow.sample(n))
+        if labels is None:
+            labels = torch.multinomial(self.shares, n, replacement=True)
+        return self.preprocessing.inverse(self.flow.sample((), labels))

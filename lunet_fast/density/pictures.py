@@ -1,0 +1,105 @@
+"""Pictures of what a flow has learnt, as PNG files. matplotlib, of the extra ``lunet-fast[train]``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lunet_fast.density.data import Rows
+from lunet_fast.density.evaluation import grid
+from lunet_fast.density.model import DensityModel
+from lunet_fast.density.targets import Target
+from lunet_fast.recsys.checkpoints import write_atomically
+
+SIDE = 8
+"""Pictures a side of a sheet of samples, and pictures from one end of an interpolation to the other."""
+
+
+def save_heat_maps(path: Path, model: DensityModel, target: Target) -> None:
+    """The true density on the plane and the learnt one beside it, in one colour scale."""
+    points, _ = grid(target.extent, 301)
+    truth = target.log_prob(points).exp().reshape(301, 301)
+    learnt = model.log_prob(points.float()).double().exp().reshape(301, 301)
+    figure = _figure(8.0, 4.2)
+    ends = (-target.extent, target.extent)
+    for place, (title, density) in enumerate((("truth", truth), ("learnt", learnt)), start=1):
+        axes = figure.add_subplot(1, 2, place)
+        # The first coordinate is the slowest of the grid, and across.
+        image = axes.imshow(
+            density.T.numpy(), origin="lower", extent=ends * 2, vmin=0, vmax=float(truth.max()), cmap="magma"
+        )
+        axes.set_title(f"{target.name}: {title}", loc="left", fontsize=11)
+    figure.colorbar(image, ax=figure.axes, label="density", shrink=0.85)
+    _save(figure, path)
+
+
+def save_samples(path: Path, samples: Tensor, data: Tensor, size: tuple[int, int], levels: int) -> None:
+    """A sheet of samples [64, H·W] beside one of data: pictures of ``size`` with that many greys."""
+    figure = _figure(8.0, 4.4)
+    for place, (title, rows) in enumerate((("data", data), ("samples", samples)), start=1):
+        axes = figure.add_subplot(1, 2, place)
+        _show_sheet(axes, rows[: SIDE * SIDE], size, levels)
+        axes.set_title(title, loc="left", fontsize=11)
+    _save(figure, path)
+
+
+def save_sheet(path: Path, samples: Tensor, size: tuple[int, int], levels: int) -> None:
+    """A sheet of samples alone, the first 64."""
+    figure = _figure(4.2, 4.2)
+    _show_sheet(figure.add_subplot(), samples[: SIDE * SIDE], size, levels)
+    _save(figure, path)
+
+
+def save_interpolation(path: Path, model: DensityModel, rows: Rows) -> None:
+    """Eight rows of pictures: from one data row to another along a straight line between their latents.
+
+    Both ends are data, dequantised; of a conditional flow, those of the first label of all.
+    """
+    image = rows.image
+    assert image is not None
+    assert model.preprocessing.levels is not None
+    generator = torch.Generator().manual_seed(0)
+    context = None
+    if model.shares is not None and rows.labels is not None:
+        rows = rows.where(rows.labels == rows.labels[0])
+        context = torch.full((SIDE, 1), int(rows.labels[0])) if rows.labels is not None else None
+    ends = rows.values[torch.randperm(len(rows), generator=generator)[: 2 * SIDE]]
+    with torch.no_grad():
+        y = model.preprocessing.forward(ends, generator)[0].unflatten(0, (-1, 2))
+        transform = model.flow.as_transform(None if context is None else context[: len(y)])
+        z = transform(y)
+        share = torch.linspace(0, 1, SIDE).unsqueeze(-1)
+        between = z[:, :1] + share * (z[:, 1:] - z[:, :1])
+        pictures = model.preprocessing.inverse(transform.inv(between))
+    figure = _figure(4.2, 4.4)
+    axes = figure.add_subplot()
+    _show_sheet(axes, pictures.flatten(0, 1), image, model.preprocessing.levels)
+    axes.set_title("between two rows of data", loc="left", fontsize=11)
+    _save(figure, path)
+
+
+def _show_sheet(axes: Any, rows: Tensor, size: tuple[int, int], levels: int) -> None:
+    height, width = size
+    sheet = torch.zeros(SIDE * (height + 1) + 1, SIDE * (width + 1) + 1)
+    for index, row in enumerate(rows):
+        top, left = (index // SIDE) * (height + 1) + 1, (index % SIDE) * (width + 1) + 1
+        sheet[top : top + height, left : left + width] = row.reshape(size)
+    axes.imshow(sheet.numpy(), cmap="gray_r", vmin=0, vmax=levels - 1, interpolation="nearest")
+    axes.set_axis_off()
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    # Without the version of matplotlib in the file, the same flow gives the same picture.
+    write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))

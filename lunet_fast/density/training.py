@@ -1,0 +1,260 @@
+"""Training of a density: the loop of the recommender, with a validation part that chooses the weights."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import lunet_fast
+from lunet_fast.density.config import DensityConfig
+from lunet_fast.density.data import Parts, Rows, split
+from lunet_fast.density.evaluation import evaluate
+from lunet_fast.density.files import load_flow, save_flow
+from lunet_fast.density.model import DensityModel, build_flow, whiten
+from lunet_fast.density.preprocessing import Preprocessing
+from lunet_fast.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, fit
+from lunet_fast.recsys import report
+from lunet_fast.recsys.checkpoints import RunFolder, read_json, write_json
+from lunet_fast.recsys.training import cpu_threads, seeded
+
+PHASE = "flow"
+
+VALIDATION_DRAWS = 4
+"""Draws of the noise in a look at the validation part, the same at each look."""
+
+
+@dataclass(frozen=True)
+class DensityResult:
+    """What :func:`train_density` returns; ``metrics`` is the content of ``metrics.json``."""
+
+    model: DensityModel
+    metrics: dict[str, Any]
+    curve: Curve
+
+
+def train_density(
+    rows: Rows,
+    config: DensityConfig,
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    stop: Stop | None = None,
+) -> DensityResult:
+    """Train a flow on 70 % of the rows, choose its weights by 10 %, evaluate it on 20 %.
+
+    ``out`` is the run folder, as in :func:`lunet_fast.recsys.training.train`, whose rules on ``resume``,
+    ``overwrite``, ``checkpoint_seconds`` and ``stop`` hold here too: a training that is interrupted and
+    resumed ends in the same weights, bit for bit.
+
+    Raises :class:`~lunet_fast.loop.DivergenceError` when the loss is not finite, ``RunFolderError`` for an
+    unusable folder, ``CheckpointError`` for a damaged checkpoint, ``ValueError`` for data without a density.
+    """
+    parts = split(rows, config.seed)
+    folder = None if out is None else RunFolder(Path(out))
+    resolved = {"dataset": rows.name, "source": rows.source, "rows": len(rows), **config.to_dict()}
+    if folder is not None:
+        folder.prepare(resume=resume, overwrite=overwrite)
+        if resume and folder.is_finished():
+            folder.check(resolved)
+            return DensityResult(load_flow(folder.model).model, read_json(folder.metrics), Curve())
+    training = parts.training
+    preprocessing = Preprocessing.of(training.values, rows.levels)
+    shares = None
+    if config.conditional and training.labels is not None:
+        counts = torch.bincount(training.labels, minlength=rows.classes)
+        shares = counts / counts.sum()
+    with seeded(config.seed), cpu_threads(config.threads):
+        flow = build_flow(config, rows.features, rows.classes)
+        if config.whiten:
+            noise = torch.Generator().manual_seed(config.seed)
+            whiten(flow, preprocessing.forward(training.values, noise)[0])
+    model = DensityModel(flow, preprocessing, rows.features, shares)
+    with nullcontext() if folder is None else folder.locked():
+        if folder is not None:
+            folder.begin(resolved, resume=resume)
+        with cpu_threads(config.threads):
+            model, curve, chosen = fit_flow(
+                model,
+                parts,
+                config,
+                file=None if folder is None else folder.checkpoints / f"{PHASE}.safetensors",
+                resume=resume,
+                progress=progress,
+                checkpoint_seconds=checkpoint_seconds,
+                stop=stop,
+            )
+            values = evaluate(model, parts)
+        metrics = {
+            "dataset": rows.name,
+            "seed": config.seed,
+            "unit": preprocessing.unit,
+            **values,
+            "best_round": chosen,
+            "rounds": len(curve.train),
+            "train_seconds": round(curve.seconds, 3),
+            "parameters": sum(p.numel() for p in flow.parameters()),
+            "features": rows.features,
+            "train_rows": len(training),
+            "validation_rows": len(parts.validation),
+            "test_rows": len(parts.test),
+            "version_lunet_fast": lunet_fast.__version__,
+            "version_python": platform.python_version(),
+            "version_torch": torch.__version__,
+            "version_numpy": np.__version__,
+        }
+        if folder is not None:
+            save_flow(folder.model, model, config, rows)
+            report.save_loss_figure(
+                folder.loss,
+                f"{rows.name}, {config.layers} layers",
+                curve.train,
+                curve.test,
+                f"loss, {preprocessing.unit}",
+                held_out="validation",
+                unit=f"round of {config.round_steps} steps",
+            )
+            write_json(folder.metrics, metrics)
+    return DensityResult(model, metrics, curve)
+
+
+def fit_flow(
+    model: DensityModel,
+    parts: Parts,
+    config: DensityConfig,
+    *,
+    file: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    stop: Stop | None = None,
+) -> tuple[DensityModel, Curve, int]:
+    """Train ``model.flow``, any module with ``log_prob``; return the chosen model, the curve and the round.
+
+    The flow is trained in place; the model that is returned holds another one, with the averaged weights of
+    the round (from 1; 0 for the first weights) that the validation part likes best.
+    """
+    kept = _Kept(model.flow)
+    training, validation = parts.training, parts.validation
+    conditional = model.shares is not None
+    columns: Batch = (training.values,)
+    if conditional and training.labels is not None:
+        columns = (*columns, training.labels)
+    parameters = list(model.flow.parameters())
+    optimizer = _optimizer(model.flow, config)
+    if config.clip < float("inf"):
+        optimizer.register_step_pre_hook(lambda *_: _clip(parameters, config.clip))
+    optimizer.register_step_post_hook(lambda *_: kept.update(config.average))
+
+    def objective(batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        labels = batch[1] if conditional else None
+        loss = model.preprocessing.loss(model.forward(batch[0], labels, generator), model.features).mean()
+        return loss, loss.detach()
+
+    def validate() -> float:
+        candidate = DensityModel(kept.average, model.preprocessing, model.features, model.shares)
+        loss = float(candidate.loss(validation.values, VALIDATION_DRAWS).mean())
+        kept.offer(loss)
+        return loss
+
+    def enough(curve: Curve) -> bool:
+        return len(curve.test) - int(kept.round) >= config.patience
+
+    curve = fit(
+        Phase(
+            name=PHASE,
+            module=kept,
+            optimizer=optimizer,
+            batches=_Rounds(columns, config.batch_size, config.round_steps),
+            epochs=-(-config.steps // config.round_steps),
+            seed=config.seed,
+            objective=objective,
+            rate=("learning_rate", config.learning_rate),
+            test_loss=validate,
+            enough=enough,
+            linear_decay=True,
+        ),
+        file=file,
+        resume=resume,
+        checkpoint_seconds=checkpoint_seconds,
+        stop=stop,
+        progress=progress,
+    )
+    chosen = DensityModel(kept.best, model.preprocessing, model.features, model.shares)
+    return chosen, curve, int(kept.round)
+
+
+def _optimizer(flow: nn.Module, config: DensityConfig) -> torch.optim.Optimizer:
+    """AdamW, with decay on the matrices of the map alone: biases, slopes and the base want no zero."""
+    base = getattr(flow, "base", None)
+    spared = {id(p) for p in base.parameters()} if isinstance(base, nn.Module) else set()
+    decayed = [p for p in flow.parameters() if p.dim() > 1 and id(p) not in spared]
+    of_matrices = {id(p) for p in decayed}
+    others = [p for p in flow.parameters() if id(p) not in of_matrices]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+def _clip(parameters: list[nn.Parameter], longest: float) -> None:
+    nn.utils.clip_grad_norm_(parameters, longest, foreach=True)
+
+
+class _Kept(nn.Module):
+    """What a checkpoint holds: the flow in training, the mean of its weights, and the best of these means."""
+
+    loss: Tensor
+    round: Tensor
+    offered: Tensor
+
+    def __init__(self, flow: nn.Module) -> None:
+        super().__init__()
+        self.flow = flow
+        self.average = copy.deepcopy(flow).requires_grad_(False)
+        self.best = copy.deepcopy(self.average)
+        self.register_buffer("loss", torch.tensor(torch.finfo(torch.float64).max, dtype=torch.float64))
+        self.register_buffer("round", torch.tensor(0))
+        self.register_buffer("offered", torch.tensor(0))
+        self.averages: list[Tensor] = list(self.average.parameters())
+        self.weights: list[Tensor] = list(flow.parameters())
+
+    @torch.no_grad()
+    def update(self, factor: float) -> None:
+        torch._foreach_lerp_(self.averages, self.weights, 1.0 - factor)
+
+    def offer(self, loss: float) -> None:
+        """The mean has this validation loss now: keep it if it is the best yet."""
+        self.offered += 1
+        if loss < float(self.loss):
+            self.loss.fill_(loss)
+            self.round.copy_(self.offered)
+            self.best.load_state_dict(self.average.state_dict())
+
+
+class _Rounds:
+    """Rounds of ``steps`` batches: as many passes over the rows, each in a new order, as that takes."""
+
+    def __init__(self, columns: Batch, batch_size: int, steps: int) -> None:
+        self.columns, self.steps = columns, steps
+        self.batch_size = min(batch_size, len(columns[0]))
+        self.rows = self.batch_size * steps
+
+    def epoch(self, epoch: int, first: int, generator: torch.Generator) -> Iterator[Batch]:
+        count = len(self.columns[0])
+        passes = [torch.randperm(count, generator=generator) for _ in range(-(-self.rows // count))]
+        batches = torch.cat(passes)[: self.rows].split(self.batch_size)[first:]
+        return (tuple(column[rows] for column in self.columns) for rows in batches)
