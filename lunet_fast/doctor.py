@@ -34,11 +34,12 @@ __all__ = ["Copy", "Finding", "examine", "find_movielens"]
 EXTRAS = {
     "train": ("typer", "rich", "matplotlib", "pooch", "safetensors", "filelock"),
     "bench": ("nflows", "normflows", "zuko", "cornac", "myfm"),
+    "density": ("scikit-learn",),
     "tune": ("optuna",),
     "baselines": ("cornac", "implicit", "myfm", "scikit-surprise", "scipy"),
 }
 """The packages of each extra."""
-_MODULES = {"scikit-surprise": "surprise"}
+_MODULES = {"scikit-learn": "sklearn", "scikit-surprise": "surprise"}
 """Packages that are imported under another name."""
 
 _EXACT = 1e-9

@@ -15,21 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lunet_fast import ops, reference
+from lunet_fast.activations import BijectiveActivation, LeakySoftplus
 from lunet_fast.lu_dense import LUDense
-from lunet_fast.reference import Slopes
 
 
 def takes(x: Tensor, layers: Sequence[LUDense]) -> bool:
     """Whether these layers on x are small and what ``net`` is written for; what does not fit together is left
     to the layers, which say what is wrong."""
     return ops.is_small(x) and all(
-        layer.permutation is None and layer.lu.dtype == x.dtype and layer.in_features == x.shape[-1]
-        for layer in layers
+        layer.lu.dtype == x.dtype and layer.in_features == x.shape[-1] for layer in layers
     )
 
 
 def net(x: Tensor, layers: Sequence[LUDense], *, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
-    """(f(x) [..., D], log|det J| [...] or None) of M layers without permutations, one after another.
+    """(f(x) [..., D], log|det J| [...] or None) of M layers, one after another.
 
     Cost: 2·M·D³ flops to form the matrices and 2·M·N·D² for N rows, in about 15 + 4·M calls.
     """
@@ -37,7 +36,7 @@ def net(x: Tensor, layers: Sequence[LUDense], *, logabsdet: bool) -> tuple[Tenso
     z, total = x, logs.sum().expand(x.shape[:-1]) if logabsdet else None
     for layer, weight in zip(layers, weights.unbind(), strict=True):
         h = F.linear(z, weight, layer.bias)
-        z, share = _activate(h, layer._slopes(), logabsdet)
+        z, share = _activate(h, layer.activation, logabsdet)
         if share is not None and total is not None:
             total = total + share
     return z, total
@@ -58,32 +57,49 @@ def stacked_net(x: Tensor, members: Sequence[Sequence[LUDense]]) -> Tensor:
         else:
             bias = torch.stack([cast(Tensor, layer.bias) for layer in column])
             h = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
-        x = _activate(h, column[0]._slopes(), False)[0]
+        x = _activate(h, column[0].activation, False)[0]
     return x
 
 
 def _matrices(layers: Sequence[LUDense]) -> tuple[Tensor, Tensor]:
-    """(A = L U [M, D, D], formed for all layers at once as U + (L − I) U; log|u_ii| [M, D])."""
+    """(A = Pᵀ L U [M, D, D], formed for all layers at once as Pᵀ (U + (L − I) U); log|u_ii| [M, D])."""
     lu = torch.stack([layer.lu for layer in layers])
     bound = reference.LOG_DIAGONAL_BOUND[lu.dtype]
     # hardtanh is clamp with a derivative in one call, where clamp's takes several.
     logs = F.hardtanh(lu.diagonal(dim1=-2, dim2=-1), -bound, bound)
     diagonal = logs.exp() * torch.stack([layer.sign for layer in layers])
     upper = lu.triu(1) + torch.diag_embed(diagonal)
-    return torch.baddbmm(upper, lu.tril(-1), upper), logs
+    weights = torch.baddbmm(upper, lu.tril(-1), upper)
+    if any(layer.permutation is not None for layer in layers):
+        own = torch.arange(lu.shape[-1], device=lu.device)
+        orders = [own if layer.permutation is None else layer.permutation.argsort() for layer in layers]
+        weights = weights.gather(1, torch.stack(orders).unsqueeze(-1).expand_as(weights))
+    return weights, logs
 
 
-def _activate(h: Tensor, slopes: Slopes | None, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
+def _activate(
+    h: Tensor, activation: BijectiveActivation | None, logabsdet: bool
+) -> tuple[Tensor, Tensor | None]:
     """(φ(h), Σ log φ′(h) over the last dimension or None)."""
-    if slopes is None:
+    if activation is None:
         return h, None
-    if isinstance(slopes, Tensor):
-        y = reference.leaky_softplus(h, slopes)
-    else:
+    slopes = activation.slopes()
+    if not isinstance(slopes, Tensor):
         a, c, kappa = slopes
         soft = F.softplus(h, kappa, 40.0)
         if kappa == 1.0 and a + c == 1.0 and a <= 0.5:
             y = torch.lerp(soft, h, a)  # beyond, it would add a rounding of the difference
         else:
             y = torch.add(soft if c == 1.0 else soft * c, h, alpha=a)
-    return y, reference.log_derivative_sum(h, slopes) if logabsdet else None
+        return y, reference.log_derivative_sum(h, slopes) if logabsdet else None
+    if not isinstance(activation, LeakySoftplus):
+        return reference.leaky_softplus(h, slopes), (
+            reference.log_derivative_sum(h, slopes) if logabsdet else None
+        )
+    # α alone is learnt, where the general formulas would give a gradient to each of (a, c, κ).
+    alpha = cast(Tensor, activation.alpha)
+    y = torch.lerp(F.softplus(h, 1.0, 40.0), h, alpha)
+    if not logabsdet:
+        return y, None
+    derivative = torch.lerp(torch.sigmoid(h), h.new_ones(()), alpha)
+    return y, derivative.log().sum(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import mpmath
 import pytest
@@ -587,3 +588,40 @@ def test_fixed_values_do_not_lose_digits_in_other_dtypes() -> None:
 def test_public_names() -> None:
     assert lunet_fast.LeakySoftplus is LeakySoftplus
     assert lunet_fast.GeneralizedLeakySoftplus is GeneralizedLeakySoftplus
+
+
+# ---- slopes for each coordinate
+
+
+@pytest.mark.parametrize("make", [LeakySoftplus, GeneralizedLeakySoftplus])
+def test_slopes_for_each_coordinate_are_those_of_one_activation_each(make: Any) -> None:
+    torch.manual_seed(0)
+    phi = make(0.3, learnable=True, features=4).double()
+    for raw in phi.parameters():
+        assert raw.shape == (4,)
+        torch.nn.init.normal_(raw)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    y, logabsdet = phi.forward_and_logabsdet(x)
+    total = 0.0
+    for column in range(4):
+        one = make(0.3, learnable=True).double()
+        with torch.no_grad():
+            for raw, of_all in zip(one.parameters(), phi.parameters(), strict=True):
+                raw.copy_(of_all[column])
+        exact, share = one.forward_and_logabsdet(x[:, column : column + 1])
+        torch.testing.assert_close(y[:, column : column + 1], exact, rtol=1e-13, atol=1e-13)
+        total = total + share
+    torch.testing.assert_close(logabsdet, total, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(phi.inverse(y), x, rtol=1e-10, atol=1e-10)
+    low, high = phi.slope_values()[0].min(), phi.slope_values()[0].max()
+    assert low < high
+    assert "…" in repr(phi)
+    phi.reset_parameters()
+    assert float(phi.slope_values()[0].std()) < 1e-12
+
+
+def test_slopes_for_each_coordinate_must_be_learnt() -> None:
+    with pytest.raises(ValueError, match="features=3 asks for a slope for each coordinate"):
+        LeakySoftplus(0.3, features=3)
+    with pytest.raises(ValueError, match="features must be at least 1, got 0"):
+        GeneralizedLeakySoftplus(learnable=True, features=0)

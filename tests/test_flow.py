@@ -19,7 +19,7 @@ from torch.distributions import (
     constraints,
 )
 
-from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUFlow, LUNet
+from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUFlow, LUNet, NormalMixture
 
 
 def make(d: int, layers: int, seed: int = 0, dtype: torch.dtype = torch.float64, **scales: float) -> LUNet:
@@ -324,3 +324,89 @@ def test_a_transform_follows_later_changes_of_the_module() -> None:
     truth.randomise(layer, 3)
     x = torch.randn(5, 3, dtype=torch.float64)
     torch.testing.assert_close(transform(x), truth.forward(x, truth.read(layer))[0])
+
+
+# ---- bases with several modes
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize("components", [1, 4])
+def test_mixture_is_the_one_of_torch_distributions(components: int, shape: tuple[int, ...]) -> None:
+    base = NormalMixture(3, components, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.normal_()
+        base.mean.add_(50.0)  # far from 0: multiplied-out squares must be taken about the means
+    z = 50.0 + torch.randn(*shape, 3, dtype=torch.float64, requires_grad=True)
+    found, exact = base.log_prob(z), base.as_distribution().log_prob(z)
+    assert found.shape == shape
+    torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-11)
+    inputs = [z, *base.parameters()]
+    for f, e in zip(
+        torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(exact.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-9)
+
+
+def test_mixture_float32_has_its_accuracy() -> None:
+    base = NormalMixture(64, 30)
+    z = torch.randn(100, 64) * 3
+    exact = NormalMixture(64, 30, dtype=torch.float64)
+    exact.load_state_dict(base.state_dict())
+    difference = (base.log_prob(z).double() - exact.log_prob(z.double())).abs().max()
+    assert float(difference) < 1e-6 * float(z.square().sum(-1).max())
+
+
+def test_mixture_samples_have_its_moments() -> None:
+    torch.manual_seed(0)
+    base = NormalMixture(2, 3, spread=2.0, dtype=torch.float64)
+    with torch.no_grad():
+        base.logits.copy_(torch.tensor([0.0, 1.0, 2.0]))
+        base.log_scale.normal_(std=0.5)
+    exact = base.as_distribution()
+    drawn = base.sample((40_000,))
+    torch.testing.assert_close(drawn.mean(0), exact.mean, atol=0.05, rtol=0)
+    torch.testing.assert_close(drawn.var(0), exact.variance, atol=0.15, rtol=0)
+
+
+def test_mixture_of_no_rows() -> None:
+    assert NormalMixture(3, 2).log_prob(torch.empty(0, 3)).shape == (0,)
+
+
+def test_mixture_refuses() -> None:
+    with pytest.raises(ValueError, match="components must be at least 1"):
+        NormalMixture(3, 0)
+
+
+# ---- zuko's flows and ours in one
+
+
+def test_zuko_flow_with_our_layers_inside() -> None:
+    zuko = pytest.importorskip("zuko")
+    torch.manual_seed(0)
+    net = LUNet(3, 2, LeakySoftplus(0.4)).double()
+    theirs = zuko.flows.RealNVP(3, transforms=2, hidden_features=(8,)).double()
+    ours = zuko.flows.UnconditionalTransform(net.as_transform)
+    flow = zuko.flows.Flow([*theirs.transform.transforms, ours], theirs.base)
+    x = torch.randn(6, 3, dtype=torch.float64)
+    y, first = theirs.transform().call_and_ladj(x)
+    z, second = net.forward_and_logabsdet(y)
+    exact = standard(3).log_prob(z) + first + second
+    torch.testing.assert_close(flow().log_prob(x), exact, rtol=1e-10, atol=1e-10)
+    flow().log_prob(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    drawn, log_prob = flow().rsample_and_log_prob((50,))
+    torch.testing.assert_close(log_prob, flow().log_prob(drawn), rtol=1e-8, atol=1e-8)
+
+
+def test_our_flow_with_zukos_coupling_before_it() -> None:
+    zuko = pytest.importorskip("zuko")
+    torch.manual_seed(0)
+    flow = LUFlow(LUNet(3, 2, LeakySoftplus(0.4)).double())
+    coupling = zuko.flows.RealNVP(3, transforms=2, hidden_features=(8,)).double().transform()
+    # From the base to data: back through our net, then back through zuko's layers.
+    both = TransformedDistribution(standard(3), [flow.as_transform().inv, coupling.inv])
+    x = torch.randn(6, 3, dtype=torch.float64)
+    y, share = coupling.call_and_ladj(x)
+    torch.testing.assert_close(both.log_prob(x), flow.log_prob(y) + share, rtol=1e-9, atol=1e-9)
+    assert both.sample((4,)).shape == (4, 3)

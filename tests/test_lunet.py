@@ -397,3 +397,96 @@ def test_layers_with_permutations_can_be_put_in() -> None:
     torch.testing.assert_close(net.inverse(net(x)), x)
     expected = truth.forward(truth.phi(linear(x), (0.3, 0.7, 1.0)), truth.read(net.layers[1]))[0]
     torch.testing.assert_close(net(x), expected)
+
+
+# ---- permutations and data-dependent initialisation
+
+
+@pytest.mark.parametrize("kind", ["random", "reverse"])
+def test_permutations_mix_what_layers_pass_on(kind: str) -> None:
+    torch.manual_seed(0)
+    net = LUNet(6, 4, LeakySoftplus(0.5), dtype=torch.float64, permutation=kind)
+    orders = [layer.permutation for layer in net.layers]
+    assert orders[-1] is None
+    if kind == "reverse":
+        assert all(order.tolist() == [5, 4, 3, 2, 1, 0] for order in orders[:-1])
+    else:
+        assert len({tuple(order.tolist()) for order in orders[:-1]}) > 1
+    kept = [None if order is None else order.clone() for order in orders]
+    net.reset_parameters()
+    assert all(
+        (a is None and b is None) or torch.equal(a, b)
+        for a, b in zip(kept, [layer.permutation for layer in net.layers], strict=True)
+    )
+    x = normal(7, 6)
+    y, logabsdet = net.forward_and_logabsdet(x)
+    exact, total = x, 0.0
+    for state in states(net):
+        exact, share = truth.forward(exact, state)
+        total = total + share
+    torch.testing.assert_close(y, exact, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(logabsdet, total, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(net.inverse(y), x, rtol=1e-9, atol=1e-9)
+    again = LUNet(6, 4, LeakySoftplus(0.5), dtype=torch.float64)
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again(x), y)
+
+
+def test_an_unknown_permutation() -> None:
+    with pytest.raises(ValueError, match="permutation must be one of reverse, random or None, got 'shuffle'"):
+        LUNet(3, 2, permutation="shuffle")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("permutation", [None, "random"])
+def test_whiten_makes_every_layers_output_white(permutation: str | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    mixed = torch.randn(5, 5, dtype=dtype)
+    x = torch.randn(4000, 5, dtype=dtype).exp() @ mixed + 7 * torch.randn(5, dtype=dtype)
+    net = LUNet(5, 3, LeakySoftplus(0.3, True, 5), dtype=dtype, permutation=permutation)
+    net.whiten(x)
+    before = x
+    for layer in net.layers:
+        h = before @ layer.weight.mT + layer.bias
+        assert float(h.mean(0).abs().max()) < 1e-3
+        # The covariance is drawn to its mean diagonal by D/(D + N).
+        assert float((torch.cov(h.mT) - torch.eye(5, dtype=dtype)).abs().max()) < 0.15
+        before = layer(before)
+    torch.testing.assert_close(before, net(x))
+
+
+def test_whiten_matches_the_symmetric_root_of_scipy_or_numpy() -> None:
+    """A = C^(-1/2) of the shrunk covariance, by an eigendecomposition of numpy's."""
+    import numpy as np
+
+    x = normal(50, 4) @ normal(4, 4)
+    net = LUNet(4, 1, dtype=torch.float64)
+    net.whiten(x)
+    covariance = np.cov(x.numpy().T)
+    share = 4 / (4 + 50)
+    shrunk = (1 - share) * covariance + share * np.mean(np.diag(covariance)) * np.eye(4)
+    values, vectors = np.linalg.eigh(shrunk)
+    root = vectors @ np.diag(values**-0.5) @ vectors.T
+    torch.testing.assert_close(net.layers[0].weight.detach(), torch.from_numpy(root), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_whiten_takes_fewer_rows_than_features_and_constant_columns(rows: int) -> None:
+    x = normal(rows, 6)
+    x[:, 2] = 5.0
+    net = LUNet(6, 3, LeakySoftplus(0.5), dtype=torch.float64)
+    net.whiten(x)
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in net.parameters())
+    torch.testing.assert_close(net.inverse(net(x)), x, rtol=1e-7, atol=1e-7)
+
+
+def test_whiten_refuses() -> None:
+    net = LUNet(3, 2)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        net.whiten(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="all finite"):
+        net.whiten(torch.tensor([[1.0, 2.0, 3.0], [1.0, float("nan"), 3.0]]))
+    with pytest.raises(ValueError, match="3 features"):
+        net.whiten(torch.zeros(5, 4))
+    with pytest.raises(ValueError, match="bias=True"):
+        LUNet(3, 2, bias=False).whiten(torch.randn(5, 3))

@@ -28,8 +28,9 @@ class DensityConfig:
     """Left slope of LeakySoftplus where it starts. Near 1, a deep net starts near a linear one."""
     slopes: str = "coordinate"
     """What α is learnt for: each ``coordinate`` of each layer, each ``layer``, or nothing: ``fixed``."""
-    permutation: str | None = "random"
-    """The order in which layers pass their coordinates on: ``random``, ``reverse``, or None for their own."""
+    permutation: str | None = None
+    """The order in which layers pass their coordinates on: ``random``, ``reverse``, or None for their own.
+    On whitened layers it makes no difference to the likelihood of digits."""
     components: int = 30
     """K Gaussians in the base; with 1 it is the standard normal."""
     whiten: bool = True

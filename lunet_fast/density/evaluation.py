@@ -18,7 +18,7 @@ TEST_DRAWS = 10
 TRUTH_ROWS = 50_000
 """Draws of a known density that its Kullback–Leibler divergence is measured on."""
 
-GRID = 601
+GRID = 401
 """Points a side of the grid that a density on the plane is integrated on."""
 
 

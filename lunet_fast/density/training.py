@@ -220,6 +220,7 @@ class _Kept(nn.Module):
     loss: Tensor
     round: Tensor
     offered: Tensor
+    updates: Tensor
 
     def __init__(self, flow: nn.Module) -> None:
         super().__init__()
@@ -229,12 +230,16 @@ class _Kept(nn.Module):
         self.register_buffer("loss", torch.tensor(torch.finfo(torch.float64).max, dtype=torch.float64))
         self.register_buffer("round", torch.tensor(0))
         self.register_buffer("offered", torch.tensor(0))
+        self.register_buffer("updates", torch.tensor(0))
         self.averages: list[Tensor] = list(self.average.parameters())
         self.weights: list[Tensor] = list(flow.parameters())
 
     @torch.no_grad()
     def update(self, factor: float) -> None:
-        torch._foreach_lerp_(self.averages, self.weights, 1.0 - factor)
+        # Over the last tenth of the steps at most: the first weights shall not linger in a short training.
+        self.updates += 1
+        count = int(self.updates)
+        torch._foreach_lerp_(self.averages, self.weights, 1.0 - min(factor, count / (count + 10.0)))
 
     def offer(self, loss: float) -> None:
         """The mean has this validation loss now: keep it if it is the best yet."""
