@@ -455,6 +455,35 @@ def test_whiten_makes_every_layers_output_white(permutation: str | None, dtype: 
     torch.testing.assert_close(before, net(x))
 
 
+@pytest.mark.parametrize("signs", ["negative", "random"])
+def test_signs_turn_coordinates_round(signs: str) -> None:
+    torch.manual_seed(0)
+    net = LUNet(5, 4, LeakySoftplus(0.5), dtype=torch.float64, permutation="random", signs=signs)
+    kept = [layer.sign.clone() for layer in net.layers]
+    assert all(bool((each == -1).all()) for each in kept) == (signs == "negative")
+    assert all(bool((each.abs() == 1).all()) for each in kept)
+    torch.testing.assert_close(net(torch.zeros(5, dtype=torch.float64)), torch.zeros(5, dtype=torch.float64))
+    x = normal(4000, 5) @ (torch.eye(5) + 0.3 * normal(5, 5)) + 3
+    net.whiten(x)
+    for layer, sign in zip(net.layers, kept, strict=True):
+        assert torch.equal(layer.sign, sign)
+    h = x
+    for layer in net.layers:
+        white = h @ layer.weight.mT + layer.bias
+        assert float((torch.cov(white.mT) - torch.eye(5)).abs().max()) < 0.2
+        # Turned back, A is the symmetric root that is nearest to the identity.
+        order = torch.arange(5) if layer.permutation is None else layer.permutation
+        root = layer.sign.unsqueeze(-1) * layer.weight[order]
+        torch.testing.assert_close(root, root.mT, rtol=1e-8, atol=1e-8)
+        h = layer(h)
+    torch.testing.assert_close(net.inverse(h), x, rtol=1e-8, atol=1e-8)
+
+
+def test_unknown_signs() -> None:
+    with pytest.raises(ValueError, match="signs must be one of positive, negative, random, got 'plus'"):
+        LUNet(3, 2, signs="plus")
+
+
 def test_whiten_matches_the_symmetric_root_of_scipy_or_numpy() -> None:
     """A = C^(-1/2) of the shrunk covariance, by an eigendecomposition of numpy's."""
     import numpy as np

@@ -76,6 +76,14 @@ def train_command(
             metavar="coordinate|layer|fixed", help="What a slope is learnt for.", rich_help_panel=MODEL
         ),
     ] = None,
+    signs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="positive|negative|random",
+            help="Of the diagonals of U: with `negative` ones the activations bend to alternate sides.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     permutation: Annotated[
         str | None,
         typer.Option(
@@ -148,6 +156,7 @@ def train_command(
         "components": components,
         "alpha": alpha,
         "slopes": slopes,
+        "signs": signs,
         "conditional": conditional,
         "steps": steps,
         "patience": patience,

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lunet_fast.lunet import PERMUTATIONS
+from lunet_fast.lunet import PERMUTATIONS, SIGNS
 
 SLOPES = ("fixed", "layer", "coordinate")
 
@@ -31,6 +31,9 @@ class DensityConfig:
     permutation: str | None = None
     """The order in which layers pass their coordinates on: ``random``, ``reverse``, or None for their own.
     On whitened layers it makes no difference to the likelihood of digits."""
+    signs: str = "negative"
+    """Of the diagonals of U: ``positive``, ``negative``, so that activations bend to alternate sides, or
+    ``random``."""
     components: int = 30
     """K Gaussians in the base; with 1 it is the standard normal."""
     whiten: bool = True
@@ -56,7 +59,11 @@ class DensityConfig:
     """CPU threads; with a fixed number the result does not depend on how many cores there are."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("slopes", SLOPES), ("permutation", (*PERMUTATIONS, None))):
+        for name, allowed in (
+            ("slopes", SLOPES),
+            ("signs", SIGNS),
+            ("permutation", (*PERMUTATIONS, None)),
+        ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(map(str, allowed))
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")

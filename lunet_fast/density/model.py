@@ -26,7 +26,7 @@ def build_flow(config: DensityConfig, features: int, classes: int = 0) -> LUFlow
         learnable=config.slopes != "fixed",
         features=features if config.slopes == "coordinate" else None,
     )
-    net: Any = LUNet(features, config.layers, activation, permutation=config.permutation)
+    net: Any = LUNet(features, config.layers, activation, permutation=config.permutation, signs=config.signs)
     if config.conditional:
         if classes < 1:
             raise ValueError("conditional=True needs labels, and the data has none: set it to False")
