@@ -124,6 +124,7 @@ def train_command(
             help="CPU threads; another number may change the last digits.", rich_help_panel=TRAINING
         ),
     ] = None,
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.", rich_help_panel=TRAINING)] = "cpu",
 ) -> None:
     """Train a flow on a data set, and tell what it is worth on rows that it has not seen.
 
@@ -182,6 +183,7 @@ def train_command(
                     out=folder.path,
                     resume=resume,
                     overwrite=overwrite,
+                    device=device,
                     progress=progress,
                     stop=stop,
                 )

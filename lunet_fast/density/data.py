@@ -205,7 +205,10 @@ def _table(path: Path, label_column: str | None) -> Rows:
                 f"{path}: column {name!r} holds {table[name].dtype}, not numbers: leave it out, or name it "
                 "with --label-column if it holds classes"
             )
-    values = torch.from_numpy(table.to_numpy(dtype=np.float32, na_value=np.nan))
+    try:
+        values = torch.from_numpy(table.to_numpy(dtype=np.float32, na_value=np.nan))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: some column does not hold real numbers ({error})") from error
     return Rows(path.stem, values, labels, source=_digest(path))
 
 

@@ -64,7 +64,7 @@ class DensityModel:
         Of integers, the mean of log p(x + u) over ``draws`` draws of the noise from ``seed``, in the mean a
         lower bound of log P(x). Without noise ``draws`` has no effect.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(x.device).manual_seed(seed)
         draws = draws if self.preprocessing.levels is not None else 1
         with torch.no_grad():
             return torch.stack([self._marginal(x, generator) for _ in range(draws)]).mean(0)

@@ -21,6 +21,7 @@ from lunet_fast.density.evaluation import evaluate
 from lunet_fast.density.files import load_flow, save_flow
 from lunet_fast.density.model import DensityModel, build_flow, whiten
 from lunet_fast.density.preprocessing import Preprocessing
+from lunet_fast.distributed import existing_device
 from lunet_fast.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, fit
 from lunet_fast.recsys import report
 from lunet_fast.recsys.checkpoints import RunFolder, read_json, write_json
@@ -48,6 +49,7 @@ def train_density(
     out: Path | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    device: torch.device | str = "cpu",
     progress: Progress | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     stop: Stop | None = None,
@@ -56,11 +58,13 @@ def train_density(
 
     ``out`` is the run folder, as in :func:`lunet_fast.recsys.training.train`, whose rules on ``resume``,
     ``overwrite``, ``checkpoint_seconds`` and ``stop`` hold here too: a training that is interrupted and
-    resumed ends in the same weights, bit for bit.
+    resumed ends in the same weights, bit for bit on a CPU. ``device`` is where it is trained; the result is
+    on the CPU.
 
     Raises :class:`~lunet_fast.loop.DivergenceError` when the loss is not finite, ``RunFolderError`` for an
     unusable folder, ``CheckpointError`` for a damaged checkpoint, ``ValueError`` for data without a density.
     """
+    device = existing_device(device)
     parts = split(rows, config.seed)
     folder = None if out is None else RunFolder(Path(out))
     resolved = {"dataset": rows.name, "source": rows.source, "rows": len(rows), **config.to_dict()}
@@ -89,6 +93,7 @@ def train_density(
                 model,
                 parts,
                 config,
+                device=device,
                 file=None if folder is None else folder.checkpoints / f"{PHASE}.safetensors",
                 resume=resume,
                 progress=progress,
@@ -134,6 +139,7 @@ def fit_flow(
     parts: Parts,
     config: DensityConfig,
     *,
+    device: torch.device | str = "cpu",
     file: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -143,14 +149,16 @@ def fit_flow(
     """Train ``model.flow``, any module with ``log_prob``; return the chosen model, the curve and the round.
 
     The flow is trained in place; the model that is returned holds another one, with the averaged weights of
-    the round (from 1; 0 for the first weights) that the validation part likes best.
+    the round (from 1; 0 for the first weights) that the validation part likes best. Both are on the CPU at
+    the end; ``device`` is where it is computed.
     """
-    kept = _Kept(model.flow)
+    kept = _Kept(model.flow.to(device)).to(device)
     training, validation = parts.training, parts.validation
+    held_out = validation.values.to(device)
     conditional = model.shares is not None
-    columns: Batch = (training.values,)
+    columns: Batch = (training.values.to(device),)
     if conditional and training.labels is not None:
-        columns = (*columns, training.labels)
+        columns = (*columns, training.labels.to(device))
     parameters = list(model.flow.parameters())
     optimizer = _optimizer(model.flow, config)
     if config.clip < float("inf"):
@@ -164,7 +172,7 @@ def fit_flow(
 
     def validate() -> float:
         candidate = DensityModel(kept.average, model.preprocessing, model.features, model.shares)
-        loss = float(candidate.loss(validation.values, VALIDATION_DRAWS).mean())
+        loss = float(candidate.loss(held_out, VALIDATION_DRAWS).mean())
         kept.offer(loss)
         return loss
 
@@ -191,6 +199,7 @@ def fit_flow(
         stop=stop,
         progress=progress,
     )
+    kept.to("cpu")
     chosen = DensityModel(kept.best, model.preprocessing, model.features, model.shares)
     return chosen, curve, int(kept.round)
 
@@ -260,6 +269,9 @@ class _Rounds:
 
     def epoch(self, epoch: int, first: int, generator: torch.Generator) -> Iterator[Batch]:
         count = len(self.columns[0])
-        passes = [torch.randperm(count, generator=generator) for _ in range(-(-self.rows // count))]
+        passes = [
+            torch.randperm(count, generator=generator, device=self.columns[0].device)
+            for _ in range(-(-self.rows // count))
+        ]
         batches = torch.cat(passes)[: self.rows].split(self.batch_size)[first:]
         return (tuple(column[rows] for column in self.columns) for rows in batches)
