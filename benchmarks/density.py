@@ -47,8 +47,8 @@ GRID = tuple(
 )
 TUNING_STEPS = 1500
 
-DIGITS = DensityConfig(steps=5000, patience=12)
-PLANE = DensityConfig(steps=2500, patience=25, batch_size=512, weight_decay=0.0)
+DIGITS = DensityConfig(steps=5000, patience=12, learning_rate=5e-3)
+PLANE = DensityConfig(steps=2500, patience=25, batch_size=512, weight_decay=0.0, signs="random")
 
 
 class Peer(nn.Module):
@@ -306,15 +306,20 @@ def depth(seeds: int) -> None:
     """What depth does on digits, by how the net starts, and what is left of a row after there and back."""
     kept = Kept("density-depth")
     rows = data.read("digits")
-    # As LU-Net starts by itself; whitened layer by layer; whitened with slopes near 1.
-    starts = {"identity at 0": (0.1, False), "white": (0.1, True), "white, slopes near 1": (0.7, True)}
-    for layers in (4, 32, 12, 8, 16, 2, 24):
-        for name, (alpha, white) in starts.items():
+    # As LU-Net starts by itself; then each with one thing more.
+    starts: dict[str, tuple[bool, dict[str, Any]]] = {
+        "identity at 0": (False, {"alpha": 0.1, "signs": "positive"}),
+        "white": (True, {"alpha": 0.1, "signs": "positive"}),
+        "white, slopes near 1": (True, {"alpha": 0.7, "signs": "positive"}),
+        "white, slopes near 1, negative signs": (True, {"alpha": 0.7, "signs": "negative"}),
+    }
+    for layers in (32, 4, 12, 8, 2):
+        for name, (white, settings) in starts.items():
             if kept.has(layers=layers, start=name):
                 continue
             runs = []
             for seed in SEEDS[:seeds]:
-                config = replace(DIGITS, seed=seed, layers=layers, alpha=alpha)
+                config = replace(DIGITS, seed=seed, layers=layers, **settings)
                 parts = data.split(rows, seed)
 
                 def make(y: Tensor, config: DensityConfig, white: bool = white) -> nn.Module:

@@ -113,7 +113,13 @@ def train_command(
     batch_size: Annotated[int | None, typer.Option(help="Rows a step.", rich_help_panel=TRAINING)] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--learning-rate", "--lr", help="Adam's, falling to 0.", rich_help_panel=TRAINING),
+        typer.Option(
+            "--learning-rate",
+            "--lr",
+            help="Adam's, falling to 0.",
+            show_default="5e-3; beyond 64 features 0.32/D",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     weight_decay: Annotated[
         float | None, typer.Option(help="Of the matrices.", rich_help_panel=TRAINING)

@@ -47,8 +47,8 @@ class DensityConfig:
     patience: int = 20
     """Rounds without a better validation loss after which training ends."""
     batch_size: int = 256
-    learning_rate: float = 5e-3
-    """Adam's, falling linearly to 0 at the last step."""
+    learning_rate: float | None = None
+    """Adam's, falling linearly to 0 at the last step; None is :meth:`rate`'s for the number of features."""
     weight_decay: float = 0.2
     """Of the matrices (decoupled, as in AdamW), which it draws towards the identity."""
     clip: float = 5.0
@@ -70,8 +70,9 @@ class DensityConfig:
         for name in ("layers", "components", "steps", "round_steps", "patience", "batch_size", "threads"):
             self._check(name, 1, math.inf, whole=True)
         self._check("seed", 0, 2**63 - 1, whole=True)
-        for name in ("learning_rate", "clip"):
-            self._check(name, 0, math.inf, open_low=True)
+        self._check("clip", 0, math.inf, open_low=True)
+        if self.learning_rate is not None:
+            self._check("learning_rate", 0, math.inf, open_low=True)
         self._check("weight_decay", 0, math.inf)
         low, high = (0, 1) if self.slopes == "fixed" else (1e-3, 1 - 1e-3)
         self._check("alpha", low, high, open_low=True)
@@ -93,6 +94,13 @@ class DensityConfig:
             ends = f"above {low:g}" if open_low else f"at least {low:g}"
             upto = "" if high == math.inf else f" and below {high:g}"
             raise ValueError(f"{name} must be {what} {ends}{upto}, got {value!r}")
+
+    def rate(self, features: int) -> float:
+        """The learning rate on ℝᴰ: 5e-3, and in more than 64 dimensions less by 64/D.
+
+        A step of Adam's moves every entry of a [D, D] matrix by about the rate, and so A by up to D times it.
+        """
+        return 5e-3 * min(1.0, 64 / features) if self.learning_rate is None else self.learning_rate
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -6,7 +6,7 @@ import copy
 import platform
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def train_density(
     device = existing_device(device)
     parts = split(rows, config.seed)
     folder = None if out is None else RunFolder(Path(out))
+    config = replace(config, learning_rate=config.rate(rows.features))
     resolved = {"dataset": rows.name, "source": rows.source, "rows": len(rows), **config.to_dict()}
     if folder is not None:
         folder.prepare(resume=resume, overwrite=overwrite)
@@ -160,7 +161,7 @@ def fit_flow(
     if conditional and training.labels is not None:
         columns = (*columns, training.labels.to(device))
     parameters = list(model.flow.parameters())
-    optimizer = _optimizer(model.flow, config)
+    optimizer = _optimizer(model.flow, config, model.features)
     if config.clip < float("inf"):
         optimizer.register_step_pre_hook(lambda *_: _clip(parameters, config.clip))
     optimizer.register_step_post_hook(lambda *_: kept.update(config.average))
@@ -188,7 +189,7 @@ def fit_flow(
             epochs=-(-config.steps // config.round_steps),
             seed=config.seed,
             objective=objective,
-            rate=("learning_rate", config.learning_rate),
+            rate=("learning_rate", config.rate(model.features)),
             test_loss=validate,
             enough=enough,
             linear_decay=True,
@@ -204,7 +205,7 @@ def fit_flow(
     return chosen, curve, int(kept.round)
 
 
-def _optimizer(flow: nn.Module, config: DensityConfig) -> torch.optim.Optimizer:
+def _optimizer(flow: nn.Module, config: DensityConfig, features: int) -> torch.optim.Optimizer:
     """AdamW, with decay on the matrices of the map alone: biases, slopes and the base want no zero."""
     base = getattr(flow, "base", None)
     spared = {id(p) for p in base.parameters()} if isinstance(base, nn.Module) else set()
@@ -216,7 +217,7 @@ def _optimizer(flow: nn.Module, config: DensityConfig) -> torch.optim.Optimizer:
         {"params": others, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    return torch.optim.AdamW(groups, lr=config.rate(features), fused=True)
 
 
 def _clip(parameters: list[nn.Parameter], longest: float) -> None:
