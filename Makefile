@@ -13,7 +13,7 @@ TORCH     := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow fuzz scale lint format bench bench-all bench-compare kernels-report gpu-check clean
+.PHONY: help train test test-slow fuzz scale lint format bench bench-all bench-compare bench-density kernels-report gpu-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -54,6 +54,10 @@ bench-all: $(VENV)/.dev  ## every size, into benchmarks/results: about an hour
 
 bench-compare: $(VENV)/.dev  ## is this tree slower than BASE (default main)?
 	$(BIN)/python benchmarks/compare.py $(or $(BASE),main)
+
+bench-density: $(VENV)/.dev  ## flows beside zuko's and nflows' on digits and the plane, by depth: 4 hours of 1 core
+	for part in digits plane depth speed report; do $(BIN)/python benchmarks/density.py $$part || exit 1; done
+	$(BIN)/python benchmarks/readme.py
 
 kernels-report: $(VENV)/.dev  ## registers, spills, shared memory of every kernel (TRITON=... for another Triton)
 	$(BIN)/python benchmarks/kernel_resources.py --check $(if $(TRITON),--triton $(TRITON))

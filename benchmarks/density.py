@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lunet_fast import LUNet, NormalMixture, StandardNormal
+from lunet_fast import ConditionalLUNet, LUNet, NormalMixture, StandardNormal
 from lunet_fast.density import data
 from lunet_fast.density.config import DensityConfig
-from lunet_fast.density.evaluation import TEST_DRAWS, auroc, divergence, integral
+from lunet_fast.density.evaluation import TEST_DRAWS, accuracy, auroc, divergence, integral
 from lunet_fast.density.model import DensityModel, build_flow, whiten
 from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.density.training import fit_flow
@@ -86,12 +86,13 @@ class Nflows(Peer):
         return self.transform.inverse(z)[0]
 
 
-Make = Callable[[Tensor, DensityConfig], nn.Module]
+#: (preprocessed training rows, settings, how many labels) → flow.
+Make = Callable[[Tensor, DensityConfig, int], nn.Module]
 
 
-def lunet(layers: int) -> Make:
-    def make(rows: Tensor, config: DensityConfig) -> nn.Module:
-        flow = build_flow(replace(config, layers=layers), rows.shape[1])
+def lunet(layers: int, *, by_label: bool = False) -> Make:
+    def make(rows: Tensor, config: DensityConfig, classes: int) -> nn.Module:
+        flow = build_flow(replace(config, layers=layers, conditional=by_label), rows.shape[1], classes)
         whiten(flow, rows)
         return flow
 
@@ -99,7 +100,7 @@ def lunet(layers: int) -> Make:
 
 
 def zuko(kind: str, transforms: int, hidden: tuple[int, ...]) -> Make:
-    def make(rows: Tensor, config: DensityConfig) -> nn.Module:
+    def make(rows: Tensor, config: DensityConfig, classes: int) -> nn.Module:
         import zuko.flows
 
         features = rows.shape[1]
@@ -112,7 +113,7 @@ def zuko(kind: str, transforms: int, hidden: tuple[int, ...]) -> Make:
 def nflows(blocks: int, hidden: int) -> Make:
     """LULinear and a rational-quadratic coupling, alternating, as nflows' users stack them."""
 
-    def make(rows: Tensor, config: DensityConfig) -> nn.Module:
+    def make(rows: Tensor, config: DensityConfig, classes: int) -> nn.Module:
         from nflows.nn.nets import ResidualNet
         from nflows.transforms import CompositeTransform, PiecewiseRationalQuadraticCouplingTransform
         from nflows.transforms.lu import LULinear
@@ -141,6 +142,7 @@ GAUSSIAN = "Gaussian or mixture (M = 1)"
 #: Family → size → flow, on digits (D 64).
 DIGITS_FLOWS: dict[str, dict[str, Make]] = {
     "LU-Net": {"S": lunet(2), "M": lunet(4), "L": lunet(12)},
+    "LU-Net, a context for each label": {"M": lunet(4, by_label=True)},
     GAUSSIAN: {"S": lunet(1)},
     "RealNVP (zuko)": {
         "S": zuko("RealNVP", 4, (24,)),
@@ -174,7 +176,12 @@ def _model(make: Make, parts: data.Parts, config: DensityConfig) -> DensityModel
     preprocessing = Preprocessing.of(training.values, training.levels)
     rows = preprocessing.forward(training.values, torch.Generator().manual_seed(config.seed))[0]
     with seeded(config.seed):
-        return DensityModel(make(rows, config), preprocessing, training.features)
+        flow = make(rows, config, training.classes)
+    shares = None
+    if training.labels is not None and isinstance(getattr(flow, "net", None), ConditionalLUNet):
+        counts = torch.bincount(training.labels)
+        shares = counts / counts.sum()
+    return DensityModel(flow, preprocessing, training.features, shares)
 
 
 def _train(make: Make, parts: data.Parts, config: DensityConfig) -> tuple[DensityModel, dict[str, Any]]:
@@ -244,6 +251,8 @@ def digits(seeds: int) -> None:
                 parts = data.split(rows, seed)
                 model, run = _train(make, parts, config)
                 run["test"] = float(model.loss(parts.test.values, TEST_DRAWS).double().mean())
+                if model.shares is not None:
+                    run["accuracy"] = accuracy(model, parts.test)
                 if size == "M" or family == GAUSSIAN:
                     few = data.split(rows.where(rows.labels < 5), seed)
                     narrow, _ = _train(make, few, config)
@@ -322,7 +331,7 @@ def depth(seeds: int) -> None:
                 config = replace(DIGITS, seed=seed, layers=layers, **settings)
                 parts = data.split(rows, seed)
 
-                def make(y: Tensor, config: DensityConfig, white: bool = white) -> nn.Module:
+                def make(y: Tensor, config: DensityConfig, classes: int, white: bool = white) -> nn.Module:
                     flow = build_flow(config, y.shape[1])
                     if white:
                         whiten(flow, y)
@@ -377,13 +386,24 @@ def speed(repeats: int = 40) -> None:
                     parts.training.values[:256], torch.Generator().manual_seed(0)
                 )[0]
 
-                def step(flow: nn.Module = model.flow, optimizer: Any = optimizer, y: Tensor = y) -> None:
+                labels = parts.training.labels
+                context = () if model.shares is None or labels is None else (labels[:256],)
+
+                def step(
+                    flow: nn.Module = model.flow,
+                    optimizer: Any = optimizer,
+                    y: Tensor = y,
+                    context: tuple[Tensor, ...] = context,
+                ) -> None:
                     optimizer.zero_grad()
-                    flow.log_prob(y).mean().neg().backward()
+                    flow.log_prob(y, *context).mean().neg().backward()
                     optimizer.step()
 
+                def sample(flow: Any = model.flow, context: tuple[Tensor, ...] = context) -> Tensor:
+                    return flow.sample((), *context) if context else flow.sample(256)
+
                 name = (family, f"{size}, base of {components}" if components > 1 else size)
-                runs[name] = (step, lambda flow=model.flow: flow.sample(256))
+                runs[name] = (step, sample)
                 found[name] = {
                     "family": family,
                     "size": size,
@@ -558,7 +578,11 @@ def _plot(path: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     times = _step_times()
     colours = dict(
-        zip(DIGITS_FLOWS, ("#d1662b", "#888888", "#1f5f99", "#4c9a5b", "#8d5aa8", "#b8972c"), strict=True)
+        zip(
+            DIGITS_FLOWS,
+            ("#d1662b", "#e0a080", "#888888", "#1f5f99", "#4c9a5b", "#8d5aa8", "#b8972c"),
+            strict=True,
+        )
     )
     for family, colour in colours.items():
         rows = sorted(

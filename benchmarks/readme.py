@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from density import depth_table, digits_table, plane_table
+
 from lunet_fast.bench.claims import verdicts
 from lunet_fast.bench.results import Result, seconds_text
 from lunet_fast.bench.training import samples_per_second
@@ -239,6 +241,23 @@ def ablation() -> str:
     )
 
 
+def density() -> str:
+    result = load("density-digits")
+    lines = ["scikit-learn's digits, 64-D, bits a dimension with all Jacobians, less is better:", ""]
+    lines += [*digits_table(), "", "Points of the plane, KL divergence from the truth in nats:", ""]
+    lines += [*plane_table(), "", "Depth, on digits:", "", *depth_table()]
+    machine = result["machine"]
+    where = f"{machine['processor']}, one thread, torch {machine['torch']}, {machine['date']}"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{where}; `python benchmarks/density.py`, with every flow tuned on the same budget: "
+            "[density.md](benchmarks/results/density.md).",
+        ]
+    )
+
+
 SECTIONS = {
     "table2": table2,
     "compare": compare,
@@ -247,6 +266,7 @@ SECTIONS = {
     "layers": layers,
     "stacks": stacks,
     "training": training,
+    "density": density,
 }
 
 

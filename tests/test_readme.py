@@ -27,6 +27,11 @@ def test_layer_example_runs() -> None:
     exec(blocks()[0], {})
 
 
+def test_density_example_runs() -> None:
+    (block,) = (block for block in blocks() if "NormalMixture" in block)
+    exec(block, {})
+
+
 def test_recommender_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("safetensors")
     monkeypatch.chdir(tmp_path)

@@ -306,7 +306,7 @@ def sample_command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Fixes the draws.")] = 0,
 ) -> None:
-    """Draw rows from a trained flow, each with its exact log-likelihood in the CSV.
+    """Draw rows from a trained flow; the CSV has the log-likelihood of each.
 
     Examples:
 
