@@ -114,7 +114,14 @@ class NormalMixture(nn.Module):
 
     def sample(self, shape: Sequence[int]) -> Tensor:
         """[*shape, D] draws, by PyTorch's global generator."""
-        return self.as_distribution().sample(torch.Size(shape))
+        # torch.distributions draws from every component and keeps one.
+        with torch.no_grad():
+            count = math.prod(shape)
+            which = torch.multinomial(self.logits.softmax(0), max(count, 1), replacement=True)[:count]
+            noise = torch.randn(count, self.features, device=self.mean.device, dtype=self.mean.dtype)
+            return torch.addcmul(self.mean[which], self.log_scale.exp()[which], noise).reshape(
+                *shape, self.features
+            )
 
     def extra_repr(self) -> str:
         return f"features={self.features}, components={self.components}"

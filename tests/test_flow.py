@@ -367,6 +367,12 @@ def test_mixture_samples_have_its_moments() -> None:
     drawn = base.sample((40_000,))
     torch.testing.assert_close(drawn.mean(0), exact.mean, atol=0.05, rtol=0)
     torch.testing.assert_close(drawn.var(0), exact.variance, atol=0.15, rtol=0)
+    assert base.sample(()).shape == (2,)
+    assert base.sample((0, 3)).shape == (0, 3, 2)
+    nearest = (drawn.unsqueeze(1) - base.mean.detach()).norm(dim=-1).argmin(-1)
+    theirs = (exact.sample((40_000,)).unsqueeze(1) - base.mean.detach()).norm(dim=-1).argmin(-1)
+    for k in range(3):
+        assert abs(float((nearest == k).double().mean() - (theirs == k).double().mean())) < 0.02
 
 
 def test_mixture_of_no_rows() -> None:
