@@ -16,6 +16,10 @@ from lunet_fast.flow import LUFlow, NormalMixture
 from lunet_fast.lunet import LUNet
 
 
+ROWS_AT_ONCE = 8192
+"""Rows, times classes, in one pass of an evaluation: what bounds its memory."""
+
+
 def build_flow(config: DensityConfig, features: int, classes: int = 0) -> LUFlow:
     """The flow of these settings on ℝᴰ, drawn by PyTorch's global generator, not yet whitened.
 
@@ -66,8 +70,14 @@ class DensityModel:
         """
         generator = torch.Generator(x.device).manual_seed(seed)
         draws = draws if self.preprocessing.levels is not None else 1
+        rows = max(1, ROWS_AT_ONCE // (1 if self.shares is None else len(self.shares)))
         with torch.no_grad():
-            return torch.stack([self._marginal(x, generator) for _ in range(draws)]).mean(0)
+            return torch.cat(
+                [
+                    torch.stack([self._marginal(part, generator) for _ in range(draws)]).mean(0)
+                    for part in x.split(rows)
+                ]
+            )
 
     def _marginal(self, x: Tensor, generator: torch.Generator) -> Tensor:
         y, logabsdet = self.preprocessing.forward(x, generator)
