@@ -15,7 +15,6 @@ from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.flow import LUFlow, NormalMixture
 from lunet_fast.lunet import LUNet
 
-
 ROWS_AT_ONCE = 8192
 """Rows, times classes, in one pass of an evaluation: what bounds its memory."""
 
