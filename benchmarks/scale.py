@@ -22,6 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import sharding
 from lunet_fast.bench import machine
 from lunet_fast.recsys.checkpoints import write_atomically, write_json
 
@@ -165,6 +166,8 @@ def page(result: dict[str, Any]) -> str:
         f"{largest['library_bytes'] / 2**30:.2f}.",
         "",
         *_extrapolation(largest),
+        "",
+        *sharding.section(json.loads((RESULTS / "sharding.json").read_text(encoding="utf-8"))),
     ]
     return "\n".join(lines) + "\n"
 

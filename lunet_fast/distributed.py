@@ -7,7 +7,7 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -48,15 +48,21 @@ class Workers:
         start = self.rank * each + min(self.rank, rest)
         return slice(start, start + each + (self.rank < rest))
 
-    def parallel(self, module: nn.Module) -> nn.Module:
-        """``module``, its parameters made those of process 0 and its gradients the mean over all."""
+    def parallel(self, module: nn.Module, apart: Sequence[nn.Parameter] = ()) -> nn.Module:
+        """``module``, its parameters made those of process 0 and its gradients the mean over all.
+
+        Not those of ``apart``, which are each process's own.
+        """
         if self.world_size == 1:
             return module
+        ignored = [name for name, value in module.named_parameters() if any(value is one for one in apart)]
+        parallel = nn.parallel.DistributedDataParallel
+        parallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
         devices = [self.device.index] if self.device.type == "cuda" else None
         with warnings.catch_warnings():
             # Newer releases call the option forward_sync_buffers; 2.6 does not know that name.
             warnings.simplefilter("ignore", FutureWarning)
-            return nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+            return parallel(module, device_ids=devices, broadcast_buffers=False)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of every process's ``values``."""
@@ -73,6 +79,14 @@ class Workers:
         shared = torch.tensor(value, device=self.device)
         dist.broadcast(shared, 0)
         return int(shared)
+
+    def object_of_first(self, value: Any) -> Any:
+        """Process 0's ``value``, small and picklable."""
+        if self.world_size == 1:
+            return value
+        shared = [value]
+        dist.broadcast_object_list(shared, 0)
+        return shared[0]
 
     @contextmanager
     def file_of_first(self, path: Path | None) -> Iterator[Path | None]:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from lunet_fast.distributed import Workers
-from lunet_fast.recsys.checkpoints import CheckpointError, load_training, save_training
+from lunet_fast.recsys.checkpoints import (
+    CheckpointError,
+    all_finite,
+    load_dealt_training,
+    load_training,
+    save_training,
+)
+from lunet_fast.sharding import DealtTables
 
 CHECK_EVERY = 50
 """Steps between two looks at the loss where looking waits for a GPU; on a CPU each step is looked at."""
@@ -148,6 +155,9 @@ class Phase:
     """All rates fall linearly to zero at the last step."""
     sparse: Sequence[nn.Parameter] = ()
     """Parameters with sparse gradients, those of ``nn.Embedding`` aside."""
+    dealt: DealtTables | None = None
+    """Parameters of which each process has some rows. Then ``test_loss`` is called by every process, not by
+    the first alone."""
     locate: Callable[[Batch], str] | None = None
     """Where in the module a batch whose loss is not finite first was not."""
 
@@ -251,11 +261,18 @@ class _Loop:
         """What the last checkpoint holds, in words."""
 
     def resume(self) -> None:
-        with self.workers.file_of_first(self.file) as file:
-            if file is None:
+        phase = self.phase
+        trained = phase.module, phase.optimizer, self.generator
+        if phase.dealt is not None:
+            there = self.file is not None and self.file.is_file()
+            if not self.workers.of_first(int(there)):
                 return
-            phase = self.phase
-            state, own = load_training(file, phase.module, phase.optimizer, self.generator)
+            state, own = load_dealt_training(self.file if there else None, *trained, phase.dealt)
+        else:
+            with self.workers.file_of_first(self.file) as file:
+                if file is None:
+                    return
+                state, own = load_training(file, *trained)
         try:
             self.curve = Curve(state["train_loss"], state["test_loss"], state["elapsed"])
             self.epoch = int(state["epoch"])
@@ -278,7 +295,8 @@ class _Loop:
         weighted = _Weighted(phase.module, phase.objective, self.workers, phase.sparse)
         if self._is_done():
             return
-        compute = self.workers.parallel(weighted)
+        apart = [] if phase.dealt is None else phase.dealt.parameters(phase.module)
+        compute = self.workers.parallel(weighted, apart)
         self.written = time.monotonic()
         while not self._is_done():
             self._run_epoch(compute)
@@ -358,7 +376,7 @@ class _Loop:
             )
         self.curve.elapsed.append(self.curve.seconds + self.spent)
         self.curve.train.append(mean)
-        if phase.test_loss is not None and self.workers.is_first:
+        if phase.test_loss is not None and (self.workers.is_first or phase.dealt is not None):
             self.curve.test.append(phase.test_loss())
         self.epoch, self.step, self.looked, self.spent = self.epoch + 1, 0, 0, 0.0
         self.at_epoch = self.generator.get_state()
@@ -369,9 +387,10 @@ class _Loop:
 
     def _save(self) -> None:
         self._check_weights()
-        if self.file is not None and self.workers.is_first:
+        phase = self.phase
+        if phase.dealt is not None or (self.file is not None and self.workers.is_first):
             state = {
-                "phase": self.phase.name,
+                "phase": phase.name,
                 "epoch": self.epoch,
                 "step": self.step,
                 "spent": self.spent,
@@ -380,9 +399,9 @@ class _Loop:
                 "elapsed": self.curve.elapsed,
             }
             own = {"errors": self.errors[: self.step], "at_epoch": self.at_epoch}
-            phase = self.phase
+            trained = phase.module, phase.optimizer, self.generator
             try:
-                save_training(self.file, phase.module, phase.optimizer, self.generator, state, own)
+                save_training(self.file, *trained, state, own, phase.dealt)
             except OSError as error:
                 raise type(error)(
                     error.errno, f"cannot write the checkpoint: {error.strerror or error}. {self._kept()}"
@@ -416,7 +435,7 @@ class _Loop:
 
     def _spoilt_weight(self) -> str | None:
         for name, parameter in self.phase.module.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            if not all_finite(parameter):
                 return name
         return None
 

@@ -94,6 +94,16 @@ def train_command(
             rich_help_panel=DATA,
         ),
     ] = False,
+    shard_tables: Annotated[
+        bool,
+        typer.Option(
+            "--shard-tables",
+            help="With --stream under torchrun: each of N processes holds an N-th of the rows of the tables "
+            "of users and items and of their optimiser's state, and fetches those of a batch from the "
+            "others.",
+            rich_help_panel=DATA,
+        ),
+    ] = False,
     data_dir: options.DataDir = None,
     user_column: options.UserColumn = "user",
     item_column: options.ItemColumn = "item",
@@ -227,6 +237,8 @@ def train_command(
 
         lunet-fast train --dataset ratings.parquet --stream --members 1
 
+        torchrun --nproc-per-node 2 -m lunet_fast train --dataset ratings.parquet --stream --shard-tables
+
         torchrun --nproc-per-node 2 --max-restarts 3 -m lunet_fast train --dataset ml-1m --resume
     """
     from lunet_fast.cli import signals
@@ -273,6 +285,10 @@ def train_command(
     columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
     if gamma == 0 and dataset not in movielens.DATASETS:
         columns["rating"] = None  # not needed, and clicks have none
+    if shard_tables and not stream:
+        raise typer.BadParameter(
+            "--shard-tables divides the tables of a training on a stream: add --stream, with a Parquet file"
+        )
     if stream:
         if dataset in movielens.DATASETS or train_file is not None or sep is not None or scale is not None:
             raise typer.BadParameter(
@@ -312,7 +328,9 @@ def train_command(
                     rows = _open_stream(dataset, columns, seed, console)
                     config = recipe(recipe_name, len(rows), seed=seed, **overrides)
                     with training_progress(console) as progress:
-                        result = train_stream(rows, config, progress=progress, **common)
+                        result = train_stream(
+                            rows, config, progress=progress, shard_tables=shard_tables, **common
+                        )
                 else:
                     ratings, test = _read(dataset, data_dir, train_file, test_file, columns)
                     size = len(ratings) + (0 if test is None else len(test))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 import tempfile
@@ -39,6 +40,7 @@ from lunet_fast.recsys.schema import (
     shown,
     violation,
 )
+from lunet_fast.sharding import BLOCK, Dealt, DealtTables
 
 MOST_HEADER_BYTES = 100_000_000
 """Of a safetensors file; the package of that name takes no more either."""
@@ -154,34 +156,75 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         yield file, status.st_size
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, state: dict[str, Any]) -> None:
-    """Write a safetensors file atomically, with ``state`` as JSON in its header."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor | Dealt], kind: str, state: dict[str, Any]
+) -> None:
+    """Write a safetensors file atomically, with ``state`` as JSON in its header.
 
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    The bytes are those that the package of that name would write of the whole tensors, one metadata key
+    alone. It takes them whole, though, and a table that is dealt to several processes passes by in blocks.
+    """
     # By way of JSON, so that what is digested is what will be read.
     values = json.loads(json.dumps({"format": kind, "version": FORMAT_VERSION, **state}, allow_nan=False))
-    header = json.dumps({**values, "sha256": digest(plain, values)})
-
-    # One key alone, since safetensors writes several in no fixed order: the same model is the same bytes.
-    def write(temporary: Path) -> None:
-        try:
-            save_file(plain, temporary, metadata={"lunet_fast": header})
-        except SafetensorError as error:  # what it makes of a full disk
-            raise OSError(str(error)) from error
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: _write_safetensors(temporary, tensors, values))
 
 
-def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+_DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The types' names in a safetensors file, in the order that its tensors have there."""
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor | Dealt], values: dict[str, Any]) -> None:
+    layout = list(_DTYPES)
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (layout.index(item[1].dtype), item[0])):
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        described = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        entries[name] = {**described, "data_offsets": [start, end]}
+
+    def head(sha256: str) -> bytes:
+        metadata = {"lunet_fast": json.dumps({**values, "sha256": sha256})}
+        text = json.dumps({"__metadata__": metadata, **entries}, ensure_ascii=False, separators=(",", ":"))
+        data = text.encode()
+        data += b" " * (-len(data) % 8)
+        return len(data).to_bytes(8, "little") + data
+
+    # Digested as it is written, since a dealt table passes by once; the header is completed at the end.
+    total = _digest_of_header(values)
+    with path.open("wb") as file:
+        first = len(head("0" * 64))
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            total.update(_described(name, tensor))
+            file.seek(first + entries[name]["data_offsets"][0])
+            for block in tensor.blocks() if isinstance(tensor, Dealt) else [tensor]:
+                data = _bytes(block)
+                total.update(data)
+                file.write(data)
+        file.seek(0)
+        file.write(head(total.hexdigest()))
+
+
+def read_tensors(path: Path, kind: str, *, mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`write_tensors` wrote: tensors on the CPU and the header's JSON.
 
     A missing file raises ``FileNotFoundError``; a damaged, foreign or newer one :class:`CheckpointError`.
     From version 2 of the format on, what is returned is what was written, bit for bit: its SHA-256 is in the
-    header. Memory: twice the file as it lies on the disk, whatever it claims to hold.
+    header. Memory: twice the file as it lies on the disk, whatever it claims to hold; with ``mapped``
+    none but the system's cache of the file, which must stay as it is while the tensors are there.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load
 
     with _opened(path) as (file, size):
@@ -189,7 +232,11 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         header = _checked_header(path, text, kind)
         file.seek(0)
         try:
-            tensors = load(file.read())
+            if mapped:
+                with safe_open(path, "pt") as content:
+                    tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            else:
+                tensors = load(file.read())
         except MemoryError as error:
             raise CheckpointError(f"{path}: its {size} bytes do not fit into memory") from error
         except (SafetensorError, KeyError, TypeError, AssertionError, RuntimeError, ValueError) as error:
@@ -206,7 +253,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
             "fetch it again"
         )
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise CheckpointError(f"{path}: the tensor {name!r} holds NaN or infinite values")
     return tensors, header
 
@@ -252,13 +299,31 @@ def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
 
     Defined in :mod:`~lunet_fast.recsys.schema`.
     """
-    total = hashlib.sha256(json.dumps(header, sort_keys=True, separators=(",", ":")).encode("ascii"))
+    total = _digest_of_header(header)
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        described = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-        total.update(json.dumps(described, separators=(",", ":")).encode("ascii"))
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        total.update(_described(name, tensors[name]))
+        total.update(_bytes(tensors[name]))
     return total.hexdigest()
+
+
+def _digest_of_header(header: Mapping[str, Any]) -> hashlib._Hash:
+    return hashlib.sha256(json.dumps(header, sort_keys=True, separators=(",", ":")).encode("ascii"))
+
+
+def _described(name: str, tensor: Tensor | Dealt) -> bytes:
+    described = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+    return json.dumps(described, separators=(",", ":")).encode("ascii")
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; O(BLOCK) memory."""
+    if not tensor.is_floating_point():
+        return True
+    return all(bool(torch.isfinite(block).all()) for block in tensor.detach().reshape(-1).split(BLOCK))
 
 
 # Run folders ------------------------------------------------------------------------------------------------
@@ -384,9 +449,15 @@ class TrainedModel:
     item_info: pd.DataFrame | None = None
 
 
-def save_model(path: Path, trained: TrainedModel) -> None:
-    """Write model, settings, ids, scale and titles into one safetensors file."""
-    tensors = {f"model.{name}": tensor for name, tensor in trained.model.state_dict().items()}
+def save_model(path: Path | None, trained: TrainedModel, dealt: DealtTables | None = None) -> None:
+    """Write model, settings, ids, scale and titles into one safetensors file.
+
+    With ``dealt`` every process calls this, those without a file with None; the file is that of the whole.
+    """
+    tensors = _wholes("model.", trained.model, dealt)
+    if path is None:
+        _pass_by(tensors)
+        return
     tensors |= _pack_ids("users", trained.users) | _pack_ids("items", trained.items)
     columns = []
     if trained.item_info is not None:
@@ -488,21 +559,45 @@ def _taken(name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
 # Interrupted trainings --------------------------------------------------------------------------------------
 
 
+def _wholes(prefix: str, module: nn.Module, dealt: DealtTables | None) -> dict[str, Tensor | Dealt]:
+    state = module.state_dict()
+    whole = (lambda name, tensor: tensor) if dealt is None else dealt.whole
+    return {prefix + name: whole(name, tensor) for name, tensor in state.items()}
+
+
+def _pass_by(tensors: Mapping[str, Tensor | Dealt]) -> None:
+    """Take part in what process 0 writes, in its order."""
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if isinstance(tensor, Dealt):
+            for _ in tensor.blocks():
+                pass
+
+
 def save_training(
-    path: Path,
+    path: Path | None,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
     state: dict[str, Any],
     own: dict[str, Tensor],
+    dealt: DealtTables | None = None,
 ) -> None:
     """Write parameters, the optimiser's tensors, the generator, ``state`` (JSON values) and the training's
-    ``own`` tensors into one file."""
-    tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+    ``own`` tensors into one file.
+
+    With ``dealt`` every process calls this, those without a file with None. The file is the same however the
+    tables are dealt, so any number of processes reads it.
+    """
+    tensors = _wholes("module.", module, dealt)
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             # SparseAdam counts its steps by an int, Adam by a floating-point tensor.
-            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+            tensor = torch.as_tensor(value)
+            tensors[f"optimizer.{name}.{key}"] = tensor if dealt is None else dealt.whole(name, tensor)
+    if path is None:
+        _pass_by(tensors)
+        return
     tensors["generator"] = generator.get_state()
     tensors |= {f"own.{name}": tensor for name, tensor in own.items()}
     write_tensors(path, tensors, CHECKPOINT_FORMAT, {"state": state})
@@ -516,7 +611,61 @@ def load_training(
     :class:`CheckpointError` where the file does not fit the module; nothing is half restored then, as long as
     the caller gives up.
     """
-    tensors, header = read_tensors(path, CHECKPOINT_FORMAT)
+    return _put_back(path, *read_tensors(path, CHECKPOINT_FORMAT), module, optimizer, generator)
+
+
+def load_dealt_training(
+    path: Path | None,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    dealt: DealtTables,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """As :func:`load_training`, called by every process; those without the file give None.
+
+    The file is mapped into memory, and each process gets its rows a block at a time.
+    """
+    parameters = dict(module.named_parameters())
+    wholes: dict[str, Tensor] = {}
+    message = None
+    if path is not None:
+        tensors, header = read_tensors(path, CHECKPOINT_FORMAT, mapped=True)
+        for name, rows in dealt.rows.items():
+            wanted = torch.Size((rows, *parameters[name].shape[1:]))
+            for place in (f"module.{name}", *(f"optimizer.{name}.{moment}" for moment in _MOMENTS)):
+                whole = tensors.pop(place, None)
+                if whole is None or (whole.shape, whole.dtype) != (wanted, parameters[name].dtype):
+                    raise CheckpointError(
+                        f"{path}: does not fit this training ({place} must be {parameters[name].dtype} "
+                        f"{list(wanted)})"
+                    )
+                wholes[place] = whole
+        # Of a tensor that is mapped the whole file would be sent.
+        message = {name: tensor.clone() for name, tensor in tensors.items()}, header
+    small, header = dealt.workers.object_of_first(message)
+    small |= {f"module.{name}": parameters[name].detach() for name in dealt.rows}
+    found = _put_back(path, small, header, module, optimizer, generator)
+    for name in dealt.rows:
+        parameter, rows = parameters[name], dealt.rows[name]
+        moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
+        optimizer.state[parameter] |= moments
+        Dealt(dealt.workers, parameter.detach(), rows).fill(wholes.get(f"module.{name}"))
+        for moment, own in moments.items():
+            Dealt(dealt.workers, own, rows).fill(wholes.get(f"optimizer.{name}.{moment}"))
+    return found
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _put_back(
+    path: Path | None,
+    tensors: dict[str, Tensor],
+    header: dict[str, Any],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         module.load_state_dict(_below("module.", tensors))
         for name, parameter in module.named_parameters():

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lunet_fast import functional, small
 from lunet_fast.activations import LeakySoftplus
+from lunet_fast.distributed import Workers
 from lunet_fast.lu_dense import LUDense
 from lunet_fast.lunet import LUNet
 from lunet_fast.recsys.config import TrainConfig
+from lunet_fast.sharding import draw_own_rows_
 
 
 class Interactions(nn.Module):
@@ -255,11 +257,18 @@ class RatingModel(nn.Module):
 
     @classmethod
     def of_statistics(
-        cls, config: TrainConfig, mean: float, user: tuple[Tensor, Tensor], item: tuple[Tensor, Tensor]
+        cls,
+        config: TrainConfig,
+        mean: float,
+        user: tuple[Tensor, Tensor],
+        item: tuple[Tensor, Tensor],
+        workers: Workers | None = None,
     ) -> RatingModel:
         """A model for training ratings of which only ``mean`` and the sums are known.
 
         ``user`` and ``item`` are (sums of ratings float64, counts int64), ``[n_users]`` and ``[n_items]``.
+        With ``workers`` the tables and biases of users and items have this process's rows alone, those that
+        they would have in the whole (:mod:`lunet_fast.sharding`); such a model computes nothing by itself.
         ``ValueError`` for settings that need the pairs: histories, gamma below 1, loss ``ordinal``.
         """
         if config.user_history or config.item_history or config.gamma < 1 or config.loss == "ordinal":
@@ -269,7 +278,7 @@ class RatingModel(nn.Module):
             )
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        model._build(config, Interactions.of_counts(user[1], item[1]), None, None, None)
+        model._build(config, Interactions.of_counts(user[1], item[1]), None, None, None, workers=workers)
         model.mean.fill_(mean)
         for buffer, (total, count) in ((model.user_deviation, user), (model.item_deviation, item)):
             buffer.copy_((total - mean * count) / (count + 10))
@@ -328,13 +337,15 @@ class RatingModel(nn.Module):
         levels: Tensor | None,
         user_features: Tensor | None,
         item_features: Tensor | None,
+        *,
+        workers: Workers | None = None,
     ) -> None:
         self.config = config
         self.interactions = interactions
         n_users, n_items = interactions.n_users, interactions.n_items
         members, size = config.members, config.embedding_size
-        self.user_embedding = nn.Embedding(n_users, members * size)
-        self.item_embedding = nn.Embedding(n_items, members * size)
+        self.user_embedding = _table(n_users, members * size, workers)
+        self.item_embedding = _table(n_items, members * size, workers)
         # One vector for each item as part of a user's history, and the other way round.
         self.user_history = nn.Embedding(n_items, members * size) if config.user_history else None
         self.item_history = nn.Embedding(n_users, members * size) if config.item_history else None
@@ -349,8 +360,9 @@ class RatingModel(nn.Module):
         )
         rates, interacts = config.gamma > 0, config.gamma < 1
         biased = rates and config.biases
-        self.user_bias = nn.Parameter(torch.zeros(n_users, members)) if biased else None
-        self.item_bias = nn.Parameter(torch.zeros(n_items, members)) if biased else None
+        own_users, own_items = len(self.user_embedding.weight), len(self.item_embedding.weight)
+        self.user_bias = nn.Parameter(torch.zeros(own_users, members)) if biased else None
+        self.item_bias = nn.Parameter(torch.zeros(own_items, members)) if biased else None
         self.nets = nn.ModuleList(
             LUNet(2 * size, config.layers, LeakySoftplus(config.alpha)) for _ in range(members)
         )
@@ -368,12 +380,25 @@ class RatingModel(nn.Module):
         self.register_buffer("user_deviation", torch.zeros(n_users))
         self.register_buffer("item_deviation", torch.zeros(n_items))
         with torch.no_grad():
-            for table in self.tables():
-                table.weight.normal_(std=config.embedding_std)
+            if workers is None:
+                for table in self.tables():
+                    table.weight.normal_(std=config.embedding_std)
+            else:
+                for table, rows in ((self.user_embedding, n_users), (self.item_embedding, n_items)):
+                    draw_own_rows_(table.weight, rows, config.embedding_std, workers)
             if config.readout == "linear":
                 for weight in (self.weight, self.interaction_weight):
                     if weight is not None:
                         weight.normal_(std=0.1)
+
+    def rows(self) -> dict[str, int]:
+        """By name the parameters with a row for each user or item that are tables of rows asked for, and how
+        many rows the whole has: those that may be dealt to several processes."""
+        n_users, n_items = self.interactions.n_users, self.interactions.n_items
+        rows = {"user_embedding.weight": n_users, "item_embedding.weight": n_items}
+        if self.user_bias is not None:
+            rows |= {"user_bias": n_users, "item_bias": n_items}
+        return rows
 
     def tables(self) -> list[nn.Embedding]:
         """The embedding tables, each ``[users, items or features, K k]``."""
@@ -583,6 +608,15 @@ class RatingModel(nn.Module):
             rest, count = rest - entry, count - 1
         scale = count.clamp(min=1).to(sums.dtype).pow(-self.config.history_power)
         return rest * scale.unsqueeze(-1)
+
+
+def _table(rows: int, width: int, workers: Workers | None) -> nn.Embedding:
+    """A table with PyTorch's initial values, or this process's rows of it."""
+    if workers is None:
+        return nn.Embedding(rows, width)
+    own = torch.empty(len(range(workers.rank, rows, workers.world_size)), width)
+    draw_own_rows_(own, rows, 1.0, workers)
+    return nn.Embedding(len(own), width, _weight=own)
 
 
 def _check_levels(config: TrainConfig, levels: Tensor | None) -> None:

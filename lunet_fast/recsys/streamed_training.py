@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from lunet_fast.distributed import Workers, existing_device
 from lunet_fast.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, fit
@@ -23,12 +24,14 @@ from lunet_fast.recsys.checkpoints import (
     TrainedModel,
     load_model,
     read_json,
+    read_tensors,
     save_model,
     write_json,
 )
 from lunet_fast.recsys.config import TrainConfig
 from lunet_fast.recsys.evaluation import full_ranking
 from lunet_fast.recsys.model import RatingModel
+from lunet_fast.recsys.schema import MODEL_FORMAT
 from lunet_fast.recsys.scoring import ItemScorer
 from lunet_fast.recsys.streaming import RatingStream
 from lunet_fast.recsys.training import (
@@ -40,6 +43,7 @@ from lunet_fast.recsys.training import (
     seeded,
     versions,
 )
+from lunet_fast.sharding import DealtTables, pull
 
 RANKED_USERS = 200
 """Users of the test part whose ranking of all items is measured, drawn by ``default_rng((seed, 4))``."""
@@ -123,6 +127,7 @@ def train_stream(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     stop: Stop | None = None,
     workers: Workers | None = None,
+    shard_tables: bool = False,
 ) -> TrainResult:
     """Train the recommender on a stream; as :func:`~.training.train` but for what needs all ratings at hand.
 
@@ -132,12 +137,18 @@ def train_stream(
     The model keeps no list of who rated what: recommendations from it may hold rated items, unless the caller
     leaves them out.
 
-    Each of several ``workers`` reads all rows and computes with its share.
+    Each of several ``workers`` reads all rows and computes with its share. With ``shard_tables`` each holds,
+    of the tables of users and items and of their moments, every N-th row, and fetches those of a batch from
+    the others (:mod:`lunet_fast.sharding`): the result is the same up to rounding, and so are the files,
+    which any number of processes resumes, with or without it. ``trained`` is then read from the folder's file
+    as needed at process 0, and has no values (device ``meta``) at the others; ``out`` must be given.
     """
     workers = workers or Workers(device=existing_device(device))
     for name, value in STREAM_SETTINGS.items():
         if getattr(config, name) != value:
             raise ValueError(f"{name}={getattr(config, name)!r}: training on a stream needs {name}={value!r}")
+    if shard_tables and out is None:
+        raise ValueError("shard_tables=True needs out=: no process can hold the trained model but in a file")
     folder = None if out is None or not workers.is_first else RunFolder(Path(out))
     if folder is not None:
         folder.prepare(resume=resume, overwrite=overwrite)
@@ -162,26 +173,46 @@ def train_stream(
             folder.begin(recorded, resume=resume)
         with seeded(config.seed):
             sums = (stream.user_sum, stream.user_count), (stream.item_sum, stream.item_count)
-            model = RatingModel.of_statistics(config, stream.mean, *sums).to(workers.device)
+            # One process alone has every row.
+            dealt_to = workers if shard_tables and workers.world_size > 1 else None
+            model = RatingModel.of_statistics(config, stream.mean, *sums, dealt_to).to(workers.device)
+        dealt = None if dealt_to is None else DealtTables(workers, model.rows())
+        step = _Step(model)
 
         def objective(batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            if dealt is None:
+                return step(batch, share, generator)
             users, items, ratings = batch
-            return rating_objective(model, users, items, ratings, generator, None, share)
+            rows, own_users, own_items = _fetched(model, workers, users[share], items[share])
+            # Only the share is looked at; the draws are for all.
+            places = torch.zeros_like(users), torch.zeros_like(items)
+            places[0][share], places[1][share] = own_users, own_items
+            return functional_call(
+                step,
+                {f"model.{name}": tensor for name, tensor in rows.items()},
+                ((*places, ratings), share, generator),
+            )
 
+        optimizer = streamed_optimizer(model)
+        if dealt is not None:
+            for table in model.tables():
+                table.sparse = False  # the rows that are fetched are few, and all of them used
         phase = Phase(
             name="LU-Net",
             module=model,
-            optimizer=streamed_optimizer(model),
+            optimizer=optimizer,
             batches=StreamedRows(stream, config.batch_size, config.seed, workers.device),
             epochs=config.epochs,
             seed=config.seed,
             objective=objective,
             rate=("learning_rate", config.learning_rate),
-            test_loss=(lambda: streamed_error(model, stream, workers.device)) if stream.n_test else None,
+            test_loss=(lambda: streamed_error(model, stream, workers, dealt)) if stream.n_test else None,
             error_limit=error_limit(stream.scale),
             linear_decay=config.schedule == "linear",
-            sparse=[bias for bias in (model.user_bias, model.item_bias) if bias is not None],
-            locate=lambda batch: first_overflow(model, *batch[:2]),
+            sparse=[bias for bias in (model.user_bias, model.item_bias) if bias is not None and not dealt],
+            dealt=dealt,
+            # Which would need rows of others, who are not asked.
+            locate=None if dealt else lambda batch: first_overflow(model, *batch[:2]),
         )
         curve = fit(
             phase,
@@ -194,9 +225,14 @@ def train_stream(
         )
         for table in model.tables():
             table.sparse = False
-        trained = TrainedModel(model.to("cpu"), stream.users, stream.items, stream.scale)
+        trained = TrainedModel(model, stream.users, stream.items, stream.scale)
+        if dealt is not None:
+            del phase, optimizer  # and the moments with them
+            save_model(None if folder is None else folder.model, trained, dealt)
+            _take_whole_tables(model, dealt, None if folder is None else folder.model)
         if not workers.is_first:
             return TrainResult(trained, {}, curve)
+        model.to("cpu")
         values: dict[str, Any] = {}
         if stream.n_test:
             values["test_mse"] = curve.test[-1]
@@ -219,21 +255,88 @@ def train_stream(
             **versions(),
         }
         if folder is not None:
-            save_model(folder.model, trained)
+            if dealt is None:
+                save_model(folder.model, trained)
             title = f"{report.dataset_title(stream.name)}, recipe {config.recipe}, streamed"
             report.save_loss_figure(folder.loss, title, curve.train, curve.test, "mean squared error")
             write_json(folder.metrics, values)
     return TrainResult(trained, values, curve)
 
 
+class _Step(nn.Module):
+    """:func:`~.training.rating_objective` as a module, whose tables ``functional_call`` can replace."""
+
+    def __init__(self, model: RatingModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        users, items, ratings = batch
+        return rating_objective(self.model, users, items, ratings, generator, None, share)
+
+
+def _fetched(
+    model: RatingModel, workers: Workers, users: Tensor, items: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """What to put in the place of the model's tables for some pairs, and which rows of it are theirs.
+
+    By name the rows of the different users and items, and in the same order what is known of each.
+    """
+    (known_users, own_users), (known_items, own_items) = (
+        torch.unique(side, return_inverse=True) for side in (users, items)
+    )
+    parameters, wanted = dict(model.named_parameters()), model.rows()
+    names = [[name for name in wanted if name.startswith(side)] for side in ("user", "item")]
+    found = pull(workers, [known_users, known_items], [[parameters[name] for name in side] for side in names])
+    rows = {
+        name: tensor
+        for side, got in zip(names, found, strict=True)
+        for name, tensor in zip(side, got, strict=True)
+    }
+    seen = model.interactions
+    for side, known, deviation, counts in (
+        ("user", known_users, model.user_deviation, seen.user_counts),
+        ("item", known_items, model.item_deviation, seen.item_counts),
+    ):
+        rows[f"{side}_deviation"] = deviation[known]
+        rows[f"interactions.{side}_counts"] = counts[known]
+    return rows, own_users, own_items
+
+
+def _take_whole_tables(model: RatingModel, dealt: DealtTables, file: Path | None) -> None:
+    """Put the tables of the model's ``file``, mapped into memory, in the place of this process's rows.
+
+    Without a file, at all processes but the first, the whole model is left without values.
+    """
+    if file is None:
+        model.to("meta")
+        return
+    model.to("cpu")
+    tensors, _ = read_tensors(file, MODEL_FORMAT, mapped=True)
+    parameters = dict(model.named_parameters())
+    for name in dealt.rows:
+        parameters[name].data = tensors[f"model.{name}"]
+
+
 @torch.no_grad()
-def streamed_error(model: RatingModel, stream: RatingStream, device: torch.device) -> float:
-    """Mean squared error of the clipped predictions over the stream's test part."""
-    total = 0.0
-    for users, items, ratings in stream.test_batches(TEST_BATCH):
-        predicted = model(users.to(device), items.to(device)).clamp(*stream.scale)
-        total += float((predicted - ratings.to(device)).double().square().sum())
-    return total / stream.n_test
+def streamed_error(
+    model: RatingModel, stream: RatingStream, workers: Workers, dealt: DealtTables | None = None
+) -> float:
+    """Mean squared error of the clipped predictions over the stream's test part.
+
+    Where the tables are dealt all processes call this, and each predicts its share.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=workers.device)
+    for batch in stream.test_batches(TEST_BATCH):
+        users, items, ratings = (column.to(workers.device) for column in batch)
+        if dealt is None:
+            predicted = model(users, items)
+        else:
+            share = workers.share(len(users))
+            rows, own_users, own_items = _fetched(model, workers, users[share], items[share])
+            ratings, predicted = ratings[share], functional_call(model, rows, (own_users, own_items))
+        total += (predicted.clamp(*stream.scale) - ratings).double().square().sum()
+    return float(total if dealt is None else workers.sum(total)) / stream.n_test
 
 
 def ranking_of_some(

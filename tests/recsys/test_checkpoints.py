@@ -11,11 +11,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lunet_fast.loop import Interrupted, Progress, Stop
 from lunet_fast.recsys import checkpoints
-from lunet_fast.recsys.checkpoints import CheckpointError, RunFolder, RunFolderError
+from lunet_fast.recsys.checkpoints import (
+    CheckpointError,
+    RunFolder,
+    RunFolderError,
+    read_tensors,
+    write_tensors,
+)
 from lunet_fast.recsys.ratings import Ratings, from_frame
 from lunet_fast.recsys.schema import CHECKPOINT_FORMAT
 from lunet_fast.recsys.training import TrainResult, train
@@ -382,3 +389,27 @@ with RunFolder(Path({str(tmp_path)!r})).locked():
         assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == -signal.SIGKILL
         assert (tmp_path / ".lock").exists()
         train(ratings, CONFIG.replace(mlp=False, epochs=1), out=tmp_path)
+
+
+def test_a_file_is_what_the_package_of_the_format_writes(tmp_path: Path) -> None:
+    """Byte for byte, for every type, with names and texts that JSON must escape."""
+    tensors = {
+        "ä b": torch.arange(5),
+        "a": torch.randn(3, 4),
+        "a/t": torch.randn(3, 4).t(),
+        "none": torch.zeros(0, 3),
+        "one": torch.tensor(2.0),
+        "double": torch.randn(2, dtype=torch.float64),
+        **{str(t): torch.arange(3).to(t) for t in (torch.int32, torch.int16, torch.int8, torch.uint8)},
+        **{str(t): torch.arange(3).to(t) for t in (torch.bfloat16, torch.float16, torch.bool)},
+    }
+    write_tensors(tmp_path / "ours", tensors, CHECKPOINT_FORMAT, {"state": {"text": 'a"\\ü\n'}})
+    with safe_open(tmp_path / "ours", "pt") as content:
+        metadata = content.metadata()
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs", metadata=metadata)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    for mapped in (False, True):
+        read, header = read_tensors(tmp_path / "ours", CHECKPOINT_FORMAT, mapped=mapped)
+        assert header["state"] == {"text": 'a"\\ü\n'}
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[name], t) for name, t in tensors.items())
