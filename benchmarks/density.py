@@ -370,6 +370,24 @@ def depth(seeds: int) -> None:
             kept.add({**row, "diverged": len(runs) - len(good), "runs": runs})
 
 
+def _kept_for_backward(call: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:
+    """Bytes of the tensors that autograd keeps until backward, the parameters themselves aside."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    total = sum(kept.values())
+    del result
+    return total
+
+
 def speed(repeats: int = 40) -> None:
     """Medians of a training step of 256 rows and of 256 samples, all flows in turn, one thread."""
     rows = data.read("digits")
@@ -404,11 +422,16 @@ def speed(repeats: int = 40) -> None:
 
                 name = (family, f"{size}, base of {components}" if components > 1 else size)
                 runs[name] = (step, sample)
+                kept = _kept_for_backward(
+                    lambda flow=model.flow, y=y, context=context: flow.log_prob(y, *context),
+                    list(model.flow.parameters()),
+                )
                 found[name] = {
                     "family": family,
                     "size": size,
                     "components": components,
                     "parameters": sum(p.numel() for p in model.flow.parameters()),
+                    "kept_bytes": kept,
                     "step": [],
                     "sample": [],
                 }
@@ -489,12 +512,15 @@ def digits_table() -> list[str]:
 
 
 def speed_table() -> list[str]:
-    lines = ["| flow | numbers | base of | a training step, ms | 256 samples, ms |", "|---" * 5 + "|"]
+    lines = [
+        "| flow | numbers | base of | a training step, ms | 256 samples, ms | kept for backward, MB |",
+        "|---" * 6 + "|",
+    ]
     for row in _rows("speed"):
         base = "1" if row["components"] == 1 else f"{row['components']} Gaussians"
         lines.append(
             f"| {row['family']}, {row['size']} | {row['parameters']:,} | {base} | {row['step_ms']:.2f} | "
-            f"{row['sample_ms']:.2f} |"
+            f"{row['sample_ms']:.2f} | {row['kept_bytes'] / 1e6:.1f} |"
         )
     return lines
 
@@ -560,7 +586,7 @@ def report() -> None:
         "",
         *plane_table(),
         "",
-        "## Depth (digits, base of 30 Gaussians, three seeds)",
+        "## Depth (digits, base of 30 Gaussians, two seeds)",
         "",
         *depth_table(),
         "",
