@@ -9,6 +9,7 @@ all pages of the columns in question. https://github.com/apache/parquet-format h
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from mmap import mmap
 from typing import Any, NamedTuple
 
 _DEPTH = 24
@@ -16,14 +17,16 @@ _TRUE, _FALSE, _BYTE, _SHORT, _INT, _LONG, _DOUBLE, _BINARY, _LIST, _SET, _MAP, 
 
 
 class Sizes(NamedTuple):
-    """``rows`` of the file, ``values`` of the columns in question, ``bytes`` that their pages unpack to."""
+    """``rows`` of the file, ``values`` of the columns in question, ``bytes`` that their pages unpack to, and
+    those of the largest page."""
 
     rows: int
     values: int
     bytes: int
+    page: int
 
 
-def stated_sizes(data: bytes, columns: Sequence[int]) -> Sizes:
+def stated_sizes(data: bytes | mmap, columns: Sequence[int]) -> Sizes:
     """The sizes that a Parquet file states, ``columns`` by their places among the top ones of the schema.
 
     Each of them must be one without columns below it. ValueError where the headers are damaged. O(footer +
@@ -37,7 +40,7 @@ def stated_sizes(data: bytes, columns: Sequence[int]) -> Sizes:
     footer = _Thrift(data, start, len(data) - 8).struct()
     leaves = _leaves(_field(footer, 2, list))
     wanted = [sum(leaves[:place]) for place in columns]
-    rows = values = size = 0
+    rows = values = size = page = 0
     for group in _field(footer, 4, list):
         rows += _count(group, 3)
         chunks = _field(group, 1, list)
@@ -45,10 +48,11 @@ def stated_sizes(data: bytes, columns: Sequence[int]) -> Sizes:
             if place >= len(chunks):
                 raise ValueError("a group of rows lacks a column")
             about = _field(chunks[place], 3, dict)
-            of_pages, unpacked = _page_sizes(data, about)
+            of_pages, unpacked, largest = _page_sizes(data, about)
+            page = max(page, largest)
             values += max(_count(about, 5), of_pages)
             size += max(_count(about, 6), unpacked)
-    return Sizes(rows, max(values, rows * len(wanted)), size)
+    return Sizes(rows, max(values, rows * len(wanted)), size, page)
 
 
 def _leaves(schema: list[Any]) -> list[int]:
@@ -66,16 +70,16 @@ def _leaves(schema: list[Any]) -> list[int]:
     return counts
 
 
-def _page_sizes(data: bytes, about: dict[int, Any]) -> tuple[int, int]:
-    """(values, unpacked bytes) that the headers of a column's pages state."""
+def _page_sizes(data: bytes | mmap, about: dict[int, Any]) -> tuple[int, int, int]:
+    """(values, unpacked bytes, those of the largest) that the headers of a column's pages state."""
     places = [_count(about, 9), _count(about, 11, 0)]
     at = min((place for place in places if place), default=0)  # 0 where there is no such page
     end = at + _count(about, 7)
     if at == end:
-        return 0, 0
+        return 0, 0, 0
     if not 4 <= at <= end <= len(data) - 8:
         raise ValueError("a column lies outside the file")
-    values = size = 0
+    values = size = largest = 0
     while at < end:
         reader = _Thrift(data, at, end)
         header = reader.struct()
@@ -85,8 +89,9 @@ def _page_sizes(data: bytes, about: dict[int, Any]) -> tuple[int, int]:
             raise ValueError(f"a dictionary of {unpacked:,} bytes states {in_dictionary:,} values")
         values += sum(_count(_field(header, kind, dict, {}), 1, 0) for kind in (5, 8))
         size += unpacked
+        largest = max(largest, unpacked)
         at = reader.at + _count(header, 3)
-    return values, size
+    return values, size, largest
 
 
 def _field(struct: Any, number: int, kind: type, missing: Any = None) -> Any:
@@ -106,7 +111,7 @@ def _count(struct: Any, number: int, missing: int | None = None) -> int:
 class _Thrift:
     """A struct as a dict by the fields' numbers, lists as lists; texts and maps are passed over, as None."""
 
-    def __init__(self, data: bytes, at: int, end: int) -> None:
+    def __init__(self, data: bytes | mmap, at: int, end: int) -> None:
         self.data, self.at, self.end = data, at, end
 
     def struct(self, depth: int = 0) -> dict[int, Any]:

@@ -32,6 +32,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property
+from mmap import mmap
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -42,7 +43,7 @@ import torch
 
 from lunet_fast.recsys.parquet_sizes import stated_sizes
 
-__all__ = ["IdMap", "RatingFileError", "Ratings", "from_frame", "max_bytes", "read_ratings"]
+__all__ = ["IdMap", "RatingFileError", "Ratings", "check_sizes", "from_frame", "max_bytes", "read_ratings"]
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -897,7 +898,7 @@ def _read_parquet(file: Path, data: bytes, columns: Mapping[str, str | None]) ->
                 f"{file}: the {role} column {names[k]!r} is of type {brief(schema.field(k).type)}: store a "
                 "number, a string or a time"
             )
-    rows = _check_sizes(file, data, list(used.values()))
+    rows = check_sizes(file, data, list(used.values()))
     wanted = [names[k] for k in used.values()]
     # Texts as a dictionary: a page can name one of a megabyte a million times.
     texts = [names[k] for k in used.values() if str(schema.field(k).type) in _PARQUET_TEXTS]
@@ -916,21 +917,24 @@ def _read_parquet(file: Path, data: bytes, columns: Mapping[str, str | None]) ->
     return _frame_table(str(file), frame, columns)
 
 
-def _check_sizes(file: Path, data: bytes, columns: Sequence[int]) -> int:
+def check_sizes(file: Path, data: bytes | mmap, columns: Sequence[int], *, streamed: bool = False) -> int:
     """The rows that a Parquet file states; RatingFileError where they, or the bytes of ``columns``, are more
-    than is read."""
+    than is read. Of a ``streamed`` file only the largest page has to fit, but no more than RATIO times its
+    size may come of it either."""
     try:
-        rows, values, unpacked = stated_sizes(data, columns)
+        rows, values, unpacked, page = stated_sizes(data, columns)
     except ValueError as error:
         raise RatingFileError(f"{file}: the Parquet file is damaged or cut short ({error})") from error
     stated = max(8 * values, unpacked)
     limit, by_ratio = max_bytes(), max(RATIO_FREE_BYTES, RATIO * len(data))
-    if stated > limit:
+    if streamed and page > limit:
+        raise RatingFileError(f"{file}: one of its pages is {page:,} bytes, {_too_many(limit)}")
+    if stated > limit and not streamed:
         raise RatingFileError(f"{file}: its {rows:,} rows are {stated:,} bytes, {_too_many(limit)}")
     if stated > by_ratio:
         raise RatingFileError(
             f"{file}: its {len(data):,} bytes state {rows:,} rows of {stated:,} bytes, as no ratings do: if "
-            "you trust it, write them as CSV"
+            "you trust it, write it anew without compression and dictionary"
         )
     return rows
 

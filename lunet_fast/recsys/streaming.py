@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import mmap
 import os
 import queue
 import threading
@@ -41,7 +42,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lunet_fast.recsys.ratings import IdMap, Int64Array, RatingFileError, Ratings, from_frame
+from lunet_fast.recsys.ratings import (
+    MAX_FIELD,
+    IdMap,
+    Int64Array,
+    RatingFileError,
+    Ratings,
+    brief,
+    check_sizes,
+    from_frame,
+)
 
 __all__ = ["RatingStream"]
 
@@ -143,7 +153,9 @@ class RatingStream:
 
         RatingFileError, naming the file, row (from 1) and row group (from 0, as pyarrow counts): an empty id,
         a missing rating or one that is not finite; or naming the file: a missing column or one of another
-        type, no rows, a damaged file. FileNotFoundError where there is no file, ImportError without pyarrow,
+        type, no rows, a damaged file; before anything is unpacked, one that states to unpack to more than
+        RATIO times its size, or a page of more than :func:`~.ratings.max_bytes`; an id of more than MAX_FIELD
+        characters. FileNotFoundError where there is no file, ImportError without pyarrow,
         ValueError for a wrong argument and where no row is left to train on.
         """
         _require_pyarrow(path)
@@ -299,7 +311,7 @@ class RatingStream:
         for file in self._files:
             file.check()
             try:
-                with parquet.ParquetFile(file.path) as content:
+                with parquet.ParquetFile(file.path, read_dictionary=file.texts) as content:
                     present = [name for name in wanted if name in content.schema_arrow.names]
                     frames.append(content.read(columns=present).to_pandas(ignore_metadata=True))
             except Exception as error:
@@ -514,9 +526,7 @@ class _Ids:
         if not self.as_text:
             codes, keys = pd.factorize(_integers(column))
             return codes, keys, _salted(keys.view(np.uint64), self.salt)
-        encoded = _texts(column).dictionary_encode()
-        codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-        texts = [text.strip() for text in encoded.dictionary.to_pylist()]
+        codes, texts = _texts(file, self.role, column)
         if "" in texts:
             wrong = int(np.argmax(codes == texts.index("")))
             _wrong_row(file, row + wrong, f"{self.role} id is empty: give every row one")
@@ -599,10 +609,8 @@ class _Index:
 
     def __call__(self, column: Any) -> _Int32:
         if self.texts is not None:
-            encoded = _texts(column).dictionary_encode()
-            texts = encoded.dictionary.to_pylist()
-            index = np.array([self.texts[text.strip()] for text in texts], dtype=np.int32)
-            return index[encoded.indices.to_numpy(zero_copy_only=False)]
+            codes, texts = _texts(None, "", column)
+            return np.array([self.texts[text] for text in texts], dtype=np.int32)[codes]
         values = _integers(column)
         if self.table is not None:
             return self.table[values - self.low] if self.low else self.table[values]
@@ -666,6 +674,7 @@ class _File:
     rows: list[int]  # of each row group
     size: int
     changed: int  # st_mtime_ns
+    texts: list[str]  # columns of texts: a page can name one of a megabyte a million times
 
     def check(self) -> None:
         """RatingFileError where the file is not the one that was opened."""
@@ -713,6 +722,7 @@ def _find_files(path: Path, columns: dict[str, str | None]) -> tuple[list[_File]
         except Exception as error:  # pyarrow reports damage by errors of a dozen types
             _damaged(file, error)
         names = list(schema.names)
+        texts: list[str] = []
         for role, name in columns.items():
             if name is None or (role == "timestamp" and name not in names):
                 continue
@@ -732,6 +742,8 @@ def _find_files(path: Path, columns: dict[str, str | None]) -> tuple[list[_File]
                 or (hasattr(types, "is_string_view") and types.is_string_view(kind))
             )
             is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
+            if is_text:
+                texts.append(name)
             if role in ("user", "item") and is_text:
                 text_roles.add(role)
             elif role in ("user", "item") and not types.is_integer(kind):
@@ -743,7 +755,13 @@ def _find_files(path: Path, columns: dict[str, str | None]) -> tuple[list[_File]
                 raise RatingFileError(
                     f"{file}: the rating column {name!r} has values of type {kind}: store numbers"
                 )
-        files.append(_File(file, rows, state.st_size, state.st_mtime_ns))
+        used = [
+            names.index(name) for role, name in columns.items() if name is not None and role != "timestamp"
+        ]
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if check_sizes(file, data, used, streamed=True) != sum(rows):
+                raise RatingFileError(f"{file}: the Parquet file is damaged: its numbers of rows differ")
+        files.append(_File(file, rows, state.st_size, state.st_mtime_ns, texts))
     if not any(sum(file.rows) for file in files):
         raise RatingFileError(f"{path}: there is no row")
     return files, text_roles
@@ -757,7 +775,9 @@ def _record_batches(file: _File, groups: Sequence[int], columns: dict[str, str |
     file.check()
     try:
         # Nothing is read before it is needed, and no threads: memory must not grow with a row group.
-        with parquet.ParquetFile(file.path, buffer_size=READ_BYTES, pre_buffer=False) as content:
+        with parquet.ParquetFile(
+            file.path, buffer_size=READ_BYTES, pre_buffer=False, read_dictionary=file.texts
+        ) as content:
             for batch in content.iter_batches(
                 PIECE_ROWS, row_groups=list(groups), columns=wanted, use_threads=False
             ):
@@ -779,10 +799,25 @@ def _integers(column: Any) -> Int64Array:
     return _decoded(column).cast(pa.int64()).to_numpy(zero_copy_only=False)
 
 
-def _texts(column: Any) -> Any:
-    import pyarrow as pa
+def _texts(file: _File | None, role: str, column: Any) -> tuple[Int64Array, list[str]]:
+    """Codes ``[n]`` of a column of texts, and by code the text; each is there once before it is stripped.
 
-    return _decoded(column).cast(pa.string())
+    RatingFileError, where ``file`` is given, for one of more than MAX_FIELD characters.
+    """
+    import pyarrow as pa
+    from pyarrow import types
+
+    encoded = column if types.is_dictionary(column.type) else column.dictionary_encode()
+    # A dictionary is a row group's, and a text that no row of this piece names may be in no row at all.
+    used, codes = np.unique(encoded.indices.to_numpy(zero_copy_only=False), return_inverse=True)
+    texts = [text or "" for text in encoded.dictionary.take(pa.array(used)).cast(pa.string()).to_pylist()]
+    longest = max(texts, key=len)
+    if file is not None and len(longest) > MAX_FIELD:
+        raise RatingFileError(
+            f"{file.path}: {role} {brief(longest)} has more than {MAX_FIELD:,} characters: give it a shorter "
+            "one"
+        )
+    return codes.reshape(-1), [text.strip() for text in texts]
 
 
 def _decoded(column: Any) -> Any:

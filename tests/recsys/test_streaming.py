@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -175,3 +176,73 @@ print(rows, peak)
             peaks.append(kilobytes)
         # The rows themselves would be 42 MB more as three tensors.
         assert peaks[1] - peaks[0] < 25_000
+
+
+class TestBombs:
+    """Files of few bytes that unpack to many, which reading them at once refuses too (test_ratings)."""
+
+    def put(self, folder: Path, user: object, **settings: object) -> Path:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        n = len(user)  # type: ignore[arg-type]
+        table = pa.table({"user": user, "item": np.arange(n) // 1000, "rating": np.ones(n, np.float32)})
+        parquet.write_table(table, folder / "bomb.parquet", **settings)
+        return folder / "bomb.parquet"
+
+    def test_many_rows_of_few_bytes(self, tmp_path: Path) -> None:
+        path = self.put(tmp_path, np.zeros(10_000_000, np.int64))
+        assert path.stat().st_size < 1 << 20
+        with pytest.raises(
+            RatingFileError, match="state 10,000,000 rows of 240,000,000 bytes, as no ratings do"
+        ):
+            RatingStream.open(path)
+        (tmp_path / "good.parquet").write_bytes(
+            self.put(tmp_path, np.arange(100), use_dictionary=False).read_bytes()
+        )
+        self.put(tmp_path, np.zeros(10_000_000, np.int64))
+        with pytest.raises(RatingFileError, match=r"bomb\.parquet.* as no ratings do"):
+            RatingStream.open(tmp_path)
+        # As the message says.
+        settings = {"compression": "none", "use_dictionary": False}
+        assert len(RatingStream.open(self.put(tmp_path, np.zeros(100_000, np.int64), **settings))) == 100_000
+
+    def test_a_large_page(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A file may be larger than the limit, as it is read a page at a time; a page may not."""
+        monkeypatch.setenv("LUNET_FAST_MAX_BYTES", str(1 << 20))
+        users = np.arange(400_000)
+        settings = {"compression": "none", "use_dictionary": False}
+        path = self.put(tmp_path, users, data_page_size=1 << 18, **settings)
+        assert path.stat().st_size > 1 << 20
+        assert len(RatingStream.open(path)) == 400_000
+        path = self.put(tmp_path, users, data_page_size=1 << 22, max_rows_per_page=400_000, **settings)
+        with pytest.raises(
+            RatingFileError, match="one of its pages is 3,200,0.. bytes, more than the 1,048,576"
+        ):
+            RatingStream.open(path)
+
+    def test_a_long_text_named_often_is_kept_once(self, tmp_path: Path) -> None:
+        import pyarrow as pa
+
+        for length, refused in ((100_000, False), (200_000, True)):
+            text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(1000, np.int32)), ["x" * length])
+            path = self.put(tmp_path, text.cast(pa.string()))
+            pool, usual = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+            pa.set_memory_pool(pool)
+            try:
+                if refused:
+                    with pytest.raises(RatingFileError, match="user xxx.* more than 131,072 characters"):
+                        RatingStream.open(path)
+                else:
+                    assert RatingStream.open(path).n_users == 1
+            finally:
+                pa.set_memory_pool(usual)
+            assert 0 < pool.max_memory() < 10_000_000
+
+    def test_texts_that_no_row_names(self, tmp_path: Path) -> None:
+        """Of a dictionary, those alone are users that are in a row."""
+        import pyarrow as pa
+
+        names = pa.DictionaryArray.from_arrays(pa.array(np.arange(300) % 3 * 2), ["a", "b", "c", "d", "e"])
+        stream = RatingStream.open(self.put(tmp_path, names))
+        assert stream.users.ids.tolist() == ["a", "c", "e"]
