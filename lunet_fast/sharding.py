@@ -103,7 +103,7 @@ class DealtTables:
 def draw_own_rows_(own: Tensor, rows: int, std: float, workers: Workers) -> None:
     """Fill ``own`` with the rows that ``torch.empty(rows, c).normal_(std=std)`` would have at their places.
 
-    All numbers are drawn, from the global CPU generator, and those of the others dropped: O(rows c) time,
+    All numbers are drawn, as ``normal_`` draws them, and those of the others dropped: O(rows c) time,
     O(BLOCK) memory.
     """
     count, width = workers.world_size, own.shape[1]

@@ -33,6 +33,7 @@ from lunet_fast.recsys.evaluation import full_ranking
 from lunet_fast.recsys.model import RatingModel
 from lunet_fast.recsys.schema import MODEL_FORMAT
 from lunet_fast.recsys.scoring import ItemScorer
+from lunet_fast.recsys.seeding import seeded
 from lunet_fast.recsys.streaming import RatingStream
 from lunet_fast.recsys.training import (
     TrainResult,
@@ -40,7 +41,6 @@ from lunet_fast.recsys.training import (
     error_limit,
     first_overflow,
     rating_objective,
-    seeded,
     versions,
 )
 from lunet_fast.sharding import DealtTables, pull

@@ -48,6 +48,7 @@ from lunet_fast.recsys.negatives import NegativeSampler
 from lunet_fast.recsys.protocols import Parts, Ranking, evaluate_ranking
 from lunet_fast.recsys.ratings import Ratings
 from lunet_fast.recsys.scoring import ItemScorer
+from lunet_fast.recsys.seeding import seeded
 
 
 @dataclass(frozen=True)
@@ -512,13 +513,3 @@ def cpu_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, PyTorch's global CPU generator is seeded: modules draw their initial weights from it."""
-    # Not the seed of the batches' generator, or first weights and first order would share their numbers.
-    mixed = torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(mixed))
-        yield
