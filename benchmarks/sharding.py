@@ -1,7 +1,7 @@
 """Embedding tables divided by rows: what a step costs by each way there is, and memory by processes.
 
-    python benchmarks/sharding.py steps memory   # into results/sharding.json; each replaces its part alone
-    python benchmarks/scale.py --render          # the page that shows it
+    python benchmarks/sharding.py --steps --memory   # into results/sharding.json; each replaces its part
+    python benchmarks/scale.py --render              # the page that shows it
 
 Steps: two processes on one machine with gloo, each with half of a batch, look rows of one table up, take a
 loss, its gradient and a step of Adam. Bytes are what the loopback interface sends meanwhile: run it by
@@ -49,7 +49,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def ids_of(step: int, rank: int) -> Tensor:
-    """A share of a batch, a tenth of whose ids are a hundredth of the rows, as popular ones are."""
+    """A share of a batch, a fifth of whose ids are in a hundredth of the rows, as popular ones are."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     drawn = torch.rand(BATCH // 2, generator=generator)
     return (drawn.pow(3) * ROWS).long()
@@ -326,12 +326,12 @@ def section(result: dict[str, Any]) -> list[str]:
     lines = [
         "## Tables divided over processes",
         "",
-        f"`--shard-tables` gives each of N processes every N-th row. Measured by `python benchmarks/sharding.py`"
-        f" on {result['machine']['processor']}, {result['date']}, with two shared cores, so that times "
+        "`--shard-tables` gives each of N processes every N-th row. Measured by `benchmarks/sharding.py` "
+        f"on {result['machine']['processor']}, {result['date']}, with two shared cores, so that times "
         "compare roughly.",
         "",
-        f"One table of {ROWS:,} rows of {SIZE} numbers, two processes with gloo, {BATCH:,} ids a step, half of "
-        "them each; memory is that of table, moments and gradient for each process, by arithmetic:",
+        f"One table of {ROWS:,} rows of {SIZE} numbers, two processes with gloo, {BATCH:,} ids a step, half "
+        "of them each; memory is that of table, moments and gradient for each process, by arithmetic:",
         "",
         f"| table by | optimiser | median step | sent a step | memory | loss, first step | step {STEPS} |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -349,17 +349,18 @@ def section(result: dict[str, Any]) -> list[str]:
         "",
         "Chosen: an exchange of our own by `all_to_all_single`, in `lunet_fast/sharding.py`. It sends the "
         "different rows that a process asks another one for, and their gradients back; what it serves itself "
-        "does not travel. It takes PyTorch's SparseAdam as it is, so the numbers are those of whole tables, and "
-        "it goes beside DistributedDataParallel, which leaves these parameters alone. DTensor and "
+        "does not travel. It takes PyTorch's SparseAdam as it is, so the numbers are those of whole tables, "
+        "and it goes beside DistributedDataParallel, which leaves these parameters alone. DTensor and "
         "ShardedTensor send a row of zeros for every row that somebody else has, and have dense gradients "
-        "only, so that every row is moved at every step. TorchRec is the tool for many tables on many GPUs; "
-        "its compiled part fits one release of PyTorch each, its lookup of single rows does not run on CPUs, "
-        "its pooled one sends as much as DTensor, and the Adam fused into it on CPUs is not SparseAdam: after "
-        "the same steps it has another loss.",
+        "only, so that every row is moved at every step. TorchRec is made for many tables on many GPUs, and "
+        "was tried here on CPUs alone: its compiled part fits one release of PyTorch each; its lookup of "
+        "single rows (`EmbeddingCollection`) ended in an error; its pooled one, in the table above, sends as "
+        "much as DTensor, and the loss of its fused Adam does not fall as the others' does, which was not "
+        "looked into.",
         "",
         f"Training on a stream, one epoch of {first['train_rows']:,} ratings by {first['users']:,} users of "
-        f"{first['items']:,} items, k = {SIZE}: tables of {table / 2**30:.2f} GiB, {3 * table / 2**30:.2f} GiB "
-        "with Adam's moments. The file once opened, which every process does, takes "
+        f"{first['items']:,} items, k = {SIZE}: tables of {table / 2**30:.2f} GiB, with Adam's "
+        f"moments {3 * table / 2**30:.2f} GiB. The file once opened, which every process does, takes "
         f"{max(row['opened_bytes'] for row in rows) / 2**30:.2f} GiB of it.",
         "",
         "| processes | peak memory, process 0 | others | train | test MSE |",
@@ -374,18 +375,19 @@ def section(result: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "Covered are the tables and biases of users and items in `train --stream`, and their moments. Each "
-        "process still has a few numbers for each user and item (ids, counts, means), and a training in memory "
-        "refuses the option. Checkpoints and the model are the usual files of whole tables: process 0 writes "
-        "and reads them a block at a time, since the others need not share its disk and any number of "
-        "processes, or one with whole tables, can go on from them; `torch.distributed.checkpoint` would leave "
-        "a folder of parts that nothing else here reads, on a disk that all must see.",
+        "process still has a few numbers for each user and item (ids, counts, means); without `--stream` the "
+        "option is refused. Checkpoints and the model are the usual files of whole tables: process 0 writes "
+        "and reads them a block at a time, since the others need not share its disk, and any number of "
+        "processes, or one with whole tables, can go on from them; `torch.distributed.checkpoint` would "
+        "leave a folder of parts that nothing else here reads, on a disk that all must see.",
     ]
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=("steps", "memory"))
+    parser.add_argument("--steps", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -395,9 +397,9 @@ def main() -> None:
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     result |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "machine": machine.describe()}
     for part, work in (("steps", steps), ("memory", memory)):
-        if part in arguments.parts:
+        if getattr(arguments, part):
             result[part] = work()
-    write_json(path, result)
+            write_json(path, result)
 
 
 if __name__ == "__main__":
