@@ -28,7 +28,7 @@ test: $(VENV)/.dev  ## the test suite, about 5 minutes on 2 cores
 test-slow: $(VENV)/.dev  ## the long tests, thirty kills among them; about half an hour
 	$(BIN)/python -m pytest -q -m slow
 
-fuzz: $(VENV)/.dev  ## 130,000 broken files; atheris guides them if `pip install atheris==2.3.0` worked
+fuzz: $(VENV)/.dev  ## 130,000 broken files; atheris guides them where `pip install '.[fuzz]'` has it
 	$(BIN)/python tests/fuzz/ratings.py --inputs 120000 --archives 5000 --models 5000 --seed 0
 
 scale: $(VENV)/.dev  ## cost and memory of streamed training up to 32 million ratings; 12 minutes

@@ -7,7 +7,7 @@ the file. Everything else is a failure: another exception, a message without the
 character, a process that dies, takes more than --seconds for one input or needs more than --megabytes.
 Failures are kept, and the exit code is 1; ``--again FILE`` reads one of them, with its traceback.
 
-With atheris (``pip install atheris``, for some Pythons on Linux and macOS) inputs are chosen by which lines
+With atheris (the extra ``fuzz``, for some Pythons on Linux and macOS) inputs are chosen by which lines
 of our readers they reach; without it, and with ``--no-guide``, each is a few random changes of a good file.
 """
 
@@ -285,7 +285,7 @@ def main() -> int:
     except PackageNotFoundError:
         guide = None
     if guide is None and not arguments.no_guide:
-        print("atheris is not installed (pip install atheris; not for every Python): random changes instead")
+        print("atheris is not installed (the extra fuzz; not for every Python): random changes instead")
         arguments.no_guide = True
     with tempfile.TemporaryDirectory(prefix="lunet-fast-fuzz-") as name:
         folder = Path(name)
