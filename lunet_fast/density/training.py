@@ -25,7 +25,8 @@ from lunet_fast.distributed import existing_device
 from lunet_fast.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, fit
 from lunet_fast.recsys import report
 from lunet_fast.recsys.checkpoints import RunFolder, read_json, write_json
-from lunet_fast.recsys.training import cpu_threads, seeded
+from lunet_fast.recsys.training import cpu_threads
+from lunet_fast.seeding import seeded
 
 PHASE = "flow"
 

@@ -33,7 +33,6 @@ from lunet_fast.recsys.evaluation import full_ranking
 from lunet_fast.recsys.model import RatingModel
 from lunet_fast.recsys.schema import MODEL_FORMAT
 from lunet_fast.recsys.scoring import ItemScorer
-from lunet_fast.recsys.seeding import seeded
 from lunet_fast.recsys.streaming import RatingStream
 from lunet_fast.recsys.training import (
     TrainResult,
@@ -43,6 +42,7 @@ from lunet_fast.recsys.training import (
     rating_objective,
     versions,
 )
+from lunet_fast.seeding import seeded
 from lunet_fast.sharding import DealtTables, pull
 
 RANKED_USERS = 200

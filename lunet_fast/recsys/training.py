@@ -48,7 +48,7 @@ from lunet_fast.recsys.negatives import NegativeSampler
 from lunet_fast.recsys.protocols import Parts, Ranking, evaluate_ranking
 from lunet_fast.recsys.ratings import Ratings
 from lunet_fast.recsys.scoring import ItemScorer
-from lunet_fast.recsys.seeding import seeded
+from lunet_fast.seeding import seeded
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,18 @@ def test_same_seed_same_weights_and_another_seed_others() -> None:
     assert not torch.equal(weights(first)[0], weights(other)[0])
 
 
+def test_first_weights_do_not_depend_on_the_global_generator() -> None:
+    """Permutations and signs are drawn too."""
+    config = replace(SHORT, permutation="random", signs="random", steps=1, round_steps=1)
+    torch.manual_seed(1)
+    first = train_density(moons(), config)
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    again = train_density(moons(), config)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(again), strict=True))
+
+
 class _StopsAt(Progress):
     def __init__(self, stop: Stop, at: int) -> None:
         self.stop, self.at = stop, at

@@ -18,6 +18,8 @@ _DRAWS = frozenset(
         init.uniform_,
         init.kaiming_normal_,
         init.kaiming_uniform_,
+        torch.randint,
+        torch.randperm,
     }
 )
 """By which modules are initialised here."""
