@@ -27,6 +27,7 @@ test: $(VENV)/.dev  ## the test suite, about 5 minutes on 2 cores
 
 test-slow: $(VENV)/.dev  ## the long tests, thirty kills among them; about half an hour
 	$(BIN)/python -m pytest -q -m slow
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/kernels/interpreted
 
 fuzz: $(VENV)/.dev  ## 130,000 broken files; atheris guides them where `pip install '.[fuzz]'` has it
 	$(BIN)/python tests/fuzz/ratings.py --inputs 120000 --archives 5000 --models 5000 --seed 0

@@ -28,7 +28,7 @@ pytest.importorskip("pyarrow")
 
 KINDS = ["ratings", "pairs", "users", "like", "archive"]
 SEEDS = inputs.seed_inputs(KINDS)
-QUICK = settings(max_examples=1500, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=500, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=20_000, suppress_health_check=list(HealthCheck))
 IN_TEXT = [n for n, case in enumerate(CASES) if case.form == "text"]
 IN_PARQUET = [n for n, case in enumerate(CASES) if case.form == "parquet"]

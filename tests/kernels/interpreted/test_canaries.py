@@ -191,7 +191,7 @@ def by_row(name: str, results: tuple[Tensor, ...]) -> list[Tensor]:
     return [each for each in results[: OPERATIONS[name][1]] if each.numel()]
 
 
-@sized((37, 5, torch.float32), (37, 5, torch.bfloat16), (17, 33, torch.float32))
+@sized((37, 5, torch.bfloat16), (17, 33, torch.float32))
 @operations
 def test_nothing_beyond_and_nothing_unwritten(name: str, N: int, D: int, dtype: torch.dtype) -> None:
     """And the same bits twice: sums over rows have an order that no scheduler decides."""
