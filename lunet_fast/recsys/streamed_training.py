@@ -226,13 +226,14 @@ def train_stream(
         for table in model.tables():
             table.sparse = False
         trained = TrainedModel(model, stream.users, stream.items, stream.scale)
-        if dealt is not None:
+        if dealt is None:
+            model.to("cpu")
+        else:
             del phase, optimizer  # and the moments with them
             save_model(None if folder is None else folder.model, trained, dealt)
             _take_whole_tables(model, dealt, None if folder is None else folder.model)
         if not workers.is_first:
             return TrainResult(trained, {}, curve)
-        model.to("cpu")
         values: dict[str, Any] = {}
         if stream.n_test:
             values["test_mse"] = curve.test[-1]
