@@ -191,7 +191,7 @@ def _extrapolation(row: dict[str, Any]) -> list[str]:
         f"- **Bytes of the model.** Tables: ({users:,} + {items:,}) · {k} · 4 B = {table / 1e9:.2f} GB; with "
         f"Adam's two moments {3 * table / 1e9:.2f} GB, biases and counts "
         f"{(users + items) * (3 * 4 + 2 * 8) / 1e9:.2f} GB more; the network {net / 1e3:.0f} kB. That fits "
-        "one machine of 16 GB, or one GPU; where it does not, the tables are what must be divided.",
+        "one machine of 16 GB, or one GPU; where it does not, `--shard-tables` divides the tables (below).",
         f"- **Bytes of the ratings.** {bytes_a_row:.1f} B a rating in Parquet (measured, with times) = "
         f"{ratings * bytes_a_row / 1e9:.0f} GB on disk, none of it in memory but one shuffle buffer. At "
         f"{reads / 1e6:.1f} M rows/s read and checked (measured, one core) a pass takes "
@@ -208,7 +208,7 @@ def _extrapolation(row: dict[str, Any]) -> list[str]:
         f"2 · {batch:,} · {k} · 4 B = {touched / 1e6:.0f} MB at batch {batch:,}, and the network's "
         f"{net / 1e3:.0f} kB. Over 10 Gbit/s that is {touched * 8 / 10e9 * 1e3:.0f} ms a step, "
         f"{ratings / batch * touched * 8 / 10e9 / 60:.0f} min an epoch: less than the arithmetic of one "
-        "core, more than that of a GPU, so several GPUs want a faster network, or tables that stay in place.",
+        "core, more than that of a GPU, so several GPUs want a faster network, or tables that are divided.",
         "",
         "None of this was run at 10⁹: it is what the measured rows and the formulas give.",
     ]

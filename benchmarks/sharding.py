@@ -283,6 +283,7 @@ def measure(path: Path, out: Path) -> None:
         values = {
             "opened_bytes": opened,
             "peak_bytes": status("VmHWM"),
+            "mapped_bytes": status("RssFile"),
             "train_seconds": result.curve.seconds,
             "users": stream.n_users,
             "items": stream.n_items,
@@ -372,7 +373,12 @@ def section(result: dict[str, Any]) -> list[str]:
             f"| {row['processes']} | {own} | {', '.join(others) or '-'} | {row['train_seconds']:.0f} s "
             f"| {row['test_mse']:.6f} |"
         )
+    mapped = max(row["mapped_bytes"] for row in rows[1:]) - first["mapped_bytes"]
     lines += [
+        "",
+        f"At its end process 0 has {mapped / 2**30:.2f} GiB more of files mapped than one process alone: the "
+        "model just written, digested and then ranked with. The system takes such pages back where memory is "
+        "short. The times are those of two cores, whatever the number of processes.",
         "",
         "Covered are the tables and biases of users and items in `train --stream`, and their moments. Each "
         "process still has a few numbers for each user and item (ids, counts, means); without `--stream` the "
