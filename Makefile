@@ -25,7 +25,7 @@ train: $(VENV)/.train  ## train recipe best on ML-100K into runs/ml-100k (OUT=..
 test: $(VENV)/.dev  ## the test suite, about 5 minutes on 2 cores
 	$(BIN)/python -m pytest -q
 
-test-slow: $(VENV)/.dev  ## the long tests, thirty kills among them; about half an hour
+test-slow: $(VENV)/.dev  ## the long tests, thirty kills among them; about 40 minutes
 	$(BIN)/python -m pytest -q -m slow
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/kernels/interpreted
 
