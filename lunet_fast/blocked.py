@@ -554,15 +554,18 @@ def _solve_rows(
     return torch.linalg.solve_triangular(matrix, right, upper=up, left=False, unitriangular=unit)
 
 
+def least_rows_for_inverse(size: int) -> int:
+    """Rows [N, D] from which on A⁻¹ [D, D] is worth its D³: the more blocks, the faster is substitution."""
+    return (4 if size <= 2 * BLOCK else 10) * size
+
+
 def explicit_inverse(packed: Packed, rows: int) -> Tensor | None:
     """(L U)⁻¹ [D, D] by triangular inversion, or None where substitution is better.
 
-    Worth its D³ only for many more rows than columns, the more the more blocks there are, whose
-    substitution is then as fast; refused when κ₁(L)·κ₁(U) says that it would cost accuracy. Never on a
-    device where reading the condition back would stall the queue.
+    Worth its D³ only for many more rows than columns; refused when κ₁(L)·κ₁(U) says that it would cost
+    accuracy. Never on a device where reading the condition back would stall the queue.
     """
-    least_rows = (4 if packed.size <= 2 * BLOCK else 10) * packed.size
-    if packed.lu.device.type != "cpu" or rows < least_rows:
+    if packed.lu.device.type != "cpu" or rows < least_rows_for_inverse(packed.size):
         return None
     lower, upper = _unit_lower(packed.lu), _upper(packed.lu, packed.diagonal)
     lower_inverse = _invert_triangular(lower, upper=False)

@@ -135,3 +135,85 @@ def test_members_side_by_side(bias: bool) -> None:
             found[k], small.net(x[k], layers, logabsdet=False)[0], rtol=1e-12, atol=1e-12
         )
     assert small.stacked_net(x[:1], members[:1]).shape == (1, 5, 6)
+
+
+@given(
+    features=st.integers(1, 24),
+    layers=st.integers(1, 4),
+    activation=st.sampled_from([None, *sorted(ACTIVATIONS), "coordinates"]),
+    permutation=st.sampled_from([None, "random", "reverse"]),
+    bias=st.booleans(),
+)
+def test_inverse_by_inverse_matrices(
+    features: int, layers: int, activation: str | None, permutation: str | None, bias: bool
+) -> None:
+    net = made(features, layers, activation or "leaky", torch.float64, permutation)
+    for layer in net.layers:
+        if activation is None:
+            layer.activation = None
+        if not bias:
+            layer.bias = None
+    net.requires_grad_(False)
+    x = torch.randn(2, 2 * features, features, dtype=torch.float64)
+    y, logabsdet = truth(net, x)
+    assert small.takes_inverse(y, net._layers())
+    found = small.inverse_net(y, net._layers(), logabsdet=True)
+    if found is not None:
+        torch.testing.assert_close(found[0], x, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found[1], -logabsdet, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(net.inverse(y), x, rtol=1e-8, atol=1e-8)
+    both = net.inverse_and_logabsdet(y)
+    torch.testing.assert_close(both[1], -logabsdet, rtol=1e-8, atol=1e-8)
+
+
+def test_inverse_matrices_are_made_for_good_conditions_alone() -> None:
+    torch.manual_seed(0)
+    net = made(16, 3, "leaky", torch.float32).requires_grad_(False)
+    y = torch.randn(100, 16)
+    assert small.inverse_net(y, net._layers(), logabsdet=False) is not None
+    wide = made(16, 3, "leaky", torch.float64)
+    wide.load_state_dict(net.state_dict())
+    expected = wide.inverse(y.double())
+    assert (net.inverse(y).double() - expected).norm() <= 2e-6 * expected.norm()
+    net.layers[1].lu.fill_diagonal_(3.0)[3, 3] = -5.0
+    assert small.inverse_net(y, net._layers(), logabsdet=False) is None
+    wide.load_state_dict(net.state_dict())
+    x = torch.randn(100, 16)
+    kept = (net.inverse(net(x)) - x).norm(dim=-1) / x.norm(dim=-1)
+    assert float(kept.max()) <= 1e-2
+    net.layers[1].lu.fill_diagonal_(torch.nan)
+    assert small.inverse_net(y, net._layers(), logabsdet=False) is None
+
+
+def test_where_inverse_matrices_are_made() -> None:
+    net = made(8, 2, "leaky", torch.float32)
+    layers, y = net._layers(), torch.randn(32, 8)
+    assert not small.takes_inverse(y, layers)  # a gradient is recorded
+    with torch.no_grad():
+        assert small.takes_inverse(y, layers)
+        assert small.takes_inverse(y.reshape(4, 8, 8), layers)
+        assert not small.takes_inverse(y[:31], layers)
+        assert not small.takes_inverse(torch.randn(()), layers)
+        with torch.autocast("cpu"):
+            assert not small.takes_inverse(y, layers)
+        states = {name: torch.stack((p, 0.5 * p)) for name, p in net.named_parameters()}
+
+        def inverse(state: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(Inverse(net), {f"net.{n}": p for n, p in state.items()}, (y,))
+
+        found = torch.func.vmap(inverse)(states)
+        for index in range(2):
+            alone = inverse({name: p[index] for name, p in states.items()})
+            torch.testing.assert_close(found[index], alone, rtol=1e-5, atol=1e-5)
+    assert net.inverse(y).requires_grad
+    net.requires_grad_(False)
+    assert small.takes_inverse(y, layers)
+
+
+class Inverse(torch.nn.Module):
+    def __init__(self, net: LUNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.net.inverse(y)
