@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lunet_fast import GeneralizedLeakySoftplus, LUNet
-from lunet_fast.loop import descend
+from lunet_fast.loop import cpu_threads, descend
 from lunet_fast.recsys import metrics, movielens
 from lunet_fast.recsys.config import TrainConfig, recipe
 from lunet_fast.recsys.features import side_features
@@ -34,7 +34,7 @@ from lunet_fast.recsys.model import RatingModel
 from lunet_fast.recsys.negatives import NegativeSampler
 from lunet_fast.recsys.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.scoring import ItemScorer
-from lunet_fast.recsys.training import cpu_threads, rating_objective, rating_optimizer
+from lunet_fast.recsys.training import rating_objective, rating_optimizer
 from machine import RESULTS, write, write_text
 
 SEEDS = (0, 1, 2)

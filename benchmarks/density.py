@@ -34,7 +34,7 @@ from lunet_fast.density.evaluation import TEST_DRAWS, accuracy, auroc, divergenc
 from lunet_fast.density.model import DensityModel, build_flow, whiten
 from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.density.training import fit_flow
-from lunet_fast.recsys.training import cpu_threads
+from lunet_fast.loop import cpu_threads
 from lunet_fast.seeding import seeded
 from machine import RESULTS, write, write_text
 

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from lunet_fast import LeakySoftplus, LUNet
+from lunet_fast.files import write_atomically
 from lunet_fast.flow import LUFlow
-from lunet_fast.loop import descend
+from lunet_fast.loop import cpu_threads, descend
 from lunet_fast.recsys import metrics, movielens
-from lunet_fast.recsys.checkpoints import write_atomically
 from lunet_fast.recsys.config import TrainConfig, recipe
 from lunet_fast.recsys.features import side_features
 from lunet_fast.recsys.inversion import PairDensity, item_vectors, items_for_score, risk_coverage
@@ -37,7 +37,7 @@ from lunet_fast.recsys.negatives import NegativeSampler
 from lunet_fast.recsys.protocols import Parts
 from lunet_fast.recsys.ratings import Ratings
 from lunet_fast.recsys.scoring import ItemScorer, training_pairs
-from lunet_fast.recsys.training import cpu_threads, rating_objective, rating_optimizer
+from lunet_fast.recsys.training import rating_objective, rating_optimizer
 from machine import describe, write, write_text
 
 SEEDS = (0, 1, 2)

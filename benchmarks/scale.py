@@ -24,7 +24,7 @@ from typing import Any
 
 import sharding
 from lunet_fast.bench import machine
-from lunet_fast.recsys.checkpoints import write_atomically, write_json
+from lunet_fast.files import write_atomically, write_json
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent / "scale.md"

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from lunet_fast import sharding
 from lunet_fast.bench import machine
 from lunet_fast.distributed import Workers
-from lunet_fast.recsys.checkpoints import write_json
+from lunet_fast.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -13,14 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lunet_fast.checkpoints import load_dealt_training, load_training, save_training
 from lunet_fast.distributed import Workers
-from lunet_fast.recsys.checkpoints import (
-    CheckpointError,
-    all_finite,
-    load_dealt_training,
-    load_training,
-    save_training,
-)
+from lunet_fast.files import CheckpointError, all_finite
 from lunet_fast.sharding import DealtTables
 
 CHECK_EVERY = 50
@@ -464,3 +459,14 @@ class _Loop:
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Inside, PyTorch computes with ``count`` CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -32,7 +32,7 @@ from lunet_fast import LUDense, LUNet, reference
 from lunet_fast.bench.contenders import Unavailable
 from lunet_fast.bench.contest import Contest, Row, Run, Spec
 from lunet_fast.bench.machine import describe, relative_error, versions, write_json
-from lunet_fast.loop import descend
+from lunet_fast.loop import cpu_threads, descend
 from lunet_fast.recsys import baselines, metrics
 from lunet_fast.recsys.baselines import BASELINES, GIBBS, MF, matrix_factorisation, missing
 from lunet_fast.recsys.config import RECIPES, TrainConfig, nearest_dataset, recipe
@@ -43,7 +43,6 @@ from lunet_fast.recsys.splits import random_split
 from lunet_fast.recsys.training import (
     control_objective,
     control_optimizer,
-    cpu_threads,
     rating_objective,
     rating_optimizer,
     train,

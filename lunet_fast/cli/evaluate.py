@@ -67,7 +67,7 @@ def evaluate_command(
         lunet-fast evaluate --run runs/mine --test-file later.csv
     """
     with errors_told():
-        from lunet_fast.recsys.checkpoints import write_json
+        from lunet_fast.files import write_json
 
         columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
         if out is not None and not out.parent.is_dir():
@@ -81,7 +81,8 @@ def evaluate_command(
             values = _on_file(recommender, test_file, columns)
             groups: list[ActivityGroup] = []
         else:
-            from lunet_fast.recsys.training import cpu_threads, evaluate
+            from lunet_fast.loop import cpu_threads
+            from lunet_fast.recsys.training import evaluate
 
             parts = _parts(recommender, run, dataset, data_dir, columns)
             with cpu_threads(recommender.trained.model.config.threads):
@@ -100,8 +101,8 @@ def _parts(
     columns: dict[str, Any],
 ) -> Parts:
     """The parts that the run was trained and tested on."""
+    from lunet_fast.files import RunFolder, read_json
     from lunet_fast.recsys import movielens
-    from lunet_fast.recsys.checkpoints import RunFolder, read_json
     from lunet_fast.recsys.protocols import Parts
     from lunet_fast.recsys.training import ratings_digest
 

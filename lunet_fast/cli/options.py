@@ -103,7 +103,7 @@ def load_run(run: Path, device: str = "cpu") -> LUNetRecommender:
     """
     import torch
 
-    from lunet_fast.recsys.checkpoints import RunFolder
+    from lunet_fast.files import RunFolder
     from lunet_fast.recsys.recommend import LUNetRecommender
 
     try:

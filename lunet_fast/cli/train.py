@@ -16,7 +16,7 @@ from lunet_fast.cli.output import fail
 from lunet_fast.recsys.config import LOSSES, NEGATIVE_SAMPLINGS, NEGATIVES_OUTSIDE, RECIPES, SPLITS, recipe
 
 if TYPE_CHECKING:
-    from lunet_fast.recsys.checkpoints import RunFolder
+    from lunet_fast.files import RunFolder
     from lunet_fast.recsys.ratings import Ratings
     from lunet_fast.recsys.streaming import RatingStream
 
@@ -244,9 +244,9 @@ def train_command(
     from lunet_fast.cli import signals
     from lunet_fast.cli.progress import training_progress
     from lunet_fast.distributed import Workers, workers_of_torchrun
+    from lunet_fast.files import RunFolder, read_json
     from lunet_fast.loop import DivergenceError
     from lunet_fast.recsys import movielens
-    from lunet_fast.recsys.checkpoints import RunFolder, read_json
     from lunet_fast.recsys.streamed_training import STREAM_SETTINGS, train_stream
     from lunet_fast.recsys.training import train
 
@@ -398,7 +398,7 @@ def _read(
 
 def _check_same(folder: RunFolder, asked: dict[str, Any]) -> None:
     """Refuse to take a finished training for another one."""
-    from lunet_fast.recsys.checkpoints import read_json
+    from lunet_fast.files import read_json
 
     recorded = read_json(folder.config)
     for name, value in asked.items():

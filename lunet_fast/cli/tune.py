@@ -54,8 +54,8 @@ def tune_command(
         lunet-fast train --dataset ratings.csv --settings settings.json
     """
     with errors_told():
+        from lunet_fast.files import write_json
         from lunet_fast.recsys import movielens
-        from lunet_fast.recsys.checkpoints import write_json
         from lunet_fast.recsys.tuning import tune
 
         columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)

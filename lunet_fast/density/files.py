@@ -12,29 +12,24 @@ from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.data import Rows
 from lunet_fast.density.model import DensityModel, build_flow
 from lunet_fast.density.preprocessing import Preprocessing
-from lunet_fast.recsys.checkpoints import CheckpointError, read_tensors, write_tensors
-from lunet_fast.recsys.schema import FORMAT_VERSION, Schema, violation
+from lunet_fast.files import CheckpointError, read_tensors, write_tensors
+from lunet_fast.schema import Schema, header_schema
 
 FLOW_FORMAT = "lunet-fast flow"
 
 _COUNT: Schema = {"type": "integer", "minimum": 1}
 
-HEADER: Schema = {
-    "type": "object",
-    "properties": {
-        "format": {"const": FLOW_FORMAT},
-        "version": {"type": "integer", "minimum": 2, "maximum": FORMAT_VERSION},
-        "config": {"type": "object"},
-        "dataset": {"type": "string"},
-        "source": {"type": "string"},
-        "features": _COUNT,
-        "classes": {"type": "integer", "minimum": 0},
-        "levels": {"type": "integer", "minimum": 0},
-        "image": {"type": "array", "items": _COUNT, "maxItems": 2},
-    },
-    "required": ["config", "dataset", "source", "features", "classes", "levels", "image"],
-    "additionalProperties": False,
-}
+HEADER = header_schema(
+    FLOW_FORMAT,
+    "A trained density: its settings, its data, and what that goes through.",
+    config={"type": "object"},
+    dataset={"type": "string"},
+    source={"type": "string"},
+    features=_COUNT,
+    classes={"type": "integer", "minimum": 0},
+    levels={"type": "integer", "minimum": 0},
+    image={"type": "array", "items": _COUNT, "maxItems": 2},
+)
 """The header; ``levels`` 0 stands for data that are not integers, ``image`` [] for no picture."""
 
 
@@ -77,10 +72,7 @@ def load_flow(path: Path) -> TrainedFlow:
     Nothing in the file is executed. :class:`CheckpointError` where it is damaged, of another kind, or where
     its tensors are not those of its settings; ``FileNotFoundError`` where it is missing.
     """
-    tensors, header = read_tensors(path, FLOW_FORMAT)
-    wrong = violation(header, HEADER)
-    if wrong is not None:
-        raise CheckpointError(f"{path}: {wrong}")
+    tensors, header = read_tensors(path, FLOW_FORMAT, HEADER)
     try:
         config = DensityConfig.from_dict(header["config"])
         features, classes = header["features"], header["classes"]

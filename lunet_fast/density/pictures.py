@@ -12,7 +12,7 @@ from lunet_fast.density.data import Rows
 from lunet_fast.density.evaluation import grid
 from lunet_fast.density.model import DensityModel
 from lunet_fast.density.targets import Target
-from lunet_fast.recsys.checkpoints import write_atomically
+from lunet_fast.files import write_atomically
 
 SIDE = 8
 """Pictures a side of a sheet of samples, and pictures from one end of an interpolation to the other."""

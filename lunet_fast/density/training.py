@@ -22,10 +22,9 @@ from lunet_fast.density.files import load_flow, save_flow
 from lunet_fast.density.model import DensityModel, build_flow, whiten
 from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.distributed import existing_device
-from lunet_fast.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, fit
+from lunet_fast.files import RunFolder, read_json, write_json
+from lunet_fast.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, cpu_threads, fit
 from lunet_fast.recsys import report
-from lunet_fast.recsys.checkpoints import RunFolder, read_json, write_json
-from lunet_fast.recsys.training import cpu_threads
 from lunet_fast.seeding import seeded
 
 PHASE = "flow"

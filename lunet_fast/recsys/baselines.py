@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lunet_fast.loop import descend
+from lunet_fast.loop import cpu_threads, descend
 from lunet_fast.recsys.config import recipe
 from lunet_fast.recsys.model import Interactions, MLPModel
 from lunet_fast.recsys.negatives import NegativeSampler
 from lunet_fast.recsys.ratings import Ratings
-from lunet_fast.recsys.training import control_objective, control_optimizer, cpu_threads
+from lunet_fast.recsys.training import control_objective, control_optimizer
 
 __all__ = ["BASELINES", "GIBBS", "MF", "SIZES", "Baseline", "Fitted", "matrix_factorisation", "missing"]
 

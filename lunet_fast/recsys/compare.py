@@ -34,9 +34,9 @@ import torch
 
 import lunet_fast
 from lunet_fast.bench.machine import describe
+from lunet_fast.files import CheckpointError, read_json, write_atomically, write_json
 from lunet_fast.recsys import metrics
 from lunet_fast.recsys.baselines import BASELINES, missing
-from lunet_fast.recsys.checkpoints import CheckpointError, read_json, write_atomically, write_json
 from lunet_fast.recsys.config import TrainConfig, nearest_dataset, recipe
 from lunet_fast.recsys.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.ratings import Ratings

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lunet_fast.recsys.checkpoints import write_atomically
+from lunet_fast.files import write_atomically
 from lunet_fast.recsys.model import Histories, RatingModel
 from lunet_fast.recsys.ratings import IdMap
 from lunet_fast.recsys.recommend import LUNetRecommender

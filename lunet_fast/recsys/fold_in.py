@@ -14,9 +14,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lunet_fast.recsys.checkpoints import TrainedModel
 from lunet_fast.recsys.losses import hybrid_loss
 from lunet_fast.recsys.model import Histories, Interactions, RatingModel
+from lunet_fast.recsys.model_files import TrainedModel
 from lunet_fast.recsys.negatives import NegativeSampler
 from lunet_fast.recsys.ratings import IdMap, from_frame
 

@@ -12,12 +12,13 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from lunet_fast.files import RunFolder, write_json
 from lunet_fast.loop import Progress
-from lunet_fast.recsys.checkpoints import RunFolder, TrainedModel, load_model, save_model, write_json
 from lunet_fast.recsys.config import TrainConfig, recipe
 from lunet_fast.recsys.evaluation import CHUNK
 from lunet_fast.recsys.fold_in import METHODS, FoldIn, given_items
 from lunet_fast.recsys.model import Histories, RatingModel
+from lunet_fast.recsys.model_files import TrainedModel, load_model, save_model
 from lunet_fast.recsys.ratings import IdMap, Ratings, from_frame, read_ratings
 from lunet_fast.recsys.scoring import ItemScorer, ranking_readout, training_pairs
 from lunet_fast.recsys.training import train

@@ -11,24 +11,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lunet_fast.loop import Progress
+from lunet_fast.files import RunFolder, read_json, read_tensors, write_atomically, write_json
+from lunet_fast.loop import Progress, cpu_threads
 from lunet_fast.recsys import movielens
-from lunet_fast.recsys.checkpoints import (
-    RunFolder,
-    read_json,
-    read_tensors,
-    write_atomically,
-    write_json,
-)
 from lunet_fast.recsys.config import TrainConfig, recipe
 from lunet_fast.recsys.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.ratings import Ratings
 from lunet_fast.recsys.report.document import Document, markdown
 from lunet_fast.recsys.report.html import page
 from lunet_fast.recsys.report.reproduction import Committed, Losses, Reproduction, Run, document
-from lunet_fast.recsys.schema import CHECKPOINT_FORMAT
 from lunet_fast.recsys.scoring import ItemScorer
-from lunet_fast.recsys.training import TrainResult, cpu_threads, train
+from lunet_fast.recsys.training import TrainResult, train
+from lunet_fast.schema import CHECKPOINT_FORMAT, CHECKPOINT_HEADER
 
 DATASETS = tuple(movielens.DATASETS)
 
@@ -206,7 +200,7 @@ def _losses(folder: RunFolder) -> dict[str, Losses]:
     """By phase; from the checkpoints, since a finished training that is read again has no curve with it."""
     found = {}
     for file in sorted(folder.checkpoints.glob("*.safetensors")):
-        _, header = read_tensors(file, CHECKPOINT_FORMAT)
+        _, header = read_tensors(file, CHECKPOINT_FORMAT, CHECKPOINT_HEADER)
         state = header["state"]
         found[state["phase"]] = Losses(state["train_loss"], state["test_loss"])
     return found

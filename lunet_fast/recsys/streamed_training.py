@@ -17,31 +17,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lunet_fast.distributed import Workers, existing_device
-from lunet_fast.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, fit
+from lunet_fast.files import RunFolder, read_json, read_tensors, write_json
+from lunet_fast.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, cpu_threads, fit
 from lunet_fast.recsys import report
-from lunet_fast.recsys.checkpoints import (
-    RunFolder,
-    TrainedModel,
-    load_model,
-    read_json,
-    read_tensors,
-    save_model,
-    write_json,
-)
 from lunet_fast.recsys.config import TrainConfig
 from lunet_fast.recsys.evaluation import full_ranking
 from lunet_fast.recsys.model import RatingModel
-from lunet_fast.recsys.schema import MODEL_FORMAT
+from lunet_fast.recsys.model_files import TrainedModel, load_model, save_model
+from lunet_fast.recsys.schema import HEADERS, MODEL_FORMAT
 from lunet_fast.recsys.scoring import ItemScorer
 from lunet_fast.recsys.streaming import RatingStream
-from lunet_fast.recsys.training import (
-    TrainResult,
-    cpu_threads,
-    error_limit,
-    first_overflow,
-    rating_objective,
-    versions,
-)
+from lunet_fast.recsys.training import TrainResult, error_limit, first_overflow, rating_objective, versions
 from lunet_fast.seeding import seeded
 from lunet_fast.sharding import DealtTables, pull
 
@@ -313,7 +299,7 @@ def _take_whole_tables(model: RatingModel, dealt: DealtTables, file: Path | None
         model.to("meta")
         return
     model.to("cpu")
-    tensors, _ = read_tensors(file, MODEL_FORMAT, mapped=True)
+    tensors, _ = read_tensors(file, MODEL_FORMAT, HEADERS[MODEL_FORMAT], mapped=True)
     parameters = dict(model.named_parameters())
     for name in dealt.rows:
         parameters[name].data = tensors[f"model.{name}"]

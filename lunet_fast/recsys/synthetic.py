@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lunet_fast.recsys.checkpoints import write_atomically
+from lunet_fast.files import write_atomically
 
 ROW_GROUP = 1 << 17
 """Rows of a row group of the file."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from torch import Tensor
 
 import lunet_fast
 from lunet_fast.distributed import Workers, existing_device
+from lunet_fast.files import RunFolder, read_json, write_json
 from lunet_fast.loop import (
     CHECKPOINT_SECONDS,
     Batch,
@@ -26,24 +27,17 @@ from lunet_fast.loop import (
     Progress,
     ShuffledRows,
     Stop,
+    cpu_threads,
     fit,
 )
 from lunet_fast.lunet import LUNet
 from lunet_fast.recsys import metrics, report
-from lunet_fast.recsys.checkpoints import (
-    RunFolder,
-    TrainedModel,
-    load_model,
-    read_json,
-    save_candidates,
-    save_model,
-    write_json,
-)
 from lunet_fast.recsys.config import TrainConfig
 from lunet_fast.recsys.evaluation import decode, predict_ratings, reconstruct
 from lunet_fast.recsys.features import side_features
 from lunet_fast.recsys.losses import Losses, hybrid_loss
 from lunet_fast.recsys.model import MLPModel, RatingModel, perceptron
+from lunet_fast.recsys.model_files import TrainedModel, load_model, save_candidates, save_model
 from lunet_fast.recsys.negatives import NegativeSampler
 from lunet_fast.recsys.protocols import Parts, Ranking, evaluate_ranking
 from lunet_fast.recsys.ratings import Ratings
@@ -502,14 +496,3 @@ def first_overflow(model: RatingModel, users: Tensor, items: Tensor) -> str:
             if not bool(torch.isfinite(z).all()):
                 return f"the output of nets.{member}.layers.{place}"
     return "the read-out or the loss"
-
-
-@contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """Inside, PyTorch computes with ``count`` CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -45,7 +45,8 @@ from tests.fuzz.reader import Failure, Reader  # noqa: E402
 GUIDED = [
     "lunet_fast.recsys.ratings",
     "lunet_fast.recsys.movielens",
-    "lunet_fast.recsys.checkpoints",
+    "lunet_fast.files",
+    "lunet_fast.recsys.model_files",
     "lunet_fast.cli.predict",
     "lunet_fast.cli.recommend",
 ]

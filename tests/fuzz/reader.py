@@ -22,11 +22,12 @@ class Reader:
     """Reads inputs in a folder of its own, and says how each ended."""
 
     def __init__(self, folder: Path) -> None:
+        from lunet_fast import files
         from lunet_fast.cli import predict, recommend
-        from lunet_fast.recsys import checkpoints, movielens, ratings
+        from lunet_fast.recsys import model_files, movielens, ratings
 
         self.folder = folder
-        self.ratings, self.movielens, self.checkpoints = ratings, movielens, checkpoints
+        self.ratings, self.movielens, self.files, self.model_files = ratings, movielens, files, model_files
         self.predict, self.recommend = predict, recommend
         self.known = ratings.IdMap.of(["1", "=1+1", "'=1", "ann"])
         spec = movielens.DATASETS["ml-1m"]
@@ -52,7 +53,7 @@ class Reader:
             "pairs": (self.ratings.RatingFileError,),
             "users": (self.ratings.RatingFileError, ValueError),
             "archive": (self.movielens.DataNotFoundError,),
-            "model": (self.checkpoints.CheckpointError,),
+            "model": (self.files.CheckpointError,),
         }[case.kind]
         try:
             with warnings.catch_warnings():
@@ -83,7 +84,7 @@ class Reader:
         elif case.kind == "archive":
             self._check_ratings(self.movielens.load("ml-1m", self.folder))
         else:
-            trained = self.checkpoints.load_model(file)
+            trained = self.model_files.load_model(file)
             import torch
 
             with torch.no_grad():

@@ -14,18 +14,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lunet_fast import files, schema
+from lunet_fast.files import CheckpointError, RunFolder, RunFolderError, read_tensors, write_tensors
 from lunet_fast.loop import Interrupted, Progress, Stop
-from lunet_fast.recsys import checkpoints
-from lunet_fast.recsys.checkpoints import (
-    CheckpointError,
-    RunFolder,
-    RunFolderError,
-    read_tensors,
-    write_tensors,
-)
+from lunet_fast.recsys import model_files
 from lunet_fast.recsys.ratings import Ratings, from_frame
-from lunet_fast.recsys.schema import CHECKPOINT_FORMAT
+from lunet_fast.recsys.schema import MODEL_FORMAT
 from lunet_fast.recsys.training import TrainResult, train
+from lunet_fast.schema import CHECKPOINT_FORMAT
 from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
 
 CONFIG = quick_config(epochs=3, mlp_epochs=2)
@@ -68,21 +64,21 @@ def names(path: Path) -> set[str]:
 class TestAtomicWrites:
     def test_a_failed_write_leaves_the_old_file_and_nothing_else(self, tmp_path: Path) -> None:
         path = tmp_path / "values.json"
-        checkpoints.write_json(path, {"a": 1})
+        files.write_json(path, {"a": 1})
         with pytest.raises(ValueError, match="not JSON compliant"):
-            checkpoints.write_json(path, {"a": float("nan")})
+            files.write_json(path, {"a": float("nan")})
 
         def half(temporary: Path) -> None:
             temporary.write_text("half a fi")
             raise OSError("disk full")
 
         with pytest.raises(OSError, match="disk full"):
-            checkpoints.write_atomically(path, half)
-        assert checkpoints.read_json(path) == {"a": 1}
+            files.write_atomically(path, half)
+        assert files.read_json(path) == {"a": 1}
         assert names(tmp_path) == {"values.json"}
 
     def test_files_can_be_read_by_whom_the_umask_allows(self, tmp_path: Path) -> None:
-        checkpoints.write_json(tmp_path / "ours.json", {})
+        files.write_json(tmp_path / "ours.json", {})
         (tmp_path / "plain").touch()
         assert (tmp_path / "ours.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -91,9 +87,9 @@ class TestTensorFiles:
     def test_same_content_same_bytes(self, tmp_path: Path) -> None:
         tensors = {name: torch.arange(3.0) for name in "cab"}
         for name in ("one", "two"):
-            checkpoints.write_tensors(tmp_path / name, tensors, "kind", {"x": 1, "y": [2]})
+            files.write_tensors(tmp_path / name, tensors, "kind", {"x": 1, "y": [2]})
         assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-        read, header = checkpoints.read_tensors(tmp_path / "one", "kind")
+        read, header = files.read_tensors(tmp_path / "one", "kind")
         assert {name: t.tolist() for name, t in read.items()} == {name: [0.0, 1.0, 2.0] for name in "cab"}
         assert (header["x"], header["y"]) == (1, [2])
 
@@ -103,14 +99,14 @@ class TestTensorFiles:
 
         def refusal() -> str:
             with pytest.raises(CheckpointError) as caught:
-                checkpoints.read_tensors(path, "kind")
+                files.read_tensors(path, "kind")
             assert str(path) in str(caught.value)
             return str(caught.value)
 
         with pytest.raises(FileNotFoundError, match="no such file"):
-            checkpoints.read_tensors(path, "kind")
+            files.read_tensors(path, "kind")
         save_file({"a": torch.ones(50)}, path, metadata=good)
-        checkpoints.read_tensors(path, "kind")
+        files.read_tensors(path, "kind")
         path.write_bytes(path.read_bytes()[:-20])
         assert "not a whole safetensors file" in refusal()
         path.write_bytes(pickle.dumps({"a": 1}))
@@ -121,7 +117,7 @@ class TestTensorFiles:
         assert "is not a kind file" in refusal()
         save_file({"a": torch.ones(5)}, path, metadata={"lunet_fast": "{"})
         assert "the header is not JSON" in refusal()
-        newer = {"lunet_fast": json.dumps({"format": "kind", "version": checkpoints.FORMAT_VERSION + 1})}
+        newer = {"lunet_fast": json.dumps({"format": "kind", "version": schema.FORMAT_VERSION + 1})}
         save_file({"a": torch.ones(5)}, path, metadata=newer)
         assert "update lunet-fast" in refusal()
         save_file({"a": torch.tensor([1.0, float("nan")])}, path, metadata=good)
@@ -134,9 +130,9 @@ class TestModelFile:
         titles = [f"Title é {i}" if i % 2 else "" for i in range(ratings.n_items)]
         info = pd.DataFrame({"title": titles, "genres": ["Drama|War"] * ratings.n_items})
         model = train(ratings, quick_config(epochs=1, mlp=False)).trained.model
-        written = checkpoints.TrainedModel(model, ratings.users, ratings.items, ratings.scale, info)
-        checkpoints.save_model(tmp_path / "m", written)
-        read = checkpoints.load_model(tmp_path / "m")
+        written = model_files.TrainedModel(model, ratings.users, ratings.items, ratings.scale, info)
+        model_files.save_model(tmp_path / "m", written)
+        read = model_files.load_model(tmp_path / "m")
         assert (read.users, read.items, read.scale) == (ratings.users, ratings.items, (0.5, 5.0))
         assert read.model.config == model.config
         assert read.item_info is not None
@@ -146,14 +142,14 @@ class TestModelFile:
     def test_refuses_what_does_not_fit_together(
         self, whole: tuple[TrainResult, Path], tmp_path: Path
     ) -> None:
-        tensors, header = checkpoints.read_tensors(whole[1] / "model.safetensors", checkpoints.MODEL_FORMAT)
+        tensors, header = files.read_tensors(whole[1] / "model.safetensors", MODEL_FORMAT)
         state = {name: value for name, value in header.items() if name not in ("format", "version")}
         path = tmp_path / "m"
 
         def refusal(tensors: dict[str, torch.Tensor], state: dict[str, object]) -> str:
-            checkpoints.write_tensors(path, tensors, checkpoints.MODEL_FORMAT, state)
+            files.write_tensors(path, tensors, MODEL_FORMAT, state)
             with pytest.raises(CheckpointError) as caught:
-                checkpoints.load_model(path)
+                model_files.load_model(path)
             return str(caught.value)
 
         fewer = {name: t for name, t in tensors.items() if name != "model.weight"}
@@ -253,7 +249,7 @@ class TestResume:
 
         for folder in (tmp_path, tmp_path / "checkpoints"):
             with pytest.raises(SystemExit):
-                checkpoints.write_atomically(folder / "lu-net.safetensors", killed)
+                files.write_atomically(folder / "lu-net.safetensors", killed)
         train(ratings, CONFIG, out=tmp_path, resume=True)
         assert names(tmp_path) == RUN_FILES
         assert names(tmp_path / "checkpoints") == {
@@ -328,14 +324,14 @@ class TestResume:
     ) -> None:
         """A disk that is full from the second epoch on."""
         out = tmp_path / "run"
-        real = checkpoints.os.replace
+        real = files.os.replace
 
         def full(source: Path, target: Path) -> None:
             if Path(target).exists():
                 raise OSError(errno.ENOSPC, "No space left on device", str(target))
             real(source, target)
 
-        monkeypatch.setattr(checkpoints.os, "replace", full)
+        monkeypatch.setattr(files.os, "replace", full)
         with pytest.raises(OSError, match=r"lu-net\.safetensors: No space left.* holds .* up to epoch 1"):
             train(ratings, CONFIG, out=out)
         monkeypatch.undo()
@@ -350,7 +346,8 @@ class TestResume:
 import resource, signal
 import torch
 from pathlib import Path
-from lunet_fast.recsys.checkpoints import CHECKPOINT_FORMAT, write_tensors
+from lunet_fast.files import write_tensors
+from lunet_fast.schema import CHECKPOINT_FORMAT
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 path = Path({str(tmp_path / "x.safetensors")!r})
@@ -363,7 +360,7 @@ except OSError as error:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
         assert "x.safetensors" in done.stdout, done.stderr
         assert names(tmp_path) == {"x.safetensors"}
-        assert list(checkpoints.read_tensors(tmp_path / "x.safetensors", CHECKPOINT_FORMAT)[0]) == ["small"]
+        assert list(files.read_tensors(tmp_path / "x.safetensors", CHECKPOINT_FORMAT)[0]) == ["small"]
 
 
 class TestTwoTrainings:
@@ -382,7 +379,7 @@ class TestTwoTrainings:
         program = f"""
 import os, signal
 from pathlib import Path
-from lunet_fast.recsys.checkpoints import RunFolder
+from lunet_fast.files import RunFolder
 with RunFolder(Path({str(tmp_path)!r})).locked():
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from lunet_fast.recsys.checkpoints import load_model, save_model
 from lunet_fast.recsys.features import side_features
+from lunet_fast.recsys.model_files import load_model, save_model
 from lunet_fast.recsys.ratings import Ratings
 from lunet_fast.recsys.training import train
 from tests.recsys.synthetic import latent_ratings, quick_config

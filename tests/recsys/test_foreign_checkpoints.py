@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lunet_fast import LUNetRecommender
-from lunet_fast.recsys import checkpoints, schema
-from lunet_fast.recsys.checkpoints import CheckpointError, TrainedModel, load_model, save_model
+from lunet_fast import LUNetRecommender, files, schema
+from lunet_fast.files import CheckpointError
 from lunet_fast.recsys.config import TrainConfig
+from lunet_fast.recsys.model_files import TrainedModel, load_model, save_model
 from lunet_fast.recsys.ratings import from_frame
+from lunet_fast.recsys.schema import HEADERS, MODEL_FORMAT
 from lunet_fast.recsys.training import train
 from tests.fixtures import make
 from tests.recsys.synthetic import latent_frame, quick_config
@@ -65,7 +66,7 @@ def pack(file: Path, tensors: dict[str, Tensor], header: dict[str, Any], *, dige
     """A file with these contents, by the package safetensors, with the digest that belongs to them."""
     header = {name: value for name, value in header.items() if name != "sha256"}
     if digested:
-        header["sha256"] = checkpoints.digest(tensors, header)
+        header["sha256"] = files.digest(tensors, header)
     save_file(tensors, file, metadata={"lunet_fast": json.dumps(header)})
 
 
@@ -390,7 +391,7 @@ def test_files_of_others(tmp_path: Path) -> None:
     assert "this safetensors file is not a lunet-fast model file" in refusal(file)
     save_file({"weight": torch.ones(8, 4)}, file)
     assert "is not a lunet-fast model file" in refusal(file)
-    checkpoints.write_tensors(file, {}, schema.CHECKPOINT_FORMAT, {"state": {}})
+    files.write_tensors(file, {}, schema.CHECKPOINT_FORMAT, {"state": {}})
     assert "is not a lunet-fast model file" in refusal(file)
 
 
@@ -413,7 +414,7 @@ def test_the_digest_is_looked_at(written: bytes, tmp_path: Path) -> None:
 def test_the_digest_tells_every_part(written: bytes, tmp_path: Path) -> None:
     """Name, dtype, shape, bytes, and every value of the header."""
     tensors, header = contents(written, tmp_path)
-    found = checkpoints.digest(tensors, header)
+    found = files.digest(tensors, header)
     weight = tensors["model.weight"]
     for changed in (
         {**tensors, "more": torch.ones(1)},
@@ -423,10 +424,10 @@ def test_the_digest_tells_every_part(written: bytes, tmp_path: Path) -> None:
         {**tensors, "model.weight": weight.nextafter(torch.tensor(9.0))},
         {**tensors, "model.weight": -weight},
     ):
-        assert checkpoints.digest(changed, header) != found
-    assert checkpoints.digest(dict(reversed(tensors.items())), dict(reversed(header.items()))) == found
+        assert files.digest(changed, header) != found
+    assert files.digest(dict(reversed(tensors.items())), dict(reversed(header.items()))) == found
     for name in header:
-        assert checkpoints.digest(tensors, {**header, name: "another"}) != found
+        assert files.digest(tensors, {**header, name: "another"}) != found
 
 
 # Damage -----------------------------------------------------------------------------------------------------
@@ -541,15 +542,15 @@ def keywords(part: Any) -> set[str]:
 
 def test_the_schema_is_one_that_the_check_knows_all_of() -> None:
     known = {"$schema", "title", "description", "properties", "items", "additionalProperties"}
-    for published in schema.HEADERS.values():
+    for published in HEADERS.values():
         assert keywords(published) <= known | schema._KEYWORDS.keys()
         assert json.loads(json.dumps(published)) == published
 
 
 def test_the_schema_takes_what_is_written(written: bytes, tmp_path: Path) -> None:
     _, header = contents(written, tmp_path)
-    assert schema.violation(header, schema.HEADERS[schema.MODEL_FORMAT]) is None
-    settings = schema.HEADERS[schema.MODEL_FORMAT]["properties"]["config"]
+    assert schema.violation(header, HEADERS[MODEL_FORMAT]) is None
+    settings = HEADERS[MODEL_FORMAT]["properties"]["config"]
     assert schema.violation(TrainConfig().to_dict(), settings) is None
     assert set(settings["properties"]) == set(TrainConfig().to_dict())
 
@@ -557,7 +558,7 @@ def test_the_schema_takes_what_is_written(written: bytes, tmp_path: Path) -> Non
 def test_the_schema_agrees_with_jsonschema(written: bytes, tmp_path: Path) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     _, good = contents(written, tmp_path)
-    published = schema.HEADERS[schema.MODEL_FORMAT]
+    published = HEADERS[MODEL_FORMAT]
     jsonschema.Draft202012Validator.check_schema(published)
     for changed in (
         good,
@@ -586,17 +587,17 @@ def test_json_files(data: bytes, reason: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match=reason) as caught:
-        checkpoints.read_json(file)
+        files.read_json(file)
     assert str(file) in str(caught.value)
-    os.truncate(file, checkpoints.MOST_JSON_BYTES + 1)
+    os.truncate(file, files.MOST_JSON_BYTES + 1)
     with pytest.raises(CheckpointError, match="more than any file of a run"):
-        checkpoints.read_json(file)
+        files.read_json(file)
     file.unlink()
     os.mkfifo(file)
     with pytest.raises(CheckpointError, match="a pipe"):
-        checkpoints.read_json(file)
+        files.read_json(file)
     with pytest.raises(FileNotFoundError, match="no such file"):
-        checkpoints.read_json(tmp_path / "nothing")
+        files.read_json(tmp_path / "nothing")
 
 
 # Files of every version -------------------------------------------------------------------------------------
@@ -630,10 +631,10 @@ def test_trainings_of_every_version_go_on(version: str, tmp_path: Path) -> None:
     said = json.loads((folder / "expected.json").read_text(encoding="utf-8"))["training"]
     assert model(ratings.user, ratings.item).tolist() == pytest.approx(said, abs=1e-3)
     # The checkpoint was taken up, not passed over: half of the epochs were left to train.
-    losses = checkpoints.read_tensors(run / "checkpoints" / "lu-net.safetensors", schema.CHECKPOINT_FORMAT)[
-        1
-    ]["state"]["train_loss"]
-    before = checkpoints.read_tensors(
+    losses = files.read_tensors(run / "checkpoints" / "lu-net.safetensors", schema.CHECKPOINT_FORMAT)[1][
+        "state"
+    ]["train_loss"]
+    before = files.read_tensors(
         folder / "run" / "checkpoints" / "lu-net.safetensors", schema.CHECKPOINT_FORMAT
     )[1]["state"]["train_loss"]
     assert losses[: make.EPOCHS] == before

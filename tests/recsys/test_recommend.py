@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lunet_fast
-from lunet_fast.recsys.checkpoints import CheckpointError
+from lunet_fast.files import CheckpointError
 from lunet_fast.recsys.recommend import LUNetRecommender
 from lunet_fast.recsys.training import train
 from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lunet_fast.files import RunFolderError
 from lunet_fast.loop import Progress
 from lunet_fast.recsys import movielens, training
-from lunet_fast.recsys.checkpoints import RunFolderError
 from lunet_fast.recsys.ratings import Ratings, from_frame
 from lunet_fast.recsys.report.document import Document
 from lunet_fast.recsys.reproduce import EXPERIMENTS, Planned, Watcher, command_of, plan, reproduce

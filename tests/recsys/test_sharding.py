@@ -20,10 +20,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from lunet_fast.distributed import Workers
-from lunet_fast.recsys.checkpoints import load_model, read_tensors
-from lunet_fast.recsys.schema import CHECKPOINT_FORMAT
+from lunet_fast.files import read_tensors
+from lunet_fast.recsys.model_files import load_model
 from lunet_fast.recsys.streamed_training import STREAM_SETTINGS, train_stream
 from lunet_fast.recsys.streaming import RatingStream
+from lunet_fast.schema import CHECKPOINT_FORMAT
 from lunet_fast.sharding import BLOCK, Dealt, draw_own_rows_, pull
 from tests.cli.invoke import run
 from tests.recsys.synthetic import latent_frame, quick_config

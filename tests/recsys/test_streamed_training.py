@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lunet_fast.files import CheckpointError
 from lunet_fast.loop import Interrupted, Stop
-from lunet_fast.recsys.checkpoints import CheckpointError, load_model
 from lunet_fast.recsys.config import TrainConfig
 from lunet_fast.recsys.model import RatingModel
+from lunet_fast.recsys.model_files import load_model
 from lunet_fast.recsys.recommend import LUNetRecommender
 from lunet_fast.recsys.streamed_training import STREAM_SETTINGS, streamed_optimizer, train_stream
 from lunet_fast.recsys.streaming import RatingStream
@@ -128,7 +129,8 @@ def test_by_the_command_and_predicted_with(stream: RatingStream, tmp_path: Path)
 
 
 def test_a_damaged_list_of_counts_is_refused(stream: RatingStream, tmp_path: Path) -> None:
-    from lunet_fast.recsys.checkpoints import MODEL_FORMAT, read_tensors, write_tensors
+    from lunet_fast.files import read_tensors, write_tensors
+    from lunet_fast.recsys.schema import MODEL_FORMAT
 
     train_stream(stream, streamed_config(epochs=1), out=tmp_path)
     tensors, header = read_tensors(tmp_path / "model.safetensors", MODEL_FORMAT)

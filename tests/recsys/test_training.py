@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
+from lunet_fast.files import read_tensors
 from lunet_fast.loop import DivergenceError, Progress
-from lunet_fast.recsys.checkpoints import CANDIDATES_FORMAT, read_tensors
 from lunet_fast.recsys.config import TrainConfig, nearest_dataset, recipe
 from lunet_fast.recsys.protocols import Parts
 from lunet_fast.recsys.ratings import Ratings, from_frame
+from lunet_fast.recsys.schema import CANDIDATES_FORMAT
 from lunet_fast.recsys.splits import random_split
 from lunet_fast.recsys.training import TrainResult, train
 from tests.recsys.synthetic import latent_ratings, quick_config

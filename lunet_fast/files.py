@@ -1,4 +1,4 @@
-"""Files of a run: trained models, and what an interrupted training needs. safetensors and JSON, no pickle.
+"""Files of a run: JSON and safetensors, no pickle, and the folder that they lie in.
 
 Every file is written beside its place and moved there when it is complete, so that a reader or a crash finds
 the old file or the new one. safetensors is imported on use: it belongs to the extra ``lunet-fast[train]``.
@@ -14,33 +14,15 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import Tensor
 
-from lunet_fast.recsys.config import TrainConfig
-from lunet_fast.recsys.model import RatingModel
-from lunet_fast.recsys.protocols import Parts
-from lunet_fast.recsys.ratings import IdMap
-from lunet_fast.recsys.schema import (
-    CANDIDATES_FORMAT,
-    CHECKPOINT_FORMAT,
-    DIGEST_FROM,
-    FORMAT_VERSION,
-    HEADERS,
-    MODEL_FORMAT,
-    TEXT_COLUMNS,
-    shown,
-    violation,
-)
-from lunet_fast.sharding import BLOCK, Dealt, DealtTables
+from lunet_fast.schema import DIGEST_FROM, FORMAT_VERSION, Schema, shown, violation
+from lunet_fast.sharding import BLOCK, Dealt
 
 MOST_HEADER_BYTES = 100_000_000
 """Of a safetensors file; the package of that name takes no more either."""
@@ -216,11 +198,13 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor | Dealt], values
         file.write(head(total.hexdigest()))
 
 
-def read_tensors(path: Path, kind: str, *, mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(
+    path: Path, kind: str, schema: Schema | None = None, *, mapped: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`write_tensors` wrote: tensors on the CPU and the header's JSON.
 
-    A missing file raises ``FileNotFoundError``; a damaged, foreign or newer one :class:`CheckpointError`.
-    From version 2 of the format on, what is returned is what was written, bit for bit: its SHA-256 is in the
+    A missing file raises ``FileNotFoundError``; a damaged, foreign or newer one, or one whose header is not
+    of ``schema`` where that is given, :class:`CheckpointError`. From version 2 of the format on, what is returned is what was written, bit for bit: its SHA-256 is in the
     header. Memory: twice the file as it lies on the disk, whatever it claims to hold; with ``mapped``
     none but the system's cache of the file, which must stay as it is while the tensors are there.
     """
@@ -229,7 +213,7 @@ def read_tensors(path: Path, kind: str, *, mapped: bool = False) -> tuple[dict[s
 
     with _opened(path) as (file, size):
         text = _metadata(path, file, size)
-        header = _checked_header(path, text, kind)
+        header = _checked_header(path, text, kind, schema)
         file.seek(0)
         try:
             if mapped:
@@ -277,8 +261,8 @@ def _metadata(path: Path, file: BinaryIO, size: int) -> str:
     return text if isinstance(text, str) else "null"
 
 
-def _checked_header(path: Path, text: str, kind: str) -> dict[str, Any]:
-    """The header of a file of ``kind``, of a version that this release reads, as its schema wants it."""
+def _checked_header(path: Path, text: str, kind: str, schema: Schema | None) -> dict[str, Any]:
+    """The header of a file of ``kind``, of a version that this release reads, of ``schema`` if given."""
     header = _parsed(path, text, "the header is not JSON")
     if not isinstance(header, dict) or header.get("format") != kind:
         raise CheckpointError(f"{path}: this safetensors file is not a {kind} file")
@@ -288,7 +272,7 @@ def _checked_header(path: Path, text: str, kind: str) -> dict[str, Any]:
             f"{path}: version {shown(version)} of the format; this release reads up to {FORMAT_VERSION}: "
             "update lunet-fast"
         )
-    wrong = violation(header, HEADERS[kind]) if kind in HEADERS else None
+    wrong = violation(header, schema) if schema is not None else None
     if wrong is not None:
         raise CheckpointError(f"{path}: {wrong}")
     return header
@@ -297,7 +281,7 @@ def _checked_header(path: Path, text: str, kind: str) -> dict[str, Any]:
 def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     """SHA-256, in hexadecimal, of what a file holds: the header without its ``sha256``, and all tensors.
 
-    Defined in :mod:`~lunet_fast.recsys.schema`.
+    Defined in :mod:`~lunet_fast.schema`.
     """
     total = _digest_of_header(header)
     for name in sorted(tensors):
@@ -433,256 +417,3 @@ class RunFolder:
                     f"{self.path} was trained with {name}={recorded.get(name)!r}, not "
                     f"{wanted.get(name)!r}: give the same settings to resume it, or choose another --out"
                 )
-
-
-# Trained models ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A model and what leads from a user's own ids to its indices and back."""
-
-    model: RatingModel
-    users: IdMap
-    items: IdMap
-    scale: tuple[float, float]
-    item_info: pd.DataFrame | None = None
-
-
-def save_model(path: Path | None, trained: TrainedModel, dealt: DealtTables | None = None) -> None:
-    """Write model, settings, ids, scale and titles into one safetensors file.
-
-    With ``dealt`` every process calls this, those without a file with None; the file is that of the whole.
-    """
-    tensors = _wholes("model.", trained.model, dealt)
-    if path is None:
-        _pass_by(tensors)
-        return
-    tensors |= _pack_ids("users", trained.users) | _pack_ids("items", trained.items)
-    columns = []
-    if trained.item_info is not None:
-        columns = [name for name in TEXT_COLUMNS if name in trained.item_info.columns]
-        for name in columns:
-            texts = trained.item_info[name].fillna("").astype(str).tolist()
-            tensors |= _pack_texts(f"items.{name}", texts)
-    state = {
-        "config": trained.model.config.to_dict(),
-        "scale": list(trained.scale),
-        "n_users": len(trained.users),
-        "n_items": len(trained.items),
-        "item_info": columns,
-    }
-    write_tensors(path, tensors, MODEL_FORMAT, state)
-
-
-def load_model(path: Path) -> TrainedModel:
-    """Read what :func:`save_model` wrote, onto the CPU; :class:`CheckpointError` where it is unusable.
-
-    Files of every version of the format are read. A file may come from anybody: nothing in it is executed,
-    its header has to fit :data:`~lunet_fast.recsys.schema.HEADERS`, and the names, dtypes and shapes of its
-    tensors the settings, before anything is allocated for these. What it predicts is its maker's word alone.
-    """
-    tensors, header = read_tensors(path, MODEL_FORMAT)
-    try:
-        config = TrainConfig.from_dict(header["config"])
-        users, items = (_unpack_ids(side, tensors, header[f"n_{side}"]) for side in ("users", "items"))
-        low, high = (float(end) for end in header["scale"])
-        if not low <= high:
-            raise ValueError(f"scale=({low:g}, {high:g}) must be the lowest and the highest rating")
-        info = {name: _unpack_texts(f"items.{name}", tensors, len(items)) for name in header["item_info"]}
-        # What is left is the model's.
-        state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        if len(state) < len(tensors):
-            other = min(name for name in tensors if not name.startswith("model."))
-            raise ValueError(f"the tensor {other!r} is not of a model file")
-        model = RatingModel.from_state(config, state, len(users), len(items))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{path}: {reason}") from error
-    return TrainedModel(model, users, items, (low, high), pd.DataFrame(info) if info else None)
-
-
-def save_candidates(path: Path, parts: Parts) -> None:
-    """Write what ranking was measured on: held-out pairs ``user`` and ``item``, int64 ``[H]``, and the items
-    ``candidates``, int64 ``[H, C]``, that each was ranked with, all as indices; -1 for none.
-    """
-    assert parts.held_out is not None
-    assert parts.candidates is not None
-    tensors = {"user": parts.held_out.user, "item": parts.held_out.item, "candidates": parts.candidates}
-    write_tensors(path, tensors, CANDIDATES_FORMAT, {"dataset": parts.training.name})
-
-
-def _pack_ids(name: str, ids: IdMap) -> dict[str, Tensor]:
-    if ids.ids.dtype == np.int64:
-        return {f"{name}.ids": torch.from_numpy(ids.ids.copy())}
-    return _pack_texts(f"{name}.ids", [str(text) for text in ids.ids])
-
-
-def _unpack_ids(name: str, tensors: dict[str, Tensor], count: int) -> IdMap:
-    """What :func:`_pack_ids` packed, taken out of ``tensors``; ``ValueError`` unless it is ``count`` ids."""
-    if f"{name}.ids" in tensors:
-        ids = IdMap(_taken(f"{name}.ids", tensors, torch.int64).numpy())
-    else:
-        ids = IdMap(_unpack_texts(f"{name}.ids", tensors))
-    if len(ids) != count:
-        raise ValueError(f"the header has {count} {name} but {len(ids)} {name[:-1]} ids are there")
-    return ids
-
-
-def _pack_texts(name: str, texts: list[str]) -> dict[str, Tensor]:
-    """Texts as one UTF-8 tensor and the place where each starts: too many for the file's header."""
-    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    data = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
-    return {f"{name}.text": torch.from_numpy(data), f"{name}.offsets": torch.from_numpy(offsets)}
-
-
-def _unpack_texts(name: str, tensors: dict[str, Tensor], count: int | None = None) -> list[str]:
-    """What :func:`_pack_texts` packed, taken out of ``tensors``."""
-    data = _taken(f"{name}.text", tensors, torch.uint8).numpy().tobytes()
-    offsets = _taken(f"{name}.offsets", tensors, torch.int64).tolist()
-    if not offsets or offsets[0] != 0 or offsets[-1] != len(data) or sorted(offsets) != offsets:
-        raise ValueError(f"{name}.offsets does not cut {name}.text into texts")
-    if count is not None and len(offsets) != count + 1:
-        raise ValueError(f"{name} has {len(offsets) - 1} texts for {count} items")
-    return [data[a:b].decode("utf-8", "surrogatepass") for a, b in pairwise(offsets)]
-
-
-def _taken(name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """``tensors[name]``, taken out of it: ``[n]`` of ``dtype``, or ``ValueError``."""
-    tensor = tensors.pop(name)
-    if tensor.ndim != 1 or tensor.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype} [n], got {tensor.dtype} {list(tensor.shape)}")
-    return tensor
-
-
-# Interrupted trainings --------------------------------------------------------------------------------------
-
-
-def _wholes(prefix: str, module: nn.Module, dealt: DealtTables | None) -> dict[str, Tensor | Dealt]:
-    state = module.state_dict()
-    whole = (lambda name, tensor: tensor) if dealt is None else dealt.whole
-    return {prefix + name: whole(name, tensor) for name, tensor in state.items()}
-
-
-def _pass_by(tensors: Mapping[str, Tensor | Dealt]) -> None:
-    """Take part in what process 0 writes, in its order."""
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        if isinstance(tensor, Dealt):
-            for _ in tensor.blocks():
-                pass
-
-
-def save_training(
-    path: Path | None,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    state: dict[str, Any],
-    own: dict[str, Tensor],
-    dealt: DealtTables | None = None,
-) -> None:
-    """Write parameters, the optimiser's tensors, the generator, ``state`` (JSON values) and the training's
-    ``own`` tensors into one file.
-
-    With ``dealt`` every process calls this, those without a file with None. The file is the same however the
-    tables are dealt, so any number of processes reads it.
-    """
-    tensors = _wholes("module.", module, dealt)
-    for name, parameter in module.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            # SparseAdam counts its steps by an int, Adam by a floating-point tensor.
-            tensor = torch.as_tensor(value)
-            tensors[f"optimizer.{name}.{key}"] = tensor if dealt is None else dealt.whole(name, tensor)
-    if path is None:
-        _pass_by(tensors)
-        return
-    tensors["generator"] = generator.get_state()
-    tensors |= {f"own.{name}": tensor for name, tensor in own.items()}
-    write_tensors(path, tensors, CHECKPOINT_FORMAT, {"state": state})
-
-
-def load_training(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Put back what :func:`save_training` wrote, in place; return its ``state`` and ``own``.
-
-    :class:`CheckpointError` where the file does not fit the module; nothing is half restored then, as long as
-    the caller gives up.
-    """
-    return _put_back(path, *read_tensors(path, CHECKPOINT_FORMAT), module, optimizer, generator)
-
-
-def load_dealt_training(
-    path: Path | None,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    dealt: DealtTables,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """As :func:`load_training`, called by every process; those without the file give None.
-
-    The file is mapped into memory, and each process gets its rows a block at a time.
-    """
-    parameters = dict(module.named_parameters())
-    wholes: dict[str, Tensor] = {}
-    message = None
-    if path is not None:
-        tensors, header = read_tensors(path, CHECKPOINT_FORMAT, mapped=True)
-        for name, rows in dealt.rows.items():
-            wanted = torch.Size((rows, *parameters[name].shape[1:]))
-            for place in (f"module.{name}", *(f"optimizer.{name}.{moment}" for moment in _MOMENTS)):
-                whole = tensors.pop(place, None)
-                if whole is None or (whole.shape, whole.dtype) != (wanted, parameters[name].dtype):
-                    raise CheckpointError(
-                        f"{path}: does not fit this training ({place} must be {parameters[name].dtype} "
-                        f"{list(wanted)})"
-                    )
-                wholes[place] = whole
-        # Of a tensor that is mapped the whole file would be sent.
-        message = {name: tensor.clone() for name, tensor in tensors.items()}, header
-    small, header = dealt.workers.object_of_first(message)
-    small |= {f"module.{name}": parameters[name].detach() for name in dealt.rows}
-    found = _put_back(path, small, header, module, optimizer, generator)
-    for name in dealt.rows:
-        parameter, rows = parameters[name], dealt.rows[name]
-        moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
-        optimizer.state[parameter] |= moments
-        Dealt(dealt.workers, parameter.detach(), rows).fill(wholes.get(f"module.{name}"))
-        for moment, own in moments.items():
-            Dealt(dealt.workers, own, rows).fill(wholes.get(f"optimizer.{name}.{moment}"))
-    return found
-
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def _put_back(
-    path: Path | None,
-    tensors: dict[str, Tensor],
-    header: dict[str, Any],
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        module.load_state_dict(_below("module.", tensors))
-        for name, parameter in module.named_parameters():
-            saved = _below(f"optimizer.{name}.", tensors)
-            if saved:
-                optimizer.state[parameter] = {
-                    key: int(value) if value.dtype == torch.int64 else value.to(parameter.device)
-                    for key, value in saved.items()
-                }
-        generator.set_state(tensors["generator"])
-        state = header["state"]
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{path}: does not fit this training ({error})") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: the state is not a JSON object")
-    return state, _below("own.", tensors)
-
-
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
