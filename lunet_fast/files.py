@@ -205,8 +205,9 @@ def read_tensors(
 
     A missing file raises ``FileNotFoundError``; a damaged, foreign or newer one, or one whose header is not
     of ``schema`` where that is given, :class:`CheckpointError`. From version 2 of the format on, what is
-    returned is what was written, bit for bit: its SHA-256 is in the header. Memory: twice the file as it lies on the disk, whatever it claims to hold; with ``mapped``
-    none but the system's cache of the file, which must stay as it is while the tensors are there.
+    returned is what was written, bit for bit: its SHA-256 is in the header. Memory: twice the file as it lies
+    on the disk, whatever it claims to hold; with ``mapped`` none but the system's cache of the file, which
+    must stay as it is while the tensors are there.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load

@@ -67,14 +67,10 @@ def inverse_net(
     ``blocked.explicit_inverse``. Cost: 3·M·D³ flops for the matrices and 2·M·N·D² for N rows.
     """
     lower, upper, logs = _factors(layers)
-    eye = torch.eye(y.shape[-1], dtype=y.dtype).expand_as(upper)
-    lower = lower + eye
-    lower_inverse = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
-    upper_inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
-    condition = logs.new_ones(())
-    for matrices in (lower, upper, lower_inverse, upper_inverse):
-        condition = condition * matrices.abs().sum(-2).amax(-1)
-    if not float(condition.amax()) <= blocked.EXPLICIT_INVERSE_LIMIT:
+    lower = lower + torch.eye(y.shape[-1], dtype=y.dtype)
+    lower_inverse = blocked.invert_triangular(lower, upper=False)
+    upper_inverse = blocked.invert_triangular(upper, upper=True)
+    if not blocked.is_well_conditioned(lower, upper, lower_inverse, upper_inverse):
         return None
     inverses = upper_inverse @ lower_inverse
     x, total = y, -logs.sum().expand(y.shape[:-1]) if logabsdet else None
