@@ -57,7 +57,7 @@ bench-compare: $(VENV)/.dev  ## is this tree slower than BASE (default main)?
 	$(BIN)/python benchmarks/compare.py $(or $(BASE),main)
 
 bench-density: $(VENV)/.dev  ## flows beside zuko's and nflows' on digits and the plane, by depth: 4 hours of 1 core
-	for part in digits plane depth speed report; do $(BIN)/python benchmarks/density.py $$part || exit 1; done
+	for part in digits plane depth speed pictures report; do $(BIN)/python benchmarks/density.py $$part || exit 1; done
 	$(BIN)/python benchmarks/readme.py
 
 kernels-report: $(VENV)/.dev  ## registers, spills, shared memory of every kernel (TRITON=... for another Triton)

@@ -4,6 +4,7 @@
     python benchmarks/density.py plane       divergence from known densities             (1 hour)
     python benchmarks/density.py depth       1 to 32 layers, started in three ways       (30 minutes)
     python benchmarks/density.py speed       a training step and a sample, interleaved   (2 minutes, quiet)
+    python benchmarks/density.py pictures    what flows of size M learnt, as pictures       (5 minutes)
     python benchmarks/density.py report      density.md and density.png from the four files
 
 Every flow gets the same rows, noise, optimiser, averaging and stopping (lunet_fast/density/training.py), and
@@ -30,10 +31,12 @@ from torch import Tensor, nn
 from lunet_fast import ConditionalLUNet, LUNet, NormalMixture, StandardNormal
 from lunet_fast.density import data
 from lunet_fast.density.config import DensityConfig
-from lunet_fast.density.evaluation import TEST_DRAWS, accuracy, auroc, divergence, integral
+from lunet_fast.density.evaluation import TEST_DRAWS, accuracy, auroc, divergence, grid, integral
 from lunet_fast.density.model import DensityModel, build_flow, whiten
+from lunet_fast.density.pictures import SIDE, interpolation, show_sheet
 from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.density.training import fit_flow
+from lunet_fast.files import write_atomically
 from lunet_fast.loop import cpu_threads
 from lunet_fast.seeding import seeded
 from machine import RESULTS, write, write_text
@@ -457,6 +460,68 @@ def speed(repeats: int = 40) -> None:
         )
 
 
+def pictures() -> None:
+    """density-plane.png: the true densities and those that flows of size M learnt, seed 0, settings as tuned.
+
+    density-digits.png: digits, samples of LU-Net M and its interpolations.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tuned = {
+        (row["target"], row["family"]): row["tuned"]["chosen"] for row in _rows("plane") if row["size"] == "M"
+    }
+    figure = Figure(figsize=(9.0, 9.0), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    places = figure.subplots(4, len(PLANE_FLOWS) + 1)
+    for row, name in zip(places, data.TARGETS, strict=True):
+        rows = data.read(name, seed=0)
+        target = rows.target
+        assert target is not None
+        points, _ = grid(target.extent, 201)
+        shown = {"truth": target.log_prob(points)}
+        for family, flows in PLANE_FLOWS.items():
+            config = replace(PLANE, seed=0, **tuned[name, family])
+            model, _ = _train(flows["M"], data.split(rows, 0), config)
+            shown[f"{family}, M"] = model.log_prob(points.float())
+            print(f"{name}, {family}", flush=True)
+        highest = float(shown["truth"].exp().max())
+        for axes, (title, log_prob) in zip(row, shown.items(), strict=True):
+            # The first coordinate is the slowest of the grid, and across.
+            density = log_prob.double().exp().reshape(201, 201).T
+            axes.imshow(density.numpy(), origin="lower", vmin=0, vmax=highest, cmap="magma")
+            axes.set_axis_off()
+            if name == "ring":
+                axes.set_title(title, loc="left", fontsize=11)
+    write_picture(RESULTS / "density-plane.png", figure)
+
+    rows = data.read("digits")
+    assert rows.image is not None
+    assert rows.levels is not None
+    chosen = next(
+        row["tuned"]["chosen"] for row in _rows("digits") if (row["family"], row["size"]) == ("LU-Net", "M")
+    )
+    parts = data.split(rows, 0)
+    model, _ = _train(DIGITS_FLOWS["LU-Net"]["M"], parts, replace(DIGITS, **chosen))
+    with seeded(0):
+        samples = model.sample(SIDE * SIDE)
+    figure = Figure(figsize=(9.0, 3.3), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    shown_sheets = {
+        "data": parts.test.values[: SIDE * SIDE],
+        "samples of LU-Net, M": samples,
+        "between two digits (first and last of a row)": interpolation(model, parts.test).flatten(0, 1),
+    }
+    for axes, (title, sheet) in zip(figure.subplots(1, 3), shown_sheets.items(), strict=True):
+        show_sheet(axes, sheet, rows.image, rows.levels)
+        axes.set_title(title, loc="left", fontsize=10)
+    write_picture(RESULTS / "density-digits.png", figure)
+
+
+def write_picture(path: Path, figure: Any) -> None:
+    write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
+
+
 # The report -------------------------------------------------------------------------------------------------
 
 
@@ -579,6 +644,8 @@ def report() -> None:
         "",
         "![quality against size and time](density.png)",
         "",
+        "![digits, samples, interpolations](density-digits.png)",
+        "",
         "## A training step and sampling, batch 256, D 64",
         "",
         *speed_table(),
@@ -586,6 +653,8 @@ def report() -> None:
         "## Points of the plane: KL(truth ‖ flow), nats",
         "",
         *plane_table(),
+        "",
+        "![true and learnt densities](density-plane.png)",
         "",
         "## Depth (digits, base of 30 Gaussians, two seeds)",
         "",
@@ -651,7 +720,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("digits", "plane", "depth", "speed", "report"))
+    parser.add_argument("part", choices=("digits", "plane", "depth", "speed", "pictures", "report"))
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer for a try")
     options = parser.parse_args()
     with cpu_threads(1):
@@ -659,6 +728,8 @@ def main() -> None:
             {"digits": digits, "plane": plane, "depth": depth}[options.part](options.seeds)
         elif options.part == "speed":
             speed()
+        elif options.part == "pictures":
+            pictures()
         else:
             report()
 

@@ -41,7 +41,7 @@ def save_samples(path: Path, samples: Tensor, data: Tensor, size: tuple[int, int
     figure = _figure(8.0, 4.4)
     for place, (title, rows) in enumerate((("data", data), ("samples", samples)), start=1):
         axes = figure.add_subplot(1, 2, place)
-        _show_sheet(axes, rows[: SIDE * SIDE], size, levels)
+        show_sheet(axes, rows[: SIDE * SIDE], size, levels)
         axes.set_title(title, loc="left", fontsize=11)
     _save(figure, path)
 
@@ -49,18 +49,27 @@ def save_samples(path: Path, samples: Tensor, data: Tensor, size: tuple[int, int
 def save_sheet(path: Path, samples: Tensor, size: tuple[int, int], levels: int) -> None:
     """A sheet of samples alone, the first 64."""
     figure = _figure(4.2, 4.2)
-    _show_sheet(figure.add_subplot(), samples[: SIDE * SIDE], size, levels)
+    show_sheet(figure.add_subplot(), samples[: SIDE * SIDE], size, levels)
     _save(figure, path)
 
 
 def save_interpolation(path: Path, model: DensityModel, rows: Rows) -> None:
-    """Eight rows of pictures: from one data row to another along a straight line between their latents.
-
-    Both ends are data, dequantised; of a conditional flow, those of the first label of all.
-    """
+    """The pictures of :func:`interpolation`, one from one data row to another in each line."""
     image = rows.image
     assert image is not None
     assert model.preprocessing.levels is not None
+    figure = _figure(4.2, 4.4)
+    axes = figure.add_subplot()
+    show_sheet(axes, interpolation(model, rows).flatten(0, 1), image, model.preprocessing.levels)
+    axes.set_title("between two rows of data", loc="left", fontsize=11)
+    _save(figure, path)
+
+
+def interpolation(model: DensityModel, rows: Rows) -> Tensor:
+    """[SIDE, SIDE, D]: from one data row to another along a straight line between their latents.
+
+    Both ends are data, dequantised; of a conditional flow, those of the first label of all.
+    """
     generator = torch.Generator().manual_seed(0)
     context = None
     if model.shares is not None and rows.labels is not None:
@@ -73,15 +82,11 @@ def save_interpolation(path: Path, model: DensityModel, rows: Rows) -> None:
         z = transform(y)
         share = torch.linspace(0, 1, SIDE).unsqueeze(-1)
         between = z[:, :1] + share * (z[:, 1:] - z[:, :1])
-        pictures = model.preprocessing.inverse(transform.inv(between))
-    figure = _figure(4.2, 4.4)
-    axes = figure.add_subplot()
-    _show_sheet(axes, pictures.flatten(0, 1), image, model.preprocessing.levels)
-    axes.set_title("between two rows of data", loc="left", fontsize=11)
-    _save(figure, path)
+        return model.preprocessing.inverse(transform.inv(between))
 
 
-def _show_sheet(axes: Any, rows: Tensor, size: tuple[int, int], levels: int) -> None:
+def show_sheet(axes: Any, rows: Tensor, size: tuple[int, int], levels: int) -> None:
+    """Draw SIDE lines of SIDE pictures: ``rows`` [n, H·W], n at most SIDE²."""
     height, width = size
     sheet = torch.zeros(SIDE * (height + 1) + 1, SIDE * (width + 1) + 1)
     for index, row in enumerate(rows):
