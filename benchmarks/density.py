@@ -33,10 +33,10 @@ from lunet_fast.density import data
 from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.evaluation import TEST_DRAWS, accuracy, auroc, divergence, grid, integral
 from lunet_fast.density.model import DensityModel, build_flow, whiten
-from lunet_fast.density.pictures import SIDE, interpolation, show_sheet
+from lunet_fast.density.pictures import SIDE, interpolation, show_density, show_sheet
 from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.density.training import fit_flow
-from lunet_fast.files import write_atomically
+from lunet_fast.files import write_figure
 from lunet_fast.loop import cpu_threads
 from lunet_fast.seeding import seeded
 from machine import RESULTS, write, write_text
@@ -487,13 +487,11 @@ def pictures() -> None:
             print(f"{name}, {family}", flush=True)
         highest = float(shown["truth"].exp().max())
         for axes, (title, log_prob) in zip(row, shown.items(), strict=True):
-            # The first coordinate is the slowest of the grid, and across.
-            density = log_prob.double().exp().reshape(201, 201).T
-            axes.imshow(density.numpy(), origin="lower", vmin=0, vmax=highest, cmap="magma")
+            show_density(axes, log_prob, target.extent, highest)
             axes.set_axis_off()
             if name == "ring":
                 axes.set_title(title, loc="left", fontsize=11)
-    write_picture(RESULTS / "density-plane.png", figure)
+    write_figure(RESULTS / "density-plane.png", figure)
 
     rows = data.read("digits")
     assert rows.image is not None
@@ -515,11 +513,7 @@ def pictures() -> None:
     for axes, (title, sheet) in zip(figure.subplots(1, 3), shown_sheets.items(), strict=True):
         show_sheet(axes, sheet, rows.image, rows.levels)
         axes.set_title(title, loc="left", fontsize=10)
-    write_picture(RESULTS / "density-digits.png", figure)
-
-
-def write_picture(path: Path, figure: Any) -> None:
-    write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
+    write_figure(RESULTS / "density-digits.png", figure)
 
 
 # The report -------------------------------------------------------------------------------------------------
@@ -713,7 +707,7 @@ def _plot(path: Path) -> None:
             axes.spines[side].set_visible(False)
     left.set_ylabel("digits: bits a dimension, test")
     right.legend(frameon=False, fontsize=8)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    write_figure(path, figure)
 
 
 def main() -> None:

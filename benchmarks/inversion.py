@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lunet_fast import LeakySoftplus, LUNet
-from lunet_fast.files import write_atomically
+from lunet_fast.files import write_figure
 from lunet_fast.flow import LUFlow
 from lunet_fast.loop import cpu_threads, descend
 from lunet_fast.recsys import metrics, movielens
@@ -477,7 +477,7 @@ def figure(path: Path, curves: dict[str, Tensor]) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    write_atomically(path, lambda file: drawn.savefig(file, format="png", metadata={"Software": None}))
+    write_figure(path, drawn)
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -244,11 +244,22 @@ def ablation() -> str:
 def density() -> str:
     result = load("density-digits")
     lines = ["scikit-learn's digits, 64-D, bits a dimension with all Jacobians, less is better:", ""]
-    lines += [*digits_table(), "", "![digits, samples of LU-Net M, and what lies between two digits]"]
-    lines[-1] += "(benchmarks/results/density-digits.png)"
-    lines += ["", "Points of the plane, KL divergence from the truth in nats:", "", *plane_table(), ""]
-    lines += ["![densities on the plane: the truth and what was learnt](benchmarks/results/density-plane.png)"]
-    lines += ["", "Depth, on digits:", "", *depth_table()]
+    results = "benchmarks/results"
+    lines += [
+        *digits_table(),
+        "",
+        f"![digits, samples of LU-Net M, and what lies between two digits]({results}/density-digits.png)",
+        "",
+        "Points of the plane, KL divergence from the truth in nats:",
+        "",
+        *plane_table(),
+        "",
+        f"![densities on the plane: the truth and what was learnt]({results}/density-plane.png)",
+        "",
+        "Depth, on digits:",
+        "",
+        *depth_table(),
+    ]
     machine = result["machine"]
     where = f"{machine['processor']}, one thread, torch {machine['torch']}, {machine['date']}"
     return "\n".join(

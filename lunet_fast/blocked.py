@@ -506,7 +506,7 @@ def _times(x: Tensor, packed: Packed, *, upper: bool, transposed: bool) -> Tenso
 # --- triangular solves ----------------------------------------------------------------------------------
 
 
-def invert_triangular(block: Tensor, *, upper: bool) -> Tensor:
+def _invert_triangular(block: Tensor, *, upper: bool) -> Tensor:
     """T⁻¹ [..., D, D] of triangles T, solved for as X T = I: in float32 half the time of T X = I at D 64."""
     eye = torch.eye(block.shape[-1], dtype=block.dtype, device=block.device).expand_as(block)
     return torch.linalg.solve_triangular(block, eye, upper=upper, left=False)
@@ -540,7 +540,7 @@ def _substitute_(right: Tensor, packed: Packed, *, upper: bool, transposed: bool
         if scratch is None:
             part.copy_(_solve_rows(block, part, upper=upper, transposed=transposed))
         else:
-            inverse = invert_triangular(block, upper=upper)
+            inverse = _invert_triangular(block, upper=upper)
             solved = scratch[:, : part.shape[1]]
             part.copy_(torch.mm(part, inverse if transposed else inverse.T, out=solved))
     return right
@@ -555,13 +555,17 @@ def _solve_rows(
     return torch.linalg.solve_triangular(matrix, right, upper=up, left=False, unitriangular=unit)
 
 
-def is_well_conditioned(*matrices: Tensor) -> bool:
-    """Whether κ₁(L)·κ₁(U) allows products with A⁻¹: of L, U and their inverses [..., D, D]. NaN does not."""
-    condition: float | Tensor = 1.0
-    for matrix in matrices:
+def inverse_of_factors(lower: Tensor, upper: Tensor) -> Tensor | None:
+    """U⁻¹ L⁻¹ [..., D, D] of factors [..., D, D]; None where κ₁(L)·κ₁(U) of one is too large, or NaN."""
+    lower_inverse = _invert_triangular(lower, upper=False)
+    upper_inverse = _invert_triangular(upper, upper=True)
+    condition = lower.new_ones(())
+    for matrix in (lower, upper, lower_inverse, upper_inverse):
         # matrix_norm takes three times as long at D 64.
         condition = condition * matrix.abs().sum(-2).amax(-1)
-    return float(torch.as_tensor(condition).amax()) <= EXPLICIT_INVERSE_LIMIT
+    if not float(condition.amax()) <= EXPLICIT_INVERSE_LIMIT:
+        return None
+    return upper_inverse @ lower_inverse
 
 
 def least_rows_for_inverse(size: int) -> int:
@@ -577,12 +581,7 @@ def explicit_inverse(packed: Packed, rows: int) -> Tensor | None:
     """
     if packed.lu.device.type != "cpu" or rows < least_rows_for_inverse(packed.size):
         return None
-    lower, upper = _unit_lower(packed.lu), _upper(packed.lu, packed.diagonal)
-    lower_inverse = invert_triangular(lower, upper=False)
-    upper_inverse = invert_triangular(upper, upper=True)
-    if not is_well_conditioned(lower, upper, lower_inverse, upper_inverse):
-        return None
-    return upper_inverse @ lower_inverse
+    return inverse_of_factors(_unit_lower(packed.lu), _upper(packed.lu, packed.diagonal))
 
 
 def solve(h: Tensor, packed: Packed, bias: Tensor | None, *, own: bool) -> Tensor:

@@ -14,7 +14,7 @@ from lunet_fast.schema import CHECKPOINT_FORMAT, CHECKPOINT_HEADER
 from lunet_fast.sharding import Dealt, DealtTables
 
 
-def wholes(prefix: str, module: nn.Module, dealt: DealtTables | None) -> dict[str, Tensor | Dealt]:
+def whole_tensors(prefix: str, module: nn.Module, dealt: DealtTables | None) -> dict[str, Tensor | Dealt]:
     """The tensors of a module's state by name, those that are dealt to several processes as wholes."""
     state = module.state_dict()
     whole = (lambda name, tensor: tensor) if dealt is None else dealt.whole
@@ -45,7 +45,7 @@ def save_training(
     With ``dealt`` every process calls this, those without a file with None. The file is the same however the
     tables are dealt, so any number of processes reads it.
     """
-    tensors = wholes("module.", module, dealt)
+    tensors = whole_tensors("module.", module, dealt)
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             # SparseAdam counts its steps by an int, Adam by a floating-point tensor.

@@ -81,6 +81,12 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: _write_text(temporary, text))
 
 
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a figure of matplotlib as PNG, atomically."""
+    # Without the version of matplotlib in the file, the same figure gives the same bytes.
+    write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
+
+
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 

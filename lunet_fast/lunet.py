@@ -199,12 +199,13 @@ class LUNet(nn.Module):
         """f or its inverse at x, and its log-determinant if asked for: here it is decided how."""
         if self.memory == "saved":
             layers = self._layers()
-            if not inverse and all(map(_is_plain, self.layers)) and small.takes(x, layers):
-                return small.net(x, layers, logabsdet=logabsdet)
-            if inverse and all(map(_is_plain, self.layers)) and small.takes_inverse(x, layers):
-                found = small.inverse_net(x, layers, logabsdet=logabsdet)
-                if found is not None:
-                    return found
+            if all(map(_is_plain, self.layers)):
+                if not inverse and small.takes(x, layers):
+                    return small.net(x, layers, logabsdet=logabsdet)
+                if inverse and small.takes_inverse(x, layers):
+                    found = small.inverse_net(x, layers, logabsdet=logabsdet)
+                    if found is not None:
+                        return found
             slopes = self._common_slopes() if ops.fuses_net(x) else None
             if slopes is not None:
                 return self._run_as_one(x, slopes, inverse=inverse, logabsdet=logabsdet)

@@ -24,7 +24,9 @@ DIGEST_FROM = 2
 Schema = dict[str, Any]
 
 
-def header_schema(kind: str, description: str, **properties: Schema) -> Schema:
+def header_schema(kind: str, description: str, first: int = 1, **properties: Schema) -> Schema:
+    """Of the headers of files of ``kind``, with these properties beside the common ones, all required but the
+    digest; ``first`` is the version of the format that the kind came with."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": kind,
@@ -32,7 +34,7 @@ def header_schema(kind: str, description: str, **properties: Schema) -> Schema:
         "type": "object",
         "properties": {
             "format": {"const": kind},
-            "version": {"type": "integer", "minimum": 1, "maximum": FORMAT_VERSION},
+            "version": {"type": "integer", "minimum": first, "maximum": FORMAT_VERSION},
             "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
             **properties,
         },

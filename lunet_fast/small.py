@@ -45,7 +45,6 @@ def net(x: Tensor, layers: Sequence[LUDense], *, logabsdet: bool) -> tuple[Tenso
 def takes_inverse(y: Tensor, layers: Sequence[LUDense]) -> bool:
     """Whether ``inverse_net`` may take these layers on y: without gradients, and rows enough for inverses."""
     rows = y.numel() // max(1, y.shape[-1]) if y.dim() else 0
-    parameters = [layer.lu for layer in layers]
     recorded = torch.is_grad_enabled() and (
         y.requires_grad or any(p.requires_grad for layer in layers for p in layer.parameters())
     )
@@ -54,7 +53,7 @@ def takes_inverse(y: Tensor, layers: Sequence[LUDense]) -> bool:
         and takes(y, layers)
         and rows >= blocked.least_rows_for_inverse(y.shape[-1])
         # Under vmap no number can be read, and the condition is one.
-        and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, parameters))
+        and not any(torch._C._functorch.is_functorch_wrapped_tensor(layer.lu) for layer in layers)
     )
 
 
@@ -63,22 +62,20 @@ def inverse_net(
 ) -> tuple[Tensor, Tensor | None] | None:
     """(f⁻¹(y) [..., D], log|det| of its Jacobian [...] or None); None where an A⁻¹ would not be accurate.
 
-    All U⁻¹ L⁻¹ are formed at once and then multiplied with, under the same limit on κ₁(L)·κ₁(U) as in
-    ``blocked.explicit_inverse``. Cost: 3·M·D³ flops for the matrices and 2·M·N·D² for N rows.
+    All U⁻¹ L⁻¹ are formed at once (``blocked.inverse_of_factors``) and then multiplied with. Cost: 3·M·D³
+    flops for the matrices and 2·M·N·D² for N rows.
     """
-    lower, upper, logs = _factors(layers)
-    lower = lower + torch.eye(y.shape[-1], dtype=y.dtype)
-    lower_inverse = blocked.invert_triangular(lower, upper=False)
-    upper_inverse = blocked.invert_triangular(upper, upper=True)
-    if not blocked.is_well_conditioned(lower, upper, lower_inverse, upper_inverse):
+    below, upper, logs = _factors(layers)
+    inverses = blocked.inverse_of_factors(below + torch.eye(y.shape[-1], dtype=y.dtype), upper)
+    if inverses is None:
         return None
-    inverses = upper_inverse @ lower_inverse
     x, total = y, -logs.sum().expand(y.shape[:-1]) if logabsdet else None
     for layer, inverse in zip(reversed(layers), reversed(inverses.unbind()), strict=True):
         if layer.activation is not None:
-            x = functional.leaky_softplus_inverse(x, layer.activation.slopes())
+            slopes = layer.activation.slopes()
+            x = functional.leaky_softplus_inverse(x, slopes)
             if total is not None:
-                total = total - reference.log_derivative_sum(x, layer.activation.slopes())
+                total = total - reference.log_derivative_sum(x, slopes)
         if layer.permutation is not None:
             inverse = inverse[:, layer.permutation.argsort()]
         x = F.linear(x, inverse, None if layer.bias is None else -(inverse @ layer.bias))

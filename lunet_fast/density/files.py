@@ -22,6 +22,7 @@ _COUNT: Schema = {"type": "integer", "minimum": 1}
 HEADER = header_schema(
     FLOW_FORMAT,
     "A trained density: its settings, its data, and what that goes through.",
+    first=2,
     config={"type": "object"},
     dataset={"type": "string"},
     source={"type": "string"},

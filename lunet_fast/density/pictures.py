@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lunet_fast.density.data import Rows
 from lunet_fast.density.evaluation import grid
 from lunet_fast.density.model import DensityModel
 from lunet_fast.density.targets import Target
-from lunet_fast.files import write_atomically
+from lunet_fast.files import write_figure
 
 SIDE = 8
 """Pictures a side of a sheet of samples, and pictures from one end of an interpolation to the other."""
@@ -21,19 +22,25 @@ SIDE = 8
 def save_heat_maps(path: Path, model: DensityModel, target: Target) -> None:
     """The true density on the plane and the learnt one beside it, in one colour scale."""
     points, _ = grid(target.extent, 301)
-    truth = target.log_prob(points).exp().reshape(301, 301)
-    learnt = model.log_prob(points.float()).double().exp().reshape(301, 301)
+    both = {"truth": target.log_prob(points), "learnt": model.log_prob(points.float())}
     figure = _figure(8.0, 4.2)
-    ends = (-target.extent, target.extent)
-    for place, (title, density) in enumerate((("truth", truth), ("learnt", learnt)), start=1):
+    highest = float(both["truth"].exp().max())
+    for place, (title, log_prob) in enumerate(both.items(), start=1):
         axes = figure.add_subplot(1, 2, place)
-        # The first coordinate is the slowest of the grid, and across.
-        image = axes.imshow(
-            density.T.numpy(), origin="lower", extent=ends * 2, vmin=0, vmax=float(truth.max()), cmap="magma"
-        )
+        image = show_density(axes, log_prob, target.extent, highest)
         axes.set_title(f"{target.name}: {title}", loc="left", fontsize=11)
     figure.colorbar(image, ax=figure.axes, label="density", shrink=0.85)
-    _save(figure, path)
+    write_figure(path, figure)
+
+
+def show_density(axes: Any, log_prob: Tensor, extent: float, highest: float) -> Any:
+    """Draw exp(log_prob) [n²] at the points of ``evaluation.grid``; ``highest`` ends the colour scale."""
+    side = math.isqrt(len(log_prob))
+    # The first coordinate is the slowest of the grid, and across.
+    density = log_prob.double().exp().reshape(side, side).T
+    return axes.imshow(
+        density.numpy(), origin="lower", extent=(-extent, extent) * 2, vmin=0, vmax=highest, cmap="magma"
+    )
 
 
 def save_samples(path: Path, samples: Tensor, data: Tensor, size: tuple[int, int], levels: int) -> None:
@@ -43,14 +50,14 @@ def save_samples(path: Path, samples: Tensor, data: Tensor, size: tuple[int, int
         axes = figure.add_subplot(1, 2, place)
         show_sheet(axes, rows[: SIDE * SIDE], size, levels)
         axes.set_title(title, loc="left", fontsize=11)
-    _save(figure, path)
+    write_figure(path, figure)
 
 
 def save_sheet(path: Path, samples: Tensor, size: tuple[int, int], levels: int) -> None:
     """A sheet of samples alone, the first 64."""
     figure = _figure(4.2, 4.2)
     show_sheet(figure.add_subplot(), samples[: SIDE * SIDE], size, levels)
-    _save(figure, path)
+    write_figure(path, figure)
 
 
 def save_interpolation(path: Path, model: DensityModel, rows: Rows) -> None:
@@ -62,7 +69,7 @@ def save_interpolation(path: Path, model: DensityModel, rows: Rows) -> None:
     axes = figure.add_subplot()
     show_sheet(axes, interpolation(model, rows).flatten(0, 1), image, model.preprocessing.levels)
     axes.set_title("between two rows of data", loc="left", fontsize=11)
-    _save(figure, path)
+    write_figure(path, figure)
 
 
 def interpolation(model: DensityModel, rows: Rows) -> Tensor:
@@ -103,8 +110,3 @@ def _figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    # Without the version of matplotlib in the file, the same flow gives the same picture.
-    write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))

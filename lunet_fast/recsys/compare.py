@@ -34,7 +34,7 @@ import torch
 
 import lunet_fast
 from lunet_fast.bench.machine import describe
-from lunet_fast.files import CheckpointError, read_json, write_atomically, write_json
+from lunet_fast.files import CheckpointError, read_json, write_atomically, write_figure, write_json
 from lunet_fast.recsys import metrics
 from lunet_fast.recsys.baselines import BASELINES, missing
 from lunet_fast.recsys.config import TrainConfig, nearest_dataset, recipe
@@ -641,9 +641,7 @@ def draw(comparison: Comparison, path: Path) -> list[Path]:
     figure.set_layout_engine("none")
     for axes, (name, _) in zip(figure.axes, panels, strict=True):
         _label_points(axes, [row for row in comparison.rows if name in row], name)
-    write_atomically(
-        path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None})
-    )
+    write_figure(path, figure)
     return [path]
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lunet_fast.checkpoints import pass_by, wholes
+from lunet_fast.checkpoints import pass_by, whole_tensors
 from lunet_fast.files import CheckpointError, read_tensors, write_tensors
 from lunet_fast.recsys.config import TrainConfig
 from lunet_fast.recsys.model import RatingModel
@@ -37,7 +37,7 @@ def save_model(path: Path | None, trained: TrainedModel, dealt: DealtTables | No
 
     With ``dealt`` every process calls this, those without a file with None; the file is that of the whole.
     """
-    tensors = wholes("model.", trained.model, dealt)
+    tensors = whole_tensors("model.", trained.model, dealt)
     if path is None:
         pass_by(tensors)
         return

@@ -179,6 +179,7 @@ def test_file_there_and_back(tmp_path: Path, conditional: bool) -> None:
         ({"config": {"colour": 1}}, "unknown setting 'colour'"),
         ({"classes": 2}, "classes is 2 with conditional=False"),
         ({"surprise": 1}, "unknown 'surprise'"),
+        ({"version": 1}, "version: 1 must be at least 2"),
     ],
 )
 def test_files_from_outside(tmp_path: Path, change: dict[str, Any], told: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lunet_fast.files import write_atomically
+from lunet_fast.files import write_figure
 
 TABLE_2 = (
     ("paper: classic MLP", "ML-100K", 0.9200, 0.0050),
@@ -89,7 +89,4 @@ def save_loss_figure(
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False)
-    # Without the version of matplotlib in the file, the same run gives the same picture.
-    write_atomically(
-        path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None})
-    )
+    write_figure(path, figure)
