@@ -26,15 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from lunet_fast import GeneralizedLeakySoftplus, LUNet
-from lunet_fast.loop import cpu_threads, descend
-from lunet_fast.recsys import metrics, movielens
-from lunet_fast.recsys.config import TrainConfig, recipe
-from lunet_fast.recsys.features import side_features
-from lunet_fast.recsys.model import RatingModel
-from lunet_fast.recsys.negatives import NegativeSampler
-from lunet_fast.recsys.protocols import Parts, evaluate_ranking
-from lunet_fast.recsys.scoring import ItemScorer
-from lunet_fast.recsys.training import rating_objective, rating_optimizer
+from lunet_fast.recsys.data import movielens
+from lunet_fast.recsys.data.features import side_features
+from lunet_fast.recsys.data.negatives import NegativeSampler
+from lunet_fast.recsys.evaluation import metrics
+from lunet_fast.recsys.evaluation.protocols import Parts, evaluate_ranking
+from lunet_fast.recsys.model.config import TrainConfig, recipe
+from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.model.training import rating_objective, rating_optimizer
+from lunet_fast.recsys.serving.scoring import ItemScorer
+from lunet_fast.training.loop import cpu_threads, descend
 from machine import RESULTS, write, write_text
 
 SEEDS = (0, 1, 2)

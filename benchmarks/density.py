@@ -36,9 +36,9 @@ from lunet_fast.density.model import DensityModel, build_flow, whiten
 from lunet_fast.density.pictures import SIDE, interpolation, show_density, show_sheet
 from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.density.training import fit_flow
-from lunet_fast.files import write_figure
-from lunet_fast.loop import cpu_threads
-from lunet_fast.seeding import seeded
+from lunet_fast.training.files import write_figure
+from lunet_fast.training.loop import cpu_threads
+from lunet_fast.training.seeding import seeded
 from machine import RESULTS, write, write_text
 
 SEEDS = (0, 1, 2, 3, 4)

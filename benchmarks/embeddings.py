@@ -33,14 +33,14 @@ from lunet_fast.density.evaluation import auroc
 from lunet_fast.density.model import DensityModel, build_flow, whiten
 from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.density.training import fit_flow
-from lunet_fast.loop import cpu_threads
-from lunet_fast.recsys import movielens
-from lunet_fast.recsys.config import recipe
-from lunet_fast.recsys.inversion import item_vectors, risk_coverage
-from lunet_fast.recsys.model import RatingModel
-from lunet_fast.recsys.protocols import Parts
-from lunet_fast.recsys.ratings import Ratings
-from lunet_fast.seeding import seeded
+from lunet_fast.recsys.data import movielens
+from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.evaluation.inversion import item_vectors, risk_coverage
+from lunet_fast.recsys.evaluation.protocols import Parts
+from lunet_fast.recsys.model.config import recipe
+from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.training.loop import cpu_threads
+from lunet_fast.training.seeding import seeded
 from machine import describe, write, write_text
 
 SEEDS = (0, 1, 2)

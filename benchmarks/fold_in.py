@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lunet_fast.recsys import metrics, movielens
-from lunet_fast.recsys.fold_in import METHODS
-from lunet_fast.recsys.ratings import Ratings
-from lunet_fast.recsys.recommend import LUNetRecommender
+from lunet_fast.recsys.data import movielens
+from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.evaluation import metrics
+from lunet_fast.recsys.serving.fold_in import METHODS
+from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from machine import RESULTS, write, write_text
 
 GIVEN = (1, 5, 10, 20)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lunet_fast import reference
+from lunet_fast.ops import reference
 
 #: A line of the result: {"kind": "check" | "time" | "ceiling" | "note", …}.
 Row = dict[str, Any]

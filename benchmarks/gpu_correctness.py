@@ -26,7 +26,8 @@ from gpu_common import (
     matmul_precision,
     packed,
 )
-from lunet_fast import functional, reference
+from lunet_fast import functional
+from lunet_fast.ops import reference
 
 Results = dict[str, Any]
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu_common import FAMILY, LIMITS, Packed, Place, Row, Stage, matmul_precision, normwise, packed
-from lunet_fast import LeakySoftplus, LUDense, LUNet, functional, reference
+from lunet_fast import LeakySoftplus, LUDense, LUNet, functional
+from lunet_fast.ops import reference
 
 #: Rows × columns of the largest rows that are timed: 1 GiB in float32.
 LARGEST = 2**28

@@ -25,19 +25,20 @@ import torch
 from torch import Tensor
 
 from lunet_fast import LeakySoftplus, LUNet
-from lunet_fast.files import write_figure
-from lunet_fast.flow import LUFlow
-from lunet_fast.loop import cpu_threads, descend
-from lunet_fast.recsys import metrics, movielens
-from lunet_fast.recsys.config import TrainConfig, recipe
-from lunet_fast.recsys.features import side_features
-from lunet_fast.recsys.inversion import PairDensity, item_vectors, items_for_score, risk_coverage
-from lunet_fast.recsys.model import RatingModel
-from lunet_fast.recsys.negatives import NegativeSampler
-from lunet_fast.recsys.protocols import Parts
-from lunet_fast.recsys.ratings import Ratings
-from lunet_fast.recsys.scoring import ItemScorer, training_pairs
-from lunet_fast.recsys.training import rating_objective, rating_optimizer
+from lunet_fast.layers.flow import LUFlow
+from lunet_fast.recsys.data import movielens
+from lunet_fast.recsys.data.features import side_features
+from lunet_fast.recsys.data.negatives import NegativeSampler
+from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.evaluation import metrics
+from lunet_fast.recsys.evaluation.inversion import PairDensity, item_vectors, items_for_score, risk_coverage
+from lunet_fast.recsys.evaluation.protocols import Parts
+from lunet_fast.recsys.model.config import TrainConfig, recipe
+from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.model.training import rating_objective, rating_optimizer
+from lunet_fast.recsys.serving.scoring import ItemScorer, training_pairs
+from lunet_fast.training.files import write_figure
+from lunet_fast.training.loop import cpu_threads, descend
 from machine import describe, write, write_text
 
 SEEDS = (0, 1, 2)

@@ -24,7 +24,7 @@ from typing import Any
 
 import sharding
 from lunet_fast.bench import machine
-from lunet_fast.files import write_atomically, write_json
+from lunet_fast.training.files import write_atomically, write_json
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent / "scale.md"
@@ -48,10 +48,10 @@ def measure(path: Path, size: int) -> dict[str, Any]:
 
     import torch
 
-    from lunet_fast.loop import Progress
-    from lunet_fast.recsys.config import recipe
-    from lunet_fast.recsys.streamed_training import STREAM_SETTINGS, train_stream
-    from lunet_fast.recsys.streaming import RatingStream
+    from lunet_fast.recsys.data.streaming import RatingStream
+    from lunet_fast.recsys.model.config import recipe
+    from lunet_fast.recsys.model.streamed_training import STREAM_SETTINGS, train_stream
+    from lunet_fast.training.loop import Progress
 
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

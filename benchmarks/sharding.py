@@ -34,10 +34,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from lunet_fast import sharding
 from lunet_fast.bench import machine
-from lunet_fast.distributed import Workers
-from lunet_fast.files import write_json
+from lunet_fast.training import sharding
+from lunet_fast.training.distributed import Workers
+from lunet_fast.training.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -92,7 +92,7 @@ def alone(workers: Workers) -> tuple[Step, int]:
 
 
 def ours(workers: Workers) -> tuple[Step, int]:
-    """``lunet_fast.sharding.pull``, SparseAdam."""
+    """``lunet_fast.training.sharding.pull``, SparseAdam."""
     own = nn.Parameter(whole_table()[workers.rank :: 2].clone())
     optimizer = torch.optim.SparseAdam([own], lr=RATE)
 
@@ -196,7 +196,7 @@ def torchrec(workers: Workers) -> tuple[Step, int]:
 
 CONTENDERS: dict[str, Callable[[Workers], tuple[Step, int]]] = {
     "whole tables, DistributedDataParallel": alone,
-    "lunet_fast.sharding": ours,
+    "lunet_fast.training.sharding": ours,
     "DTensor, RowwiseParallel": dtensor,
     "ShardedTensor, ChunkShardingSpec": sharded_tensor,
     "TorchRec, row-wise": torchrec,
@@ -204,7 +204,7 @@ CONTENDERS: dict[str, Callable[[Workers], tuple[Step, int]]] = {
 
 OPTIMIZERS = {
     "whole tables, DistributedDataParallel": "SparseAdam",
-    "lunet_fast.sharding": "SparseAdam",
+    "lunet_fast.training.sharding": "SparseAdam",
     "DTensor, RowwiseParallel": "Adam",
     "ShardedTensor, ChunkShardingSpec": "Adam",
     "TorchRec, row-wise": "FBGEMM's Adam",
@@ -268,10 +268,10 @@ def status(name: str) -> int:
 
 def measure(path: Path, out: Path) -> None:
     """One epoch by this process, or its part of it under torchrun; its memory goes beside ``out``."""
-    from lunet_fast.distributed import workers_of_torchrun
-    from lunet_fast.recsys.config import recipe
-    from lunet_fast.recsys.streamed_training import STREAM_SETTINGS, train_stream
-    from lunet_fast.recsys.streaming import RatingStream
+    from lunet_fast.recsys.data.streaming import RatingStream
+    from lunet_fast.recsys.model.config import recipe
+    from lunet_fast.recsys.model.streamed_training import STREAM_SETTINGS, train_stream
+    from lunet_fast.training.distributed import workers_of_torchrun
 
     stream = RatingStream.open(path, seed=0)
     opened = status("VmRSS")

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from gpu_common import FAMILY, Place, normwise, packed
-from lunet_fast import triton_ops
 from lunet_fast.kernels import gradient, layer, matrix, substitution, tiles
 from lunet_fast.kernels.tiles import Tile
+from lunet_fast.ops import triton
 from machine import describe, write_text
 
 #: The same product in another tile differs by the order of its sums.
@@ -139,7 +139,7 @@ def main() -> None:
         raise SystemExit("no CUDA device: tiles are tuned on the GPU that will use them")
     place = Place(device, tiny=options.tiny, measure=not options.tiny, deadline=float("inf"))
     dtype = torch.bfloat16 if options.bfloat16 else torch.float32
-    precision = triton_ops.precision_of(torch.empty(0, device=device))
+    precision = triton.precision_of(torch.empty(0, device=device))
     found: dict[str, Any] = {}
     for D in options.features:
         for job in jobs(place, D, options.rows, dtype, precision):

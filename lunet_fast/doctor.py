@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 import lunet_fast
-from lunet_fast import ops
-from lunet_fast.lunet import LUNet
+from lunet_fast.layers.lunet import LUNet
+from lunet_fast.ops import dispatch
 
 if TYPE_CHECKING:
-    from lunet_fast.recsys.movielens import Located
+    from lunet_fast.recsys.data.movielens import Located
 
 __all__ = ["Copy", "Finding", "examine", "find_movielens"]
 
@@ -135,7 +135,7 @@ def _devices() -> Iterator[Finding]:
         )
         yield Finding("devices", "cuda", "absent", f"no device ({built})")
     for device in _places():
-        runs = "Triton" if ops.runs_triton(torch.ones(1, device=device)) else "PyTorch"
+        runs = "Triton" if dispatch.runs_triton(torch.ones(1, device=device)) else "PyTorch"
         text = f"{lunet_fast.get_backend()}: tensors on {device} are computed by {runs}"
         yield Finding("devices", "backend", "ok", text)
 
@@ -238,7 +238,7 @@ def find_movielens(name: str, data_dir: Path | None = None) -> Copy:
     The places of ``movielens.locate`` on this machine, in its order; nothing is fetched and nothing removed.
     Reads and checks the files, at most some seconds for ML-1M.
     """
-    from lunet_fast.recsys import movielens
+    from lunet_fast.recsys.data import movielens
 
     spec, cache = movielens.DATASETS[name], movielens.cache_folder()
     given = os.environ.get(movielens.DATA_VARIABLE, "")
@@ -264,7 +264,7 @@ def find_movielens(name: str, data_dir: Path | None = None) -> Copy:
 
 def _data() -> Iterator[Finding]:
     try:
-        from lunet_fast.recsys import movielens
+        from lunet_fast.recsys.data import movielens
     except Exception as error:  # pandas' own, which is among the versions
         yield Finding("data", "movielens", "broken", _told(error))
         return

@@ -2,7 +2,7 @@
 
 Shapes. x and y are [..., D] with any leading shape, none included; a log-determinant has the leading
 shape, ``x.shape[:-1]``, and is float32 or wider. ``lu`` is the packed matrix [D, D] described in
-``lunet_fast.reference``, ``sign`` [D] holds the signs of u_ii (all +1 if None), ``permutation`` [D] int64
+``lunet_fast.ops.reference``, ``sign`` [D] holds the signs of u_ii (all +1 if None), ``permutation`` [D] int64
 the rows of P, (P A)[i] = A[permutation[i]], and ``slopes`` the activation's (a, c, κ): three floats, or a
 tensor [3] or [3, D] to be learnt; None means no activation.
 
@@ -16,7 +16,7 @@ direction, as for a linear layer; the inverse is computed in float32 or wider.
 Cost, for N rows. Forward: 2·N·D² flops plus 2·D³/3 to form L U when N > D; inverse the same; the
 log-determinant O(D) per row on top. Memory: the result, and h = A x + b when gradients are recorded.
 
-``lunet_fast.reference`` has the same functions with the same arguments, written plainly.
+``lunet_fast.ops.reference`` has the same functions with the same arguments, written plainly.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lunet_fast import autograd, reference
-from lunet_fast.autograd import Fixed
-from lunet_fast.reference import Slopes
+from lunet_fast.ops import autograd, reference
+from lunet_fast.ops.autograd import Fixed
+from lunet_fast.ops.reference import Slopes
 
 __all__ = [
     "leaky_softplus",
@@ -245,7 +245,7 @@ def net(
     f is M layers one after another, the last one linear: lu is [M, D, D], bias and sign [M, D], and
     ``slopes`` of the M − 1 active ones three floats for all, or a tensor [M − 1, 3] or [M − 1, 3, D]. One
     operation, which keeps x (or the inverse's result) alone for backward and computes the layers again
-    there: for devices where ``ops.fuses_net`` says that it is one launch.
+    there: for devices where ``dispatch.fuses_net`` says that it is one launch.
     """
     _check_floating("x", x)
     if lu.dim() != 3 or x.dim() == 0 or x.shape[-1] != lu.shape[-1] or x.device != lu.device:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lunet_fast import ConditionalLUNet, LeakySoftplus, LUFlow, LUNet, NormalMixture
-from lunet_fast.conditional import SCALE_LIMIT
+from lunet_fast.layers.conditional import SCALE_LIMIT
 
 
 def made(features: int = 4, layers: int = 3, context: int = 2, seed: int = 0) -> ConditionalLUNet:

@@ -11,8 +11,8 @@ import torch
 
 from lunet_fast import doctor
 from lunet_fast.doctor import Finding, examine
-from lunet_fast.lu_dense import LUDense
-from lunet_fast.lunet import LUNet
+from lunet_fast.layers.lu_dense import LUDense
+from lunet_fast.layers.lunet import LUNet
 from tests.cli.invoke import run
 
 PROJECT = (Path(__file__).parent.parent / "pyproject.toml").read_text()

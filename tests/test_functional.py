@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lunet_fast
-from lunet_fast import functional, reference
+from lunet_fast import functional
+from lunet_fast.ops import reference
 
 NAMES = [
     "lu_dense",

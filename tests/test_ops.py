@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 import lunet_fast
-from lunet_fast import LeakySoftplus, LUNet, functional, ops, reference
+from lunet_fast import LeakySoftplus, LUNet, functional
+from lunet_fast.ops import dispatch, reference
 
 lib = torch.ops.lunet_fast
 FIXED = (0.1, 0.9, 1.0)
@@ -118,7 +119,7 @@ def test_autocast_does_not_lower_the_precision_inside() -> None:
 
 
 def test_backends() -> None:
-    assert lunet_fast.get_backend() in ops.BACKENDS
+    assert lunet_fast.get_backend() in dispatch.BACKENDS
     before = lunet_fast.get_backend()
     try:
         lunet_fast.set_backend("reference")

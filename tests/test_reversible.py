@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, hessian, jacrev, jvp, vmap
 
-from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUFlow, LUNet, reversible
+from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUFlow, LUNet
+from lunet_fast.layers import reversible
 
 ACTIVATIONS = {
     "leaky": lambda: LeakySoftplus(0.3),

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from lunet_fast.recsys.config import TrainConfig
-from lunet_fast.recsys.model import MLPModel, RatingModel, perceptron
-from lunet_fast.recsys.ratings import Ratings
-from lunet_fast.recsys.training import train
-from lunet_fast.seeding import seeded
+from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.network import MLPModel, RatingModel, perceptron
+from lunet_fast.recsys.model.training import train
+from lunet_fast.training.seeding import seeded
 from tests.recsys.synthetic import latent_ratings, quick_config
 
 

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUNet, ops, reference, small
+from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUNet
+from lunet_fast.layers import small
+from lunet_fast.ops import dispatch, reference
 
 ACTIVATIONS = {
     "leaky": lambda: LeakySoftplus(0.1),
@@ -112,10 +114,10 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not small.takes(x, layers)
     assert not small.takes(x.double(), layers)
     assert not small.takes(torch.randn(4, 9), layers)
-    assert not small.takes(torch.empty(ops.SMALL_NUMBERS // 8 + 1, 8), layers)
-    wide = LUNet(ops.SMALL_FEATURES + 1, 2)
-    assert not small.takes(torch.randn(1, ops.SMALL_FEATURES + 1), wide._layers())
-    monkeypatch.setattr(ops, "_backend", "triton")
+    assert not small.takes(torch.empty(dispatch.SMALL_NUMBERS // 8 + 1, 8), layers)
+    wide = LUNet(dispatch.SMALL_FEATURES + 1, 2)
+    assert not small.takes(torch.randn(1, dispatch.SMALL_FEATURES + 1), wide._layers())
+    monkeypatch.setattr(dispatch, "_backend", "triton")
     assert not small.takes(x, layers)
 
 

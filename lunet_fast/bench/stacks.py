@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lunet_fast import LeakySoftplus, LUDense, LUFlow, LUNet, reference
+from lunet_fast import LeakySoftplus, LUDense, LUFlow, LUNet
 from lunet_fast.bench.contenders import InverseTable, Unavailable, leaky, require
 from lunet_fast.bench.contest import Contest, Run, Spec
 from lunet_fast.bench.machine import relative_error
+from lunet_fast.ops import reference
 
 SUITE = "stacks"
 

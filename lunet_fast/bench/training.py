@@ -28,25 +28,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lunet_fast import LUDense, LUNet, reference
+from lunet_fast import LUDense, LUNet
 from lunet_fast.bench.contenders import Unavailable
 from lunet_fast.bench.contest import Contest, Row, Run, Spec
 from lunet_fast.bench.machine import describe, relative_error, versions, write_json
-from lunet_fast.loop import cpu_threads, descend
-from lunet_fast.recsys import baselines, metrics
-from lunet_fast.recsys.baselines import BASELINES, GIBBS, MF, matrix_factorisation, missing
-from lunet_fast.recsys.config import RECIPES, TrainConfig, nearest_dataset, recipe
-from lunet_fast.recsys.model import MLPModel, RatingModel
-from lunet_fast.recsys.movielens import DATASETS, load
-from lunet_fast.recsys.ratings import IdMap, Ratings
-from lunet_fast.recsys.splits import random_split
-from lunet_fast.recsys.training import (
+from lunet_fast.ops import reference
+from lunet_fast.recsys.data.movielens import DATASETS, load
+from lunet_fast.recsys.data.ratings import IdMap, Ratings
+from lunet_fast.recsys.data.splits import random_split
+from lunet_fast.recsys.evaluation import baselines, metrics
+from lunet_fast.recsys.evaluation.baselines import BASELINES, GIBBS, MF, matrix_factorisation, missing
+from lunet_fast.recsys.model.config import RECIPES, TrainConfig, nearest_dataset, recipe
+from lunet_fast.recsys.model.network import MLPModel, RatingModel
+from lunet_fast.recsys.model.training import (
     control_objective,
     control_optimizer,
     rating_objective,
     rating_optimizer,
     train,
 )
+from lunet_fast.training.loop import cpu_threads, descend
 
 SUITE = "training"
 

@@ -17,8 +17,8 @@ from lunet_fast.cli import options
 from lunet_fast.cli.output import errors_told, prepare_out, printable, wide_console
 
 if TYPE_CHECKING:
-    from lunet_fast.recsys.compare import Comparison
-    from lunet_fast.recsys.ratings import Ratings
+    from lunet_fast.recsys.data.ratings import Ratings
+    from lunet_fast.recsys.evaluation.compare import Comparison
 
 #: Of ``comparing.COLUMNS``, narrow.
 _HEADINGS = (
@@ -90,8 +90,8 @@ def compare_command(
 
         lunet-fast compare --dataset my.csv --user-column who --out results
     """
-    from lunet_fast.recsys import compare as comparing
-    from lunet_fast.recsys import movielens
+    from lunet_fast.recsys.data import movielens
+    from lunet_fast.recsys.evaluation import compare as comparing
 
     chosen = list(dict.fromkeys(methods)) if methods else None
     numbers = list(seeds or [0])
@@ -129,7 +129,7 @@ def compare_command(
 
 def _read(dataset: str, data_dir: Path | None, columns: dict[str, Any]) -> Ratings:
     """As ``options.read_dataset``; a file without the usual column of ratings is one of interactions."""
-    from lunet_fast.recsys.ratings import RatingFileError
+    from lunet_fast.recsys.data.ratings import RatingFileError
 
     try:
         return options.read_dataset("--dataset", dataset, data_dir, columns)
@@ -160,7 +160,7 @@ def _command(dataset: str, methods: list[str] | None, seeds: list[int], out: Pat
 @contextmanager
 def _told(total: int) -> Iterator[tuple[Any, Any]]:
     """(called with method and seed at a begin, called with each outcome): a bar, or a line each in a log."""
-    from lunet_fast.recsys.compare import METHODS
+    from lunet_fast.recsys.evaluation.compare import METHODS
 
     console = Console(stderr=True)
     count = 0
@@ -203,7 +203,7 @@ def _words(outcome: dict[str, Any]) -> str:
 
 
 def _show(console: Console, result: Comparison) -> None:
-    from lunet_fast.recsys import compare as comparing
+    from lunet_fast.recsys.evaluation import compare as comparing
     from lunet_fast.recsys.report import dataset_title
 
     title = printable(dataset_title(result.dataset))

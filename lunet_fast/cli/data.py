@@ -20,8 +20,8 @@ from lunet_fast.cli import options
 from lunet_fast.cli.output import errors_told, fail, printable, wide_console
 
 if TYPE_CHECKING:
-    from lunet_fast.recsys.movielens import Located
-    from lunet_fast.recsys.ratings import Ratings
+    from lunet_fast.recsys.data.movielens import Located
+    from lunet_fast.recsys.data.ratings import Ratings
 
 BAR = 40
 """Characters of the longest bar of a histogram."""
@@ -67,7 +67,7 @@ def fetch_command(
 
         lunet-fast data fetch ml-1m --cache /data/lunet-fast
     """
-    from lunet_fast.recsys import movielens
+    from lunet_fast.recsys.data import movielens
 
     with errors_told():
         if name not in movielens.DATASETS:
@@ -111,8 +111,8 @@ def verify_command(
         lunet-fast data verify ratings.csv --user-column who --scale 0.5 5
     """
     from lunet_fast.doctor import find_movielens
-    from lunet_fast.recsys import movielens
-    from lunet_fast.recsys.ratings import RatingFileError
+    from lunet_fast.recsys.data import movielens
+    from lunet_fast.recsys.data.ratings import RatingFileError
 
     columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
     with errors_told():
@@ -187,7 +187,7 @@ def _log_told() -> Iterator[None]:
 
 def _show_located(located: Located) -> None:
     """The place, and for each file how it was checked."""
-    from lunet_fast.recsys import movielens
+    from lunet_fast.recsys.data import movielens
 
     spec = movielens.DATASETS[located.dataset]
     known = {**spec.sha256, **({} if spec.wheel is None else spec.wheel.members)}
@@ -226,7 +226,7 @@ def synth_command(
         lunet-fast train --dataset ratings.parquet --stream --members 1
     """
     from lunet_fast.cli.progress import counted
-    from lunet_fast.recsys.synthetic import synthesize
+    from lunet_fast.recsys.data.synthetic import synthesize
 
     sizes = {}
     for name, text in (("users", users), ("items", items), ("ratings", ratings)):

@@ -155,8 +155,8 @@ def train_command(
     from lunet_fast.density import data, pictures
     from lunet_fast.density.config import DensityConfig
     from lunet_fast.density.training import train_density
-    from lunet_fast.files import RunFolder
-    from lunet_fast.loop import DivergenceError
+    from lunet_fast.training.files import RunFolder
+    from lunet_fast.training.loop import DivergenceError
 
     given: dict[str, Any] = {
         "layers": layers,
@@ -260,7 +260,7 @@ def evaluate_command(
     """
     from lunet_fast.density import data
     from lunet_fast.density.evaluation import auroc, evaluate
-    from lunet_fast.files import write_json
+    from lunet_fast.training.files import write_json
 
     with errors_told():
         prepare_out(out)
@@ -319,7 +319,7 @@ def sample_command(
 
     from lunet_fast.cli.output import write_csv, write_out
     from lunet_fast.density import pictures
-    from lunet_fast.files import write_atomically
+    from lunet_fast.training.files import write_atomically
 
     with errors_told():
         prepare_out(out)
@@ -369,7 +369,7 @@ def _drawn(model: Any, n: int, seed: int, label: int | None = None) -> Any:
 
 def _load(run: Path) -> TrainedFlow:
     from lunet_fast.density.files import load_flow
-    from lunet_fast.files import RunFolder
+    from lunet_fast.training.files import RunFolder
 
     folder = RunFolder(run)
     if not folder.model.is_file():

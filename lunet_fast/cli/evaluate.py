@@ -14,9 +14,9 @@ from lunet_fast.cli.options import DATA
 from lunet_fast.cli.output import errors_told
 
 if TYPE_CHECKING:
-    from lunet_fast.recsys.evaluation import ActivityGroup
-    from lunet_fast.recsys.protocols import Parts
-    from lunet_fast.recsys.recommend import LUNetRecommender
+    from lunet_fast.recsys.evaluation.protocols import Parts
+    from lunet_fast.recsys.evaluation.ranking import ActivityGroup
+    from lunet_fast.recsys.serving.recommend import LUNetRecommender
 
 
 def evaluate_command(
@@ -67,7 +67,7 @@ def evaluate_command(
         lunet-fast evaluate --run runs/mine --test-file later.csv
     """
     with errors_told():
-        from lunet_fast.files import write_json
+        from lunet_fast.training.files import write_json
 
         columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
         if out is not None and not out.parent.is_dir():
@@ -81,8 +81,8 @@ def evaluate_command(
             values = _on_file(recommender, test_file, columns)
             groups: list[ActivityGroup] = []
         else:
-            from lunet_fast.loop import cpu_threads
-            from lunet_fast.recsys.training import evaluate
+            from lunet_fast.recsys.model.training import evaluate
+            from lunet_fast.training.loop import cpu_threads
 
             parts = _parts(recommender, run, dataset, data_dir, columns)
             with cpu_threads(recommender.trained.model.config.threads):
@@ -101,10 +101,10 @@ def _parts(
     columns: dict[str, Any],
 ) -> Parts:
     """The parts that the run was trained and tested on."""
-    from lunet_fast.files import RunFolder, read_json
-    from lunet_fast.recsys import movielens
-    from lunet_fast.recsys.protocols import Parts
-    from lunet_fast.recsys.training import ratings_digest
+    from lunet_fast.recsys.data import movielens
+    from lunet_fast.recsys.evaluation.protocols import Parts
+    from lunet_fast.recsys.model.training import ratings_digest
+    from lunet_fast.training.files import RunFolder, read_json
 
     config = recommender.trained.model.config
     file = RunFolder(run).config
@@ -130,8 +130,8 @@ def _on_file(recommender: LUNetRecommender, file: Path, columns: dict[str, Any])
     """Error of the ratings in a file."""
     import torch
 
-    from lunet_fast.recsys import metrics
-    from lunet_fast.recsys.ratings import read_ratings
+    from lunet_fast.recsys.data.ratings import read_ratings
+    from lunet_fast.recsys.evaluation import metrics
 
     ratings = read_ratings(file, **columns)
     users, items = ratings.users.ids[ratings.user], ratings.items.ids[ratings.item]

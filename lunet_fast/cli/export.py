@@ -32,7 +32,7 @@ def export_command(
         lunet-fast export --run runs/mine --out vectors/mine
     """
     with errors_told():
-        from lunet_fast.recsys.export import export_vectors, require_pyarrow
+        from lunet_fast.recsys.serving.export import export_vectors, require_pyarrow
 
         require_pyarrow()
         if out.exists() and not out.is_dir():

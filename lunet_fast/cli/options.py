@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from lunet_fast.recsys.ratings import Ratings
-    from lunet_fast.recsys.recommend import LUNetRecommender
+    from lunet_fast.recsys.data.ratings import Ratings
+    from lunet_fast.recsys.serving.recommend import LUNetRecommender
 
 DATA, FILES = "Data", "Columns of your own file"
 
@@ -82,8 +82,8 @@ def read_dataset(argument: str, dataset: str, data_dir: Path | None, columns: di
     ``columns`` are the arguments of ``read_ratings`` for a file; ``argument`` is what messages call
     ``dataset``.
     """
-    from lunet_fast.recsys import movielens
-    from lunet_fast.recsys.ratings import read_ratings
+    from lunet_fast.recsys.data import movielens
+    from lunet_fast.recsys.data.ratings import read_ratings
 
     if dataset in movielens.DATASETS:
         return movielens.load(dataset, data_dir)
@@ -103,8 +103,8 @@ def load_run(run: Path, device: str = "cpu") -> LUNetRecommender:
     """
     import torch
 
-    from lunet_fast.files import RunFolder
-    from lunet_fast.recsys.recommend import LUNetRecommender
+    from lunet_fast.recsys.serving.recommend import LUNetRecommender
+    from lunet_fast.training.files import RunFolder
 
     try:
         place = torch.device(device)

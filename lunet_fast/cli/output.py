@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 import typer
 from rich.console import Console
 
-from lunet_fast.recsys.spreadsheet import spreadsheet_safe
+from lunet_fast.recsys.data.spreadsheet import spreadsheet_safe
 
 
 def fail(error: Exception, code: int) -> NoReturn:
@@ -83,7 +83,7 @@ def prepare_out(out: Path | None) -> None:
 
 def write_out(out: Path | None, write: Callable[[TextIO], None]) -> None:
     """Let ``write`` fill the file, which appears when it is whole, or write to the output without one."""
-    from lunet_fast.files import write_atomically
+    from lunet_fast.training.files import write_atomically
 
     def whole(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8", newline="") as stream:

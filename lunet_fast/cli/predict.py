@@ -12,7 +12,7 @@ from lunet_fast.cli import options
 from lunet_fast.cli.output import errors_told, given_text, prepare_out, shortest, write_csv, write_out
 
 if TYPE_CHECKING:
-    from lunet_fast.recsys.ratings import IdMap, _Table
+    from lunet_fast.recsys.data.ratings import IdMap, _Table
 
 
 def predict_command(
@@ -111,7 +111,7 @@ def _read_pairs(path: Path, user: str, item: str, sep: str | None) -> _Table:
     Formats, rules and errors are those of ``read_ratings``, which itself wants a rating and each pair once:
     so its parts are called here.
     """
-    from lunet_fast.recsys import ratings
+    from lunet_fast.recsys.data import ratings
 
     if not path.is_file():
         raise FileNotFoundError(f"--pairs {path}: no such file")
@@ -132,7 +132,7 @@ def _read_pairs(path: Path, user: str, item: str, sep: str | None) -> _Table:
 
 def _ids(table: _Table, role: str, known: IdMap) -> list[str]:
     """The ids of each row, as texts, without the apostrophes that our CSV files have before some."""
-    from lunet_fast.recsys.spreadsheet import as_it_was
+    from lunet_fast.recsys.data.spreadsheet import as_it_was
 
     column = table.columns[role]
     texts = list(column.texts)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from lunet_fast.loop import Progress
+from lunet_fast.training.loop import Progress
 
 
 @contextmanager

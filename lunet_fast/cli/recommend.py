@@ -28,7 +28,7 @@ from lunet_fast.cli.output import (
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lunet_fast.recsys.recommend import LUNetRecommender
+    from lunet_fast.recsys.serving.recommend import LUNetRecommender
 
 BATCH = 4096
 """Users whose recommendations are in memory at once."""
@@ -144,7 +144,7 @@ def _format(given: str | None, out: Path | None) -> str:
 
 def _read_ids(path: Path) -> list[str]:
     """Ids, one a line; blank lines are skipped."""
-    from lunet_fast.recsys.ratings import read_bytes
+    from lunet_fast.recsys.data.ratings import read_bytes
 
     if not path.is_file():
         raise FileNotFoundError(f"--users-file {path}: no such file")

@@ -112,8 +112,8 @@ def reproduce_command(
     """
     from lunet_fast.bench.machine import describe
     from lunet_fast.cli.progress import training_progress
-    from lunet_fast.loop import DivergenceError, Progress
-    from lunet_fast.recsys.reproduce import DATASETS, Planned, Watcher, reproduce
+    from lunet_fast.recsys.report.reproduce import DATASETS, Planned, Watcher, reproduce
+    from lunet_fast.training.loop import DivergenceError, Progress
 
     class Told(Watcher):
         def begins(self, number: int, total: int, planned: Planned, finished: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lunet_fast.loop import Stop
+from lunet_fast.training.loop import Stop
 
 
 class Signals(Stop):

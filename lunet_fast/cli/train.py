@@ -13,12 +13,19 @@ from rich.table import Table
 from lunet_fast.cli import options
 from lunet_fast.cli.options import DATA
 from lunet_fast.cli.output import fail
-from lunet_fast.recsys.config import LOSSES, NEGATIVE_SAMPLINGS, NEGATIVES_OUTSIDE, RECIPES, SPLITS, recipe
+from lunet_fast.recsys.model.config import (
+    LOSSES,
+    NEGATIVE_SAMPLINGS,
+    NEGATIVES_OUTSIDE,
+    RECIPES,
+    SPLITS,
+    recipe,
+)
 
 if TYPE_CHECKING:
-    from lunet_fast.files import RunFolder
-    from lunet_fast.recsys.ratings import Ratings
-    from lunet_fast.recsys.streaming import RatingStream
+    from lunet_fast.recsys.data.ratings import Ratings
+    from lunet_fast.recsys.data.streaming import RatingStream
+    from lunet_fast.training.files import RunFolder
 
 MODEL, OBJECTIVE = "Model and training", "What is learnt: ratings, interactions or both"
 
@@ -243,12 +250,12 @@ def train_command(
     """
     from lunet_fast.cli import signals
     from lunet_fast.cli.progress import training_progress
-    from lunet_fast.distributed import Workers, workers_of_torchrun
-    from lunet_fast.files import RunFolder, read_json
-    from lunet_fast.loop import DivergenceError
-    from lunet_fast.recsys import movielens
-    from lunet_fast.recsys.streamed_training import STREAM_SETTINGS, train_stream
-    from lunet_fast.recsys.training import train
+    from lunet_fast.recsys.data import movielens
+    from lunet_fast.recsys.model.streamed_training import STREAM_SETTINGS, train_stream
+    from lunet_fast.recsys.model.training import train
+    from lunet_fast.training.distributed import Workers, workers_of_torchrun
+    from lunet_fast.training.files import RunFolder, read_json
+    from lunet_fast.training.loop import DivergenceError
 
     if (train_file is None) != (test_file is None):
         raise typer.BadParameter("--train-file and --test-file go together: give both or none")
@@ -361,7 +368,7 @@ def _interrupted(error: KeyboardInterrupt, folder: RunFolder) -> str:
 
 
 def _open_stream(path: str, columns: dict[str, Any], seed: int, console: Console) -> RatingStream:
-    from lunet_fast.recsys.streaming import RatingStream
+    from lunet_fast.recsys.data.streaming import RatingStream
 
     names = {role: columns[role] for role in ("user", "item", "rating", "timestamp")}
     stream = RatingStream.open(path, seed=seed, **names)
@@ -378,9 +385,9 @@ def _read(
 ) -> tuple[Ratings, Ratings | None]:
     """All ratings, or the training and the test part where two files hold them."""
 
-    from lunet_fast.recsys import movielens
-    from lunet_fast.recsys.ratings import read_ratings
-    from lunet_fast.recsys.splits import join
+    from lunet_fast.recsys.data import movielens
+    from lunet_fast.recsys.data.ratings import read_ratings
+    from lunet_fast.recsys.data.splits import join
 
     def read(path: Path) -> Ratings:
         if dataset in movielens.DATASETS:
@@ -398,7 +405,7 @@ def _read(
 
 def _check_same(folder: RunFolder, asked: dict[str, Any]) -> None:
     """Refuse to take a finished training for another one."""
-    from lunet_fast.files import read_json
+    from lunet_fast.training.files import read_json
 
     recorded = read_json(folder.config)
     for name, value in asked.items():

@@ -54,9 +54,9 @@ def tune_command(
         lunet-fast train --dataset ratings.csv --settings settings.json
     """
     with errors_told():
-        from lunet_fast.files import write_json
-        from lunet_fast.recsys import movielens
-        from lunet_fast.recsys.tuning import tune
+        from lunet_fast.recsys.data import movielens
+        from lunet_fast.recsys.evaluation.tuning import tune
+        from lunet_fast.training.files import write_json
 
         columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
         if gamma == 0 and dataset not in movielens.DATASETS:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lunet_fast.lunet import PERMUTATIONS, SIGNS
+from lunet_fast.layers.lunet import PERMUTATIONS, SIGNS
 
 SLOPES = ("fixed", "layer", "coordinate")
 

@@ -12,8 +12,8 @@ from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.data import Rows
 from lunet_fast.density.model import DensityModel, build_flow
 from lunet_fast.density.preprocessing import Preprocessing
-from lunet_fast.files import CheckpointError, read_tensors, write_tensors
-from lunet_fast.schema import Schema, header_schema
+from lunet_fast.training.files import CheckpointError, read_tensors, write_tensors
+from lunet_fast.training.schema import Schema, header_schema
 
 FLOW_FORMAT = "lunet-fast flow"
 

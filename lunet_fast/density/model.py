@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lunet_fast.activations import LeakySoftplus
-from lunet_fast.conditional import ConditionalLUNet
 from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.preprocessing import Preprocessing
-from lunet_fast.flow import LUFlow, NormalMixture
-from lunet_fast.lunet import LUNet
+from lunet_fast.layers.activations import LeakySoftplus
+from lunet_fast.layers.conditional import ConditionalLUNet
+from lunet_fast.layers.flow import LUFlow, NormalMixture
+from lunet_fast.layers.lunet import LUNet
 
 ROWS_AT_ONCE = 8192
 """Rows, times classes, in one pass of an evaluation: what bounds its memory."""

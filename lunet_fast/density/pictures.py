@@ -13,7 +13,7 @@ from lunet_fast.density.data import Rows
 from lunet_fast.density.evaluation import grid
 from lunet_fast.density.model import DensityModel
 from lunet_fast.density.targets import Target
-from lunet_fast.files import write_figure
+from lunet_fast.training.files import write_figure
 
 SIDE = 8
 """Pictures a side of a sheet of samples, and pictures from one end of an interpolation to the other."""

@@ -21,11 +21,11 @@ from lunet_fast.density.evaluation import evaluate
 from lunet_fast.density.files import load_flow, save_flow
 from lunet_fast.density.model import DensityModel, build_flow, whiten
 from lunet_fast.density.preprocessing import Preprocessing
-from lunet_fast.distributed import existing_device
-from lunet_fast.files import RunFolder, read_json, write_json
-from lunet_fast.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, cpu_threads, fit
 from lunet_fast.recsys import report
-from lunet_fast.seeding import seeded
+from lunet_fast.training.distributed import existing_device
+from lunet_fast.training.files import RunFolder, read_json, write_json
+from lunet_fast.training.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, cpu_threads, fit
+from lunet_fast.training.seeding import seeded
 
 PHASE = "flow"
 
@@ -56,12 +56,14 @@ def train_density(
 ) -> DensityResult:
     """Train a flow on 70 % of the rows, choose its weights by 10 %, evaluate it on 20 %.
 
-    ``out`` is the run folder, as in :func:`lunet_fast.recsys.training.train`, whose rules on ``resume``,
+    ``out`` is the run folder, as in :func:`lunet_fast.recsys.model.training.train`, whose rules on
+    ``resume``,
     ``overwrite``, ``checkpoint_seconds`` and ``stop`` hold here too: a training that is interrupted and
     resumed ends in the same weights, bit for bit on a CPU. ``device`` is where it is trained; the result is
     on the CPU.
 
-    Raises :class:`~lunet_fast.loop.DivergenceError` when the loss is not finite, ``RunFolderError`` for an
+    Raises :class:`~lunet_fast.training.loop.DivergenceError` when the loss is not finite, ``RunFolderError``
+    for an
     unusable folder, ``CheckpointError`` for a damaged checkpoint, ``ValueError`` for data without a density.
     """
     device = existing_device(device)

@@ -12,9 +12,9 @@ from lunet_fast.bench import training
 from lunet_fast.bench.contest import CheckFailed, Contest, Spec, compete
 from lunet_fast.bench.machine import Rates
 from lunet_fast.bench.training import OURS, Peer, Problem, Way, build, compare, draw, first_reached
-from lunet_fast.recsys.config import TrainConfig, recipe
-from lunet_fast.recsys.ratings import Ratings
-from lunet_fast.recsys.splits import random_split
+from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.data.splits import random_split
+from lunet_fast.recsys.model.config import TrainConfig, recipe
 from tests.recsys.synthetic import latent_ratings, quick_config
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 
-from lunet_fast.recsys.recommend import LUNetRecommender
+from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from tests.cli.invoke import save_model
 
 

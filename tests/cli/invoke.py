@@ -10,8 +10,8 @@ import pandas as pd
 from typer.testing import CliRunner, Result
 
 from lunet_fast.cli import app
-from lunet_fast.recsys.ratings import from_frame
-from lunet_fast.recsys.recommend import LUNetRecommender
+from lunet_fast.recsys.data.ratings import from_frame
+from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from tests.recsys.synthetic import latent_frame, quick_config
 
 FORMULA = "=HYPERLINK(A1)"

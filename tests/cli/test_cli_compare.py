@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lunet_fast.cli import app
-from lunet_fast.recsys import compare as comparing
-from lunet_fast.recsys.compare import METHODS, measure
+from lunet_fast.recsys.evaluation import compare as comparing
+from lunet_fast.recsys.evaluation.compare import METHODS, measure
 from tests.cli.invoke import run, squeezed
 from tests.recsys.synthetic import latent_frame
 

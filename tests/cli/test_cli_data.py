@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lunet_fast.recsys import movielens
+from lunet_fast.recsys.data import movielens
 from tests.cli.invoke import run, squeezed
 from tests.recsys.synthetic import latent_frame
 from tests.recsys.test_movielens import FILES, INTER, ITEM, USER, WHEEL, ZIP, sha256

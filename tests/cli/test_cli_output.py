@@ -20,7 +20,7 @@ from lunet_fast.cli.output import (
     write_json_lines,
     write_out,
 )
-from lunet_fast.recsys.spreadsheet import as_it_was, spreadsheet_safe
+from lunet_fast.recsys.data.spreadsheet import as_it_was, spreadsheet_safe
 
 
 class TestSpreadsheetSafe:

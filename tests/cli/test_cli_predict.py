@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lunet_fast.recsys.recommend import LUNetRecommender
+from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from tests.cli.conftest import Trained
 from tests.cli.invoke import QUICK, run, squeezed
 from tests.recsys.synthetic import latent_frame

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from lunet_fast.recsys import movielens
-from lunet_fast.recsys import reproduce as reproducing
+from lunet_fast.recsys.data import movielens
+from lunet_fast.recsys.report import reproduce as reproducing
 from tests.cli.invoke import run, squeezed
 from tests.recsys.test_report import document
 from tests.recsys.test_reproduce import films

@@ -11,7 +11,7 @@ import pytest
 
 import lunet_fast
 from lunet_fast import __main__ as entry
-from lunet_fast.recsys.recommend import LUNetRecommender
+from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from tests.cli.invoke import run, squeezed
 from tests.recsys.synthetic import latent_frame
 
@@ -117,7 +117,7 @@ class TestTrain:
         def interrupt(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("lunet_fast.recsys.training.train", interrupt)
+        monkeypatch.setattr("lunet_fast.recsys.model.training.train", interrupt)
         result = run("train", "-d", csv, "-o", tmp_path / "run")
         assert result.exit_code == 130
         assert "--resume goes on" in result.output

@@ -18,8 +18,8 @@ from lunet_fast.density.files import load_flow
 from lunet_fast.density.model import DensityModel, build_flow, whiten
 from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.density.training import DensityResult, train_density
-from lunet_fast.files import CheckpointError, RunFolderError
-from lunet_fast.loop import Interrupted, Progress, Stop
+from lunet_fast.training.files import CheckpointError, RunFolderError
+from lunet_fast.training.loop import Interrupted, Progress, Stop
 
 SHORT = DensityConfig(layers=3, components=4, steps=60, round_steps=20, batch_size=32, weight_decay=0.0)
 
@@ -184,7 +184,7 @@ def test_file_there_and_back(tmp_path: Path, conditional: bool) -> None:
 )
 def test_files_from_outside(tmp_path: Path, change: dict[str, Any], told: str) -> None:
     from lunet_fast.density.files import FLOW_FORMAT
-    from lunet_fast.files import read_tensors, write_tensors
+    from lunet_fast.training.files import read_tensors, write_tensors
 
     train_density(moons(), replace(SHORT, steps=20), out=tmp_path)
     path = tmp_path / "model.safetensors"
@@ -197,7 +197,7 @@ def test_files_from_outside(tmp_path: Path, change: dict[str, Any], told: str) -
 
 
 def test_a_recommender_is_no_flow(tmp_path: Path) -> None:
-    from lunet_fast.files import write_tensors
+    from lunet_fast.training.files import write_tensors
 
     write_tensors(tmp_path / "x", {"a": torch.zeros(1)}, "lunet-fast checkpoint", {"state": {}})
     with pytest.raises(CheckpointError, match="not a lunet-fast flow file"):

@@ -43,10 +43,10 @@ from tests.fuzz.inputs import CASES  # noqa: E402
 from tests.fuzz.reader import Failure, Reader  # noqa: E402
 
 GUIDED = [
-    "lunet_fast.recsys.ratings",
-    "lunet_fast.recsys.movielens",
-    "lunet_fast.files",
-    "lunet_fast.recsys.model_files",
+    "lunet_fast.recsys.data.ratings",
+    "lunet_fast.recsys.data.movielens",
+    "lunet_fast.training.files",
+    "lunet_fast.recsys.model.model_files",
     "lunet_fast.cli.predict",
     "lunet_fast.cli.recommend",
 ]

@@ -22,9 +22,10 @@ class Reader:
     """Reads inputs in a folder of its own, and says how each ended."""
 
     def __init__(self, folder: Path) -> None:
-        from lunet_fast import files
         from lunet_fast.cli import predict, recommend
-        from lunet_fast.recsys import model_files, movielens, ratings
+        from lunet_fast.recsys.data import movielens, ratings
+        from lunet_fast.recsys.model import model_files
+        from lunet_fast.training import files
 
         self.folder = folder
         self.ratings, self.movielens, self.files, self.model_files = ratings, movielens, files, model_files

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from lunet_fast.recsys.config import TrainConfig
-from lunet_fast.recsys.ratings import Ratings, from_frame
+from lunet_fast.recsys.data.ratings import Ratings, from_frame
+from lunet_fast.recsys.model.config import TrainConfig
 
 
 def latent_frame(

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lunet_fast.recsys import baselines
-from lunet_fast.recsys.baselines import BASELINES, SIZES, Fitted, missing
-from lunet_fast.recsys.ratings import IdMap, Ratings
+from lunet_fast.recsys.data.ratings import IdMap, Ratings
+from lunet_fast.recsys.evaluation import baselines
+from lunet_fast.recsys.evaluation.baselines import BASELINES, SIZES, Fitted, missing
 
 RATING = [key for key, baseline in BASELINES.items() if "rating" in baseline.kinds]
 RANKING = [key for key, baseline in BASELINES.items() if "ranking" in baseline.kinds]

@@ -14,14 +14,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lunet_fast import files, schema
-from lunet_fast.files import CheckpointError, RunFolder, RunFolderError, read_tensors, write_tensors
-from lunet_fast.loop import Interrupted, Progress, Stop
-from lunet_fast.recsys import model_files
-from lunet_fast.recsys.ratings import Ratings, from_frame
-from lunet_fast.recsys.schema import MODEL_FORMAT
-from lunet_fast.recsys.training import TrainResult, train
-from lunet_fast.schema import CHECKPOINT_FORMAT
+from lunet_fast.recsys.data.ratings import Ratings, from_frame
+from lunet_fast.recsys.model import model_files
+from lunet_fast.recsys.model.schema import MODEL_FORMAT
+from lunet_fast.recsys.model.training import TrainResult, train
+from lunet_fast.training import files, schema
+from lunet_fast.training.files import CheckpointError, RunFolder, RunFolderError, read_tensors, write_tensors
+from lunet_fast.training.loop import Interrupted, Progress, Stop
+from lunet_fast.training.schema import CHECKPOINT_FORMAT
 from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
 
 CONFIG = quick_config(epochs=3, mlp_epochs=2)
@@ -346,8 +346,8 @@ class TestResume:
 import resource, signal
 import torch
 from pathlib import Path
-from lunet_fast.files import write_tensors
-from lunet_fast.schema import CHECKPOINT_FORMAT
+from lunet_fast.training.files import write_tensors
+from lunet_fast.training.schema import CHECKPOINT_FORMAT
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 path = Path({str(tmp_path / "x.safetensors")!r})
@@ -379,7 +379,7 @@ class TestTwoTrainings:
         program = f"""
 import os, signal
 from pathlib import Path
-from lunet_fast.files import RunFolder
+from lunet_fast.training.files import RunFolder
 with RunFolder(Path({str(tmp_path)!r})).locked():
     os.kill(os.getpid(), signal.SIGKILL)
 """

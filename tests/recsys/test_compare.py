@@ -17,9 +17,10 @@ import pandas as pd
 import pytest
 import torch
 
-from lunet_fast.recsys import compare as module
-from lunet_fast.recsys.baselines import BASELINES
-from lunet_fast.recsys.compare import (
+from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.evaluation import compare as module
+from lunet_fast.recsys.evaluation.baselines import BASELINES
+from lunet_fast.recsys.evaluation.compare import (
     FIGURES,
     METHODS,
     RANKING_FIGURES,
@@ -31,10 +32,9 @@ from lunet_fast.recsys.compare import (
     measure,
     save,
 )
-from lunet_fast.recsys.config import recipe
-from lunet_fast.recsys.protocols import Parts, evaluate_ranking
-from lunet_fast.recsys.ratings import Ratings
-from lunet_fast.recsys.training import train
+from lunet_fast.recsys.evaluation.protocols import Parts, evaluate_ranking
+from lunet_fast.recsys.model.config import recipe
+from lunet_fast.recsys.model.training import train
 from tests.recsys.synthetic import latent_ratings, quick_config
 
 RATINGS = latent_ratings()

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from lunet_fast import LUNetRecommender
-from lunet_fast.recsys.baselines import BASELINES, missing
-from lunet_fast.recsys.config import TrainConfig
-from lunet_fast.recsys.model import RatingModel
-from lunet_fast.recsys.ratings import Ratings, from_frame
-from lunet_fast.recsys.training import train
+from lunet_fast.recsys.data.ratings import Ratings, from_frame
+from lunet_fast.recsys.evaluation.baselines import BASELINES, missing
+from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.model.training import train
 from tests.recsys.synthetic import quick_config
 
 

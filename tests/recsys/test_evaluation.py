@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lunet_fast.recsys import evaluation
-from lunet_fast.recsys.evaluation import FullRanking, full_ranking, sampled_ranking
+from lunet_fast.recsys.evaluation import ranking
+from lunet_fast.recsys.evaluation.ranking import FullRanking, full_ranking, sampled_ranking
 
 INF, NAN = math.inf, math.nan
 
@@ -85,7 +85,7 @@ def test_sampled_ranking_does_not_depend_on_the_chunks(chunk: int, monkeypatch: 
         sizes.append(len(some))
         return table[some]
 
-    monkeypatch.setattr(evaluation, "USER_CHUNK", chunk)
+    monkeypatch.setattr(ranking, "USER_CHUNK", chunk)
     assert sampled_ranking(score, users, items, candidates) == expected
     assert max(sizes) == min(chunk, 130)
 
@@ -225,7 +225,7 @@ def test_full_ranking_does_not_depend_on_the_chunks(chunk: int, monkeypatch: pyt
     table = torch.randn(150, 90).mul(4).round()
     relevant, seen = divided(150, 90)
     expected = full_ranking(scorer(table), *relevant, *seen, n_items=90)
-    monkeypatch.setattr(evaluation, "USER_CHUNK", chunk)
+    monkeypatch.setattr(ranking, "USER_CHUNK", chunk)
     assert full_ranking(scorer(table), *relevant, *seen, n_items=90) == expected
 
 

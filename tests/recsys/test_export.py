@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from lunet_fast.recsys import export
-from lunet_fast.recsys.export import export_vectors, item_vectors, user_vectors
-from lunet_fast.recsys.recommend import LUNetRecommender
+from lunet_fast.recsys.serving import export
+from lunet_fast.recsys.serving.export import export_vectors, item_vectors, user_vectors
+from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from tests.cli.invoke import FORMULA, run, save_model
 
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import torch
 
-from lunet_fast.recsys.features import side_features
-from lunet_fast.recsys.model_files import load_model, save_model
-from lunet_fast.recsys.ratings import Ratings
-from lunet_fast.recsys.training import train
+from lunet_fast.recsys.data.features import side_features
+from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.model.model_files import load_model, save_model
+from lunet_fast.recsys.model.training import train
 from tests.recsys.synthetic import latent_ratings, quick_config
 
 

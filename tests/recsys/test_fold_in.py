@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-from lunet_fast.recsys.fold_in import HISTORY_DAMPING, RATING_PRIOR, FoldIn
-from lunet_fast.recsys.ratings import RatingFileError, from_frame
-from lunet_fast.recsys.recommend import LUNetRecommender
+from lunet_fast.recsys.data.ratings import RatingFileError, from_frame
+from lunet_fast.recsys.serving.fold_in import HISTORY_DAMPING, RATING_PRIOR, FoldIn
+from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from tests.recsys.synthetic import latent_frame, quick_config
 
 QUICK: dict[str, Any] = {

@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lunet_fast import LUNetRecommender, files, schema
-from lunet_fast.files import CheckpointError
-from lunet_fast.recsys.config import TrainConfig
-from lunet_fast.recsys.model_files import TrainedModel, load_model, save_model
-from lunet_fast.recsys.ratings import from_frame
-from lunet_fast.recsys.schema import HEADERS, MODEL_FORMAT
-from lunet_fast.recsys.training import train
+from lunet_fast import LUNetRecommender
+from lunet_fast.recsys.data.ratings import from_frame
+from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_model
+from lunet_fast.recsys.model.schema import HEADERS, MODEL_FORMAT
+from lunet_fast.recsys.model.training import train
+from lunet_fast.training import files, schema
+from lunet_fast.training.files import CheckpointError
 from tests.fixtures import make
 from tests.recsys.synthetic import latent_frame, quick_config
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lunet_fast.recsys import movielens
+from lunet_fast.recsys.data import movielens
 from tests.fuzz import inputs
 from tests.fuzz.inputs import CASES, CELLS
 from tests.fuzz.reader import Failure, Reader
@@ -123,7 +123,7 @@ def test_the_judge_refuses_other_errors(reader: Reader, monkeypatch: pytest.Monk
 DAMAGES = """
 import io, sys
 from pathlib import Path
-from lunet_fast.recsys.ratings import RatingFileError, read_ratings
+from lunet_fast.recsys.data.ratings import RatingFileError, read_ratings
 
 file, data = Path(sys.argv[1]), Path(sys.argv[1]).read_bytes()
 read = 0

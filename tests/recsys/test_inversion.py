@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.distributions import MultivariateNormal
 
-from lunet_fast.lunet import LUNet
-from lunet_fast.recsys import inversion
-from lunet_fast.recsys.inversion import PairDensity, item_vectors, items_for_score, risk_coverage
-from lunet_fast.recsys.model import RatingModel
-from lunet_fast.recsys.scoring import training_pairs
+from lunet_fast.layers.lunet import LUNet
+from lunet_fast.recsys.evaluation import inversion
+from lunet_fast.recsys.evaluation.inversion import PairDensity, item_vectors, items_for_score, risk_coverage
+from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.serving.scoring import training_pairs
 from tests.recsys.synthetic import latent_ratings, quick_config
 
 N_USERS, N_ITEMS = 60, 40

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lunet_fast.recsys.config import TrainConfig
-from lunet_fast.recsys.losses import hybrid_loss
-from lunet_fast.recsys.model import Output, RatingModel
+from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.losses import hybrid_loss
+from lunet_fast.recsys.model.network import Output, RatingModel
 
 # Two members, two pairs, D = 2.
 OUTPUT = Output(

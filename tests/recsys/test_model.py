@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lunet_fast.recsys.evaluation import reconstruct
-from lunet_fast.recsys.model import Interactions, MLPModel, RatingModel
+from lunet_fast.recsys.evaluation.ranking import reconstruct
+from lunet_fast.recsys.model.network import Interactions, MLPModel, RatingModel
 from tests.recsys.synthetic import latent_ratings, quick_config
 
 N_USERS, N_ITEMS = 7, 5

@@ -22,10 +22,10 @@ import pandas as pd
 import pytest
 import torch
 
-from lunet_fast.recsys import movielens
-from lunet_fast.recsys.movielens import DataNotFoundError, load, locate, read_like
-from lunet_fast.recsys.ratings import RatingFileError, Ratings
-from lunet_fast.recsys.splits import join
+from lunet_fast.recsys.data import movielens
+from lunet_fast.recsys.data.movielens import DataNotFoundError, load, locate, read_like
+from lunet_fast.recsys.data.ratings import RatingFileError, Ratings
+from lunet_fast.recsys.data.splits import join
 
 ROOT = Path(__file__).parents[2]
 REAL_DATA = os.environ.get("LUNET_FAST_DATA", "")
@@ -586,7 +586,7 @@ def test_a_cache_that_cannot_be_made(made_up: Path, monkeypatch: pytest.MonkeyPa
 FETCHER = """
 import dataclasses, hashlib, logging, os, sys, time
 from pathlib import Path
-from lunet_fast.recsys import movielens
+from lunet_fast.recsys.data import movielens
 
 folder, me, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 data = (folder / "source.zip").read_bytes()

@@ -18,9 +18,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lunet_fast.recsys import ratings as module
-from lunet_fast.recsys.parquet_sizes import stated_sizes
-from lunet_fast.recsys.ratings import (
+from lunet_fast.recsys.data import ratings as module
+from lunet_fast.recsys.data.parquet_sizes import stated_sizes
+from lunet_fast.recsys.data.ratings import (
     IdMap,
     RatingFileError,
     Ratings,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import lunet_fast
-from lunet_fast.files import CheckpointError
-from lunet_fast.recsys.recommend import LUNetRecommender
-from lunet_fast.recsys.training import train
+from lunet_fast.recsys.model.training import train
+from lunet_fast.recsys.serving.recommend import LUNetRecommender
+from lunet_fast.training.files import CheckpointError
 from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
 
 QUICK: dict[str, Any] = {

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lunet_fast.files import RunFolderError
-from lunet_fast.loop import Progress
-from lunet_fast.recsys import movielens, training
-from lunet_fast.recsys.ratings import Ratings, from_frame
+from lunet_fast.recsys.data import movielens
+from lunet_fast.recsys.data.ratings import Ratings, from_frame
+from lunet_fast.recsys.model import training
 from lunet_fast.recsys.report.document import Document
-from lunet_fast.recsys.reproduce import EXPERIMENTS, Planned, Watcher, command_of, plan, reproduce
+from lunet_fast.recsys.report.reproduce import EXPERIMENTS, Planned, Watcher, command_of, plan, reproduce
+from lunet_fast.training.files import RunFolderError
+from lunet_fast.training.loop import Progress
 from tests.recsys.synthetic import latent_frame
 from tests.recsys.test_report import NASTY, Page, checked
 

@@ -15,10 +15,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lunet_fast.recsys import recommend, scoring
-from lunet_fast.recsys.model import RatingModel
-from lunet_fast.recsys.recommend import LUNetRecommender
-from lunet_fast.recsys.scoring import ItemScorer, Seen, SplitNet, score_all, score_topk, training_pairs
+from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.serving import recommend, scoring
+from lunet_fast.recsys.serving.recommend import LUNetRecommender
+from lunet_fast.recsys.serving.scoring import (
+    ItemScorer,
+    Seen,
+    SplitNet,
+    score_all,
+    score_topk,
+    training_pairs,
+)
 from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
 
 N_USERS, N_ITEMS = 60, 40

@@ -19,13 +19,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from lunet_fast.distributed import Workers
-from lunet_fast.files import read_tensors
-from lunet_fast.recsys.model_files import load_model
-from lunet_fast.recsys.streamed_training import STREAM_SETTINGS, train_stream
-from lunet_fast.recsys.streaming import RatingStream
-from lunet_fast.schema import CHECKPOINT_FORMAT
-from lunet_fast.sharding import BLOCK, Dealt, draw_own_rows_, pull
+from lunet_fast.recsys.data.streaming import RatingStream
+from lunet_fast.recsys.model.model_files import load_model
+from lunet_fast.recsys.model.streamed_training import STREAM_SETTINGS, train_stream
+from lunet_fast.training.distributed import Workers
+from lunet_fast.training.files import read_tensors
+from lunet_fast.training.schema import CHECKPOINT_FORMAT
+from lunet_fast.training.sharding import BLOCK, Dealt, draw_own_rows_, pull
 from tests.cli.invoke import run
 from tests.recsys.synthetic import latent_frame, quick_config
 
@@ -48,7 +48,7 @@ def _begin(rank: int, count: int, meeting: str, work: Callable[[Workers], None])
 
 @contextmanager
 def small_blocks() -> Iterator[None]:
-    from lunet_fast import sharding
+    from lunet_fast.training import sharding
 
     sharding.BLOCK = 64
     try:

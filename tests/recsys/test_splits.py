@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lunet_fast.recsys.movielens import load
-from lunet_fast.recsys.ratings import Ratings, from_frame
-from lunet_fast.recsys.splits import (
+from lunet_fast.recsys.data.movielens import load
+from lunet_fast.recsys.data.ratings import Ratings, from_frame
+from lunet_fast.recsys.data.splits import (
     Split,
     draw_candidates,
     holdout,

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lunet_fast.files import CheckpointError
-from lunet_fast.loop import Interrupted, Stop
-from lunet_fast.recsys.config import TrainConfig
-from lunet_fast.recsys.model import RatingModel
-from lunet_fast.recsys.model_files import load_model
-from lunet_fast.recsys.recommend import LUNetRecommender
-from lunet_fast.recsys.streamed_training import STREAM_SETTINGS, streamed_optimizer, train_stream
-from lunet_fast.recsys.streaming import RatingStream
-from lunet_fast.recsys.training import evaluate, rating_objective, rating_optimizer, train
+from lunet_fast.recsys.data.streaming import RatingStream
+from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.model_files import load_model
+from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.model.streamed_training import STREAM_SETTINGS, streamed_optimizer, train_stream
+from lunet_fast.recsys.model.training import evaluate, rating_objective, rating_optimizer, train
+from lunet_fast.recsys.serving.recommend import LUNetRecommender
+from lunet_fast.training.files import CheckpointError
+from lunet_fast.training.loop import Interrupted, Stop
 from tests.cli.invoke import run
 from tests.recsys.synthetic import latent_frame, quick_config
 
@@ -129,8 +129,8 @@ def test_by_the_command_and_predicted_with(stream: RatingStream, tmp_path: Path)
 
 
 def test_a_damaged_list_of_counts_is_refused(stream: RatingStream, tmp_path: Path) -> None:
-    from lunet_fast.files import read_tensors, write_tensors
-    from lunet_fast.recsys.schema import MODEL_FORMAT
+    from lunet_fast.recsys.model.schema import MODEL_FORMAT
+    from lunet_fast.training.files import read_tensors, write_tensors
 
     train_stream(stream, streamed_config(epochs=1), out=tmp_path)
     tensors, header = read_tensors(tmp_path / "model.safetensors", MODEL_FORMAT)
@@ -143,7 +143,7 @@ def test_a_damaged_list_of_counts_is_refused(stream: RatingStream, tmp_path: Pat
 
 def test_evaluation_needs_no_pairs(stream: RatingStream) -> None:
     """A streamed model is measured by the protocols of the others where somebody has the parts."""
-    from lunet_fast.recsys.protocols import Parts
+    from lunet_fast.recsys.evaluation.protocols import Parts
 
     model = train_stream(stream, streamed_config(epochs=1)).trained.model
     training, test = stream.in_memory()

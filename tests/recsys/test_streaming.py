@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lunet_fast.recsys import synthetic
-from lunet_fast.recsys.ratings import RatingFileError
-from lunet_fast.recsys.streaming import RatingStream
-from lunet_fast.recsys.synthetic import synthesize
+from lunet_fast.recsys.data import synthetic
+from lunet_fast.recsys.data.ratings import RatingFileError
+from lunet_fast.recsys.data.streaming import RatingStream
+from lunet_fast.recsys.data.synthetic import synthesize
 from tests.recsys.synthetic import latent_frame
 
 pytest.importorskip("pyarrow")
@@ -154,8 +154,8 @@ class TestBatches:
         monkeypatch.setattr(synthetic, "ROW_GROUP", 8192)
         program = """
 import sys
-from lunet_fast.recsys import streaming
-from lunet_fast.recsys.streaming import RatingStream
+from lunet_fast.recsys.data import streaming
+from lunet_fast.recsys.data.streaming import RatingStream
 streaming.PIECE_ROWS = 8192
 stream = RatingStream.open(sys.argv[1], buffer_rows=30_000)
 rows = sum(len(batch[0]) for batch in stream.batches(0, 1000))

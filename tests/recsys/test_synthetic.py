@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lunet_fast.recsys import synthetic
-from lunet_fast.recsys.ratings import read_ratings
-from lunet_fast.recsys.synthetic import synthesize
+from lunet_fast.recsys.data import synthetic
+from lunet_fast.recsys.data.ratings import read_ratings
+from lunet_fast.recsys.data.synthetic import synthesize
 
 parquet = pytest.importorskip("pyarrow.parquet")
 

@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from lunet_fast.files import read_tensors
-from lunet_fast.loop import DivergenceError, Progress
-from lunet_fast.recsys.config import TrainConfig, nearest_dataset, recipe
-from lunet_fast.recsys.protocols import Parts
-from lunet_fast.recsys.ratings import Ratings, from_frame
-from lunet_fast.recsys.schema import CANDIDATES_FORMAT
-from lunet_fast.recsys.splits import random_split
-from lunet_fast.recsys.training import TrainResult, train
+from lunet_fast.recsys.data.ratings import Ratings, from_frame
+from lunet_fast.recsys.data.splits import random_split
+from lunet_fast.recsys.evaluation.protocols import Parts
+from lunet_fast.recsys.model.config import TrainConfig, nearest_dataset, recipe
+from lunet_fast.recsys.model.schema import CANDIDATES_FORMAT
+from lunet_fast.recsys.model.training import TrainResult, train
+from lunet_fast.training.files import read_tensors
+from lunet_fast.training.loop import DivergenceError, Progress
 from tests.recsys.synthetic import latent_ratings, quick_config
 
 

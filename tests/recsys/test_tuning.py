@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lunet_fast.recsys.protocols import Parts
-from lunet_fast.recsys.training import TrainConfig
-from lunet_fast.recsys.tuning import tune
+from lunet_fast.recsys.evaluation.protocols import Parts
+from lunet_fast.recsys.evaluation.tuning import tune
+from lunet_fast.recsys.model.training import TrainConfig
 from tests.cli.invoke import run
 from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lunet_fast.files import write_figure
+from lunet_fast.training.files import write_figure
 
 TABLE_2 = (
     ("paper: classic MLP", "ML-100K", 0.9200, 0.0050),

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness import FAMILIES, FEATURES, LIMIT, ROWS, amid_nan, guarded, normwise, slope_ratio, slopes
-from lunet_fast import reference
 from lunet_fast.kernels import activation, tiles
 from lunet_fast.kernels.activation import phi_derivative
+from lunet_fast.ops import reference
 
 #: bfloat16 keeps 8 bits, and the interpreter cuts where a GPU rounds.
 BFLOAT16 = 8e-3

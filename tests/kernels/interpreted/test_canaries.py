@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from harness import guarded, random_lu
-from lunet_fast import triton_ops
+from lunet_fast.ops import triton
 
 #: Rows and features: below, at and beyond tiles, and on either side of N = D and D = 128.
 SIZES = [(1, 1), (3, 5), (37, 5), (17, 33), (40, 33), (66, 65), (5, 130)]
@@ -88,7 +88,7 @@ def inputs(N: int, D: int, dtype: torch.dtype, *, learnt: bool, seed: int = 0) -
     y, _, h, weight = layer_forward(given)
     given |= {"y": y, "h": h, "weight": weight if N > D else torch.full_like(weight, math.nan)}
     given["start"], _, given["start_h"] = layer_inverse(given)
-    given["z"] = triton_ops.net(*net_arguments(given, given["x"]), False, True)[0]
+    given["z"] = triton.net(*net_arguments(given, given["x"]), False, True)[0]
     return given
 
 
@@ -105,26 +105,22 @@ def net_arguments(given: Given, x: Tensor) -> tuple[Any, ...]:
 
 
 def layer_forward(given: Given) -> tuple[Tensor, ...]:
-    return triton_ops.layer_forward(
-        given["x"], *matrix_of(given), given["bias"], *family_of(given), True, True
-    )
+    return triton.layer_forward(given["x"], *matrix_of(given), given["bias"], *family_of(given), True, True)
 
 
 def layer_inverse(given: Given) -> tuple[Tensor, ...]:
-    return triton_ops.layer_inverse(
-        given["y"], *matrix_of(given), given["bias"], *family_of(given), True, True
-    )
+    return triton.layer_inverse(given["y"], *matrix_of(given), given["bias"], *family_of(given), True, True)
 
 
 def layer_backward(given: Given) -> tuple[Tensor, ...]:
-    return triton_ops.layer_backward(
+    return triton.layer_backward(
         *(given["g"], given["ld"], given["x"], given["h"], given["weight"], *matrix_of(given)),
         *(given["bias"], *family_of(given), True, True, True),
     )
 
 
 def layer_inverse_backward(given: Given) -> tuple[Tensor, ...]:
-    return triton_ops.layer_inverse_backward(
+    return triton.layer_inverse_backward(
         *(given["g"], given["ld"], given["start"], given["start_h"], *matrix_of(given)),
         *(*family_of(given), True, True),
     )
@@ -132,13 +128,13 @@ def layer_inverse_backward(given: Given) -> tuple[Tensor, ...]:
 
 def net_backward(given: Given, inverse: bool) -> tuple[Tensor, ...]:
     # Of an inverse the result is kept, of a forward the rows that went in: x either way.
-    return triton_ops.net_backward(
+    return triton.net_backward(
         given["g"], given["ld"], *net_arguments(given, given["x"]), inverse, True, True, True
     )
 
 
 def activation(name: str, *rows: str) -> Callable[[Given], tuple[Tensor, ...]]:
-    function = getattr(triton_ops, name)
+    function = getattr(triton, name)
     last = () if "backward" in name else (True,)
     return lambda given: function(*(given[row] for row in rows), *family_of(given), *last)
 
@@ -153,8 +149,8 @@ OPERATIONS: dict[str, tuple[Callable[[Given], tuple[Tensor, ...]], int]] = {
     "layer_inverse": (layer_inverse, 3),
     "layer_backward": (layer_backward, 1),
     "layer_inverse_backward": (layer_inverse_backward, 1),
-    "net": (lambda given: triton_ops.net(*net_arguments(given, given["x"]), False, True), 2),
-    "net inverse": (lambda given: triton_ops.net(*net_arguments(given, given["z"]), True, True), 2),
+    "net": (lambda given: triton.net(*net_arguments(given, given["x"]), False, True), 2),
+    "net inverse": (lambda given: triton.net(*net_arguments(given, given["z"]), True, True), 2),
     "net_backward": (lambda given: net_backward(given, False), 1),
     "net_backward inverse": (lambda given: net_backward(given, True), 1),
 }
@@ -257,7 +253,7 @@ def test_rows_are_on_their_own(name: str, N: int, D: int, dtype: torch.dtype) ->
 def test_a_part_of_the_batch(name: str, N: int, D: int, dtype: torch.dtype) -> None:
     """Rows cut out of the batch have the bits that they have in it, if N stays on its side of D.
 
-    On the other side a layer goes another way (see ``triton_ops``), which is the same to rounding.
+    On the other side a layer goes another way (see ``ops.triton``), which is the same to rounding.
     """
     given = shared(N, D, dtype, False)[0]
     plain = OPERATIONS[name][0](given)

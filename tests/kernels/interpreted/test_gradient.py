@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness import FAMILIES, LIMIT, ROWS, amid_nan, guarded, normwise, slopes
-from lunet_fast import reference
 from lunet_fast.kernels import gradient, tiles
 from lunet_fast.kernels.launch import PRECISIONS
+from lunet_fast.ops import reference
 
 #: bfloat16 keeps 8 bits, and the interpreter cuts where a GPU rounds.
 BFLOAT16 = 8e-3

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness import FAMILIES, FEATURES, LIMIT, ROWS, amid_nan, guarded, normwise, slopes
-from lunet_fast import reference
 from lunet_fast.kernels.launch import PRECISIONS
 from lunet_fast.kernels.layer import layer_forward
+from lunet_fast.ops import reference
 
 #: Corners of (N, D): one row, one column, whole tiles, one more than a tile.
 CORNERS = [(1, 1), (300, 1), (1, 257), (64, 64), (65, 16), (3, 128), (129, 33), (0, 5)]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness import FEATURES, LIMIT, amid_nan, guarded, normwise, random_lu
-from lunet_fast import reference
 from lunet_fast.kernels import matrix
+from lunet_fast.ops import reference
 
 
 @st.composite

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 from harness import LIMIT, normwise
-from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUNet, functional, ops, triton_ops
+from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUNet, functional
+from lunet_fast.ops import dispatch, triton
 
 lib = torch.ops.lunet_fast
 
 
 @pytest.fixture(autouse=True)
 def on_kernels() -> Iterator[None]:
-    before = ops.get_backend()
-    ops.set_backend("triton")
+    before = dispatch.get_backend()
+    dispatch.set_backend("triton")
     yield
-    ops.set_backend(before)
+    dispatch.set_backend(before)
 
 
 def disturbed(module: Any) -> Any:
@@ -73,7 +74,7 @@ def compare(module: Any, method: str, x: Tensor) -> None:
     leading = x.shape[:-1]
     cotangents = [torch.randn(x.shape), torch.randn(leading)]
     ours = results(module, method, x, cotangents)
-    assert ops.get_backend() == "triton"
+    assert dispatch.get_backend() == "triton"
     theirs = results(module.double(), method, x.double(), [c.double() for c in cotangents])
     limit = LIMIT * (conditions(module, x) if "inverse" in method else 1.0)
     for index, (mine, exact) in enumerate(zip(ours, theirs, strict=True)):
@@ -146,9 +147,9 @@ def test_stacked_layers_are_differentiated_whatever_the_backend(rows: int) -> No
     def gradients(first: str, second: str, dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.clone().to(dtype).requires_grad_() for t in given]
         slopes = torch.tensor([0.1, 0.9, 1.0], dtype=dtype, requires_grad=True)
-        ops.set_backend(first)
+        dispatch.set_backend(first)
         y, total = functional.lu_dense_and_logabsdet(*leaves, slopes=slopes)
-        ops.set_backend(second)
+        dispatch.set_backend(second)
         (y.sum() + total.sum()).backward()
         assert all(leaf.grad.is_contiguous() for leaf in leaves)
         return [leaf.grad for leaf in [*leaves, slopes]]
@@ -257,10 +258,10 @@ def test_a_backend_changed_between_forward_and_backward() -> None:
     expected = results(layer, "forward", x, [torch.ones(20, 7)])
     for first, second in (("triton", "reference"), ("reference", "triton")):
         for rows in (20, 3):
-            ops.set_backend(first)
+            dispatch.set_backend(first)
             layer.zero_grad()
             y = layer(x[:rows])
-            ops.set_backend(second)
+            dispatch.set_backend(second)
             y.sum().backward()
             if rows == 20:
                 torch.testing.assert_close(layer.lu.grad, expected[2])
@@ -283,16 +284,16 @@ def test_precision_follows_pytorch() -> None:
     try:
         for setting, arithmetic in (("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(setting)
-            assert triton_ops.precision_of(x) == arithmetic
+            assert triton.precision_of(x) == arithmetic
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def test_the_recommender_trains_on_the_kernels() -> None:
     """A few steps of the MovieLens model give what the reference gives."""
-    from lunet_fast.recsys.config import TrainConfig
-    from lunet_fast.recsys.ratings import from_frame
-    from lunet_fast.recsys.training import train
+    from lunet_fast.recsys.data.ratings import from_frame
+    from lunet_fast.recsys.model.config import TrainConfig
+    from lunet_fast.recsys.model.training import train
 
     frame = (
         pytest.importorskip("pandas")
@@ -310,7 +311,7 @@ def test_the_recommender_trains_on_the_kernels() -> None:
     )
 
     def trained(backend: str) -> dict[str, Tensor]:
-        ops.set_backend(backend)
+        dispatch.set_backend(backend)
         ratings = from_frame(frame, timestamp=None)
         return train(ratings, config).trained.model.state_dict()
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 import lunet_fast
 from harness import FAMILIES, LIMIT, amid_nan, guarded, normwise
-from lunet_fast import reference
 from lunet_fast.kernels import score, tiles
 from lunet_fast.kernels.launch import PRECISIONS
-from lunet_fast.recsys.config import TrainConfig
-from lunet_fast.recsys.model import RatingModel
-from lunet_fast.recsys.scoring import ItemScorer
+from lunet_fast.ops import reference
+from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.serving.scoring import ItemScorer
 
 NOWHERE = -torch.inf
 

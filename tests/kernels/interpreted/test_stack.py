@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness import FAMILIES, LIMIT, amid_nan, guarded, normwise, random_lu
-from lunet_fast import reference
 from lunet_fast.kernels import tiles
 from lunet_fast.kernels.launch import PRECISIONS
 from lunet_fast.kernels.stack import (
@@ -24,6 +23,7 @@ from lunet_fast.kernels.stack import (
     stack_inverse_backward,
 )
 from lunet_fast.kernels.substitution import invert_blocks
+from lunet_fast.ops import reference
 
 #: Slopes whose inverses, eight deep, leave something to compare.
 MILD = [(0.5, 0.5, 1.0), (3.0, 0.2, 2.0), (0.4, 1.0, 0.3)]

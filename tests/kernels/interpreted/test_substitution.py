@@ -23,7 +23,6 @@ from harness import (
     slope_ratio,
     slopes,
 )
-from lunet_fast import blocked, reference
 from lunet_fast.kernels import tiles
 from lunet_fast.kernels.substitution import (
     EXPLICIT_INVERSE_LIMIT,
@@ -34,6 +33,7 @@ from lunet_fast.kernels.substitution import (
     layer_inverse_backward,
     prepare_inverse,
 )
+from lunet_fast.ops import cpu, reference
 
 PRECISIONS = ["ieee", "tf32x3"]
 
@@ -414,8 +414,8 @@ def test_the_matrix_gradient_follows() -> None:
     lu = case.lu[0].double().requires_grad_()
     x = reference.lu_dense_inverse(case.y[0].double(), lu, slopes=case.exact)
     (exact,) = torch.autograd.grad((x * grad_x[0].double()).sum(), lu)
-    packed = blocked.Packed.of(case.lu[0].double(), None, None)
-    grad_lu = blocked.compose_backward(-grad_right[0].double().T @ case.x[0], packed)
+    packed = cpu.Packed.of(case.lu[0].double(), None, None)
+    grad_lu = cpu.compose_backward(-grad_right[0].double().T @ case.x[0], packed)
     grad_lu.diagonal().mul_(packed.diagonal)
     assert normwise(grad_lu, exact) <= LIMIT * case.kappa
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness import FEATURES, LIMIT, ROWS, amid_nan, guarded, normwise, random_lu, slopes
-from lunet_fast import reference
 from lunet_fast.kernels import tiles, triangular
+from lunet_fast.ops import reference
 
 
 def exact(

@@ -1,0 +1,221 @@
+"""The paper's two bijective activations, one family: φ(x) = a·x + (c/κ)·softplus(κ·x).
+
+φ is increasing and convex with φ′ between a and a + c, so it is onto ℝ and its inverse is unique. Fixed
+parameters are kept as Python floats. Learnable ones are stored unconstrained and mapped into a bounded
+range by a sigmoid, so that no optimiser step can make the activation singular.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from lunet_fast import functional
+from lunet_fast.ops.reference import Slopes
+
+#: A learnable α of (2.6) stays strictly between these.
+SLOPE_RANGE = (1e-3, 1.0 - 1e-3)
+
+#: Learnable α and β of (2.9) stay strictly between these, on a logarithmic scale.
+SCALE_RANGE = (1e-3, 1e3)
+
+
+def _logit(fraction: float) -> float:
+    return math.log(fraction) - math.log1p(-fraction)
+
+
+def _check_inside(name: str, value: float, low: float, high: float) -> None:
+    if not low < value < high:
+        raise ValueError(f"a learnable {name} must start strictly between {low} and {high}, got {value}")
+
+
+class BijectiveActivation(nn.Module):
+    """An elementwise bijection of the family, with its inverse and log-determinants.
+
+    Every method takes [..., D] and keeps shape and dtype; log-determinants sum over the last dimension,
+    have shape [...] and are float32 or wider. Cost: O(1) transcendentals an element forward, two or three
+    times that for the inverse (see ``functional.leaky_softplus_inverse``).
+    """
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Set what is learnt back to where it started."""
+
+    @abstractmethod
+    def slopes(self) -> Slopes:
+        """(a, c, κ): three floats, or a tensor [3] or [3, D] through which the parameters are learnt."""
+
+    @abstractmethod
+    def starting_slopes(self) -> tuple[float, float, float]:
+        """(a, c, κ) as the activation was made with, of every coordinate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """φ(x)."""
+        return functional.leaky_softplus(x, self.slopes())
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """φ⁻¹(y); ±inf and NaN pass through."""
+        return functional.leaky_softplus_inverse(y, self.slopes())
+
+    def forward_and_logabsdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(φ(x), Σ log φ′(x))."""
+        return functional.leaky_softplus_and_logabsdet(x, self.slopes())
+
+    def inverse_and_logabsdet(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(φ⁻¹(y), the log-determinant of φ⁻¹ at y)."""
+        return functional.leaky_softplus_inverse_and_logabsdet(y, self.slopes())
+
+    def slope_values(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(a, c, κ) as they are now, float64, each a scalar or [D]; no gradient."""
+        a, c, kappa = torch.as_tensor(self.slopes(), dtype=torch.float64).detach()
+        return a, c, kappa
+
+    def tangent_at_zero(self) -> tuple[float, float]:
+        """(φ(0), φ′(0)) of a fresh activation: what a following layer undoes to start near the identity."""
+        a, c, kappa = self.starting_slopes()
+        return c / kappa * math.log(2.0), a + 0.5 * c
+
+
+def _starting(features: int | None, learnable: bool, count: int) -> list[nn.Parameter | None]:
+    """``count`` raw parameters to be filled: [1] each, or [D] for ``features`` D; None if not learnable."""
+    if features is not None and not learnable:
+        raise ValueError(
+            f"features={features} asks for a slope for each coordinate, which fixed ones do not have: give "
+            "learnable=True with it"
+        )
+    if features is not None and features < 1:
+        raise ValueError(f"features must be at least 1, got {features}")
+    return [nn.Parameter(torch.empty(features or 1)) if learnable else None for _ in range(count)]
+
+
+def _shown(raw: Tensor | None, start: float, value: float | Tensor) -> str:
+    """A slope for ``extra_repr``: a number, or the range over the coordinates."""
+    if raw is None or raw.is_meta or not isinstance(value, Tensor):
+        return f"{start:.4g}"
+    low, high = (float(end) for end in value.detach().aminmax())
+    return f"{low:.4g}" if low == high else f"{low:.4g}…{high:.4g}"
+
+
+class LeakySoftplus(BijectiveActivation):
+    """φ(x) = α·x + (1 − α)·softplus(x), (2.6): slope α on the far left, 1 on the far right.
+
+    Args:
+        alpha: α, strictly between 0 and 1; between 0.001 and 0.999 if learnable.
+        learnable: make α a parameter (``raw_alpha`` [1]).
+        features: D, to learn an α for each coordinate (``raw_alpha`` [D]); None for one α.
+
+    Raises:
+        ValueError: alpha outside its range, or features without learnable.
+    """
+
+    def __init__(self, alpha: float = 0.1, learnable: bool = False, features: int | None = None) -> None:
+        super().__init__()
+        alpha = float(alpha)
+        if not 0.0 < alpha < 1.0:
+            raise ValueError(f"alpha must lie strictly between 0 and 1, got {alpha}")
+        self.learnable, self.features = learnable, features
+        self._alpha = alpha
+        if learnable:
+            _check_inside("alpha", alpha, *SLOPE_RANGE)
+        (self.raw_alpha,) = _starting(features, learnable, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set a learnable α back to the value it was made with."""
+        low, high = SLOPE_RANGE
+        if self.raw_alpha is not None:
+            nn.init.constant_(self.raw_alpha, _logit((self._alpha - low) / (high - low)))
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """α: a float, or when learnable a tensor, scalar or [D]."""
+        if self.raw_alpha is None:
+            return self._alpha
+        low, high = SLOPE_RANGE
+        raw = self.raw_alpha.squeeze(0) if self.features is None else self.raw_alpha
+        return low + (high - low) * torch.sigmoid(raw)
+
+    def slopes(self) -> Slopes:
+        alpha = self.alpha
+        if isinstance(alpha, Tensor):
+            return torch.stack([alpha, 1.0 - alpha, torch.ones_like(alpha)])
+        return alpha, 1.0 - alpha, 1.0
+
+    def starting_slopes(self) -> tuple[float, float, float]:
+        return self._alpha, 1.0 - self._alpha, 1.0
+
+    def extra_repr(self) -> str:
+        return f"alpha={_shown(self.raw_alpha, self._alpha, self.alpha)}, learnable={self.learnable}"
+
+
+class GeneralizedLeakySoftplus(BijectiveActivation):
+    """φ(x) = (1/α)·softplus(α·x) + β·x, (2.9): slope β on the far left, 1 + β on the far right.
+
+    Args:
+        alpha: α > 0, how sharply the slope changes; between 0.001 and 1000 if learnable.
+        beta: β > 0; between 0.001 and 1000 if learnable. β = 0 is plain softplus, which is not onto ℝ.
+        learnable: make both parameters (``raw_alpha`` [1] and ``raw_beta`` [1]).
+        features: D, to learn an α and a β for each coordinate ([D] each); None for one of each.
+
+    Raises:
+        ValueError: alpha or beta outside its range, or features without learnable.
+    """
+
+    def __init__(
+        self, alpha: float = 1.0, beta: float = 0.1, learnable: bool = False, features: int | None = None
+    ) -> None:
+        super().__init__()
+        alpha, beta = float(alpha), float(beta)
+        if not 0.0 < alpha < math.inf:
+            raise ValueError(f"alpha must be above 0 and finite, got {alpha}")
+        if not 0.0 < beta < math.inf:
+            raise ValueError(
+                f"beta must be above 0 and finite, got {beta}; with beta = 0 the function is plain softplus, "
+                "which is not onto the real line"
+            )
+        self.learnable, self.features = learnable, features
+        self._alpha, self._beta = alpha, beta
+        if learnable:
+            _check_inside("alpha", alpha, *SCALE_RANGE)
+            _check_inside("beta", beta, *SCALE_RANGE)
+        self.raw_alpha, self.raw_beta = _starting(features, learnable, 2)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set learnable α and β back to the values they were made with."""
+        low, high = SCALE_RANGE
+        for raw, value in ((self.raw_alpha, self._alpha), (self.raw_beta, self._beta)):
+            if raw is not None:
+                nn.init.constant_(raw, _logit(math.log(value / low) / math.log(high / low)))
+
+    def _value(self, raw: Tensor) -> Tensor:
+        low, high = SCALE_RANGE
+        raw = raw.squeeze(0) if self.features is None else raw
+        return torch.exp(math.log(low) + math.log(high / low) * torch.sigmoid(raw))
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """α: a float, or when learnable a tensor, scalar or [D]."""
+        return self._alpha if self.raw_alpha is None else self._value(self.raw_alpha)
+
+    @property
+    def beta(self) -> float | Tensor:
+        """β: a float, or when learnable a tensor, scalar or [D]."""
+        return self._beta if self.raw_beta is None else self._value(self.raw_beta)
+
+    def slopes(self) -> Slopes:
+        alpha, beta = self.alpha, self.beta
+        if isinstance(alpha, Tensor) and isinstance(beta, Tensor):
+            return torch.stack([beta, torch.ones_like(beta), alpha])
+        return self._beta, 1.0, self._alpha
+
+    def starting_slopes(self) -> tuple[float, float, float]:
+        return self._beta, 1.0, self._alpha
+
+    def extra_repr(self) -> str:
+        alpha = _shown(self.raw_alpha, self._alpha, self.alpha)
+        beta = _shown(self.raw_beta, self._beta, self.beta)
+        return f"alpha={alpha}, beta={beta}, learnable={self.learnable}"

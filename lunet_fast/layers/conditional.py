@@ -1,0 +1,130 @@
+"""ConditionalLUNet: an LUNet whose biases and log-diagonals depend on a context."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lunet_fast import functional
+from lunet_fast.layers.lu_dense import LUDense
+from lunet_fast.layers.lunet import LUNet
+from lunet_fast.layers.transforms import InvertibleTransform
+
+SCALE_LIMIT = 3.0
+"""A context moves log u_ii by less than this, whatever the conditioner says."""
+
+
+class ConditionalLUNet(nn.Module):
+    """f(·; c): in each layer h = e^δ(c) ∘ (A x + b) + β(c), with δ, β [D] from a conditioner.
+
+    diag(e^δ)·L·U = (diag(e^δ) L diag(e^−δ))·(diag(e^δ) U) is again unit lower times upper: the context adds
+    δ_i to log u_ii and leaves the factors triangular, so that inversion stays O(D²) and the log-determinant,
+    to which it adds Σ δ_i, O(D).
+
+    Args:
+        net: the LUNet, which f(·; c) is where the conditioner gives zeros.
+        conditioner: the number of context features C, for a linear map of contexts [..., C] that starts at 0;
+            or a module from contexts to [..., 2·M·D], such as ``nn.Embedding(classes, 2·M·D)`` for labels.
+
+    Raises:
+        ValueError: C < 1.
+
+    Cost for N rows: that of the net, one pass over [N, D] more in each layer, and the conditioner.
+    """
+
+    def __init__(self, net: LUNet, conditioner: int | nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.features = net.features
+        if isinstance(conditioner, int):
+            if conditioner < 1:
+                raise ValueError(
+                    f"conditioner must be a module or the number of context features, at least 1, got "
+                    f"{conditioner}"
+                )
+            like = next(net.parameters())
+            conditioner = nn.Linear(
+                conditioner, 2 * len(net.layers) * net.features, device=like.device, dtype=like.dtype
+            )
+            nn.init.zeros_(conditioner.weight)
+            nn.init.zeros_(conditioner.bias)
+        self.conditioner = conditioner
+
+    def given(self, context: Tensor) -> GivenContext:
+        """f(·; context): the map for one context a row, or for one context that all rows share.
+
+        Raises ``ValueError`` where the conditioner's result does not end in 2·M·D numbers.
+        """
+        moved = self.conditioner(context)
+        wanted = 2 * len(self.net.layers) * self.features
+        if moved.shape[-1] != wanted:
+            raise ValueError(
+                f"conditioner must give 2·M·D = {wanted} numbers a context, got shape {tuple(moved.shape)}"
+            )
+        delta, beta = moved.unflatten(-1, (2, len(self.net.layers), self.features)).unbind(-3)
+        return GivenContext(self.net, SCALE_LIMIT * torch.tanh(delta / SCALE_LIMIT), beta)
+
+
+class GivenContext:
+    """f(·; c) for given contexts, with the methods of ``LUNet``; made by ``ConditionalLUNet.given``.
+
+    Args:
+        net: the net.
+        delta, beta: [..., M, D]; the leading shape, ``shape``, is broadcast with that of the rows.
+    """
+
+    def __init__(self, net: LUNet, delta: Tensor, beta: Tensor) -> None:
+        self.net = net
+        self.delta, self.beta = delta.unbind(-2), beta.unbind(-2)
+        self.features = net.features
+
+    @property
+    def shape(self) -> torch.Size:
+        """The leading shape of the contexts."""
+        return self.delta[0].shape[:-1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward_and_logabsdet(x)[0]
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """The x [..., D] with f(x; c) = y."""
+        return self.inverse_and_logabsdet(y)[0]
+
+    def forward_and_logabsdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(f(x; c), log|det ∂f/∂x| [...])."""
+        total = x.new_zeros(())
+        for layer, delta, beta in zip(self._layers(), self.delta, self.beta, strict=True):
+            h = functional.lu_dense(x, layer.lu, layer.bias, sign=layer.sign, permutation=layer.permutation)
+            x = torch.addcmul(beta, delta.exp(), h)
+            total = total + layer.logabsdet() + delta.sum(-1)
+            if layer.activation is not None:
+                x, share = layer.activation.forward_and_logabsdet(x)
+                total = total + share
+        return x, total.expand(x.shape[:-1])
+
+    def inverse_and_logabsdet(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(f⁻¹(y; c), the inverse's log|det| at y [...])."""
+        total = y.new_zeros(())
+        parts = list(zip(self._layers(), self.delta, self.beta, strict=True))
+        for layer, delta, beta in reversed(parts):
+            if layer.activation is not None:
+                y, share = layer.activation.inverse_and_logabsdet(y)
+                total = total + share
+            y = functional.lu_dense_inverse(
+                (y - beta) * (-delta).exp(),
+                layer.lu,
+                layer.bias,
+                sign=layer.sign,
+                permutation=layer.permutation,
+            )
+            total = total - layer.logabsdet() - delta.sum(-1)
+        return y, total.expand(y.shape[:-1])
+
+    def as_transform(self) -> InvertibleTransform:
+        """f(·; c) as a ``torch.distributions`` transform of vectors [D]."""
+        return InvertibleTransform(self)
+
+    def _layers(self) -> list[LUDense]:
+        return cast("list[LUDense]", list(self.net.layers))

@@ -1,0 +1,1 @@
+"""Rating data: reading it, describing it, splitting it."""

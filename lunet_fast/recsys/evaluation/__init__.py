@@ -1,0 +1,1 @@
+"""How good a recommender is: metrics, protocols, other methods, what inversion is good for."""

@@ -1,0 +1,717 @@
+"""The recommender and the baselines side by side on the same parts: what ``lunet-fast compare`` runs.
+
+Every method is trained and measured in a process of its own, so that its memory is its own and a crash is
+one row of the table.
+
+    python -m lunet_fast.recsys.evaluation.compare RATINGS METHOD SEED OUTCOME
+
+is that process: it reads pickled ratings and writes a JSON object.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import pickle
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lunet_fast
+from lunet_fast.bench.machine import describe
+from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.data.spreadsheet import spreadsheet_safe
+from lunet_fast.recsys.evaluation import metrics
+from lunet_fast.recsys.evaluation.baselines import BASELINES, missing
+from lunet_fast.recsys.evaluation.protocols import Parts, evaluate_ranking
+from lunet_fast.recsys.model.config import TrainConfig, nearest_dataset, recipe
+from lunet_fast.recsys.model.training import train
+from lunet_fast.recsys.report import dataset_title
+from lunet_fast.training.files import CheckpointError, read_json, write_atomically, write_figure, write_json
+
+__all__ = ["METHODS", "Comparison", "Method", "allowed", "compare", "draw", "markdown", "save", "table"]
+
+RATING_FIGURES = ("test_mse", "test_rmse")
+RANKING_FIGURES = ("hr@10", "ndcg@10", "full_ndcg@10", "full_hr@10")
+COSTS = ("reconstruction_error_relative", "train_seconds", "peak_memory_mb", "parameters")
+
+#: What is averaged over the seeds, in the order of tables.
+FIGURES = (*RATING_FIGURES, *RANKING_FIGURES, *COSTS)
+
+#: A process that computes on one thread, whatever library does the arithmetic.
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+#: Distributions whose name is not that of the package.
+DISTRIBUTIONS = {"surprise": "scikit-surprise"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table."""
+
+    name: str
+    package: str
+    """``ours``: a baseline written here; ``lunet_fast``: the model this library is for."""
+    kinds: tuple[str, ...]
+    """``rating``, ``ranking``, or both."""
+    recipe: str = ""
+    """Of the LU-Net rows, what they are trained by; "" for the baselines."""
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def is_lu_net(self) -> bool:
+        return self.package == "lunet_fast"
+
+    @property
+    def kind(self) -> str:
+        """``rating``, ``ranking`` or ``both``."""
+        return "both" if len(self.kinds) == 2 else self.kinds[0]
+
+    def config(self, n_ratings: int, seed: int) -> TrainConfig:
+        """The settings of a LU-Net row for data of ``n_ratings`` ratings."""
+        return recipe(self.recipe, n_ratings, seed=seed, mlp=False, **dict(self.overrides))
+
+
+def _lu_net(name: str, *kinds: str, recipe: str = "best", **overrides: Any) -> Method:
+    # Unless it is said otherwise nobody is told of held-out pairs, not even by what is never a negative.
+    overrides = {"negatives_outside": "training", **overrides}
+    return Method(name, "lunet_fast", kinds, recipe, tuple(overrides.items()))
+
+
+#: Every method by its key on the command line, in the order of tables.
+METHODS: dict[str, Method] = {
+    **{key: Method(b.name, b.package, b.kinds) for key, b in BASELINES.items()},
+    "lunet-paper": _lu_net("LU-Net, recipe paper (gamma 1)", "rating", recipe="paper", gamma=1.0),
+    "lunet-ratings": _lu_net("LU-Net, ratings (gamma 1)", "rating", gamma=1.0),
+    "lunet-ids": _lu_net("LU-Net, ratings, without side features", "rating", gamma=1.0, side_features=False),
+    "lunet-interactions": _lu_net("LU-Net, interactions (gamma 0)", "ranking", gamma=0.0),
+    "lunet-both": _lu_net("LU-Net, both (gamma 0.1)", "rating", "ranking", gamma=0.1),
+    "lunet-leaky": _lu_net(
+        "LU-Net, interactions, held-out pairs never drawn as negatives: leaks",
+        "ranking",
+        gamma=0.0,
+        negatives_outside="known",
+    ),
+}
+
+#: The row whose model was told of the held-out pairs: it is no contender.
+LEAKY = "lunet-leaky"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison, finished or not; its fields are the keys of the JSON file."""
+
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    """Of the packages that are installed."""
+    dataset: str
+    command: str
+    seeds: list[int]
+    rows: list[dict[str, Any]]
+    """One a method: ``key``, ``method``, ``package``, ``kind``, ``seeds`` that its figures are the means of,
+    ``FIGURES`` where they apply, each with its standard deviation ``..._sd`` where there are two seeds;
+    ``missing`` or ``error`` says why there are none."""
+    runs: list[dict[str, Any]]
+    """One a method and seed that is finished, also of methods that were not asked for this time: ``key``,
+    ``seed``, ``inputs`` (a hash of data, settings and versions), figures."""
+
+
+def compare(
+    ratings: Ratings,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    *,
+    file: Path | None = None,
+    command: str = "",
+    begun: Callable[[str, int], None] = lambda method, seed: None,
+    done: Callable[[dict[str, Any]], None] = lambda run: None,
+) -> Comparison:
+    """Train and measure ``methods`` with every seed, one process at a time, on one thread each.
+
+    Rating methods are measured on the random split of :func:`~.splits.random_split`, ranking methods on
+    :func:`~.splits.leave_one_out`, the hybrid model with one set of weights on :func:`~.splits.joint_split`,
+    whose training part is smaller. A seed is that of the split, of the candidates and of the method.
+
+    Args:
+        ratings: the complete data, on the CPU. Without distinct ratings (interactions) there is nothing to
+            predict.
+        methods: keys of METHODS; by default all that ``ratings`` allow.
+        file: JSON file with the finished runs, rewritten whole after each; those that it holds of the same
+            data, settings, versions and processor are not repeated, what was missing or failed is.
+        command: kept in the result.
+        begun: called with method and seed when a process starts.
+        done: called with ``key``, ``seed`` and the figures, ``missing`` or ``error`` when it has ended; for
+            runs that ``file`` held already too, before any begins.
+
+    Raises:
+        ValueError: an unknown method, one that needs ratings where there are none, no or repeated or negative
+            seeds, data that cannot be split, or a ``file`` that holds something else.
+    """
+    keys = _chosen(ratings, methods)
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be one or more distinct numbers of at least 0, got {list(seeds)}")
+    for split in sorted({"random" if METHODS[key].kind == "rating" else "leave-one-out" for key in keys}):
+        Parts.of(ratings, recipe("best", len(ratings), split=split, seed=seeds[0]))
+
+    machine = {**describe(), "threads": 1}
+    inputs = _Inputs(ratings, machine["processor"])
+    runs = {} if file is None else _kept(file, inputs)
+    outcomes = {(key, seed): runs[key, seed] for key in keys for seed in seeds if (key, seed) in runs}
+    for outcome in outcomes.values():
+        done(outcome)
+
+    def state() -> Comparison:
+        rows = [_row(key, [outcomes[key, s] for s in seeds if (key, s) in outcomes]) for key in keys]
+        found = [row for row in rows if row]
+        return Comparison(
+            machine, _versions(), ratings.name, command, list(seeds), found, list(runs.values())
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "ratings.pickle"
+        data.write_bytes(pickle.dumps(ratings))
+        for key in keys:
+            for seed in seeds:
+                if (key, seed) in outcomes:
+                    continue
+                earlier = [outcomes[key, s] for s in seeds if (key, s) in outcomes]
+                if any("missing" in outcome for outcome in earlier):
+                    continue
+                begun(key, seed)
+                outcome = {"key": key, "seed": seed, **_in_a_process(data, key, seed)}
+                outcomes[key, seed] = outcome
+                if not {"missing", "error"} & outcome.keys():
+                    runs[key, seed] = {**outcome, "inputs": inputs.of(key, seed)}
+                    if file is not None:
+                        write_json(file, asdict(state()))
+                done(outcome)
+    result = state()
+    if file is not None:
+        write_json(file, asdict(result))
+    return result
+
+
+def allowed(ratings: Ratings) -> list[str]:
+    """The keys of the methods that ``ratings`` allow: where all ratings are equal, those that rank."""
+    rated = ratings.scale[0] < ratings.scale[1]
+    return [key for key, method in METHODS.items() if rated or method.kind == "ranking"]
+
+
+def _chosen(ratings: Ratings, methods: Sequence[str] | None) -> list[str]:
+    """The keys of ``methods`` in the order of tables."""
+    known = allowed(ratings)
+    if methods is None:
+        return known
+    for key in methods:
+        if key not in METHODS:
+            raise ValueError(f"methods {key!r} is unknown: choose from {', '.join(METHODS)}")
+        if key not in known:
+            raise ValueError(
+                f"methods {key!r} learns from ratings, and those of {ratings.name} are all "
+                f"{ratings.scale[0]:g}: choose from {', '.join(known)}"
+            )
+    if not methods:
+        raise ValueError(f"methods is empty: choose from {', '.join(known)}")
+    return [key for key in METHODS if key in methods]
+
+
+# --- one method -----------------------------------------------------------------------------------------
+
+
+def measure(ratings: Ratings, key: str, seed: int) -> dict[str, Any]:
+    """One method trained and measured in this process: its FIGURES, or why it is ``missing``.
+
+    ``train_seconds`` is without reading, splitting and evaluation; ``peak_memory_mb`` what the process held
+    at most while training and evaluating, beyond what it held before with data and packages loaded, in MB of
+    10^6 bytes, absent where the system is not Linux. Raises what the method raises.
+    """
+    method = METHODS[key]
+    if method.is_lu_net:
+        before = _reset_peak()
+        config = method.config(len(ratings), seed)
+        values = train(ratings, config).metrics
+        wanted = [name for kind in method.kinds for name in _figures(kind)]
+        figures = {name: values[name] for name in (*wanted, *COSTS) if name in values}
+        return figures | _peak_over(before)
+    baseline = BASELINES[key]
+    reason = missing(baseline)  # imports the package, which is no part of training
+    if reason is not None:
+        return {"missing": reason}
+    size = nearest_dataset(len(ratings))
+    figures = {}
+    seconds = 0.0
+    for kind in baseline.kinds:
+        split = "random" if kind == "rating" else "leave-one-out"
+        parts = Parts.of(ratings, recipe("best", len(ratings), split=split, seed=seed))
+        before = _reset_peak()
+        began = time.perf_counter()
+        fitted = baseline.fit(parts.training, seed, size)
+        seconds += time.perf_counter() - began
+        if parts.test is not None:
+            prediction = fitted.predict(parts.test.user, parts.test.item)
+            assert prediction is not None
+            prediction = prediction.clamp(*ratings.scale)
+            figures["test_mse"] = metrics.mse(prediction, parts.test.rating)
+            figures["test_rmse"] = metrics.rmse(prediction, parts.test.rating)
+        else:
+
+            def scores(users: torch.Tensor, fitted: Any = fitted) -> torch.Tensor:
+                found: torch.Tensor = fitted.score_items(users)
+                return found
+
+            values = evaluate_ranking(scores, parts, seed).metrics
+            figures |= {name: values[name] for name in RANKING_FIGURES}
+        figures |= {"parameters": fitted.parameters, **_peak_over(before)}
+    return {**figures, "train_seconds": seconds}
+
+
+def _figures(kind: str) -> tuple[str, ...]:
+    return RATING_FIGURES if kind == "rating" else RANKING_FIGURES
+
+
+def _memory() -> dict[str, int]:
+    """``VmRSS`` and ``VmHWM``, what this process holds and the most it has held, in bytes; {} off Linux."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return {}
+    fields = (line.split() for line in lines if line.startswith(("VmRSS:", "VmHWM:")))
+    return {name.rstrip(":"): 1024 * int(count) for name, count, _ in fields}
+
+
+def _reset_peak() -> int | None:
+    """Forget the most that was held so far; the bytes that are held now."""
+    # Where it cannot be reset, a peak of the start is counted too, which has little but the data.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _memory().get("VmRSS")
+
+
+def _peak_over(before: int | None) -> dict[str, float]:
+    peak = _memory().get("VmHWM")
+    return {} if before is None or peak is None else {"peak_memory_mb": max(peak - before, 0) / 1e6}
+
+
+def _in_a_process(data: Path, key: str, seed: int) -> dict[str, Any]:
+    """What :func:`measure` gives in a process of its own, or ``error``."""
+    answer = data.with_name("outcome.json")
+    answer.unlink(missing_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        "lunet_fast.recsys.evaluation.compare",
+        str(data),
+        key,
+        str(seed),
+        str(answer),
+    ]
+    process = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=os.environ | ONE_THREAD,
+        check=False,
+    )
+    if process.returncode == 0:
+        return read_json(answer)
+    if process.returncode < 0:
+        try:
+            name = signal.Signals(-process.returncode).name
+        except ValueError:
+            name = str(-process.returncode)
+        hint = ", most likely for lack of memory" if name == "SIGKILL" else ""
+        return {"error": f"its process was ended by {name}{hint}"}
+    last = [line.strip() for line in process.stderr.splitlines() if line.strip()][-1:]
+    return {"error": f"its process ended with code {process.returncode}: {''.join(last)}"}
+
+
+def _main(arguments: Sequence[str]) -> None:
+    data, key, seed, answer = arguments
+    ratings = pickle.loads(Path(data).read_bytes())
+    try:
+        outcome = measure(ratings, key, int(seed))
+        wrong = [name for name in FIGURES if not math.isfinite(outcome.get(name, 0.0))]
+        if wrong:
+            outcome = {"error": f"{wrong[0]} is {outcome[wrong[0]]}"}
+    except Exception as error:  # of any package's making: it is one row of the table
+        outcome = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    write_json(Path(answer), outcome)
+
+
+# --- what was measured before ---------------------------------------------------------------------------
+
+
+class _Inputs:
+    """Hashes of everything that a run's figures depend on."""
+
+    def __init__(self, ratings: Ratings, processor: str) -> None:
+        self.n_ratings = len(ratings)
+        digest = hashlib.sha256(f"{ratings.n_users} {ratings.n_items} {ratings.scale}".encode())
+        for tensor in (ratings.user, ratings.item, ratings.rating, ratings.timestamp):
+            digest.update(b"" if tensor is None else tensor.numpy().tobytes())
+        for info in (ratings.item_info, ratings.user_info):
+            digest.update(b"" if info is None else info.to_csv().encode("utf-8", "surrogatepass"))
+        self.common = [digest.hexdigest(), processor, lunet_fast.__version__, torch.__version__]
+
+    def of(self, key: str, seed: int) -> str:
+        method = METHODS[key]
+        own: Any = _version(method.package)
+        if method.is_lu_net:
+            own = method.config(self.n_ratings, seed).to_dict()
+        text = json.dumps([key, seed, own, *self.common])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _kept(file: Path, inputs: _Inputs) -> dict[tuple[str, int], dict[str, Any]]:
+    """The runs in ``file`` that would be the same today, by method and seed."""
+    if not file.exists():
+        return {}
+    try:
+        runs = read_json(file)["runs"]
+        return {
+            (run["key"], run["seed"]): run
+            for run in runs
+            if run["key"] in METHODS and run["inputs"] == inputs.of(run["key"], run["seed"])
+        }
+    except (CheckpointError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is no result of lunet-fast compare ({error}): move it away, or choose another folder"
+        ) from error
+
+
+def _versions() -> dict[str, str]:
+    packages = dict.fromkeys(method.package for method in METHODS.values())
+    found = {package: _version(package) for package in packages if package not in ("ours", "lunet_fast")}
+    return {package: version for package, version in found.items() if version}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(DISTRIBUTIONS.get(package, package))
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+# --- shown ----------------------------------------------------------------------------------------------
+
+
+def _row(key: str, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of a method's runs; {} while there is none."""
+    if not outcomes:
+        return {}
+    method = METHODS[key]
+    finished = [outcome for outcome in outcomes if not {"missing", "error"} & outcome.keys()]
+    row: dict[str, Any] = {"key": key, "method": method.name, "package": method.package, "kind": method.kind}
+    row["seeds"] = [outcome["seed"] for outcome in finished]
+    for name in FIGURES:
+        values = [outcome[name] for outcome in finished if name in outcome]
+        if values:
+            row[name] = statistics.fmean(values)
+        if len(values) > 1:
+            row[f"{name}_sd"] = statistics.stdev(values)
+    for outcome in outcomes:
+        if "missing" in outcome:
+            row.setdefault("missing", outcome["missing"])
+        if "error" in outcome:
+            row.setdefault("error", f"seed {outcome['seed']}: {outcome['error']}")
+    return row
+
+
+#: Headings of the table, and what is under them.
+COLUMNS = {
+    "method": "method",
+    "package": "package",
+    "MSE": "test_mse",
+    "RMSE": "test_rmse",
+    "HR@10": "hr@10",
+    "NDCG@10": "ndcg@10",
+    "NDCG@10 of all items": "full_ndcg@10",
+    "reconstruction error": "reconstruction_error_relative",
+    "training, s": "train_seconds",
+    "peak memory, MB": "peak_memory_mb",
+    "parameters": "parameters",
+}
+
+
+def table(comparison: Comparison, *, spreads: bool = True) -> list[list[str]]:
+    """The rows as text under COLUMNS, "" where a figure does not apply; with ``spreads`` "mean ± sd"."""
+    return [[_cell(row, name, spreads) for name in COLUMNS.values()] for row in comparison.rows]
+
+
+def _cell(row: dict[str, Any], name: str, spreads: bool) -> str:
+    if name not in row:
+        return ""
+    value, spread = row[name], row.get(f"{name}_sd")
+    if name in ("method", "package"):
+        return str(value)
+    if name == "reconstruction_error_relative":
+        return f"{value:.1e}"
+    if name in ("parameters", "peak_memory_mb"):
+        return f"{value:,.0f}"
+    if name == "train_seconds":
+        return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+    return f"{value:.4f}" + (f" ± {spread:.4f}" if spreads and spread is not None else "")
+
+
+def reasons(comparison: Comparison) -> list[str]:
+    """Why a method has no figures, or not of all seeds."""
+    found = []
+    for row in comparison.rows:
+        if "missing" in row:
+            found.append(row["missing"])
+        if "error" in row:
+            found.append(f"{row['method']} failed, {row['error']}")
+    return found
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What the figures are, a sentence or two each."""
+    kinds = {row["kind"] for row in comparison.rows}
+    keys = {row["key"] for row in comparison.rows}
+    found = []
+    if kinds & {"rating", "both"}:
+        found.append("MSE, RMSE: a random 20 % of the ratings, predictions clipped to the scale.")
+    if kinds & {"ranking", "both"}:
+        found.append(
+            "HR@10, NDCG@10: each user's latest item among 100 that the user has not rated, drawn by the "
+            "seed; of all items: among all that are in no other known pair of the user."
+        )
+    if "both" in kinds:
+        found.append(
+            f"{METHODS['lunet-both'].name} has both figures from one set of weights, trained on less than "
+            "the others: each user's latest rating and 20 % of the rest are held out together. Its test "
+            "ratings are therefore not quite those of the other rows, nor are the items it ranks among all."
+        )
+    if kinds & {"ranking", "both"} and any(METHODS[key].is_lu_net for key in keys):
+        found.append(
+            "Items drawn as negatives may be held-out ones, as for every other method "
+            '(`negatives_outside="training"`): nobody is told of held-out pairs.'
+        )
+    if any(METHODS[key].config(1, 0).side_features for key in keys if METHODS[key].is_lu_net):
+        found.append(
+            "LU-Net by recipe best reads the side features of the data set too (of MovieLens genres, age, "
+            "gender and occupation), which the baselines and recipe paper do not."
+        )
+    if LEAKY in keys:
+        found.append(
+            f"{METHODS[LEAKY].name}: trained with the default of `lunet-fast train`, "
+            '`negatives_outside="known"`, which is right for a model to be used and wrong for one to be '
+            "compared; the row shows what that is worth."
+        )
+    if any("reconstruction_error_relative" in row for row in comparison.rows):
+        found.append("Reconstruction error: mean |f⁻¹(f(x)) − x|² over mean |x|², of the held-out pairs.")
+    found.append(
+        "One process a method and one thread. Training without reading, splitting and evaluation; memory is "
+        "the most held while training and evaluating, over what data and packages took before."
+    )
+    if len(comparison.seeds) > 1:
+        found.append(f"Means over seeds {_seed_list(comparison)}, ± the standard deviation over them.")
+    return found
+
+
+def markdown(comparison: Comparison) -> str:
+    """The whole comparison: a table, what is missing, and what the figures are."""
+    machine = comparison.machine
+    peers = "".join(f", {name} {version}" for name, version in comparison.versions.items())
+    seeds = f"seed{'s' if len(comparison.seeds) > 1 else ''} {_seed_list(comparison)}"
+    lines = [
+        f"# Recommenders on {dataset_title(comparison.dataset)}, {seeds}",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---|---" + "|---:" * (len(COLUMNS) - 2) + "|",
+    ]
+    for row, cells in zip(comparison.rows, table(comparison), strict=True):
+        cells = [cell.replace("|", "\\|") for cell in cells]
+        if METHODS[row["key"]].is_lu_net:
+            cells[0] = f"**{cells[0]}**"
+        if "missing" in row:
+            cells[2] = "not installed"
+        elif "error" in row and not row["seeds"]:
+            cells[2] = "failed"
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {text}" for text in (*reasons(comparison), *notes(comparison)))]
+    lines += [
+        "",
+        f"{machine['processor']}, torch {machine['torch']}{peers}, {machine['date']}, commit "
+        f"{machine['commit'] or 'unknown'}; `{comparison.command}`.",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _seed_list(comparison: Comparison) -> str:
+    return ", ".join(map(str, comparison.seeds))
+
+
+def csv_text(comparison: Comparison) -> str:
+    """The rows with every digit, a column for each figure and its spread, lists of seeds by spaces.
+
+    Texts are :func:`~.spreadsheet.spreadsheet_safe`: what another package says of its failure is not ours.
+    """
+    header = ["key", "method", "package", "kind", "seeds"]
+    for name in FIGURES:
+        header += [name, f"{name}_sd"]
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, [*header, "missing", "error"], restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in comparison.rows:
+        cells = {**row, "seeds": " ".join(map(str, row["seeds"]))}
+        writer.writerow({name: spreadsheet_safe(cell) for name, cell in cells.items()})
+    return stream.getvalue()
+
+
+def save(comparison: Comparison, file: Path) -> list[Path]:
+    """Write what people read beside the JSON ``file``: .md, .csv and .png; the files written."""
+    texts = {".md": markdown(comparison), ".csv": csv_text(comparison)}
+    for suffix, text in texts.items():
+        write_atomically(file.with_suffix(suffix), _writer(text))
+    return [file.with_suffix(suffix) for suffix in texts] + draw(comparison, file.with_suffix(".png"))
+
+
+def _writer(text: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    return write
+
+
+#: The panels of the figure: a row's figure, the axis' name.
+PANELS = (("test_mse", "MSE, lower is better"), ("ndcg@10", "NDCG@10, higher is better"))
+
+#: Training times are drawn as this much at least, or the quickest would leave the others no room.
+LEAST_SECONDS = 0.1
+
+
+def draw(comparison: Comparison, path: Path) -> list[Path]:
+    """Draw error and NDCG@10 over training time as PNG; the files written, none where no row has either.
+
+    A panel without rows is left out. Ours are filled, the baselines are not; bars are standard deviations.
+    Needs matplotlib, of the extra ``lunet-fast[train]``; no display.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [(name, label) for name, label in PANELS if any(name in row for row in comparison.rows)]
+    if not panels:
+        return []
+    figure = Figure(figsize=(6.6 * len(panels), 5.0), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        rows = [row for row in comparison.rows if name in row]
+        for row in rows:
+            ours = METHODS[row["key"]].is_lu_net
+            colour = "#d1662b" if ours else "#5b6b7b"
+            axes.errorbar(
+                _seconds(row),
+                row[name],
+                yerr=row.get(f"{name}_sd"),
+                fmt="D" if ours else "o",
+                color=colour,
+                markerfacecolor=colour if ours and row["key"] != LEAKY else "white",
+                markersize=7 if ours else 5.5,
+                elinewidth=1,
+                capsize=2,
+                zorder=3 if ours else 2,
+            )
+        axes.set(xscale="log", xlabel="training, seconds on one thread", ylabel=label)
+        axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+        axes.xaxis.set_minor_formatter(lambda seconds, _: "")
+        axes.margins(x=0.22, y=0.1)
+        axes.grid(color="#e4e4e4")
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        quick = [row for row in rows if row["train_seconds"] < LEAST_SECONDS]
+        if quick:
+            names = " and ".join(row["method"] for row in quick)
+            axes.set_title(f"{names}: less than {LEAST_SECONDS:g} s", fontsize=8, loc="left", color="#666666")
+    seeds = f"seed{'s' if len(comparison.seeds) > 1 else ''} {_seed_list(comparison)}"
+    figure.suptitle(f"{dataset_title(comparison.dataset)}, {seeds}", fontsize=12)
+    figure.canvas.draw()  # the labels' places depend on those of the points
+    figure.set_layout_engine("none")
+    for axes, (name, _) in zip(figure.axes, panels, strict=True):
+        _label_points(axes, [row for row in comparison.rows if name in row], name)
+    write_figure(path, figure)
+    return [path]
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    return max(row["train_seconds"], LEAST_SECONDS)
+
+
+def _label_points(axes: Any, rows: Iterable[dict[str, Any]], name: str) -> None:
+    """A method's name beside its point, where it covers no point and no other name; ours choose first."""
+    from matplotlib.transforms import Bbox
+
+    rows = sorted(rows, key=lambda row: not METHODS[row["key"]].is_lu_net)
+    places = [axes.transData.transform((_seconds(row), row[name])) for row in rows]
+    taken = [Bbox.from_extents(x - 8, y - 8, x + 8, y + 8) for x, y in places]
+    frame = axes.get_window_extent()
+    renderer = axes.figure.canvas.get_renderer()
+    sides = (
+        *(("left", "center", 1.0, 0.0), ("right", "center", -1.0, 0.0)),
+        *(("center", "bottom", 0.0, 1.0), ("center", "top", 0.0, -1.0)),
+        *(("left", "bottom", 0.6, 0.8), ("left", "top", 0.6, -0.8)),
+        *(("right", "bottom", -0.6, 0.8), ("right", "top", -0.6, -0.8)),
+    )
+    for row in rows:
+        ours = METHODS[row["key"]].is_lu_net
+        label = axes.annotate(
+            _short(row),
+            (_seconds(row), row[name]),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=7.5,
+            fontweight="bold" if ours else "normal",
+            color="#a3461a" if ours else "#333333",
+            zorder=4,
+        )
+        best = None
+        for distance in (8, 14, 22):
+            for horizontal, vertical, dx, dy in sides:
+                label.set(ha=horizontal, va=vertical)
+                label.set_position((distance * dx, distance * dy))
+                box = label.get_window_extent(renderer)
+                covered = sum(_overlap(box, other) for other in taken)
+                outside = box.width * box.height - _overlap(box, frame)
+                cost = covered + 2 * outside + distance
+                if best is None or cost < best[0]:
+                    best = cost, horizontal, vertical, (distance * dx, distance * dy), box
+        assert best is not None
+        label.set(ha=best[1], va=best[2])
+        label.set_position(best[3])
+        taken.append(best[4])
+
+
+def _short(row: dict[str, Any]) -> str:
+    name = str(row["method"])
+    return name if row["key"] != LEAKY else "LU-Net, interactions: leaks"
+
+
+def _overlap(a: Any, b: Any) -> float:
+    """The area that two boxes share."""
+    width = min(a.x1, b.x1) - max(a.x0, b.x0)
+    height = min(a.y1, b.y1) - max(a.y0, b.y0)
+    return float(max(width, 0.0) * max(height, 0.0))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

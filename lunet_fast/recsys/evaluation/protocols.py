@@ -1,0 +1,131 @@
+"""The two protocols of the paper: what a method learns from, and what it is measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.data.splits import (
+    draw_candidates,
+    joint_split,
+    leave_one_out,
+    per_user_split,
+    random_split,
+)
+from lunet_fast.recsys.evaluation.ranking import (
+    KS,
+    ActivityGroup,
+    FullRanking,
+    ScoreItems,
+    full_ranking,
+    sampled_ranking,
+)
+from lunet_fast.recsys.model.config import TrainConfig
+
+RANKED_PAIRS = 2**26
+"""Pairs that a ranking of all items scores at most: of more users than that allows, a sample is ranked."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of one data set, all with the same ids."""
+
+    training: Ratings
+    test: Ratings | None
+    """For ratings."""
+    held_out: Ratings | None
+    """For ranking, one of each user: leave-one-out."""
+    candidates: Tensor | None
+    """int64 ``[held_out, 100]``: what each held-out item is ranked with, -1 for none."""
+
+    @classmethod
+    def of(cls, ratings: Ratings, config: TrainConfig) -> Parts:
+        """As ``config.split`` and ``config.seed`` say."""
+        if config.split == "stream":
+            raise ValueError("split='stream' is that of a stream of ratings: choose split='random'")
+        if config.split == "files":
+            raise ValueError(
+                "split='files' needs the test part: pass test=, or choose split='random' or 'per-user'"
+            )
+        if config.split == "none":
+            return cls(ratings, None, None, None)
+        divide = {
+            "random": random_split,
+            "per-user": per_user_split,
+            "leave-one-out": leave_one_out,
+            "joint": joint_split,
+        }[config.split]
+        split = divide(ratings, config.seed)
+        held_out = candidates = None
+        if len(split.held_out):
+            held_out = ratings.select(split.held_out)
+            candidates = draw_candidates(ratings, split.held_out, config.seed)
+        test = ratings.select(split.test) if len(split.test) else None
+        return cls(ratings.select(split.train), test, held_out, candidates)
+
+    def known_pairs(self) -> Tensor:
+        """``user * n_items + item`` of all parts, int64."""
+        parts = [part for part in (self.training, self.test, self.held_out) if part is not None]
+        return torch.cat([part.user * part.n_items + part.item for part in parts])
+
+
+class Ranking(NamedTuple):
+    """Metrics of a model, and of groups of users."""
+
+    metrics: dict[str, float]
+    groups: list[ActivityGroup]
+    """``full_...`` for thirds of the users by the number of their seen pairs."""
+
+
+def evaluate_ranking(score_items: ScoreItems, parts: Parts, seed: int = 0) -> Ranking:
+    """All metrics of ranking that ``parts`` allow; none where there is neither a held-out nor a test part.
+
+    With held-out ratings (leave-one-out): ``hr@k``, ``ndcg@k`` and ``mrr`` among the candidates, and
+    ``full_...`` among all items that are in no other known pair of the user. ``precision@k`` (2.16) and
+    ``recall@k`` are of the test part, ranked among all items that are neither in training nor held out; where
+    there is no test part, a held-out rating is the one relevant item of its user among the candidates, and
+    precision@k = hr@k / k. Without held-out ratings, ``full_...`` are of the test part. k is 5, 10 and 20.
+
+    ``full_users`` is the number of users ranked; where all would make more than RANKED_PAIRS pairs, they are
+    a sample drawn by ``default_rng((seed, 4))``.
+    """
+    values: dict[str, float] = {}
+    training, test, held_out = parts.training, parts.test, parts.held_out
+    if held_out is not None and parts.candidates is not None:
+        values |= sampled_ranking(score_items, held_out.user, held_out.item, parts.candidates)
+    of_test = None
+    if test is not None:
+        others = [training] if held_out is None else [training, held_out]
+        of_test = _ranked_among_all(score_items, test, others, seed)
+        for k in KS:
+            for name in ("precision", "recall"):
+                values[f"{name}@{k}"] = of_test.metrics[f"full_{name}@{k}"]
+    elif held_out is not None:
+        values |= {f"precision@{k}": values[f"hr@{k}"] / k for k in KS}
+    full = of_test
+    if held_out is not None:
+        others = [training] if test is None else [training, test]
+        full = _ranked_among_all(score_items, held_out, others, seed)
+    if full is None:
+        return Ranking(values, [])
+    return Ranking({**values, **full.metrics, "full_users": full.users}, full.groups)
+
+
+def _ranked_among_all(
+    score_items: ScoreItems, relevant: Ratings, seen: list[Ratings], seed: int
+) -> FullRanking:
+    """``full_ranking`` of the pairs ``relevant``, with those of ``seen`` left out."""
+    users, items = relevant.user, relevant.item
+    some = torch.unique(users)
+    most = max(1, RANKED_PAIRS // relevant.n_items)
+    if len(some) > most:
+        drawn = np.random.default_rng((seed, 4)).choice(len(some), most, replace=False)
+        kept = torch.isin(users, some[torch.from_numpy(drawn)])
+        users, items = users[kept], items[kept]
+    seen_users, seen_items = (torch.cat([getattr(part, side) for part in seen]) for side in ("user", "item"))
+    return full_ranking(score_items, users, items, seen_users, seen_items, relevant.n_items)

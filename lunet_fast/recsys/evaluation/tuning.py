@@ -1,0 +1,148 @@
+"""A search for settings on a validation part of the training data, by Optuna."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.evaluation.protocols import Parts
+from lunet_fast.recsys.model.config import recipe
+from lunet_fast.recsys.model.training import train
+from lunet_fast.training.loop import DivergenceError
+
+if TYPE_CHECKING:
+    import optuna
+
+MEMBERS = 2
+"""Of the model of a trial, unless they are given: more cost more time and order settings alike."""
+
+SEARCHED = (
+    *("embedding_size", "layers", "epochs", "history_power", "learning_rate", "net_learning_rate", "dropout"),
+    *("l2_latent", "l2_interaction_embedding", "negatives", "interaction_share"),
+)
+"""What a search varies, as far as gamma needs it; the recipe's own values are its first trial."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What :func:`tune` found."""
+
+    settings: dict[str, Any]
+    """Fields of ``TrainConfig`` that the best trial had, beside those asked for."""
+    value: float
+    """Its figure on the validation part."""
+    measure: str
+    trials: int
+    """Finished trials of the study, earlier ones included."""
+
+
+def measure_of(gamma: float) -> tuple[str, Literal["minimize", "maximize"]]:
+    """(what a trial is judged by, the direction): the MSE where ratings alone are learnt, else NDCG@10.
+
+    Between gamma 0 and 1 both count: NDCG@10 less the MSE, so that .01 of one is worth .01 of the other.
+    """
+    if gamma == 1:
+        return "test_mse", "minimize"
+    return ("ndcg@10" if gamma == 0 else "ndcg@10 - test_mse"), "maximize"
+
+
+def suggested(trial: optuna.Trial, gamma: float) -> dict[str, Any]:
+    """Settings of one trial, around those of recipe ``best``."""
+    settings: dict[str, Any] = {
+        "embedding_size": trial.suggest_categorical("embedding_size", [8, 16, 32, 48, 64]),
+        "layers": trial.suggest_int("layers", 1, 3),
+        "epochs": trial.suggest_int("epochs", 5, 20),
+        "history_power": trial.suggest_float("history_power", 0.2, 0.8),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-3, 2e-2, log=True),
+        "net_learning_rate": trial.suggest_float("net_learning_rate", 5e-5, 3e-3, log=True),
+        "dropout": trial.suggest_float("dropout", 0.0, 0.3),
+    }
+    if gamma > 0:
+        settings["l2_latent"] = trial.suggest_float("l2_latent", 5e-3, 0.2, log=True)
+    if gamma < 1:
+        settings["l2_interaction_embedding"] = trial.suggest_float(
+            "l2_interaction_embedding", 1e-5, 1e-2, log=True
+        )
+        settings["negatives"] = trial.suggest_int("negatives", 1, 10)
+    if 0 < gamma < 1:
+        settings["interaction_share"] = trial.suggest_float("interaction_share", 0.3, 0.8)
+    return settings
+
+
+def tune(
+    ratings: Ratings,
+    *,
+    trials: int,
+    storage: Path | None = None,
+    seed: int = 0,
+    told: Callable[[int, float | None, float], None] | None = None,
+    **asked: Any,
+) -> Tuned:
+    """Try ``trials`` more settings and return the best of the study.
+
+    ``asked`` are settings that stay as they are, such as ``gamma``; ``members`` is MEMBERS unless given. The
+    test and held-out parts, by the split and ``seed``, are taken away first and never read; what is left is
+    divided again in the same way, and a trial is judged on the second part (:func:`measure_of`). ``storage``
+    is a file that keeps the study, in Optuna's journal format: the same call goes on with it. A trial that
+    diverges counts as failed. ``told(number, value, best)`` hears of each finished trial, value None of a
+    failed one.
+
+    ``ImportError`` without Optuna (``pip install "lunet-fast[tune]"``), ``ValueError`` for a wrong setting,
+    for a study of other data or settings, and where no trial has succeeded.
+    """
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise ImportError('tuning needs Optuna: pip install "lunet-fast[tune]"') from error
+
+    if trials < 1:
+        raise ValueError(f"trials={trials} must be at least 1")
+    asked = {"members": MEMBERS, "seed": seed, "mlp": False, **asked}
+    base = recipe("best", len(ratings), **asked)
+    rest = Parts.of(ratings, base).training
+    measure, direction = measure_of(base.gamma)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name="lunet-fast",
+        storage=None if storage is None else JournalStorage(JournalFileBackend(str(storage))),
+        direction=direction,
+        load_if_exists=True,
+    )
+    # By the number of trials, too: a study that goes on would draw again what it began with.
+    study.sampler = optuna.samplers.TPESampler(seed=(seed + len(study.trials)) % 2**32)
+    what = {"dataset": ratings.name, "ratings": len(ratings), "measure": measure, **asked}
+    recorded = study.user_attrs.get("what", what)
+    for name in what.keys() | recorded.keys():
+        if what.get(name) != recorded.get(name):
+            raise ValueError(
+                f"{storage} holds a study with {name}={recorded.get(name)!r}, not {what.get(name)!r}: name "
+                "another file, or ask for the same"
+            )
+    study.set_user_attr("what", what)
+    if not study.trials:
+        study.enqueue_trial({name: getattr(base, name) for name in SEARCHED if name not in asked})
+
+    def objective(trial: optuna.Trial) -> float:
+        config = recipe("best", len(ratings), **{**suggested(trial, base.gamma), **asked})
+        values = train(rest, config).metrics
+        if measure in values:
+            return float(values[measure])
+        return float(values["ndcg@10"] - values["test_mse"])
+
+    def finished(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        if told is not None:
+            done = [t.value for t in study.trials if t.value is not None]
+            best = (min if direction == "minimize" else max)(done, default=float("nan"))
+            told(trial.number, trial.value, best)
+
+    study.optimize(objective, n_trials=trials, catch=(DivergenceError,), callbacks=[finished])
+    done = [t for t in study.trials if t.value is not None]
+    if not done:
+        raise ValueError("every trial has diverged: the data may hold a single kind of rating")
+    best = {name: value for name, value in study.best_params.items() if name not in asked}
+    return Tuned(best, study.best_value, measure, len(done))

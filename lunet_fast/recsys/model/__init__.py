@@ -1,0 +1,1 @@
+"""The recommender: its configuration, network, losses, training and files."""

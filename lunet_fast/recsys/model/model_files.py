@@ -1,0 +1,140 @@
+"""Files of trained recommenders: the model with its ids and titles, and what a ranking was measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lunet_fast.recsys.data.ratings import IdMap
+from lunet_fast.recsys.evaluation.protocols import Parts
+from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.model.schema import CANDIDATES_FORMAT, HEADERS, MODEL_FORMAT, TEXT_COLUMNS
+from lunet_fast.training.checkpoints import pass_by, whole_tensors
+from lunet_fast.training.files import CheckpointError, read_tensors, write_tensors
+from lunet_fast.training.sharding import DealtTables
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model and what leads from a user's own ids to its indices and back."""
+
+    model: RatingModel
+    users: IdMap
+    items: IdMap
+    scale: tuple[float, float]
+    item_info: pd.DataFrame | None = None
+
+
+def save_model(path: Path | None, trained: TrainedModel, dealt: DealtTables | None = None) -> None:
+    """Write model, settings, ids, scale and titles into one safetensors file.
+
+    With ``dealt`` every process calls this, those without a file with None; the file is that of the whole.
+    """
+    tensors = whole_tensors("model.", trained.model, dealt)
+    if path is None:
+        pass_by(tensors)
+        return
+    tensors |= _pack_ids("users", trained.users) | _pack_ids("items", trained.items)
+    columns = []
+    if trained.item_info is not None:
+        columns = [name for name in TEXT_COLUMNS if name in trained.item_info.columns]
+        for name in columns:
+            texts = trained.item_info[name].fillna("").astype(str).tolist()
+            tensors |= _pack_texts(f"items.{name}", texts)
+    state = {
+        "config": trained.model.config.to_dict(),
+        "scale": list(trained.scale),
+        "n_users": len(trained.users),
+        "n_items": len(trained.items),
+        "item_info": columns,
+    }
+    write_tensors(path, tensors, MODEL_FORMAT, state)
+
+
+def load_model(path: Path) -> TrainedModel:
+    """Read what :func:`save_model` wrote, onto the CPU; :class:`CheckpointError` where it is unusable.
+
+    Files of every version of the format are read. A file may come from anybody: nothing in it is executed,
+    its header has to fit :data:`~lunet_fast.recsys.model.schema.HEADERS`, and the names, dtypes and shapes of
+    its
+    tensors the settings, before anything is allocated for these. What it predicts is its maker's word alone.
+    """
+    tensors, header = read_tensors(path, MODEL_FORMAT, HEADERS[MODEL_FORMAT])
+    try:
+        config = TrainConfig.from_dict(header["config"])
+        users, items = (_unpack_ids(side, tensors, header[f"n_{side}"]) for side in ("users", "items"))
+        low, high = (float(end) for end in header["scale"])
+        if not low <= high:
+            raise ValueError(f"scale=({low:g}, {high:g}) must be the lowest and the highest rating")
+        info = {name: _unpack_texts(f"items.{name}", tensors, len(items)) for name in header["item_info"]}
+        # What is left is the model's.
+        state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        if len(state) < len(tensors):
+            other = min(name for name in tensors if not name.startswith("model."))
+            raise ValueError(f"the tensor {other!r} is not of a model file")
+        model = RatingModel.from_state(config, state, len(users), len(items))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path}: {reason}") from error
+    return TrainedModel(model, users, items, (low, high), pd.DataFrame(info) if info else None)
+
+
+def save_candidates(path: Path, parts: Parts) -> None:
+    """Write what ranking was measured on: held-out pairs ``user`` and ``item``, int64 ``[H]``, and the items
+    ``candidates``, int64 ``[H, C]``, that each was ranked with, all as indices; -1 for none.
+    """
+    assert parts.held_out is not None
+    assert parts.candidates is not None
+    tensors = {"user": parts.held_out.user, "item": parts.held_out.item, "candidates": parts.candidates}
+    write_tensors(path, tensors, CANDIDATES_FORMAT, {"dataset": parts.training.name})
+
+
+def _pack_ids(name: str, ids: IdMap) -> dict[str, Tensor]:
+    if ids.ids.dtype == np.int64:
+        return {f"{name}.ids": torch.from_numpy(ids.ids.copy())}
+    return _pack_texts(f"{name}.ids", [str(text) for text in ids.ids])
+
+
+def _unpack_ids(name: str, tensors: dict[str, Tensor], count: int) -> IdMap:
+    """What :func:`_pack_ids` packed, taken out of ``tensors``; ``ValueError`` unless it is ``count`` ids."""
+    if f"{name}.ids" in tensors:
+        ids = IdMap(_taken(f"{name}.ids", tensors, torch.int64).numpy())
+    else:
+        ids = IdMap(_unpack_texts(f"{name}.ids", tensors))
+    if len(ids) != count:
+        raise ValueError(f"the header has {count} {name} but {len(ids)} {name[:-1]} ids are there")
+    return ids
+
+
+def _pack_texts(name: str, texts: list[str]) -> dict[str, Tensor]:
+    """Texts as one UTF-8 tensor and the place where each starts: too many for the file's header."""
+    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    data = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
+    return {f"{name}.text": torch.from_numpy(data), f"{name}.offsets": torch.from_numpy(offsets)}
+
+
+def _unpack_texts(name: str, tensors: dict[str, Tensor], count: int | None = None) -> list[str]:
+    """What :func:`_pack_texts` packed, taken out of ``tensors``."""
+    data = _taken(f"{name}.text", tensors, torch.uint8).numpy().tobytes()
+    offsets = _taken(f"{name}.offsets", tensors, torch.int64).tolist()
+    if not offsets or offsets[0] != 0 or offsets[-1] != len(data) or sorted(offsets) != offsets:
+        raise ValueError(f"{name}.offsets does not cut {name}.text into texts")
+    if count is not None and len(offsets) != count + 1:
+        raise ValueError(f"{name} has {len(offsets) - 1} texts for {count} items")
+    return [data[a:b].decode("utf-8", "surrogatepass") for a, b in pairwise(offsets)]
+
+
+def _taken(name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """``tensors[name]``, taken out of it: ``[n]`` of ``dtype``, or ``ValueError``."""
+    tensor = tensors.pop(name)
+    if tensor.ndim != 1 or tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} [n], got {tensor.dtype} {list(tensor.shape)}")
+    return tensor

@@ -1,0 +1,500 @@
+"""What is trained, and how; :func:`train` is all of ``lunet-fast train`` behind its arguments."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lunet_fast
+from lunet_fast.layers.lunet import LUNet
+from lunet_fast.recsys import report
+from lunet_fast.recsys.data.features import side_features
+from lunet_fast.recsys.data.negatives import NegativeSampler
+from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.evaluation import metrics
+from lunet_fast.recsys.evaluation.protocols import Parts, Ranking, evaluate_ranking
+from lunet_fast.recsys.evaluation.ranking import decode, predict_ratings, reconstruct
+from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.losses import Losses, hybrid_loss
+from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_candidates, save_model
+from lunet_fast.recsys.model.network import MLPModel, RatingModel, perceptron
+from lunet_fast.recsys.serving.scoring import ItemScorer
+from lunet_fast.training.distributed import Workers, existing_device
+from lunet_fast.training.files import RunFolder, read_json, write_json
+from lunet_fast.training.loop import (
+    CHECKPOINT_SECONDS,
+    Batch,
+    Curve,
+    Phase,
+    Progress,
+    ShuffledRows,
+    Stop,
+    cpu_threads,
+    fit,
+)
+from lunet_fast.training.seeding import seeded
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What :func:`train` returns; ``metrics`` is the content of ``metrics.json``."""
+
+    trained: TrainedModel
+    metrics: dict[str, Any]
+    curve: Curve
+
+
+def train(
+    ratings: Ratings,
+    config: TrainConfig,
+    *,
+    test: Ratings | None = None,
+    out: Path | str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    stop: Stop | None = None,
+    workers: Workers | None = None,
+) -> TrainResult:
+    """Train the recommender, with gamma 1 and ``config.mlp`` the MLP control too, and evaluate both.
+
+    ``ratings`` is split as ``config.split`` and ``config.seed`` say. With ``test`` given it is the training
+    part itself, and the split is called ``files`` (:func:`~lunet_fast.recsys.data.splits.join` gives two
+    files one set of ids). Metrics of ranking are those of
+    :func:`~lunet_fast.recsys.evaluation.protocols.evaluate_ranking`. The last epoch's weights are the result:
+    the test part is evaluated at each epoch for the loss figure, and nothing decides by it.
+
+    ``out`` is the run folder to write; without it nothing is written. There, ``resume`` goes on from the
+    last checkpoint to the weights that the uninterrupted training would have given, bit for bit on a CPU;
+    it starts from the beginning where there is no checkpoint, and returns the stored result (without its
+    curve) where the training is finished. A folder with another training is refused unless ``overwrite``,
+    and so is one that another process is training in. Checkpoints are written at the end of each epoch, and
+    within one ``checkpoint_seconds`` after the last; and when ``stop`` is asked for one, before
+    :class:`~lunet_fast.training.loop.Interrupted` is raised.
+
+    ``workers`` are the processes that train together (:mod:`lunet_fast.training.distributed`): all call this
+    with the
+    same arguments and get the same weights, process 0 alone writes and evaluates, and ``metrics`` are empty
+    for the others. ``config.batch_size`` rows a step are shared by all; a training may be resumed by another
+    number of processes.
+
+    Raises :class:`~lunet_fast.training.loop.DivergenceError` when the loss is not finite or absurd,
+    ``RunFolderError`` for an unusable folder, ``CheckpointError`` for a damaged checkpoint, ``OSError`` for a
+    file that cannot be written, ``ValueError`` for data that cannot be trained on.
+    """
+    workers = workers or Workers(device=existing_device(device))
+    device = workers.device
+    folder = None if out is None or not workers.is_first else RunFolder(Path(out))
+    if folder is not None:
+        folder.prepare(resume=resume, overwrite=overwrite)
+    if test is not None:
+        config = config.replace(split="files")
+    parts = Parts.of(ratings, config) if test is None else Parts(ratings, test, None, None)
+    training, test = parts.training, parts.test
+    for part, rows in (("training", training), ("test", test)):
+        if rows is not None:
+            _check_ratings(part, rows)
+    if workers.of_first(int(resume and folder is not None and folder.is_finished())):
+        if folder is None:
+            raise ValueError("the training is finished already: there is nothing to do for this process")
+        folder.check(_resolved(config, parts))
+        return TrainResult(load_model(folder.model), read_json(folder.metrics), Curve())
+
+    with nullcontext() if folder is None else folder.locked():
+        if folder is not None:
+            folder.begin(_resolved(config, parts), resume=resume)
+        run = _Run(
+            config=config,
+            training=_Part.of(training, device),
+            test=None if test is None else _Part.of(test, device),
+            known=parts.known_pairs().to(device),
+            scale=training.scale,
+            shape=(training.n_users, training.n_items),
+            features=side_features(training) if config.side_features else (None, None),
+            workers=workers,
+            checkpoints=None if folder is None else folder.checkpoints,
+            resume=resume,
+            checkpoint_seconds=checkpoint_seconds,
+            stop=stop or Stop(),
+            progress=progress or Progress(),
+        )
+        with cpu_threads(config.threads):
+            model, curve = run.lu_net()
+            values: dict[str, Any] = {}
+            if workers.is_first:
+                values = evaluate(model, parts, device).metrics
+            if config.mlp and config.gamma == 1:
+                values |= run.control()
+        trained = TrainedModel(
+            model.to("cpu"), training.users, training.items, training.scale, training.item_info
+        )
+        if not workers.is_first:
+            return TrainResult(trained, {}, curve)
+        values |= {
+            "dataset": training.name,
+            "recipe": config.recipe,
+            "split": config.split,
+            "seed": config.seed,
+            "epochs": config.epochs,
+            "train_seconds": round(curve.seconds, 3),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "train_ratings": len(training),
+            "test_ratings": 0 if test is None else len(test),
+            "held_out_ratings": 0 if parts.held_out is None else len(parts.held_out),
+            "gamma": config.gamma,
+            "world_size": workers.world_size,
+            "global_batch": config.batch_size,
+            **versions(),
+        }
+        if folder is not None:
+            save_model(folder.model, trained)
+            if parts.candidates is not None:
+                save_candidates(folder.candidates, parts)
+            title = f"{report.dataset_title(training.name)}, recipe {config.recipe}"
+            ylabel = "mean squared error" if config.gamma > 0 else "loss of interactions"
+            report.save_loss_figure(folder.loss, title, curve.train, curve.test, ylabel)
+            write_json(folder.metrics, values)
+    return TrainResult(trained, values, curve)
+
+
+def _check_ratings(part: str, rows: Ratings) -> None:
+    """What a table of ratings that no reader has made may hold."""
+    if len(rows) == 0:
+        raise ValueError(f"the {part} part of {rows.name} is empty")
+    bad = (~torch.isfinite(rows.rating)).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        raise ValueError(
+            f"the {part} part of {rows.name} has the rating {rows.rating[row].item()} in row {row} (from 0): "
+            "leave such rows out"
+        )
+    for side, index, count in (("user", rows.user, rows.n_users), ("item", rows.item, rows.n_items)):
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= count:
+            raise ValueError(
+                f"the {part} part of {rows.name} has {side} indices from {low} to {high}, and there are "
+                f"{count} {side}s: an index is from 0 to {count - 1}"
+            )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the result, as flat keys."""
+    return {
+        "version_lunet_fast": lunet_fast.__version__,
+        "version_python": platform.python_version(),
+        "version_torch": torch.__version__,
+        "version_numpy": np.__version__,
+        "version_pandas": pd.__version__,
+    }
+
+
+@torch.no_grad()
+def evaluate(model: RatingModel, parts: Parts, device: torch.device | str = "cpu") -> Ranking:
+    """All metrics of a model on the parts that it was not trained on; the model is on the CPU afterwards.
+
+    ``test_mse`` and ``test_rmse`` of the clipped predictions on the test part; the reconstruction error over
+    the test pairs, or else the held-out ones; and :func:`~.protocols.evaluate_ranking`'s. With the threads
+    of ``model.config`` they are those of ``metrics.json`` to the last digit.
+    """
+    values: dict[str, float] = {}
+    pairs = parts.test or parts.held_out
+    model.to(device)
+    if pairs is not None:
+        reconstruction = reconstruct(model, pairs.user.to(device), pairs.item.to(device))
+        values["reconstruction_error"] = reconstruction.error
+        values["reconstruction_error_relative"] = reconstruction.relative
+    if parts.test is not None and model.config.gamma > 0:
+        test = _Part.of(parts.test, device)
+        prediction = predict_ratings(model, test.user, test.item, parts.training.scale)
+        values["test_mse"] = metrics.mse(prediction, test.rating)
+        values["test_rmse"] = metrics.rmse(prediction, test.rating)
+    model.to("cpu")
+    scorer = ItemScorer(model, model.histories(), device)
+    ranking = evaluate_ranking(scorer.scores, parts, model.config.seed)
+    return Ranking({**values, **ranking.metrics}, ranking.groups)
+
+
+def ratings_digest(parts: Parts) -> str:
+    """SHA-256 over users, items and ratings of all parts: what ``config.json`` says of the data."""
+    digest = hashlib.sha256()
+    for part in (parts.training, parts.test, parts.held_out):
+        if part is not None:
+            for tensor in (part.user, part.item, part.rating):
+                digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _resolved(config: TrainConfig, parts: Parts) -> dict[str, Any]:
+    """The content of ``config.json``: all settings, and what data they were used on."""
+    training = parts.training
+    return {
+        "dataset": training.name,
+        "source": training.source,
+        "users": training.n_users,
+        "items": training.n_items,
+        "scale": list(training.scale),
+        "ratings_sha256": ratings_digest(parts),
+        **config.to_dict(),
+    }
+
+
+# One step, as the benchmark of training takes it too --------------------------------------------------------
+
+
+def rating_optimizer(model: RatingModel) -> torch.optim.Adam:
+    """Adam for the recommender: rates and L2 of their own for the tables and for the network."""
+    config = model.config
+    tables = [table.weight for table in model.tables()]
+    net = list(model.nets.parameters())
+    special = {id(p) for p in (*tables, *net)}
+    groups: list[dict[str, Any]] = [
+        {"params": tables, "lr": config.learning_rate, "weight_decay": config.weight_decay},
+        {"params": net, "lr": config.net_learning_rate, "weight_decay": config.net_weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in special], "lr": config.learning_rate},
+    ]
+    return _adam(groups)
+
+
+def rating_objective(
+    model: RatingModel,
+    users: Tensor,
+    items: Tensor,
+    ratings: Tensor,
+    generator: torch.Generator,
+    sampler: NegativeSampler | None = None,
+    share: slice | None = None,
+) -> Losses:
+    """:func:`~.losses.hybrid_loss` of a batch of training ratings, each argument ``[B]``.
+
+    ``sampler`` draws the pairs without interaction, which gamma below 1 needs; ``generator`` is its own and
+    dropout's. ``share`` are the rows whose loss is wanted, all by default; draws are made for all.
+    """
+    rows, count = len(users), 0
+    drawn = None
+    if sampler is not None:
+        count = model.config.negatives
+        drawn = sampler.draw(users, count, generator)
+    dropout = model.draw_dropout(rows * (1 + count), generator)
+    if share is not None and share != slice(0, rows):
+        if dropout is not None:
+            negative = slice(rows + share.start * count, rows + share.stop * count)
+            dropout = torch.cat((dropout[:, share], dropout[:, negative]), dim=1)
+        users, items, ratings = users[share], items[share], ratings[share]
+        drawn = None if drawn is None else drawn[share]
+    observed: bool | Tensor = True
+    if drawn is not None:
+        observed = torch.arange(len(users) * (1 + count), device=users.device) < len(users)
+        users = torch.cat((users, users.repeat_interleave(count)))
+        items = torch.cat((items, drawn.flatten()))
+    output = model.output(users, items, observed=observed, dropout=dropout)
+    return hybrid_loss(model, output, ratings)
+
+
+def control_optimizer(model: MLPModel, config: TrainConfig) -> torch.optim.Adam:
+    """Adam for the MLP control: one rate, L2 of their own for the tables and for the layers."""
+    tables = [model.user_embedding.weight, model.item_embedding.weight]
+    rest = [*model.hidden.parameters(), *model.readout.parameters()]
+    groups = [
+        {"params": tables, "lr": config.mlp_learning_rate, "weight_decay": config.mlp_weight_decay},
+        {"params": rest, "lr": config.mlp_learning_rate, "weight_decay": config.mlp_net_weight_decay},
+    ]
+    return _adam(groups)
+
+
+def control_objective(
+    model: MLPModel, users: Tensor, items: Tensor, ratings: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Squared error of the control on a batch, each argument ``[B]``: to differentiate, and to report."""
+    loss = F.mse_loss(model(users, items), ratings)
+    return loss, loss.detach()
+
+
+def _adam(groups: list[dict[str, Any]]) -> torch.optim.Adam:
+    return torch.optim.Adam(groups, fused=groups[0]["params"][0].device.type in ("cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Ratings as the loop uses them: three tensors on the device, moved there once."""
+
+    user: Tensor
+    item: Tensor
+    rating: Tensor
+
+    @classmethod
+    def of(cls, ratings: Ratings, device: torch.device | str) -> _Part:
+        return cls(ratings.user.to(device), ratings.item.to(device), ratings.rating.to(device))
+
+    def __len__(self) -> int:
+        return len(self.rating)
+
+
+@dataclass
+class _Run:
+    """The phases of one training and what they share."""
+
+    config: TrainConfig
+    training: _Part
+    test: _Part | None
+    known: Tensor
+    scale: tuple[float, float]
+    shape: tuple[int, int]
+    features: tuple[Tensor | None, Tensor | None]
+    workers: Workers
+    checkpoints: Path | None
+    resume: bool
+    checkpoint_seconds: float
+    stop: Stop
+    progress: Progress
+
+    def lu_net(self) -> tuple[RatingModel, Curve]:
+        """Train the recommender."""
+        config, part = self.config, self.training
+        with seeded(config.seed):
+            triple = part.user.cpu(), part.item.cpu(), part.rating.cpu()
+            user_features, item_features = self.features
+            model = RatingModel(
+                config, *triple, *self.shape, user_features=user_features, item_features=item_features
+            )
+        model.to(self.workers.device)
+        sampler = NegativeSampler.of(model, self.known) if config.gamma < 1 else None
+
+        def objective(batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            users, items, ratings = batch
+            return rating_objective(model, users, items, ratings, generator, sampler, share)
+
+        phase = Phase(
+            name="LU-Net",
+            module=model,
+            optimizer=rating_optimizer(model),
+            batches=ShuffledRows((part.user, part.item, part.rating), config.batch_size),
+            epochs=config.epochs,
+            seed=config.seed,
+            objective=objective,
+            rate=("learning_rate", config.learning_rate),
+            test_loss=self._test_loss(model) if config.gamma > 0 else None,
+            error_limit=error_limit(self.scale) if config.gamma > 0 else float("inf"),
+            linear_decay=config.schedule == "linear",
+            locate=lambda batch: first_overflow(model, *batch[:2]),
+        )
+        return model, self._fit(phase)
+
+    def control(self) -> dict[str, Any]:
+        """Train the MLP of table 2, then a decoder from its last hidden layer to x, and evaluate both."""
+        config, part = self.config, self.training
+        size, hidden = config.mlp_embedding_size, config.mlp_hidden
+        with seeded(config.seed):
+            mean = part.rating.double().mean().item()
+            model = MLPModel(*self.shape, size, hidden, mean, config.embedding_std)
+            # The mirror image of the network that it has to undo.
+            decoder = perceptron((*reversed(hidden), 2 * size))
+        model.to(self.workers.device)
+        decoder.to(self.workers.device)
+
+        def objective(batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            users, items, ratings = (column[share] for column in batch)
+            return control_objective(model, users, items, ratings)
+
+        def decoding_objective(
+            batch: Batch, share: slice, generator: torch.Generator
+        ) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                x, h = model.latent(batch[0][share], batch[1][share])
+            loss = (decoder(h) - x).square().sum(-1).mean()
+            return loss, loss.detach()
+
+        common: dict[str, Any] = {
+            "batches": ShuffledRows((part.user, part.item, part.rating), config.mlp_batch_size),
+            "epochs": config.mlp_epochs,
+            "seed": config.seed,
+            "rate": ("mlp_learning_rate", config.mlp_learning_rate),
+        }
+        curve = self._fit(
+            Phase(
+                name="MLP",
+                module=model,
+                optimizer=control_optimizer(model, config),
+                objective=objective,
+                test_loss=self._test_loss(model),
+                error_limit=error_limit(self.scale),
+                **common,
+            )
+        )
+        if self.test is None:
+            return {}
+        decoder_rates = [{"params": list(decoder.parameters()), "lr": config.mlp_learning_rate}]
+        self._fit(
+            Phase(
+                name="decoder",
+                module=decoder,
+                optimizer=_adam(decoder_rates),
+                objective=decoding_objective,
+                **common,
+            )
+        )
+        if not self.workers.is_first:
+            return {}
+        prediction = predict_ratings(model, self.test.user, self.test.item, self.scale)
+        reconstruction = decode(model, decoder, self.test.user, self.test.item)
+        return {
+            "mlp_test_mse": metrics.mse(prediction, self.test.rating),
+            "mlp_reconstruction_error": reconstruction.error,
+            "mlp_reconstruction_error_relative": reconstruction.relative,
+            "mlp_train_seconds": round(curve.seconds, 3),
+            "mlp_parameters": sum(p.numel() for p in model.parameters()),
+        }
+
+    def _test_loss(self, model: RatingModel | MLPModel) -> Callable[[], float] | None:
+        test = self.test
+        if test is None:
+            return None
+        return lambda: metrics.mse(predict_ratings(model, test.user, test.item, self.scale), test.rating)
+
+    def _fit(self, phase: Phase) -> Curve:
+        file = None if self.checkpoints is None else self.checkpoints / f"{phase.name.lower()}.safetensors"
+        return fit(
+            phase,
+            file=file,
+            resume=self.resume,
+            checkpoint_seconds=self.checkpoint_seconds,
+            workers=self.workers,
+            stop=self.stop,
+            progress=self.progress,
+        )
+
+
+def error_limit(scale: tuple[float, float]) -> float:
+    """A mean squared error that no constant rating within the scale can have."""
+    low, high = scale
+    return 4 * max((high - low) ** 2, 1.0)
+
+
+@torch.no_grad()
+def first_overflow(model: RatingModel, users: Tensor, items: Tensor) -> str:
+    """Where a pass over the pairs, int64 ``[B]``, is first not finite: ``the embeddings``, or a layer's name.
+
+    For messages; member by member and layer by layer.
+    """
+    x = model.embed(users, items, model.histories(), True)
+    if not bool(torch.isfinite(x).all()):
+        return "the embeddings with their histories"
+    for member, net in enumerate(model.nets):
+        z = x[member]
+        for place, layer in enumerate(cast(LUNet, net).layers):
+            z = layer(z)
+            if not bool(torch.isfinite(z).all()):
+                return f"the output of nets.{member}.layers.{place}"
+    return "the read-out or the loss"

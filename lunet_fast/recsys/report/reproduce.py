@@ -1,0 +1,220 @@
+"""The paper's experiments, all of ``lunet-fast reproduce`` behind its arguments."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lunet_fast.recsys.data import movielens
+from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.evaluation.protocols import Parts, evaluate_ranking
+from lunet_fast.recsys.model.config import TrainConfig, recipe
+from lunet_fast.recsys.model.training import TrainResult, train
+from lunet_fast.recsys.report.document import Document, markdown
+from lunet_fast.recsys.report.html import page
+from lunet_fast.recsys.report.reproduction import Committed, Losses, Reproduction, Run, document
+from lunet_fast.recsys.serving.scoring import ItemScorer
+from lunet_fast.training.files import RunFolder, read_json, read_tensors, write_atomically, write_json
+from lunet_fast.training.loop import Progress, cpu_threads
+from lunet_fast.training.schema import CHECKPOINT_FORMAT, CHECKPOINT_HEADER
+
+DATASETS = tuple(movielens.DATASETS)
+
+EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "paper": {"recipe": "paper"},
+    "best": {"recipe": "best", "mlp": False},
+    # As for other methods, nothing tells the training which pairs are held out.
+    "ranking": {"recipe": "best", "gamma": 0.0, "negatives_outside": "training", "mlp": False},
+    "hybrid": {"recipe": "best", "gamma": 0.1, "negatives_outside": "training", "mlp": False},
+}
+"""What is trained on each data set: settings by name. ``paper`` trains the MLP control too."""
+
+_FLAGS = {"gamma": "--gamma", "negatives_outside": "--negatives-outside", "epochs": "--epochs"}
+
+
+class Planned(NamedTuple):
+    """One training of a reproduction."""
+
+    dataset: str
+    experiment: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Its run folder, below that of the reproduction."""
+        return f"{self.dataset}/{self.experiment}/seed-{self.seed}"
+
+
+class Watcher:
+    """Hears how a reproduction goes; this one is silent."""
+
+    def begins(self, number: int, total: int, planned: Planned, finished: bool) -> None:
+        """Training ``number``, from 1, of ``total`` is next; ``finished`` says that it was done before."""
+
+    def progress(self) -> AbstractContextManager[Progress]:
+        """Who hears that training."""
+        return nullcontext(Progress())
+
+
+def plan(datasets: Sequence[str], seeds: Sequence[int], skip: Sequence[str] = ()) -> list[Planned]:
+    """The trainings, in order: every seed on ML-100K, the first one alone on the ten times larger ML-1M.
+
+    ``skip`` names experiments to leave out, as ``ml-1m/paper``. ``ValueError`` for an unknown or a repeated
+    name.
+    """
+    known = [f"{data}/{experiment}" for data in DATASETS for experiment in EXPERIMENTS]
+    for name, given, allowed in (("datasets", datasets, DATASETS), ("skip", skip, known)):
+        for value in given:
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(allowed)}")
+    if not datasets or not seeds:
+        raise ValueError("datasets and seeds must not be empty: give at least one of each")
+    for values in (datasets, seeds):
+        if len(set(values)) != len(values):
+            raise ValueError(f"{' '.join(map(str, values))}: give each data set and each seed once")
+    return [
+        Planned(data, experiment, seed)
+        for data in datasets
+        for experiment in EXPERIMENTS
+        if f"{data}/{experiment}" not in skip
+        for seed in (seeds if data != "ml-1m" else seeds[:1])
+    ]
+
+
+def reproduce(
+    out: Path,
+    machine: Mapping[str, Any],
+    *,
+    datasets: Sequence[str] = DATASETS,
+    seeds: Sequence[int] = (0, 1, 2),
+    skip: Sequence[str] = (),
+    data_dir: Path | None = None,
+    results: Path | None = None,
+    device: str = "cpu",
+    command: str = "lunet-fast reproduce",
+    epochs: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    watcher: Watcher | None = None,
+) -> Document:
+    """Train everything of :func:`plan` and write ``report.html`` and ``report.md`` into ``out``.
+
+    The run folders lie below ``out``. A finished training there is used as it is, an interrupted one goes on
+    (:func:`~.training.train` with ``resume``); one with other settings is refused by ``RunFolderError``.
+
+    Args:
+        out: the folder, made where it is not there.
+        machine: processor, versions, commit and date, for the report.
+        datasets, seeds, skip: as for :func:`plan`.
+        data_dir: as for :func:`.movielens.load`.
+        results: folder with committed result files, whose parts the report quotes; what was not trained here
+            is taken from there too where it can be, and marked.
+        device: where to train.
+        command: what was typed, for the report.
+        epochs: instead of the recipes' own, for a trial, which the report says.
+        overrides: other settings instead of the recipes' own; the report lists all settings of each run.
+        watcher: hears how it goes.
+    """
+    watcher = watcher or Watcher()
+    changes = dict(overrides or {})
+    if epochs is not None:
+        changes |= {"epochs": epochs, "mlp_epochs": epochs}
+    planned = plan(datasets, seeds, skip)
+    out.mkdir(parents=True, exist_ok=True)
+    runs, described = [], {}
+    for data in datasets:
+        ratings = movielens.load(data, data_dir)
+        described[data] = _described(ratings)
+        for number, one in enumerate(planned, 1):
+            if one.dataset == data:
+                folder = RunFolder(out / one.folder)
+                watcher.begins(number, len(planned), one, folder.is_finished())
+                runs.append(_run(one, folder, ratings, changes, device, watcher))
+    found = Reproduction(runs, described, Committed(results), machine, command, trial=epochs is not None)
+    report = document(found)
+    for name, text in (("report.html", page(report)), ("report.md", markdown(report))):
+        write_atomically(out / name, lambda path, text=text: _write(path, text))  # type: ignore[misc]
+    return report
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _described(ratings: Ratings) -> dict[str, Any]:
+    ids = ratings.items.ids
+    largest = int(ids.max()) if np.issubdtype(ids.dtype, np.integer) and len(ids) else None
+    return {**ratings.describe(), "largest_item": largest, "source": ratings.source}
+
+
+def _config(planned: Planned, ratings: Ratings, changes: Mapping[str, Any]) -> TrainConfig:
+    settings = {**EXPERIMENTS[planned.experiment], **changes, "seed": planned.seed}
+    return recipe(settings.pop("recipe"), len(ratings), **settings)
+
+
+def command_of(planned: Planned, changes: Mapping[str, Any]) -> str:
+    """The command that trains the same by itself."""
+    settings = {**EXPERIMENTS[planned.experiment], **changes}
+    words = ["lunet-fast", "train", "--dataset", planned.dataset, "--recipe", settings["recipe"]]
+    words += ["--seed", str(planned.seed)]
+    for name, flag in _FLAGS.items():
+        if name in settings:
+            words += [
+                flag,
+                f"{settings[name]:g}" if isinstance(settings[name], float) else str(settings[name]),
+            ]
+    if not settings.get("mlp", True) and settings.get("gamma", 1.0) == 1:
+        words.append("--no-mlp")
+    return shlex.join(words)
+
+
+def _run(
+    planned: Planned,
+    folder: RunFolder,
+    ratings: Ratings,
+    changes: Mapping[str, Any],
+    device: str,
+    watcher: Watcher,
+) -> Run:
+    config = _config(planned, ratings, changes)
+    with watcher.progress() as progress:
+        result = train(ratings, config, out=folder.path, resume=True, device=device, progress=progress)
+    return Run(
+        planned.experiment,
+        planned.dataset,
+        planned.seed,
+        result.metrics,
+        command_of(planned, changes),
+        read_json(folder.config),
+        _losses(folder),
+        _groups(folder, result, ratings, config) if config.gamma < 1 else [],
+    )
+
+
+def _losses(folder: RunFolder) -> dict[str, Losses]:
+    """By phase; from the checkpoints, since a finished training that is read again has no curve with it."""
+    found = {}
+    for file in sorted(folder.checkpoints.glob("*.safetensors")):
+        _, header = read_tensors(file, CHECKPOINT_FORMAT, CHECKPOINT_HEADER)
+        state = header["state"]
+        found[state["phase"]] = Losses(state["train_loss"], state["test_loss"])
+    return found
+
+
+def _groups(
+    folder: RunFolder, result: TrainResult, ratings: Ratings, config: TrainConfig
+) -> list[dict[str, Any]]:
+    """Ranking by the users' activity, which ``metrics.json`` lacks: kept in ``activity.json``."""
+    file = folder.path / "activity.json"
+    if not file.is_file():
+        model, parts = result.trained.model, Parts.of(ratings, config)
+        with torch.no_grad(), cpu_threads(config.threads):
+            scorer: Callable[..., torch.Tensor] = ItemScorer(model, model.histories()).scores
+            groups = evaluate_ranking(scorer, parts, config.seed).groups
+        write_json(file, {"groups": [group._asdict() for group in groups]})
+    return read_json(file)["groups"]
