@@ -61,10 +61,10 @@ bench-density: $(VENV)/.dev  ## flows beside zuko's and nflows' on digits and th
 	$(BIN)/python benchmarks/readme.py
 
 kernels-report: $(VENV)/.dev  ## registers, spills, shared memory of every kernel (TRITON=... for another Triton)
-	$(BIN)/python benchmarks/kernel_resources.py --check $(if $(TRITON),--triton $(TRITON))
+	$(BIN)/python -m benchmarks.gpu.kernel_resources --check $(if $(TRITON),--triton $(TRITON))
 
 gpu-check: $(VENV)/.dev  ## the kernels on this GPU: right, and how fast; 8 minutes
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python -m benchmarks.gpu.check
 
 clean:  ## remove the virtual environment and the caches
 	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build *.egg-info

@@ -11,8 +11,8 @@ import pytest
 
 from lunet_fast.recsys.data import movielens
 from tests.cli.invoke import run, squeezed
+from tests.recsys.data.test_movielens import FILES, INTER, ITEM, USER, WHEEL, ZIP, sha256
 from tests.recsys.synthetic import latent_frame
-from tests.recsys.test_movielens import FILES, INTER, ITEM, USER, WHEEL, ZIP, sha256
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("LUNET_FAST_DATA"),

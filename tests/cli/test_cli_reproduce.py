@@ -8,8 +8,8 @@ import pytest
 from lunet_fast.recsys.data import movielens
 from lunet_fast.recsys.report import reproduce as reproducing
 from tests.cli.invoke import run, squeezed
-from tests.recsys.test_report import document
-from tests.recsys.test_reproduce import films
+from tests.recsys.report.test_report import document
+from tests.recsys.report.test_reproduce import films
 
 SKIP = ["--skip", "ml-100k/best", "ml-100k/ranking", "ml-100k/hybrid"]
 

@@ -1,7 +1,7 @@
 """One configuration of every kernel compiled for GPUs that need not be there: nothing spilled, shared memory
 in bounds, tensor cores used where they are promised.
 
-``benchmarks/kernel_resources.py`` does the compiling, in processes of its own: Triton keeps its settings for
+``benchmarks/gpu/kernel_resources.py`` does the compiling, in processes of its own: Triton keeps its settings for
 the life of one. ``make kernels-report`` does it for every configuration.
 """
 
@@ -30,11 +30,11 @@ def compilations(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any
     environment.pop("TRITON_INTERPRET", None)
     # A cache of its own, so that what is judged was compiled now.
     command = [
-        *(sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / "kernel_resources.py")),
+        *(sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.kernel_resources"),
         *("--quick", "--json", "--workers", "2", "--arch", *map(str, ARCHITECTURES)),
         *("--cache", str(tmp_path_factory.mktemp("resources"))),
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -47,7 +47,7 @@ def test_every_kernel_is_compiled(compilations: list[dict[str, Any]]) -> None:
     }
     for architecture in ARCHITECTURES:
         names = {found["kernel"] for found in compilations if found["arch"] == architecture}
-        assert names == written, "benchmarks/kernel_resources.py has no call that launches it"
+        assert names == written, "benchmarks/gpu/kernel_resources.py has no call that launches it"
 
 
 def test_nothing_is_wrong(compilations: list[dict[str, Any]]) -> None:
@@ -70,8 +70,7 @@ def test_the_layer_uses_tensor_cores(compilations: list[dict[str, Any]]) -> None
 def test_what_is_wrong_is_seen() -> None:
     """The judge itself: each of the four findings, one at a time."""
     program = """
-import sys; sys.path.insert(0, "benchmarks")
-from kernel_resources import Launch, Row
+from benchmarks.gpu.kernel_resources import Launch, Row
 launch = Launch("m", "k", (), (("PRECISION", "tf32"),), (), ())
 fine = {"local loads": 0, "local stores": 0, "shared": 101_376, "tensor-core instructions": 1, "seconds": 1.0}
 changes = [{}, *({what: value + 1} for what, value in fine.items() if what != "seconds"), {"seconds": 31.0}]

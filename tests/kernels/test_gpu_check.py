@@ -1,4 +1,4 @@
-"""``benchmarks/gpu_check.py``: all of it in the interpreter on tiny sizes, and what it makes of its rows."""
+"""``benchmarks/gpu/check.py``: all of it in the interpreter on tiny sizes, and what it makes of its rows."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPT), "--tiny", *arguments],
+        [sys.executable, "-m", "benchmarks.gpu.check", "--tiny", *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -71,12 +70,11 @@ def test_a_stage_by_itself_one_that_fails_and_one_that_hangs() -> None:
     """As the whole run starts them: a process gives its rows, or the reason why it has none."""
     pytest.importorskip("triton")
     program = """
-import json, os, sys
-sys.path.insert(0, "benchmarks")
+import json, os
 os.environ["TRITON_INTERPRET"] = "1"
-import gpu_check
-found = [gpu_check.child("time launches", 200.0), gpu_check.child("no such stage", 200.0)]
-print(json.dumps([*found, gpu_check.child("check stack", gpu_check.GRACE * -0.99)]))
+from benchmarks.gpu import check
+found = [check.child("time launches", 200.0), check.child("no such stage", 200.0)]
+print(json.dumps([*found, check.child("check stack", check.GRACE * -0.99)]))
 """
     command = [sys.executable, "-c", program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -93,9 +91,8 @@ def time_row(contender: str, ms: float | None, **changed: Any) -> dict[str, Any]
     return {**row, "bytes": 10**9, "flops": 10**9, "contender": contender, "ms": ms, **changed}
 
 
-def test_floors_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import gpu_check
+def test_floors_and_ratios() -> None:
+    from benchmarks.gpu import check
 
     rows = [
         {"kind": "ceiling", "what": "copy", "rate": 1000.0},
@@ -107,15 +104,15 @@ def test_floors_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
         time_row("torch.linalg.solve_triangular", 1.0, B=1000),
         time_row("late", None),
     ]
-    gpu_check.floors(rows)
-    gpu_check.ratios(rows)
+    check.floors(rows)
+    check.ratios(rows)
     # 1 GB at 1000 GB/s; 1 TFLOP in tf32 at 300 TFLOP/s, in three products of it at 100.
     assert rows[2]["floor ms"] == pytest.approx(1.0)
     assert rows[2]["floor / time"] == pytest.approx(0.5)
     assert rows[4]["floor ms"] == pytest.approx(10.0 / 3.0)
     assert rows[3]["× ours"] == pytest.approx(5.5)
     assert rows[7]["× ours"] is None
-    reached = {row["what"]: row for row in gpu_check.targets(rows)}
+    reached = {row["what"]: row for row in check.targets(rows)}
     inverse = reached["inverse, affine, D ≤ 256: torch.linalg.solve_triangular over ours"]
     assert (inverse["least"], inverse["ok"]) == (pytest.approx(4.0), False)
     assert reached["layer with log-det, D ≤ 256: eager over ours"]["ok"] is None

@@ -1,4 +1,4 @@
-"""What the stages of ``gpu_check.py`` share: where they run, problems to solve, and the rows they give."""
+"""What the stages of ``check.py`` share: where they run, problems to solve, and the rows they give."""
 
 from __future__ import annotations
 

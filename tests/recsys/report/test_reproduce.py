@@ -17,8 +17,8 @@ from lunet_fast.recsys.report.document import Document
 from lunet_fast.recsys.report.reproduce import EXPERIMENTS, Planned, Watcher, command_of, plan, reproduce
 from lunet_fast.training.files import RunFolderError
 from lunet_fast.training.loop import Progress
+from tests.recsys.report.test_report import NASTY, Page, checked
 from tests.recsys.synthetic import latent_frame
-from tests.recsys.test_report import NASTY, Page, checked
 
 MACHINE = {"processor": "a <fast> one", "cores": 2, "torch": "2", "lunet_fast": "0.1.0", "date": "2026-01-01"}
 QUICK = {"members": 1, "embedding_size": 4, "batch_size": 256, "epochs": 2, "mlp_epochs": 2}

@@ -147,7 +147,7 @@ def test_every_damaged_byte_of_a_parquet_file(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
     assert done.returncode == 0, done.stderr
     tried, read = map(int, done.stdout.split())
@@ -160,7 +160,7 @@ def test_the_program(tmp_path: Path) -> None:
     out, keep = tmp_path / "out.json", tmp_path / "keep"
     command = [sys.executable, "tests/fuzz/ratings.py", "--inputs", "60", "--archives", "20", "--models", "0"]
     command += ["--no-guide", "--out", str(out), "--keep", str(keep)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[3])
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())
     assert (report["inputs"], report["failed"], report["guided_by"]) == (80, 0, None)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_common import (
+from benchmarks.gpu.common import (
     FAMILY,
     LIMITS,
     Packed,

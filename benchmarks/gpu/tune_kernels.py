@@ -1,6 +1,6 @@
 """Time other tiles than the table's on this GPU, and keep the ones that are faster.
 
-    python benchmarks/tune_kernels.py tiles.json --features 64 256     writes tiles.json
+    python -m benchmarks.gpu.tune_kernels tiles.json --features 64 256     writes tiles.json
     LUNET_FAST_TILES=tiles.json python train.py                        uses it
 
 Every candidate must give the table's result before it is timed. A candidate is taken if it is faster by
@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_common import FAMILY, Place, normwise, packed
+from benchmarks.gpu.common import FAMILY, Place, normwise, packed
+from benchmarks.machine import describe, write_text
 from lunet_fast.kernels import gradient, layer, matrix, substitution, tiles
 from lunet_fast.kernels.tiles import Tile
 from lunet_fast.ops import triton
-from machine import describe, write_text
 
 #: The same product in another tile differs by the order of its sums.
 AGREES = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 1e-3}

@@ -27,7 +27,7 @@ from lunet_fast.recsys.data.movielens import DataNotFoundError, load, locate, re
 from lunet_fast.recsys.data.ratings import RatingFileError, Ratings
 from lunet_fast.recsys.data.splits import join
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 REAL_DATA = os.environ.get("LUNET_FAST_DATA", "")
 needs_data = pytest.mark.skipif(
     not REAL_DATA, reason="$LUNET_FAST_DATA does not name a folder with MovieLens files"

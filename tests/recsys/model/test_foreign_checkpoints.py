@@ -31,7 +31,7 @@ from lunet_fast.training.files import CheckpointError
 from tests.fixtures import make
 from tests.recsys.synthetic import latent_frame, quick_config
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 VERSIONS = sorted(folder.name for folder in FIXTURES.glob("v*"))
 
 

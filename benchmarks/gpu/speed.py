@@ -17,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpu_common import FAMILY, LIMITS, Packed, Place, Row, Stage, matmul_precision, normwise, packed
+from benchmarks.gpu.common import (
+    FAMILY,
+    LIMITS,
+    Packed,
+    Place,
+    Row,
+    Stage,
+    matmul_precision,
+    normwise,
+    packed,
+)
 from lunet_fast import LeakySoftplus, LUDense, LUNet, functional
 from lunet_fast.ops import reference
 

@@ -1,7 +1,7 @@
 """Registers, shared memory and instructions of every kernel, compiled for GPUs that need not be there.
 
-    python benchmarks/kernel_resources.py           all configurations: benchmarks/results/kernel-resources.md
-    python benchmarks/kernel_resources.py --quick   one configuration of each kernel; nothing is written
+    python -m benchmarks.gpu.kernel_resources           all configurations: benchmarks/results/kernel-resources.md
+    python -m benchmarks.gpu.kernel_resources --quick   one configuration of each kernel; nothing is written
 
 What is compiled is what the launchers launch: they are called on tensors without data, with a recorder in
 every kernel's place. The end of this file says which calls those are; a new kernel is a few lines there.
@@ -38,9 +38,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from machine import RESULTS, describe, write_text
+from benchmarks.machine import RESULTS, describe, write_text
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 90, 100)
 
 #: Bytes of shared memory that one program may have: sm_80's rows are also meant for sm_86 and sm_89.
@@ -531,7 +531,7 @@ def main() -> None:
         print(table(rows))
     else:
         name = f"kernel-resources-triton-{triton.__version__}" if options.triton else "kernel-resources"
-        command = " ".join(["python benchmarks/kernel_resources.py", *sys.argv[1:]])
+        command = " ".join(["python -m benchmarks.gpu.kernel_resources", *sys.argv[1:]])
         print(f"written to {write_text(RESULTS / f'{name}.md', report(rows, command))}")
     wrong = [_finding(row) for row in rows if row.findings()]
     print("\n".join(wrong), file=sys.stderr)

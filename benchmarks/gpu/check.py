@@ -1,11 +1,11 @@
 """Whether the kernels are right on this GPU, and how fast: one command, 8 minutes, one table.
 
-    python benchmarks/gpu_check.py          benchmarks/results/DEVICE-DATE.json and .md
-    python benchmarks/gpu_check.py --tiny   the same in Triton's interpreter, in sizes that take seconds
+    python -m benchmarks.gpu.check          benchmarks/results/DEVICE-DATE.json and .md
+    python -m benchmarks.gpu.check --tiny   the same in Triton's interpreter, in sizes that take seconds
 
-First every launcher and the public functions are compared with float64 (``gpu_correctness.py``), in
+First every launcher and the public functions are compared with float64 (``correctness.py``), in
 processes side by side, and what the benchmarks need is compiled. Then one stage after another takes times
-(``gpu_speed.py``), in order of importance. Each stage is a process: one that fails, hangs or spoils the
+(``speed.py``), in order of importance. Each stage is a process: one that fails, hangs or spoils the
 device costs only itself, and what it found until then is kept. A stage for which no time is left is named.
 
 Run from the repository, with lunet_fast installed or the repository on PYTHONPATH.
@@ -48,12 +48,11 @@ Row = dict[str, Any]
 
 
 def stages() -> dict[str, Any]:
-    import gpu_correctness
-    import gpu_speed
+    from benchmarks.gpu import correctness, speed
 
-    checks = {**gpu_correctness.STAGES, **gpu_correctness.ALONE}
+    checks = {**correctness.STAGES, **correctness.ALONE}
     named = {f"check {name}": stage for name, stage in checks.items()}
-    return named | {f"time {name}": stage for name, (stage, _) in gpu_speed.STAGES.items()}
+    return named | {f"time {name}": stage for name, (stage, _) in speed.STAGES.items()}
 
 
 def run_stage(
@@ -62,7 +61,7 @@ def run_stage(
     """The rows of a stage; an exception is one more row."""
     import torch
 
-    from gpu_common import Place
+    from benchmarks.gpu.common import Place
 
     device = torch.device("cuda" if torch.cuda.is_available() and not tiny else "cpu")
     torch.manual_seed(0)
@@ -95,7 +94,17 @@ def run_stage(
 
 def child(name: str, seconds: float, *, share: tuple[int, int] = (0, 1), measure: bool = True) -> list[Row]:
     """The rows that a stage's process gives in ``seconds``, of a share of its sizes."""
-    command = [sys.executable, "-W", "ignore", __file__, "--stage", name, "--seconds", str(seconds)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.gpu.check",
+        "--stage",
+        name,
+        "--seconds",
+        str(seconds),
+    ]
     command += ["--share", *map(str, share)] + ["--tiny"] * (os.environ.get("TRITON_INTERPRET") == "1")
     command += ["--ahead"] * (not measure)
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -119,8 +128,7 @@ def child(name: str, seconds: float, *, share: tuple[int, int] = (0, 1), measure
 
 def whole_run(budget: float) -> list[Row]:
     """Everything on the GPU: checks and compilation side by side, then the stages of times."""
-    import gpu_correctness
-    import gpu_speed
+    from benchmarks.gpu import correctness, speed
 
     start = time.monotonic()
 
@@ -144,7 +152,7 @@ def whole_run(budget: float) -> list[Row]:
     tell(f"checks and compilation, {workers} processes")
     jobs = [
         (f"check {name}", part, PARTS.get(name, 1), True)
-        for name in gpu_correctness.STAGES
+        for name in correctness.STAGES
         for part in range(PARTS.get(name, 1))
     ]
     jobs += [(f"time {name}", part, parts, False) for name, parts in AHEAD.items() for part in range(parts)]
@@ -157,10 +165,10 @@ def whole_run(budget: float) -> list[Row]:
                 f"{name}, part {part + 1} of {parts}: "
                 + (f"{count} checks, {wrong} wrong" if measure else "compiled")
             )
-    for name in gpu_correctness.ALONE:
+    for name in correctness.ALONE:
         tell(f"check {name}")
         rows += child(f"check {name}", min(LARGE, max(1.0, left() - 15.0)))
-    waiting = {name: share for name, (_, share) in gpu_speed.STAGES.items()}
+    waiting = {name: share for name, (_, share) in speed.STAGES.items()}
     for name in list(waiting):
         seconds = (left() - 15.0) * waiting[name] / sum(waiting.values())
         del waiting[name]
@@ -223,7 +231,7 @@ def ratios(rows: list[Row]) -> None:
 
 def targets(rows: list[Row]) -> list[Row]:
     """What was to be reached, and the least that was, over D, B and precision, with B ≥ 65,536."""
-    from gpu_speed import TARGETS
+    from benchmarks.gpu.speed import TARGETS
 
     found = []
     for what, contender, factor, largest in TARGETS:
@@ -325,7 +333,7 @@ def describe_gpu() -> dict[str, Any]:
     import torch
     import triton
 
-    from machine import describe
+    from benchmarks.machine import describe
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "Triton's interpreter"
     return {"gpu": gpu, "triton": triton.__version__, "cuda": torch.version.cuda, **describe()}
@@ -348,8 +356,8 @@ def main() -> None:
 
     import torch
 
+    from benchmarks.machine import RESULTS, write_text
     from lunet_fast import set_backend
-    from machine import RESULTS, write_text
 
     if not options.tiny and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --tiny runs the same program in Triton's interpreter")
