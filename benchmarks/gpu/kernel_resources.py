@@ -1,6 +1,6 @@
 """Registers, shared memory and instructions of every kernel, compiled for GPUs that need not be there.
 
-    python -m benchmarks.gpu.kernel_resources           all configurations: benchmarks/results/kernel-resources.md
+    python -m benchmarks.gpu.kernel_resources           all configurations: results/kernel-resources.md
     python -m benchmarks.gpu.kernel_resources --quick   one configuration of each kernel; nothing is written
 
 What is compiled is what the launchers launch: they are called on tensors without data, with a recorder in

@@ -1,8 +1,8 @@
 """One configuration of every kernel compiled for GPUs that need not be there: nothing spilled, shared memory
 in bounds, tensor cores used where they are promised.
 
-``benchmarks/gpu/kernel_resources.py`` does the compiling, in processes of its own: Triton keeps its settings for
-the life of one. ``make kernels-report`` does it for every configuration.
+``benchmarks/gpu/kernel_resources.py`` does the compiling, in processes of its own: Triton keeps its settings
+for the life of one. ``make kernels-report`` does it for every configuration.
 """
 
 from __future__ import annotations
