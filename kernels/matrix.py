@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lunet_fast.kernels import tiles
 from lunet_fast.kernels.launch import check_parameter, on_device_of
-from lunet_fast.ops.reference import LOG_DIAGONAL_BOUND
+from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from lunet_fast.kernels.launch import (
 )
 from lunet_fast.kernels.layer import finish_tile, row_totals
 from lunet_fast.kernels.matrix import check_packed, diagonal, lower_tile, upper_tile
-from lunet_fast.ops.reference import LOG_DIAGONAL_BOUND
+from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND
 
 
 @triton.jit
