@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from lunet_fast.recsys.report import save_loss_figure, table_2
+from lunet_fast.recsys.report import table_2
+from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.recsys.report.chart import ticks
 from lunet_fast.recsys.report.document import (
     Block,
