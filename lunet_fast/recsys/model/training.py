@@ -21,8 +21,9 @@ from lunet_fast.recsys.evaluation.protocols import Parts, Ranking, evaluate_rank
 from lunet_fast.recsys.evaluation.ranking import decode, predict_ratings, reconstruct
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.losses import Losses, hybrid_loss
+from lunet_fast.recsys.model.mlp import MLPModel, perceptron
 from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_candidates, save_model
-from lunet_fast.recsys.model.network import MLPModel, RatingModel, perceptron
+from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.report import dataset_title
 from lunet_fast.recsys.serving.scoring import ItemScorer
 from lunet_fast.training.distributed import Workers, existing_device

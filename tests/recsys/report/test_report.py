@@ -10,7 +10,6 @@ import pytest
 from matplotlib.image import imread
 
 from lunet_fast.recsys.report import table_2
-from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.recsys.report.chart import ticks
 from lunet_fast.recsys.report.document import (
     Block,
@@ -39,6 +38,7 @@ from lunet_fast.recsys.report.document import (
     markdown,
 )
 from lunet_fast.recsys.report.html import page, spans
+from lunet_fast.training.figures import save_loss_figure
 
 METRICS = {
     "dataset": "ml-100k",
