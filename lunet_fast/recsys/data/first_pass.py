@@ -96,9 +96,7 @@ class FirstPass:
                 coded.append(ids.encode(file, row, column))
             except RatingFileError:
                 raise
-            except (
-                ValueError
-            ) as error:  # of pyarrow: an integer of more than 63 bits, a text that is not UTF-8
+            except ValueError as error:  # of pyarrow: no int64, or a text that is not UTF-8
                 raise RatingFileError(
                     f"{file.path}, rows {row + 1} to {row + len(batch)}: a {ids.role} id cannot be read "
                     f"({cause(error)}): store ids as int64 or UTF-8 strings"
