@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from lunet_fast.bench import claims
 from lunet_fast.bench.contest import OURS, Row, Spec
 from lunet_fast.bench.results import Result
+from lunet_fast.training.files import write_atomically
 
 
 def draw(result: Result, path: Path) -> Path:
@@ -22,10 +22,7 @@ def draw(result: Result, path: Path) -> Path:
 
     matplotlib.use("Agg")
     figure = _curves(result) if result.suite == claims.SUITE else _ratios(result)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=120, format="png", bbox_inches="tight")
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png", bbox_inches="tight"))
     import matplotlib.pyplot as plt
 
     plt.close(figure)

@@ -77,8 +77,12 @@ def _flush_folder(folder: Path) -> None:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write an indented JSON object atomically; NaN and infinities raise ``ValueError``, as JSON has none."""
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
 
 
 def write_figure(path: Path, figure: Any) -> None:
@@ -362,7 +366,7 @@ class RunFolder:
             return  # to be read only
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.checkpoints / "test.tmp", lambda temporary: temporary.write_bytes(b"x"))
+            write_text(self.checkpoints / "test.tmp", "x")
             (self.checkpoints / "test.tmp").unlink()
         except OSError as error:
             raise RunFolderError(f"cannot write into {self.path} ({error}): choose another --out") from error

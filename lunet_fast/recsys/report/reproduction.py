@@ -793,7 +793,7 @@ class _Content:
         blocks.append(Heading("Beside other packages"))
         found = self.committed.json("time-to-quality.json")
         if found is None:
-            command = "python -m lunet_fast.bench.training --threads 1 2 --out time-to-quality.json"
+            command = "python benchmarks/time_to_quality.py"
             return [*blocks, NotMeasured("Whole trainings beside other packages", command)]
         rows = []
         for row in found["trainings"]:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lunet_fast.recsys.data.ids import IdMap
 from lunet_fast.recsys.data.parquet_table import require_pyarrow
-from lunet_fast.recsys.model.network import Histories, RatingModel
+from lunet_fast.recsys.model.embeddings import Histories
+from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from lunet_fast.training.files import write_atomically
 

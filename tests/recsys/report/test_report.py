@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from lunet_fast.recsys.report import save_loss_figure, table_2
+from lunet_fast.recsys.report import table_2
 from lunet_fast.recsys.report.chart import ticks
 from lunet_fast.recsys.report.document import (
     Block,
@@ -38,6 +38,7 @@ from lunet_fast.recsys.report.document import (
     markdown,
 )
 from lunet_fast.recsys.report.html import page, spans
+from lunet_fast.training.figures import save_loss_figure
 
 METRICS = {
     "dataset": "ml-100k",
