@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -153,7 +154,7 @@ def _ratios(result: Result) -> Any:
 def _head(axis: Any, specs: list[Spec]) -> None:
     """The sizes above their columns, with lines between them."""
     starts = [0, *(n for n in range(1, len(specs)) if _size(specs[n]) != _size(specs[n - 1])), len(specs)]
-    for first, after in zip(starts, starts[1:], strict=False):
+    for first, after in itertools.pairwise(starts):
         axis.text((first + after - 1) / 2, -0.62, _size(specs[first]), ha="center", va="bottom", fontsize=8)
         if first:
             axis.axvline(first - 0.5, color="white", linewidth=3)

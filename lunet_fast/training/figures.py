@@ -37,7 +37,7 @@ def plain(axes: Any, *, grid: str = "both") -> None:
 
 
 def apart(wanted: Sequence[float], least: float, lowest: float, highest: float) -> list[float]:
-    """The places nearest to ``wanted``, ``least`` apart and in the same order, from ``lowest`` to ``highest``.
+    """The places nearest to ``wanted``, ``least`` apart, in the same order, from ``lowest`` to ``highest``.
 
     Where there is no room for all, the last ones lie below ``lowest``.
     """

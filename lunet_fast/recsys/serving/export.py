@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lunet_fast.recsys.data.ratings import IdMap
-from lunet_fast.recsys.model.network import Histories, RatingModel
+from lunet_fast.recsys.model.embeddings import Histories
+from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from lunet_fast.training.files import write_atomically
 

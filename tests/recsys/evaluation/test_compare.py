@@ -26,12 +26,9 @@ from lunet_fast.recsys.evaluation.compare import (
     RANKING_FIGURES,
     RATING_FIGURES,
     compare,
-    csv_text,
-    draw,
-    markdown,
     measure,
-    save,
 )
+from lunet_fast.recsys.evaluation.comparison import csv_text, draw, markdown, save
 from lunet_fast.recsys.evaluation.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.training import train

@@ -10,7 +10,6 @@ import pytest
 from matplotlib.image import imread
 
 from lunet_fast.recsys.report import table_2
-from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.recsys.report.document import (
     Block,
     Bullets,
@@ -37,6 +36,7 @@ from lunet_fast.recsys.report.document import (
     literal,
 )
 from lunet_fast.recsys.report.render import markdown, page, spans
+from lunet_fast.training.figures import save_loss_figure
 
 METRICS = {
     "dataset": "ml-100k",
