@@ -21,9 +21,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from inversion import fitted_error, mean_of, spearman, trained
 from torch import Tensor
 
+from inversion import fitted_error, mean_of, spearman, trained
 from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.data import Parts as DensityParts
 from lunet_fast.density.data import Rows

@@ -334,14 +334,14 @@ def section(result: dict[str, Any]) -> list[str]:
         "",
         "Chosen: an exchange of our own by `all_to_all_single`, in `lunet_fast/training/sharding.py`. It "
         "sends the different rows that a process asks another one for, and their gradients back; what it "
-        "serves itself does not travel. It takes PyTorch's SparseAdam as it is, so the numbers are those of whole tables, "
-        "and it goes beside DistributedDataParallel, which leaves these parameters alone. DTensor and "
-        "ShardedTensor send a row of zeros for every row that somebody else has, and have dense gradients "
-        "only, so that every row is moved at every step. TorchRec is made for many tables on many GPUs, and "
-        "was tried here on CPUs alone: its compiled part fits one release of PyTorch each; its lookup of "
-        "single rows (`EmbeddingCollection`) ended in an error; its pooled one, in the table above, sends as "
-        "much as DTensor, and the loss of its fused Adam does not fall as the others' does, which was not "
-        "looked into.",
+        "serves itself does not travel. It takes PyTorch's SparseAdam as it is, so the numbers are those "
+        "of whole tables, and it goes beside DistributedDataParallel, which leaves these parameters alone. "
+        "DTensor and ShardedTensor send a row of zeros for every row that somebody else has, and have "
+        "dense gradients only, so that every row is moved at every step. TorchRec is made for many tables "
+        "on many GPUs, and was tried here on CPUs alone: its compiled part fits one release of PyTorch "
+        "each; its lookup of single rows (`EmbeddingCollection`) ended in an error; its pooled one, in the "
+        "table above, sends as much as DTensor, and the loss of its fused Adam does not fall as the "
+        "others' does, which was not looked into.",
         "",
         f"Training on a stream, one epoch of {first['train_rows']:,} ratings by {first['users']:,} users of "
         f"{first['items']:,} items, k = {SIZE}: tables of {table / 2**30:.2f} GiB, with Adam's "

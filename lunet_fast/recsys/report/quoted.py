@@ -226,7 +226,7 @@ def time_to_quality(committed: Committed) -> list[Block]:
     heading = Heading("Beside other packages")
     found = committed.json("time-to-quality.json")
     if found is None:
-        command = "python -m lunet_fast.bench.training --threads 1 2 --out time-to-quality.json"
+        command = "python benchmarks/time_to_quality.py"
         return [heading, NotMeasured("Whole trainings beside other packages", command)]
     now = recipe("best", 100_000, mlp=False)
     settings = f"K = {now.members}, k = {now.embedding_size}, M = {now.layers}, {now.epochs} epochs"
