@@ -21,7 +21,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ Make = Callable[[Tensor, DensityConfig, int], nn.Module]
 
 def lunet(layers: int, *, by_label: bool = False) -> Make:
     def make(rows: Tensor, config: DensityConfig, classes: int) -> nn.Module:
-        flow = build_flow(replace(config, layers=layers, conditional=by_label), rows.shape[1], classes)
+        flow = build_flow(config.replace(layers=layers, conditional=by_label), rows.shape[1], classes)
         whiten(flow, rows)
         return flow
 
@@ -205,7 +204,7 @@ def _tune(make: Make, parts: data.Parts, config: DensityConfig, grid: Any) -> di
     """The settings of the grid that the validation part likes best."""
     tried = []
     for settings in grid:
-        short = replace(config, steps=min(TUNING_STEPS, config.steps // 2), **settings)
+        short = config.replace(steps=min(TUNING_STEPS, config.steps // 2), **settings)
         try:
             validation = _train(make, parts, short)[1]["validation"]
         except ArithmeticError:
@@ -251,7 +250,7 @@ def digits(seeds: int) -> None:
             tuned = _tune(make, data.split(rows, 0), DIGITS, GRID)
             runs = []
             for seed in SEEDS[:seeds]:
-                config = replace(DIGITS, seed=seed, **tuned["chosen"])
+                config = DIGITS.replace(seed=seed, **tuned["chosen"])
                 parts = data.split(rows, seed)
                 model, run = _train(make, parts, config)
                 run["test"] = float(model.loss(parts.test.values, TEST_DRAWS).double().mean())
@@ -297,7 +296,7 @@ def plane(seeds: int) -> None:
                     rows = data.read(name, seed=seed)
                     assert rows.target is not None
                     parts = data.split(rows, seed)
-                    model, run = _train(make, parts, replace(PLANE, seed=seed, **tuned["chosen"]))
+                    model, run = _train(make, parts, PLANE.replace(seed=seed, **tuned["chosen"]))
                     run["kl"], run["kl_error"] = divergence(model, rows.target)
                     run["integral"] = integral(model, rows.target)
                     runs.append(run)
@@ -332,7 +331,7 @@ def depth(seeds: int) -> None:
                 continue
             runs = []
             for seed in SEEDS[:seeds]:
-                config = replace(DIGITS, seed=seed, layers=layers, **settings)
+                config = DIGITS.replace(seed=seed, layers=layers, **settings)
                 parts = data.split(rows, seed)
 
                 def make(y: Tensor, config: DensityConfig, classes: int, white: bool = white) -> nn.Module:
@@ -401,7 +400,7 @@ def speed(repeats: int = 40) -> None:
     for family, flows in DIGITS_FLOWS.items():
         for size, make in flows.items():
             for components in (1, 30):
-                config = replace(DIGITS, components=components)
+                config = DIGITS.replace(components=components)
                 model = _model(make, parts, config)
                 optimizer = torch.optim.AdamW(model.flow.parameters(), lr=0.0, fused=True)
                 y = model.preprocessing.forward(
@@ -481,7 +480,7 @@ def pictures() -> None:
         points, _ = grid(target.extent, 201)
         shown = {"truth": target.log_prob(points)}
         for family, flows in PLANE_FLOWS.items():
-            config = replace(PLANE, seed=0, **tuned[name, family])
+            config = PLANE.replace(seed=0, **tuned[name, family])
             model, _ = _train(flows["M"], data.split(rows, 0), config)
             shown[f"{family}, M"] = model.log_prob(points.float())
             print(f"{name}, {family}", flush=True)
@@ -500,7 +499,7 @@ def pictures() -> None:
         row["tuned"]["chosen"] for row in _rows("digits") if (row["family"], row["size"]) == ("LU-Net", "M")
     )
     parts = data.split(rows, 0)
-    model, _ = _train(DIGITS_FLOWS["LU-Net"]["M"], parts, replace(DIGITS, **chosen))
+    model, _ = _train(DIGITS_FLOWS["LU-Net"]["M"], parts, DIGITS.replace(**chosen))
     with seeded(0):
         samples = model.sample(SIDE * SIDE)
     figure = Figure(figsize=(9.0, 3.3), dpi=110, layout="constrained")

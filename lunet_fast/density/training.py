@@ -6,7 +6,7 @@ import copy
 import platform
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def train_density(
     device = existing_device(device)
     parts = split(rows, config.seed)
     folder = None if out is None else RunFolder(Path(out))
-    config = replace(config, learning_rate=config.rate(rows.features))
+    config = config.replace(learning_rate=config.rate(rows.features))
     resolved = {"dataset": rows.name, "source": rows.source, "rows": len(rows), **config.to_dict()}
     if folder is not None:
         folder.prepare(resume=resume, overwrite=overwrite)
