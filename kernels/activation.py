@@ -389,7 +389,9 @@ def activation_of(
     if isinstance(slopes, Tensor) and layers != 0:
         if slopes.shape not in ((*leading, 3), (*leading, 3, D)) or not slopes.is_contiguous():
             shapes = [[*leading, 3], [*leading, 3, D]]
-            raise ValueError(f"slopes must be contiguous {shapes[0]} or {shapes[1]}, got {list(slopes.shape)}")
+            raise ValueError(
+                f"slopes must be contiguous {shapes[0]} or {shapes[1]}, got {list(slopes.shape)}"
+            )
         numbers: tuple[float, ...] = (0.0,) * 5
         given, per_column = slopes, slopes.dim() == len(leading) + 2
     else:

@@ -42,9 +42,7 @@ def dot(x, w, total, PRECISION: tl.constexpr):
     return tl.dot(x, w, total, input_precision=PRECISION)
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], tile: Tile, x: Tensor, *arguments: Any, **named: Any
-) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, x: Tensor, *arguments: Any, **named: Any) -> None:
     """Start ``kernel`` on the device of its first argument x, compiled for the tile's warps and stages.
 
     An empty grid starts nothing.
