@@ -1,4 +1,4 @@
-"""LU-Net as a density, beside the flows people use, in one harness: digits, points of the plane, depth.
+"""LU-Net as a density, beside the flows people use, in one harness: digits, 2-D toy densities, depth.
 
     python benchmarks/density.py digits      quality: losses over seeds, outliers        (2 hours of 1 core)
     python benchmarks/density.py plane       divergence from known densities             (1 hour)
@@ -19,7 +19,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ def _tune(make: Make, parts: data.Parts, config: DensityConfig, grid: Any) -> di
     """The settings of the grid that the validation part likes best."""
     tried = []
     for settings in grid:
-        short = replace(config, steps=min(TUNING_STEPS, config.steps // 2), **settings)
+        short = config.replace(steps=min(TUNING_STEPS, config.steps // 2), **settings)
         try:
             validation = _train(make, parts, short)[1]["validation"]
         except ArithmeticError:
@@ -119,7 +118,7 @@ def digits(seeds: int, results: Results) -> None:
             tuned = _tune(make, data.split(rows, 0), DIGITS, GRID)
             runs = []
             for seed in SEEDS[:seeds]:
-                config = replace(DIGITS, seed=seed, **tuned["chosen"])
+                config = DIGITS.replace(seed=seed, **tuned["chosen"])
                 parts = data.split(rows, seed)
                 model, run = _train(make, parts, config)
                 run["test"] = float(model.loss(parts.test.values, TEST_DRAWS).double().mean())
@@ -165,7 +164,7 @@ def plane(seeds: int, results: Results) -> None:
                     rows = data.read(name, seed=seed)
                     assert rows.target is not None
                     parts = data.split(rows, seed)
-                    model, run = _train(make, parts, replace(PLANE, seed=seed, **tuned["chosen"]))
+                    model, run = _train(make, parts, PLANE.replace(seed=seed, **tuned["chosen"]))
                     run["kl"], run["kl_error"] = divergence(model, rows.target)
                     run["integral"] = integral(model, rows.target)
                     runs.append(run)
@@ -200,7 +199,7 @@ def depth(seeds: int, results: Results) -> None:
                 continue
             runs = []
             for seed in SEEDS[:seeds]:
-                config = replace(DIGITS, seed=seed, layers=layers, **settings)
+                config = DIGITS.replace(seed=seed, layers=layers, **settings)
                 parts = data.split(rows, seed)
 
                 def make(y: Tensor, config: DensityConfig, classes: int, white: bool = white) -> nn.Module:
@@ -270,7 +269,7 @@ def speed(results: Results, repeats: int = 40) -> None:
     for family, flows in DIGITS_FLOWS.items():
         for size, make in flows.items():
             for components in (1, 30):
-                model = _model(make, parts, replace(DIGITS, components=components))
+                model = _model(make, parts, DIGITS.replace(components=components))
                 step, sample, kept = _timed(model, parts)
                 runs.append({"step": step, "sample": sample})
                 found.append(
@@ -318,10 +317,10 @@ def pictures(results: Results) -> None:
         rows = data.read(name, seed=0)
         target = rows.target
         assert target is not None
-        points, _ = grid(target.extent, 201)
+        points, _ = grid(target.extent, 200)
         shown = {"truth": target.log_prob(points)}
         for family, flows in PLANE_FLOWS.items():
-            config = replace(PLANE, seed=0, **tuned[name, family])
+            config = PLANE.replace(seed=0, **tuned[name, family])
             model, _ = _train(flows["M"], data.split(rows, 0), config)
             shown[f"{family}, M"] = model.log_prob(points.float())
             print(f"{name}, {family}", flush=True)
@@ -342,7 +341,7 @@ def pictures(results: Results) -> None:
         if (row["family"], row["size"]) == ("LU-Net", "M")
     )
     parts = data.split(rows, 0)
-    model, _ = _train(DIGITS_FLOWS["LU-Net"]["M"], parts, replace(DIGITS, **chosen))
+    model, _ = _train(DIGITS_FLOWS["LU-Net"]["M"], parts, DIGITS.replace(**chosen))
     with seeded(0):
         samples = model.sample(SIDE * SIDE)
     figure = new_figure(9.0, 3.3, dpi=110)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ Make = Callable[[Tensor, DensityConfig, int], nn.Module]
 
 def lunet(layers: int, *, by_label: bool = False) -> Make:
     def make(rows: Tensor, config: DensityConfig, classes: int) -> nn.Module:
-        flow = build_flow(replace(config, layers=layers, conditional=by_label), rows.shape[1], classes)
+        flow = build_flow(config.replace(layers=layers, conditional=by_label), rows.shape[1], classes)
         whiten(flow, rows)
         return flow
 

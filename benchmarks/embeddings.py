@@ -49,7 +49,7 @@ TABLE_FOLDS = 3
 
 FLOW = DensityConfig(steps=1500, patience=5)
 SETTINGS = {
-    "mixture": replace(FLOW, layers=1),
+    "mixture": FLOW.replace(layers=1),
     "flow": FLOW,
 }
 LABELS = {
@@ -87,7 +87,7 @@ def fitted(kind: str, rows: Tensor, seed: int) -> Any:
         covariance += 1e-4 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
         normal = torch.distributions.MultivariateNormal(wide.mean(0), covariance)
         return lambda x: normal.log_prob(x.double())
-    config = replace(SETTINGS[kind], seed=seed)
+    config = SETTINGS[kind].replace(seed=seed)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     held_out = math.ceil(0.1 * len(rows))
     both = Rows("embeddings", rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def train_density(
     """
     workers = Workers(device=existing_device(device))
     parts = split(rows, config.seed)
-    config = replace(config, learning_rate=config.rate(rows.features))
+    config = config.replace(learning_rate=config.rate(rows.features))
     run = Run(
         out,
         workers,

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from lunet_fast.recsys.data.ratings import IdMap, Ratings, from_frame, read_ratings
+from lunet_fast.recsys.data.ids import IdMap
+from lunet_fast.recsys.data.ratings import Ratings, from_frame, read_ratings
 from lunet_fast.recsys.evaluation.ranking import CHUNK
 from lunet_fast.recsys.model.config import TrainConfig, recipe
 from lunet_fast.recsys.model.embeddings import Histories
