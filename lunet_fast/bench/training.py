@@ -1,4 +1,4 @@
-"""Suite ``training``: a step of the recommender, and the time to a test error beside other recommenders.
+"""Suite ``training``: a step of the recommender.
 
 A step is what the trainer does with a batch: gather, loss, backward, Adam, by the trainer's own functions.
 Data is drawn, as many ratings as 80 % of MovieLens 100K, so that no file is needed. ``nn.Linear MLP`` is the
