@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lunet_fast.recsys.data.datasets import dataset_title
 from lunet_fast.recsys.report.document import (
     Block,
     Bullets,
@@ -36,7 +37,7 @@ from lunet_fast.recsys.report.document import (
     literal,
     signed,
 )
-from lunet_fast.recsys.report.run import TABLE_2, dataset_title
+from lunet_fast.recsys.report.run import TABLE_2
 
 PRINTED = {data: mse for model, data, mse, _ in TABLE_2 if "invertible" in model}
 """The test MSE that the paper prints for its invertible model, by data set."""
