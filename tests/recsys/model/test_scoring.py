@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lunet_fast.recsys.model import scoring
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.scoring import (
     ItemScorer,
@@ -24,7 +25,7 @@ from lunet_fast.recsys.model.scoring import (
     score_topk,
     training_pairs,
 )
-from lunet_fast.recsys.serving import recommend, scoring
+from lunet_fast.recsys.serving import recommend
 from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
 
