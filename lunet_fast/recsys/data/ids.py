@@ -38,7 +38,7 @@ class IdMap:
 
     def __init__(self, ids: Sequence[int] | Sequence[str] | npt.NDArray[Any]) -> None:
         values = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-        if all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values):
+        if _all_integers(values):
             self.ids: npt.NDArray[Any] = np.array(values, dtype=np.int64)
         elif all(isinstance(v, str) for v in values):
             self.ids = np.empty(len(values), dtype=object)
@@ -109,12 +109,16 @@ def is_int64(text: str) -> bool:
 
 def as_array(values: list[Any]) -> npt.NDArray[Any]:
     """int64 where every value is an integer that fits, otherwise the objects as they are."""
-    if values and all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values):
+    if values and _all_integers(values):
         with contextlib.suppress(OverflowError):
             return np.array(values, dtype=np.int64)
     array = np.empty(len(values), dtype=object)
     array[:] = values
     return array
+
+
+def _all_integers(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values)
 
 
 def id_text(value: Any) -> str:
