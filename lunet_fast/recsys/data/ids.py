@@ -104,6 +104,7 @@ class IdMap:
 
 
 def is_int64(text: str) -> bool:
+    """Whether a text is a plain integer of 64 bits, as the rules above have it."""
     return PLAIN_INTEGER.fullmatch(text) is not None and INT64.min <= int(text) <= INT64.max
 
 
@@ -122,6 +123,7 @@ def _all_integers(values: Sequence[Any]) -> bool:
 
 
 def id_text(value: Any) -> str:
+    """The text of an id; a whole floating-point number as the integer."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip()
