@@ -1,4 +1,4 @@
-"""LU-Net as a density, beside the flows people use, in one harness: digits, points of the plane, depth.
+"""LU-Net as a density, beside the flows people use, in one harness: digits, 2-D toy densities, depth.
 
     python benchmarks/density.py digits      quality: losses over seeds, outliers        (2 hours of 1 core)
     python benchmarks/density.py plane       divergence from known densities             (1 hour)
@@ -318,7 +318,7 @@ def pictures(results: Results) -> None:
         rows = data.read(name, seed=0)
         target = rows.target
         assert target is not None
-        points, _ = grid(target.extent, 201)
+        points, _ = grid(target.extent, 200)
         shown = {"truth": target.log_prob(points)}
         for family, flows in PLANE_FLOWS.items():
             config = replace(PLANE, seed=0, **tuned[name, family])

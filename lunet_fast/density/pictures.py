@@ -21,8 +21,9 @@ SIDE = 8
 
 
 def save_heat_maps(path: Path, model: DensityModel, target: Target) -> None:
-    """The true density on the plane and the learnt one beside it, in one colour scale."""
-    points, _ = grid(target.extent, 301)
+    """The true 2-D density and the learnt one beside it, in one colour scale."""
+    # An even number of points a side: none lies on an edge of the checkerboard.
+    points, _ = grid(target.extent, 300)
     both = {"truth": target.log_prob(points), "learnt": model.log_prob(points.float())}
     figure = new_figure(8.0, 4.2)
     highest = float(both["truth"].exp().max())
@@ -40,7 +41,7 @@ def show_density(axes: Any, log_prob: Tensor, extent: float, highest: float) -> 
     # The first coordinate is the slowest of the grid, and across.
     density = log_prob.double().exp().reshape(side, side).T
     return axes.imshow(
-        density.numpy(), origin="lower", extent=(-extent, extent) * 2, vmin=0, vmax=highest, cmap="magma"
+        density.numpy(), origin="lower", extent=(-extent, extent) * 2, vmin=0, vmax=highest, cmap="viridis"
     )
 
 

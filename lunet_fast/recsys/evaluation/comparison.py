@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lunet_fast.recsys.data.datasets import dataset_title
 from lunet_fast.recsys.data.spreadsheet import spreadsheet_safe
 from lunet_fast.recsys.evaluation.compare import FIGURES, LEAKY, METHODS, Comparison
-from lunet_fast.training.figures import new_figure, plain
+from lunet_fast.training.figures import BLUE, GREY, INK, new_figure, plain
 from lunet_fast.training.files import write_figure, write_text
 
 #: Headings of the table, and what is under them.
@@ -28,6 +27,8 @@ COLUMNS = {
     "peak memory, MB": "peak_memory_mb",
     "parameters": "parameters",
 }
+
+RANKINGS = ("hr@10", "ndcg@10", "full_ndcg@10")
 
 
 def table(comparison: Comparison, *, spreads: bool = True) -> list[list[str]]:
@@ -106,8 +107,23 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
+def _competes(row: dict[str, Any], figure: str) -> bool:
+    """Whether a figure compares: not that of a model told of held-out pairs, or of a test part of its own."""
+    return row["key"] != LEAKY and not (row.get("kind") == "both" and figure.startswith("test"))
+
+
+def _best(comparison: Comparison) -> dict[str, str]:
+    """The best of each figure as it is printed, whosever it is, where there are two or more."""
+    found = {}
+    for name, first in {"test_mse": min, "test_rmse": min, **dict.fromkeys(RANKINGS, max)}.items():
+        rows = [row for row in comparison.rows if name in row and _competes(row, name)]
+        if len(rows) > 1:
+            found[name] = _cell(first(rows, key=lambda row: row[name]), name, spreads=False)
+    return found
+
+
 def markdown(comparison: Comparison) -> str:
-    """The whole comparison: a table, what is missing, and what the figures are."""
+    """The whole comparison: a table with the best in bold, what is missing, and what the figures are."""
     machine = comparison.machine
     peers = "".join(f", {name} {version}" for name, version in comparison.versions.items())
     seeds = f"seed{'s' if len(comparison.seeds) > 1 else ''} {_seed_list(comparison)}"
@@ -117,10 +133,12 @@ def markdown(comparison: Comparison) -> str:
         "| " + " | ".join(COLUMNS) + " |",
         "|---|---" + "|---:" * (len(COLUMNS) - 2) + "|",
     ]
+    best = _best(comparison)
     for row, cells in zip(comparison.rows, table(comparison), strict=True):
         cells = [cell.replace("|", "\\|") for cell in cells]
-        if METHODS[row["key"]].is_lu_net:
-            cells[0] = f"**{cells[0]}**"
+        for place, name in enumerate(COLUMNS.values()):
+            if cells[place] and cells[place].split(" ±")[0] == best.get(name):
+                cells[place] = f"**{cells[place]}**" if _competes(row, name) else cells[place]
         if "missing" in row:
             cells[2] = "not installed"
         elif "error" in row and not row["seeds"]:
@@ -164,114 +182,71 @@ def save(comparison: Comparison, file: Path) -> list[Path]:
     return [file.with_suffix(suffix) for suffix in texts] + draw(comparison, file.with_suffix(".png"))
 
 
-#: The panels of the figure: a row's figure, the axis' name.
-PANELS = (("test_mse", "MSE, lower is better"), ("ndcg@10", "NDCG@10, higher is better"))
-
-#: Training times are drawn as this much at least, or the quickest would leave the others no room.
-LEAST_SECONDS = 0.1
+#: The panels of the figure: a row's figure, the axis' name, whether less is better.
+PANELS = (
+    ("test_mse", "test MSE, stars² (lower is better)", True),
+    ("ndcg@10", "NDCG@10 among 100 candidates (higher is better)", False),
+)
 
 
 def draw(comparison: Comparison, path: Path) -> list[Path]:
-    """Draw error and NDCG@10 over training time as PNG; the files written, none where no row has either.
+    """Draw error and NDCG@10 of each method as PNG, the best on top, with the time of its training.
 
-    A panel without rows is left out. Ours are filled, the baselines are not; bars are standard deviations.
-    Needs matplotlib, of the extra ``lunet-fast[train]``; no display.
+    The files written, none where no row has either; a panel without rows is left out. Ours are filled, the
+    others are not; bars are standard deviations. Needs matplotlib, of the extra ``lunet-fast[train]``; no
+    display.
     """
-    panels = [(name, label) for name, label in PANELS if any(name in row for row in comparison.rows)]
+    panels = [panel for panel in PANELS if any(panel[0] in row for row in comparison.rows)]
     if not panels:
         return []
-    figure = new_figure(6.6 * len(panels), 5.0, dpi=130)
-    for axes, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        rows = [row for row in comparison.rows if name in row]
-        for row in rows:
+    counts = [sum(name in row for row in comparison.rows) for name, *_ in panels]
+    figure = new_figure(7.4, 0.27 * sum(counts) + 0.9 * len(panels) + 0.3)
+    subplots = figure.subplots(len(panels), 1, squeeze=False, height_ratios=counts)[:, 0]
+    for axes, (name, label, less) in zip(subplots, panels, strict=True):
+        rows = sorted(
+            (row for row in comparison.rows if name in row), key=lambda row: row[name], reverse=not less
+        )
+        for place, row in enumerate(rows):
             ours = METHODS[row["key"]].is_lu_net
-            colour = "#d1662b" if ours else "#5b6b7b"
+            colour = BLUE if ours else GREY
             axes.errorbar(
-                _seconds(row),
                 row[name],
-                yerr=row.get(f"{name}_sd"),
+                place,
+                xerr=row.get(f"{name}_sd"),
                 fmt="D" if ours else "o",
                 color=colour,
                 markerfacecolor=colour if ours and row["key"] != LEAKY else "white",
-                markersize=7 if ours else 5.5,
-                elinewidth=1,
+                markersize=6,
+                elinewidth=1.2,
                 capsize=2,
-                zorder=3 if ours else 2,
             )
-        axes.set(xscale="log", xlabel="training, seconds on one thread", ylabel=label)
-        axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
-        axes.xaxis.set_minor_formatter(lambda seconds, _: "")
-        axes.margins(x=0.22, y=0.1)
-        plain(axes)
-        quick = [row for row in rows if row["train_seconds"] < LEAST_SECONDS]
-        if quick:
-            names = " and ".join(row["method"] for row in quick)
-            axes.set_title(f"{names}: less than {LEAST_SECONDS:g} s", fontsize=8, loc="left", color="#666666")
-    seeds = f"seed{'s' if len(comparison.seeds) > 1 else ''} {_seed_list(comparison)}"
-    figure.suptitle(f"{dataset_title(comparison.dataset)}, {seeds}", fontsize=12)
-    figure.canvas.draw()  # the labels' places depend on those of the points
-    figure.set_layout_engine("none")
-    for axes, (name, _) in zip(figure.axes, panels, strict=True):
-        _label_points(axes, [row for row in comparison.rows if name in row], name)
+            seconds = row["train_seconds"]
+            axes.annotate(
+                f"{seconds:,.{int(seconds < 100)}f} s" if seconds >= 0.05 else "< 0.1 s",
+                (1.11, place),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="center",
+                fontsize=8,
+            )
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_yticks(range(len(rows)))
+        axes.set_yticklabels([_short(row, name) for row in rows], fontsize=8, parse_math=False)
+        for text, row in zip(axes.get_yticklabels(), rows, strict=True):
+            text.set_color(BLUE if METHODS[row["key"]].is_lu_net else INK)
+        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_title(label, loc="left", fontsize=9)
+        axes.annotate("trained in", (1.11, 1.02), xycoords="axes fraction", ha="right", fontsize=8)
+        plain(axes, grid="x")
+    spread = ", ± standard deviation over them" if len(comparison.seeds) > 1 else ""
+    seeds = f"seed{'s' if len(comparison.seeds) > 1 else ''} {_seed_list(comparison)}{spread}"
+    figure.suptitle(f"{dataset_title(comparison.dataset)}, {seeds}; blue: LU-Net", fontsize=10)
     write_figure(path, figure)
     return [path]
 
 
-def _seconds(row: dict[str, Any]) -> float:
-    return max(row["train_seconds"], LEAST_SECONDS)
-
-
-def _label_points(axes: Any, rows: Iterable[dict[str, Any]], name: str) -> None:
-    """A method's name beside its point, where it covers no point and no other name; ours choose first."""
-    from matplotlib.transforms import Bbox
-
-    rows = sorted(rows, key=lambda row: not METHODS[row["key"]].is_lu_net)
-    places = [axes.transData.transform((_seconds(row), row[name])) for row in rows]
-    taken = [Bbox.from_extents(x - 8, y - 8, x + 8, y + 8) for x, y in places]
-    frame = axes.get_window_extent()
-    renderer = axes.figure.canvas.get_renderer()
-    sides = (
-        *(("left", "center", 1.0, 0.0), ("right", "center", -1.0, 0.0)),
-        *(("center", "bottom", 0.0, 1.0), ("center", "top", 0.0, -1.0)),
-        *(("left", "bottom", 0.6, 0.8), ("left", "top", 0.6, -0.8)),
-        *(("right", "bottom", -0.6, 0.8), ("right", "top", -0.6, -0.8)),
-    )
-    for row in rows:
-        ours = METHODS[row["key"]].is_lu_net
-        label = axes.annotate(
-            _short(row),
-            (_seconds(row), row[name]),
-            xytext=(0, 0),
-            textcoords="offset points",
-            fontsize=7.5,
-            fontweight="bold" if ours else "normal",
-            color="#a3461a" if ours else "#333333",
-            zorder=4,
-        )
-        best = None
-        for distance in (8, 14, 22):
-            for horizontal, vertical, dx, dy in sides:
-                label.set(ha=horizontal, va=vertical)
-                label.set_position((distance * dx, distance * dy))
-                box = label.get_window_extent(renderer)
-                covered = sum(_overlap(box, other) for other in taken)
-                outside = box.width * box.height - _overlap(box, frame)
-                cost = covered + 2 * outside + distance
-                if best is None or cost < best[0]:
-                    best = cost, horizontal, vertical, (distance * dx, distance * dy), box
-        assert best is not None
-        label.set(ha=best[1], va=best[2])
-        label.set_position(best[3])
-        taken.append(best[4])
-
-
-def _short(row: dict[str, Any]) -> str:
-    name = str(row["method"])
-    return name if row["key"] != LEAKY else "LU-Net, interactions: leaks"
-
-
-def _overlap(a: Any, b: Any) -> float:
-    """The area that two boxes share."""
-    width = min(a.x1, b.x1) - max(a.x0, b.x0)
-    height = min(a.y1, b.y1) - max(a.y0, b.y0)
-    return float(max(width, 0.0) * max(height, 0.0))
+def _short(row: dict[str, Any], figure: str) -> str:
+    if row["key"] == LEAKY:
+        return "LU-Net, interactions: told of held-out pairs"
+    return f"{row['method']}" + ("" if _competes(row, figure) else ": other test part")
