@@ -27,15 +27,15 @@ from lunet_fast import LeakySoftplus, LUNet
 from lunet_fast.layers.flow import LUFlow
 from lunet_fast.recsys.data import movielens
 from lunet_fast.recsys.data.features import side_features
-from lunet_fast.recsys.data.negatives import NegativeSampler
 from lunet_fast.recsys.data.ratings import Ratings
-from lunet_fast.recsys.evaluation import metrics
 from lunet_fast.recsys.evaluation.inversion import PairDensity, item_vectors, items_for_score, risk_coverage
-from lunet_fast.recsys.evaluation.protocols import Parts
+from lunet_fast.recsys.measures import metrics
+from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.config import TrainConfig, recipe
+from lunet_fast.recsys.model.negatives import NegativeSampler
 from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.model.scoring import ItemScorer, training_pairs
 from lunet_fast.recsys.model.training import rating_objective, rating_optimizer
-from lunet_fast.recsys.serving.scoring import ItemScorer, training_pairs
 from lunet_fast.training.loop import descend
 from machine import open_results, parser
 
@@ -377,7 +377,7 @@ def measured(ratings: Ratings) -> tuple[dict[str, Any], dict[str, Tensor]]:
     curves: list[dict[str, Tensor]] = []
     for seed in SEEDS:
         config = recipe("best", len(ratings), seed=seed, split="random", mlp=False)
-        parts = Parts.of(ratings, config)
+        parts = Parts.of(ratings, config.split, config.seed)
         test = parts.test
         assert test is not None
         run: dict[str, Any] = {}
@@ -410,7 +410,7 @@ def measured(ratings: Ratings) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if gamma == 0:
             # Half of the recipe's members and of their size, for time.
             config = config.replace(negatives_outside="training", members=2, embedding_size=32)
-        parts = Parts.of(ratings, config)
+        parts = Parts.of(ratings, config.split, config.seed)
         for name in ("LU-Net", "identity"):
             print(f"held out, {kind}, {name}", file=sys.stderr, flush=True)
             model = trained(config, parts, identity=name == "identity")

@@ -97,7 +97,7 @@ def inverse_net(
     for layer, inverse in zip(reversed(layers), reversed(inverses.unbind()), strict=True):
         if layer.activation is not None:
             x, share = call(layer.activation, x, inverse=True, logabsdet=logabsdet)
-            if total is not None:
+            if share is not None and total is not None:
                 total = total + share
         if layer.permutation is not None:
             inverse = inverse[:, layer.permutation.argsort()]

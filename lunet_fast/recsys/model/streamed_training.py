@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lunet_fast.recsys.data.datasets import dataset_title
 from lunet_fast.recsys.data.streaming import RatingStream
-from lunet_fast.recsys.evaluation.ranking import full_ranking
+from lunet_fast.recsys.measures.ranking import full_ranking
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_model
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.schema import HEADERS, MODEL_FORMAT
+from lunet_fast.recsys.model.scoring import ItemScorer
 from lunet_fast.recsys.model.training import (
     TrainResult,
     described,
@@ -28,8 +30,6 @@ from lunet_fast.recsys.model.training import (
     first_overflow,
     rating_objective,
 )
-from lunet_fast.recsys.report import dataset_title
-from lunet_fast.recsys.serving.scoring import ItemScorer
 from lunet_fast.training.distributed import Workers, existing_device
 from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, read_tensors, write_json

@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lunet_fast.layers.lunet import LUNet
+from lunet_fast.recsys.data.datasets import dataset_title
 from lunet_fast.recsys.data.features import side_features
-from lunet_fast.recsys.data.negatives import NegativeSampler
 from lunet_fast.recsys.data.ratings import Ratings
-from lunet_fast.recsys.evaluation import metrics
-from lunet_fast.recsys.evaluation.protocols import Parts, Ranking, evaluate_ranking
-from lunet_fast.recsys.evaluation.ranking import decode, predict_ratings, reconstruct
+from lunet_fast.recsys.measures import metrics
+from lunet_fast.recsys.measures.protocols import Parts, Ranking, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.losses import Losses, hybrid_loss
 from lunet_fast.recsys.model.mlp import MLPModel, perceptron
 from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_candidates, save_model
+from lunet_fast.recsys.model.negatives import NegativeSampler
 from lunet_fast.recsys.model.network import RatingModel
-from lunet_fast.recsys.report import dataset_title
-from lunet_fast.recsys.serving.scoring import ItemScorer
+from lunet_fast.recsys.model.prediction import decode, predict_ratings, reconstruct
+from lunet_fast.recsys.model.scoring import ItemScorer
 from lunet_fast.training.distributed import Workers, existing_device
 from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, write_json
@@ -66,7 +66,7 @@ def train(
     ``ratings`` is split as ``config.split`` and ``config.seed`` say. With ``test`` given it is the training
     part itself, and the split is called ``files`` (:func:`~lunet_fast.recsys.data.splits.join` gives two
     files one set of ids). Metrics of ranking are those of
-    :func:`~lunet_fast.recsys.evaluation.protocols.evaluate_ranking`. The last epoch's weights are the result:
+    :func:`~lunet_fast.recsys.measures.protocols.evaluate_ranking`. The last epoch's weights are the result:
     the test part is evaluated at each epoch for the loss figure, and nothing decides by it.
 
     ``options`` are :class:`~lunet_fast.training.run.Options`: the run folder ``out``, ``resume``,
@@ -84,7 +84,7 @@ def train(
     run = Run(workers or Workers(device=existing_device(device)), **options)
     if test is not None:
         config = config.replace(split="files")
-    parts = Parts.of(ratings, config) if test is None else Parts(ratings, test, None, None)
+    parts = Parts.of(ratings, config.split, config.seed) if test is None else Parts(ratings, test, None, None)
     for part, rows in (("training", parts.training), ("test", parts.test)):
         if rows is not None:
             _check_ratings(part, rows)
