@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as globally
 
 from lunet_fast import functional
+from lunet_fast.arguments import check_tensor, checked_size
 from lunet_fast.reference import Slopes
 
 #: A learnable α of (2.6) stays strictly between these.
@@ -30,6 +33,37 @@ def _logit(fraction: float) -> float:
 def _check_inside(name: str, value: float, low: float, high: float) -> None:
     if not low < value < high:
         raise ValueError(f"a learnable {name} must start strictly between {low} and {high}, got {value}")
+
+
+def is_replaced(module: nn.Module, base: Any, *, hooks: bool = True) -> bool:
+    """Whether calling one of ``base``'s four methods on the module may do anything else than compute it.
+
+    So it is where a subclass or a patch replaced one and, if ``hooks``, where hooks hang on it or on all
+    modules.
+    """
+    cls: Any = type(module)
+    own = module.__dict__
+    if (
+        cls.forward is not base.forward
+        or getattr(cls, "inverse", None) is not base.inverse
+        or getattr(cls, "forward_and_logabsdet", None) is not base.forward_and_logabsdet
+        or getattr(cls, "inverse_and_logabsdet", None) is not base.inverse_and_logabsdet
+        or "forward" in own
+        or "inverse" in own
+        or "forward_and_logabsdet" in own
+        or "inverse_and_logabsdet" in own
+    ):
+        return True
+    return hooks and bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or globally._global_forward_hooks
+        or globally._global_forward_pre_hooks
+        or globally._global_backward_hooks
+        or globally._global_backward_pre_hooks
+    )
 
 
 class BijectiveActivation(nn.Module):
@@ -54,18 +88,22 @@ class BijectiveActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """φ(x)."""
+        check_tensor("x", x)
         return functional.leaky_softplus(x, self.slopes())
 
     def inverse(self, y: Tensor) -> Tensor:
         """φ⁻¹(y); ±inf and NaN pass through."""
+        check_tensor("y", y)
         return functional.leaky_softplus_inverse(y, self.slopes())
 
     def forward_and_logabsdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(φ(x), Σ log φ′(x))."""
+        check_tensor("x", x)
         return functional.leaky_softplus_and_logabsdet(x, self.slopes())
 
     def inverse_and_logabsdet(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """(φ⁻¹(y), the log-determinant of φ⁻¹ at y)."""
+        check_tensor("y", y)
         return functional.leaky_softplus_inverse_and_logabsdet(y, self.slopes())
 
     def slope_values(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,8 +124,8 @@ def _starting(features: int | None, learnable: bool, count: int) -> list[nn.Para
             f"features={features} asks for a slope for each coordinate, which fixed ones do not have: give "
             "learnable=True with it"
         )
-    if features is not None and features < 1:
-        raise ValueError(f"features must be at least 1, got {features}")
+    if features is not None:
+        features = checked_size("features", features)
     return [nn.Parameter(torch.empty(features or 1)) if learnable else None for _ in range(count)]
 
 

@@ -235,7 +235,7 @@ def lu_dense_and_logabsdet(
     h = affine(x, lu, bias, sign, permutation)
     logabsdet = lu_logabsdet(lu)
     if slopes is None:
-        return h, logabsdet.expand(x.shape[:-1])
+        return h, logabsdet.expand(x.shape[:-1]).clone()
     return leaky_softplus(h, slopes), logabsdet + log_derivative_sum(h, slopes)
 
 
@@ -265,7 +265,7 @@ def lu_dense_inverse_and_logabsdet(
     """(A⁻¹ (φ⁻¹(y) − b), the log-determinant of the inverse at y)."""
     logabsdet = -lu_logabsdet(lu)
     if slopes is None:
-        return affine_inverse(y, lu, bias, sign, permutation), logabsdet.expand(y.shape[:-1])
+        return affine_inverse(y, lu, bias, sign, permutation), logabsdet.expand(y.shape[:-1]).clone()
     h = leaky_softplus_inverse(y, slopes)
     x = affine_inverse(h, lu, bias, sign, permutation)
     return x, logabsdet - log_derivative_sum(h, slopes)

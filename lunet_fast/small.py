@@ -33,7 +33,8 @@ def net(x: Tensor, layers: Sequence[LUDense], *, logabsdet: bool) -> tuple[Tenso
     Cost: 2·M·D³ flops to form the matrices and 2·M·N·D² for N rows, in about 15 + 4·M calls.
     """
     weights, logs = _matrices(layers)
-    z, total = x, logs.sum().expand(x.shape[:-1]) if logabsdet else None
+    # Written out, not expanded: the caller may add to it in place.
+    z, total = x, logs.sum() + logs.new_zeros(x.shape[:-1]) if logabsdet else None
     for layer, weight in zip(layers, weights.unbind(), strict=True):
         h = F.linear(z, weight, layer.bias)
         z, share = _activate(h, layer.activation, logabsdet)
@@ -69,7 +70,7 @@ def inverse_net(
     inverses = blocked.inverse_of_factors(below + torch.eye(y.shape[-1], dtype=y.dtype), upper)
     if inverses is None:
         return None
-    x, total = y, -logs.sum().expand(y.shape[:-1]) if logabsdet else None
+    x, total = y, logs.new_zeros(y.shape[:-1]) - logs.sum() if logabsdet else None
     for layer, inverse in zip(reversed(layers), reversed(inverses.unbind()), strict=True):
         if layer.activation is not None:
             slopes = layer.activation.slopes()
@@ -137,7 +138,7 @@ def _activate(
         else:
             y = torch.add(soft if c == 1.0 else soft * c, h, alpha=a)
         return y, reference.log_derivative_sum(h, slopes) if logabsdet else None
-    if not isinstance(activation, LeakySoftplus):
+    if not isinstance(activation, LeakySoftplus) or not _has_own_slopes(activation):
         return reference.leaky_softplus(h, slopes), (
             reference.log_derivative_sum(h, slopes) if logabsdet else None
         )
@@ -148,3 +149,10 @@ def _activate(
         return y, None
     derivative = torch.lerp(torch.sigmoid(h), h.new_ones(()), alpha)
     return y, derivative.log().sum(-1)
+
+
+def _has_own_slopes(activation: LeakySoftplus) -> bool:
+    """Whether its slopes are those of α, and no subclass or patch says otherwise."""
+    cls = type(activation)
+    own = cls.slopes is LeakySoftplus.slopes and cls.alpha is LeakySoftplus.alpha
+    return own and "slopes" not in activation.__dict__
