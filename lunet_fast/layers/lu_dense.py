@@ -176,7 +176,7 @@ class LUDense(StructuredLayer):
         x, total = functional.layer(x, self._matrix(), IDENTITY, inverse=inverse, logabsdet=logabsdet)
         if not inverse:
             x, share = call(activation, x, inverse=False, logabsdet=logabsdet)
-        return x, None if total is None else total + share
+        return x, None if total is None or share is None else total + share
 
     def forward(self, x: Tensor) -> Tensor:
         """φ(A x + b) [..., D]."""
