@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,14 +135,15 @@ def _overrides(cls: Any, base: Any) -> bool:
     return any(getattr(cls, name, None) is not getattr(base, name, None) for name in _METHODS)
 
 
-def is_replaced(module: nn.Module, base: type, *, hooks: bool = True) -> bool:
+def is_replaced(module: nn.Module, base: Any, *, hooks: bool = True) -> bool:
     """Whether calling the module may do anything else than what ``base`` computes.
 
     So it is where a subclass or a patch replaced a method and, if ``hooks``, where hooks hang on it or on all
     modules.
     """
     own = module.__dict__
-    if _overrides(type(module), base) or any(name in own for name in _METHODS):
+    cls: Any = type(module)
+    if _overrides(cls, base) or any(name in own for name in _METHODS):
         return True
     return hooks and bool(
         module._forward_hooks
