@@ -1,8 +1,8 @@
 """Tables, figures and reports made from results. Nothing here trains.
 
 ``run``: the table of a single training. ``reproduce``: the experiments, and the report on them.
-``reproduction``: what it says, of ``results``: its head (``summary``), the tables of trainings (``tables``) and
-of committed files (``quoted``). ``document``: the parts of a report. ``render``: as a page and as Markdown.
+``reproduction``: what it says, of ``results``: its head (``summary``), the tables of trainings (``tables``)
+and of committed files (``quoted``). ``document``: the parts of a report. ``render``: as a page and as Markdown.
 ``chart``: figures. ``templates``: what is said, and how each part looks.
 """
 
