@@ -181,8 +181,8 @@ def markdown(rating: list[dict[str, Any]], ranking: list[dict[str, Any]], users:
         "# New users folded in from n ratings, ML-100K",
         "",
         f"{users} users whom training has not seen, each known by n ratings; one seed. MSE, in stars²: of "
-        "all ratings after the 20th. Among 100 candidates one item is relevant, the 21st; among all items every "
-        "one after the 20th is, often dozens, so that the two NDCG do not compare.",
+        "all ratings after the 20th. Among 100 candidates one item is relevant, the 21st; among all items "
+        "every one after the 20th is, often dozens, so that the two NDCG do not compare.",
     ]
     tables = [("MSE, stars²", "mse", rating)]
     tables += [
