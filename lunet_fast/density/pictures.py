@@ -41,7 +41,7 @@ def show_density(axes: Any, log_prob: Tensor, extent: float, highest: float) -> 
     # The first coordinate is the slowest of the grid, and across.
     density = log_prob.double().exp().reshape(side, side).T
     return axes.imshow(
-        density.numpy(), origin="lower", extent=(-extent, extent) * 2, vmin=0, vmax=highest, cmap="viridis"
+        density.numpy(), origin="lower", extent=(-extent, extent) * 2, vmin=0, vmax=highest, cmap="magma"
     )
 
 

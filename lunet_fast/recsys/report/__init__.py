@@ -1,7 +1,9 @@
 """Tables, figures and reports made from results. Nothing here trains.
 
-``run``: the table of a single training. ``reproduction``: what the report on all experiments
-says. ``document``: the parts of a report, and as Markdown. ``html``: as a page. ``chart``: its pictures.
+``run``: the table of a single training. ``reproduce``: the experiments, and the report on them.
+``reproduction``: what it says of ``results``, with a head (``summary``), tables of trainings (``tables``) and
+of committed files (``quoted``). ``document``: its parts. ``render``: as a page and as Markdown. ``chart``:
+figures. ``templates``: what is said, and how each part looks.
 """
 
 from lunet_fast.recsys.report.run import TABLE_2, table_2

@@ -35,14 +35,15 @@ def lines(panel: Panel, name: str) -> str:
     axes.set_xlim(1 - 0.02 * longest, longest + 0.34 * max(longest - 1, 1))
     if panel.level:
         called, level = panel.level
-        axes.axhline(level, color=INK, linewidth=1, linestyle=":")
-        labels.append((axes.get_xlim()[1] - 0.3 * longest, level, f"{called} {level:.4f}", INK))
+        axes.plot([1, longest], [level, level], color=INK, linewidth=1, linestyle=":")
+        labels.append((longest, level, f"{called} {level:.4f}", INK))
         told.append(f"{called}: {level:.4f}")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.margins(y=0.08)
     plain(axes, grid="y")
     figure.draw_without_rendering()
+    axes.set_xticks([tick for tick in axes.get_xticks() if 1 <= tick <= longest])
     label_ends(axes, labels)
     return _svg(figure, f"{panel.title}. Over {longest:g} epochs. {'; '.join(told)}", name)
 

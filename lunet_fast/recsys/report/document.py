@@ -1,7 +1,8 @@
-"""The parts of a report; ``render`` writes them as a page and as Markdown.
+"""The parts of a report. ``render`` writes them as a page and as Markdown.
 
-Texts are a small part of Markdown: ``**bold**``, ```code```, and a backslash before a character that is to be
-taken as it is. Whatever comes from data goes through :func:`literal`.
+A report is Markdown, with marks where a table, a figure or another :data:`Part` stands. The texts of parts
+use of Markdown ``**bold**``, ```code```, and a backslash before a character that is to be taken as it is;
+whatever comes from data goes through :func:`literal`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-MARK = re.compile(r"\\(?P<escaped>.)|`(?P<code>[^`]*)`|\*\*(?P<strong>.+?)\*\*", re.DOTALL)
-"""What has a meaning within a text."""
+MARK = "\ue000{}\ue000"
+"""Stands in a body for the part of that number; no text has its first character, see :func:`literal`."""
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|!~$&])")
-_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\([^)\s]*\)")
-_PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]*)\)")
-_EMPHASIS = re.compile(r"(?<![\w*\\])\*(?![\s*])([^*\n]+?)(?<![\s*\\])\*(?![\w*])")
-_NUMBER = re.compile(r"[-+−]?[\d,]*\.?\d+(e[-+]?\d+)?( ?±.*)?( ?%| s)?", re.IGNORECASE)
 
 
 def signed(value: float, digits: int = 4) -> str:
@@ -29,7 +26,7 @@ def signed(value: float, digits: int = 4) -> str:
 
 def literal(text: object) -> str:
     """``text`` as a text of a report that shows exactly that, on one line."""
-    return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
+    return _SPECIAL.sub(r"\\\1", " ".join(str(text).replace(MARK[0], "").split()))
 
 
 @dataclass(frozen=True)
@@ -105,45 +102,6 @@ def _printed(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Paragraph:
-    text: str
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A heading within a section."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Bullets:
-    items: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Code:
-    """Lines to be shown, or typed, as they are."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class NotMeasured:
-    """Stands for a part that the folder of results has nothing of."""
-
-    what: str
-    command: str
-
-
-@dataclass(frozen=True)
-class Warned:
-    """A remark that must not be overlooked."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class Curve:
     """Values by epoch, from epoch 1."""
 
@@ -191,25 +149,21 @@ class Dots:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A PNG file's bytes, and what can be seen on it."""
+class Code:
+    """Lines to be shown, or typed, as they are."""
 
-    png: bytes
-    alt: str
-    file: str
+    text: str
 
 
 @dataclass(frozen=True)
 class Details:
-    """Blocks that a reader opens."""
+    """What a reader opens: Markdown with marks, as a body."""
 
     summary: str
-    blocks: Sequence[Block]
+    body: str
 
 
-Block = (
-    Paragraph | Heading | Bullets | Code | NotMeasured | Warned | Table | Panels | Dots | Picture | Details
-)
+Part = Table | Panels | Dots | Code | Details
 
 
 @dataclass(frozen=True)
@@ -223,24 +177,26 @@ class Highlight:
 
 
 @dataclass(frozen=True)
-class Section:
-    title: str
-    blocks: Sequence[Block]
-
-    @property
-    def anchor(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
-
-
-@dataclass(frozen=True)
 class Document:
-    """A report: title, a line below it, what matters and how to read it, and the sections."""
+    """A report: title, a line below it, what matters, and the rest as Markdown with marks for ``parts``."""
 
     title: str
     subtitle: str
     highlights: Sequence[Highlight]
-    reading: Sequence[Block]
-    sections: Sequence[Section] = field(default_factory=tuple)
+    body: str
+    parts: Sequence[Part] = field(default_factory=tuple)
+    pictures: Path | None = None
+    """The folder of the PNG files that the body shows."""
+
+    @property
+    def sections(self) -> list[str]:
+        """The titles of its sections."""
+        return re.findall(r"^## (.*)$", self.body, re.MULTILINE)
+
+
+def anchor(title: str) -> str:
+    """Where links to a section lead."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def epochs_table(figure: Panels) -> Table:
@@ -259,67 +215,3 @@ def epochs_table(figure: Panels) -> Table:
         if curve.values
     ]
     return Table(figure.caption, columns, rows)
-
-
-def from_markdown(text: str, folder: Path) -> list[Block]:
-    """The blocks of a Markdown file of results: headings, paragraphs, lists, tables, code, PNG pictures.
-
-    Pictures are read from ``folder``, by their name alone; the first heading, the file's title, and the
-    targets of links are dropped.
-    """
-    blocks: list[Block] = []
-    for chunk in re.split(r"\n\s*\n", text.replace("\r\n", "\n").strip()):
-        lines = chunk.strip("\n").split("\n")
-        while lines and lines[0].startswith("#"):
-            level, _, title = lines.pop(0).partition(" ")
-            if len(level) > 1:
-                blocks.append(Heading(_plain(title)))
-        if not lines:
-            continue
-        pictures = _PICTURE.findall(chunk)
-        if pictures:
-            blocks += [
-                Picture((folder / Path(file).name).read_bytes(), alt, Path(file).name)
-                for alt, file in pictures
-                if file.endswith(".png") and (folder / Path(file).name).is_file()
-            ]
-        elif lines[0].startswith("|") and len(lines) > 1:
-            blocks.append(_table(lines))
-        elif lines[0].startswith("```"):
-            blocks.append(Code("\n".join(line for line in lines if not line.startswith("```"))))
-        elif lines[0].startswith(("- ", "* ")):
-            items = re.split(r"\n[-*] ", "\n" + "\n".join(lines))[1:]
-            blocks.append(Bullets([_plain(" ".join(item.split())) for item in items]))
-        else:
-            blocks.append(Paragraph(_plain(" ".join(line.strip() for line in lines))))
-    return blocks
-
-
-def _plain(text: str) -> str:
-    """Without what only Markdown knows: links and emphasis."""
-    return _EMPHASIS.sub(r"\1", _LINK.sub(r"\1", text))
-
-
-def _table(lines: Sequence[str]) -> Table:
-    found = [
-        re.split(r"(?<!\\)\|", line.strip()[1:].removesuffix("|"))
-        for line in lines
-        if not re.fullmatch(r"\|?[\s:|-]+\|?", line)
-    ]
-    width = len(found[0])
-    filled = []
-    for line in found:
-        # Too many cells: the bars of an |x| in the first one.
-        more = max(0, len(line) - width)
-        cells = ["|".join(line[: more + 1]), *line[more + 1 :], *[""] * (width - len(line))]
-        filled.append([_plain(cell.strip()) for cell in cells])
-    head, *body = filled
-
-    def is_number(column: int) -> bool:
-        cells = [line[column].strip("*") for line in body if line[column]]
-        # A cell may hold several, one a seed.
-        found = [_NUMBER.fullmatch(cell) or all(map(_NUMBER.fullmatch, cell.split())) for cell in cells]
-        return bool(cells) and column > 0 and all(found)
-
-    columns = [Column(title, number=is_number(c)) for c, title in enumerate(head)]
-    return Table("", columns, [row(*cells) for cells in body])

@@ -21,9 +21,9 @@ from lunet_fast.recsys.report.document import Document
 from lunet_fast.recsys.report.render import markdown, page
 from lunet_fast.recsys.report.reproduction import document
 from lunet_fast.recsys.report.results import Committed, Losses, Reproduction, Run
-from lunet_fast.training.files import RunFolder, read_json, read_tensors, write_atomically, write_json
+from lunet_fast.training.files import RunFolder, read_json, read_tensors, write_json, write_text
 from lunet_fast.training.loop import Progress, cpu_threads
-from lunet_fast.training.schema import CHECKPOINT_FORMAT, CheckpointHeader
+from lunet_fast.training.schema import CHECKPOINT_FORMAT, CHECKPOINT_HEADER
 
 DATASETS = tuple(movielens.DATASETS)
 
@@ -145,9 +145,8 @@ def reproduce(
 def write_report(out: Path, found: Reproduction) -> Document:
     """Write ``report.html`` and ``report.md`` into ``out``."""
     report = document(found)
-    for name, text in (("report.html", page(report)), ("report.md", markdown(report))):
-        data = text.encode("utf-8")
-        write_atomically(out / name, lambda path, data=data: path.write_bytes(data) and None)  # type: ignore[misc]
+    write_text(out / "report.html", page(report))
+    write_text(out / "report.md", markdown(report))
     return report
 
 
@@ -205,7 +204,7 @@ def _losses(folder: RunFolder) -> dict[str, Losses]:
     """By phase; from the checkpoints, since a finished training that is read again has no curve with it."""
     found = {}
     for file in sorted(folder.checkpoints.glob("*.safetensors")):
-        _, header = read_tensors(file, CHECKPOINT_FORMAT, CheckpointHeader)
+        _, header = read_tensors(file, CHECKPOINT_FORMAT, CHECKPOINT_HEADER)
         state = header["state"]
         found[state["phase"]] = Losses(state["train_loss"], state["test_loss"])
     return found

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lunet_fast.recsys.report.document import Block, Picture, literal
+from lunet_fast.recsys.report.document import literal
 from lunet_fast.training.files import write_json
 
 FILE = "reproduction.json"
@@ -73,12 +73,12 @@ class Committed:
         return values
 
     def text(self, name: str) -> str | None:
+        """The text of ``name``, None where it is absent."""
         path = self._path(name)
         return None if path is None else path.read_text(encoding="utf-8")
 
-    def picture(self, name: str, alt: str) -> list[Block]:
-        path = self._path(name)
-        return [] if path is None else [Picture(path.read_bytes(), alt, name)]
+    def has(self, name: str) -> bool:
+        return self._path(name) is not None
 
     def _path(self, name: str) -> Path | None:
         path = None if self.folder is None else self.folder / name
@@ -240,9 +240,10 @@ class Findings:
         how = "the only other method run" if len(others) == 1 else f"best of the {len(others)} others run"
         return f"{how}: {literal(others[0]['method'])}, {others[0][key]:.3f}"
 
-    def quoted(self, *experiments: str, controls: bool = False) -> str:
-        """What † means after figures of these; "" where none was taken from a file."""
-        runs = [run for data in self.datasets for name in experiments for run in self.of(data, name)]
+    def quoted(self, *experiments: str, data: str = "", controls: bool = False) -> str:
+        """What † means after figures of these, of all data sets or one; "" where none is of a file."""
+        datasets = [data] if data else self.datasets
+        runs = [run for each in datasets for name in experiments for run in self.of(each, name)]
         runs += [run for some in self.controls.values() for run in some] if controls else []
         files = sorted({run.file for run in runs if run.file})
         return (

@@ -6,7 +6,7 @@ import math
 import statistics
 
 from lunet_fast.recsys.data.datasets import dataset_title
-from lunet_fast.recsys.report.document import Block, Bullets, Highlight, Warned, literal, signed
+from lunet_fast.recsys.report.document import Highlight, literal, signed
 from lunet_fast.recsys.report.results import Findings, Reproduction, dagger, finite, mean
 from lunet_fast.recsys.report.run import PRINTED, TABLE_2
 
@@ -44,15 +44,15 @@ def _relative_error(results: Findings) -> float | None:
     return max((m.value for m in means if m is not None), default=None)
 
 
-def reading(found: Reproduction, results: Findings) -> list[Block]:
-    blocks: list[Block] = []
-    if found.trial:
-        blocks.append(
-            Warned("**A trial.** The trainings were cut short with `--epochs`: no figure here counts.")
-        )
-    items = [*_beside_paper(results), *_nonlinearity(found, results), *_beside_control(results)]
-    items += [*_invertibility(results), *_beside_others(results)]
-    return [*blocks, Bullets(items)] if items else blocks
+def reading(found: Reproduction, results: Findings) -> list[str]:
+    """How to read the report, a sentence or two each."""
+    return [
+        *_beside_paper(results),
+        *_nonlinearity(found),
+        *_beside_control(results),
+        *_invertibility(results),
+        *_beside_others(results),
+    ]
 
 
 def _beside_paper(results: Findings) -> list[str]:
@@ -98,7 +98,7 @@ def _affine(found: Reproduction) -> list[tuple[str, float, float]]:
     return [("one layer, so f affine", statistics.fmean(gaps), error)]
 
 
-def _nonlinearity(found: Reproduction, results: Findings) -> list[str]:
+def _nonlinearity(found: Reproduction) -> list[str]:
     changes = _affine(found)
     if not changes:
         return []

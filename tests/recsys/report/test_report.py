@@ -3,6 +3,7 @@ from __future__ import annotations
 import struct
 from html import unescape
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,7 @@ from matplotlib.image import imread
 
 from lunet_fast.recsys.report import table_2
 from lunet_fast.recsys.report.document import (
-    Block,
-    Bullets,
+    MARK,
     Cell,
     Code,
     Column,
@@ -21,22 +21,16 @@ from lunet_fast.recsys.report.document import (
     Document,
     Dot,
     Dots,
-    Heading,
     Highlight,
-    NotMeasured,
     Panel,
     Panels,
-    Paragraph,
-    Picture,
+    Part,
     Row,
-    Section,
     Table,
-    Warned,
-    from_markdown,
     literal,
 )
 from lunet_fast.recsys.report.render import markdown, page, spans
-from lunet_fast.training.figures import save_loss_figure
+from lunet_fast.training.figures import apart, save_loss_figure
 
 METRICS = {
     "dataset": "ml-100k",
@@ -161,61 +155,97 @@ def table() -> Table:
     return Table("A table", columns, rows, "a note")
 
 
-def document(*blocks: Block) -> Document:
-    return Document(
-        "Title", "subtitle", [Highlight("1", "what", "beside")], [], [Section("A section", blocks)]
-    )
+def document(*parts: Part, body: str = "", pictures: Path | None = None) -> Document:
+    body = "\n\n".join(["## A section", body, *(MARK.format(n) for n in range(len(parts)))])
+    return Document("Title", "subtitle", [Highlight("1", "what", "beside")], body, parts, pictures)
 
 
-ALL: tuple[Block, ...] = (
-    Paragraph("text"),
-    Heading("heading"),
-    Bullets(["one", "two"]),
+BODY = """text
+
+### heading
+
+- one
+- two
+
+> careful, run `run --this`
+
+![a picture](p.png)
+
+| name | n |
+|---|---|
+| x < y | 1.5e-3 |
+"""
+PARTS: tuple[Part, ...] = (
     Code("a < b && c"),
-    NotMeasured("something", "run --this"),
-    Warned("careful"),
     table(),
     Panels(
         "figure", [Panel("loss", [Curve("best", [1.0, 0.5], 0), Curve("paper", [0.9], 1)], ("printed", 0.8))]
     ),
     Dots("changes", [Dot("a", 0.1, 0.01), Dot("b", -5.0, None), Dot("c", 0.0, 0.1)], "left", 0.2),
-    Picture(b"\x89PNG", "a picture", "p.png"),
-    Details("more", [Paragraph("inside"), table()]),
 )
 
 
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    (tmp_path / "p.png").write_bytes(b"\x89PNG")
+    return tmp_path
+
+
 class TestPage:
-    def test_every_part_is_well_formed(self) -> None:
-        read = checked(page(document(*ALL)))
+    def test_every_part_is_well_formed(self, pictures: Path) -> None:
+        details = Details("more", "inside\n\n" + MARK.format(1))
+        read = checked(page(document(*PARTS, details, body=BODY, pictures=pictures)))
         for text in (
-            "text",
-            "heading",
-            "two",
-            "a < b && c",
-            "run --this",
-            "careful",
-            "0.9",
-            "inside",
-            "a note",
+            *("text", "heading", "two", "a < b && c", "run --this", "careful", "0.9", "inside", "a note"),
+            *("more", "x < y", "A section"),
         ):
             assert text in read.text
+        assert MARK[0] not in read.text
         assert sum(tag == "svg" for tag, _ in read.tags) == 2
+        assert [attrs["alt"] for tag, attrs in read.tags if tag == "img"] == ["a picture"]
 
-    def test_what_comes_from_data_is_shown_as_it_is(self) -> None:
+    def test_what_comes_from_data_is_shown_as_it_is(self, pictures: Path) -> None:
         said = literal(NASTY)
-        shown = [
-            Paragraph(said),
-            Heading(said),
-            Bullets([said]),
+        shown: list[Part] = [
             Code(NASTY),
-            NotMeasured(said, NASTY),
-            Warned(said),
+            Table(said, [Column(said, group=said)], [Row([Cell(said)])], said),
+            Details(said, said),
+            Panels(said, [Panel(said, [Curve(NASTY, [1.0], 0)])]),
+            Dots(said, [Dot(NASTY, 0.1, None)], "left", 1.0),
         ]
-        shown += [Table(said, [Column(said)], [Row([Cell(said)])], said), Details(said, [Paragraph(said)])]
-        shown += [Panels(said, [Panel(said, [Curve(NASTY, [1.0], 0)])]), Picture(b"", NASTY, "p.png")]
-        shown += [Dots(said, [Dot(NASTY, 0.1, None)], "left", 1.0)]
-        read = checked(page(Document(said, said, [Highlight(said, said, said)], [], [Section(said, shown)])))
-        assert read.text.count(NASTY) >= 20
+        body = (
+            f"## {said}\n\n{said}\n\n### {said}\n\n- {said}\n\n> {said}\n\n![{said}](p.png)\n\n"
+            f"| {said} | {said} |\n|---|---|\n| {said} | **{said}** |\n\n"
+        )
+        marks = "\n\n".join(MARK.format(n) for n in range(len(shown)))
+        highlights = [Highlight(said, said, said)]
+        read = checked(page(Document(said, said, highlights, body + marks, shown, pictures)))
+        assert read.text.count(NASTY) >= 24
+        assert [attrs["alt"] for tag, attrs in read.tags if tag == "img"] == [NASTY]
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            NASTY,
+            "<script>alert(1)</script>",
+            "<img src=x onerror=alert(1)>",
+            "[a](javascript:alert(1)) <http://x> [b](http://x)",
+            "![p](http://x/q.png) ![p](../../etc/passwd) ![p](gone.png)",
+            "<div onclick='x'>\n\n## <b onclick='x'>",
+            "&lt;script&gt; &#60;script&#62;",
+        ],
+    )
+    def test_no_html_of_a_quoted_file_gets_through(self, body: str, pictures: Path) -> None:
+        checked(page(document(body=body, pictures=pictures)))
+
+    def test_marks_of_data_are_none(self) -> None:
+        assert literal(f"a{MARK.format(0)}b") == "a0b"
+
+    def test_columns_of_figures_stand_at_the_right(self) -> None:
+        body = "| name | n | words |\n|---|---|---|\n| a | **1.5e-3** ± 0.1 | 2 |\n| b | 12 % | two |\n"
+        read = checked(page(document(body=body)))
+        kinds = [attrs.get("class") for tag, attrs in read.tags if tag in ("th", "td")]
+        assert kinds == [None, "n", None] * 3
 
     def test_marks(self) -> None:
         assert spans("a **b `c<`** \\*d\\*") == "a <strong>b <code>c&lt;</code></strong> *d*"
@@ -227,20 +257,24 @@ class TestPage:
         assert "nan" not in checked(text).text
         assert "inf" not in text[text.index("<svg") :]
 
+    @pytest.mark.parametrize("wanted", [[0.5], [0.5, 0.5, 0.5], [0.0, 1.0], [0.9, 1.0, 0.95, 0.2]])
+    def test_labels_keep_apart(self, wanted: list[float]) -> None:
+        found = apart(wanted, 0.1, 0.0, 1.0)
+        order = sorted(range(len(wanted)), key=lambda n: wanted[n])
+        assert all(found[b] - found[a] >= 0.1 - 1e-9 for a, b in pairwise(order))
+        assert all(-1e-9 <= place <= 1 + 1e-9 for place in found)
+
 
 class TestMarkdown:
     def test_every_part(self) -> None:
-        text = markdown(document(*ALL))
+        text = markdown(document(*PARTS, Details("more", "inside"), body=BODY))
         for part in (
-            "# Title",
-            "## A section",
-            "- two",
-            "run `run --this`",
-            "> careful",
-            "![a picture](p.png)",
+            *("# Title", "## A section", "- two", "run `run --this`", "> careful", "![a picture](p.png)"),
+            *("1. [A section](#a-section)", "```\na < b && c\n```", "**more**\n\ninside"),
         ):
             assert part in text
         assert "| name | MSE | g: HR |" in text
+        assert MARK[0] not in text
 
     def test_the_best_is_bold(self) -> None:
         # Equal as printed is equal, and a cell without a value does not take part.
@@ -254,24 +288,5 @@ class TestMarkdown:
         assert "| \\|x\\| |" in text
         assert "| a\\|b |" in text
 
-
-class TestFromMarkdown:
-    def test_blocks(self, tmp_path: Path) -> None:
-        (tmp_path / "p.png").write_bytes(b"png")
-        text = (
-            "# Title\n\nSome *emphasis* and [a link](http://x).\n\n## Part\n- one\n- two\n  more\n\n"
-            "| a | n |\n|---|---|\n| |x| over |y| | 1.5e-3 |\n| b | **2** |\n\n![seen](p.png)\n\n"
-            "![other](../../etc/q.png)\n\n```\ncode\n```\n"
-        )
-        paragraph, heading, bullets, found, picture, code = from_markdown(text, tmp_path)
-        assert paragraph == Paragraph("Some emphasis and a link.")
-        assert heading == Heading("Part")
-        assert bullets == Bullets(["one", "two more"])
-        assert isinstance(found, Table)
-        assert [column.number for column in found.columns] == [False, True]
-        assert [[cell.text for cell in row.cells] for row in found.rows] == [
-            ["|x| over |y|", "1.5e-3"],
-            ["b", "**2**"],
-        ]
-        assert picture == Picture(b"png", "seen", "p.png")
-        assert code == Code("code")
+    def test_code_with_fences(self) -> None:
+        assert "````\n```\n````" in markdown(document(Code("```")))

@@ -13,7 +13,16 @@ import pytest
 from lunet_fast.recsys.data import movielens
 from lunet_fast.recsys.data.ratings import Ratings, from_frame
 from lunet_fast.recsys.report.document import Document
-from lunet_fast.recsys.report.reproduce import EXPERIMENTS, Planned, Watcher, command_of, plan, reproduce
+from lunet_fast.recsys.report.reproduce import (
+    EXPERIMENTS,
+    Planned,
+    Watcher,
+    command_of,
+    plan,
+    reproduce,
+    write_report,
+)
+from lunet_fast.recsys.report.results import Committed, Reproduction
 from lunet_fast.training.files import RunFolderError
 from lunet_fast.training.loop import Progress
 from lunet_fast.training.run import Run
@@ -77,7 +86,24 @@ def committed(folder: Path) -> Path:
         "ml-1m": {"runs": [{**run, "recipe": "paper"}, {**run, "recipe": "best", "mlp_test_mse": 0.7429}]},
         "compare-ml-100k": {"machine": MACHINE, "seeds": [0], "command": "lunet-fast compare", "rows": rows},
         "ablation-ratings": {"machine": MACHINE, "rows": changes},
-        "fold-in": {"machine": MACHINE, "after": [{"ratings": 5, "mse": 0.81234, "note": NASTY}]},
+        "fold-in": {
+            "machine": {**MACHINE, "commit": "abc-dirty"},
+            "tested_users": 3,
+            "ratings": [{"way": f"fold_in {NASTY}", "mse_1": 0.9, "mse_5": 0.81234, "ms_per_user": 1.0}],
+            "ranking": [
+                {"way": "w", "ms_per_user": 0.5}
+                | {f"{key}_{n}": 0.5 for key in ("hr@10", "ndcg@10", "full_ndcg@10") for n in (1, 5)}
+            ],
+        },
+        "time-to-quality": {
+            "machine": MACHINE,
+            "trainings": [
+                {"method": "LU-Net, recipe best", "settings": "K = 8", "threads": 1, "seconds": 12.0}
+                | {"test_mse": 0.7786, "ours_seconds": 12.0, "curve": [[1.0, 0.8]], "missing": ""},
+                {"method": NASTY, "settings": "k = 1", "threads": 1, "seconds": 6.0}
+                | {"test_mse": 0.7748, "ours_seconds": None, "curve": [], "missing": ""},
+            ],
+        },
     }
     for name, values in files.items():
         (folder / f"{name}.json").write_text(json.dumps(values))
@@ -206,6 +232,44 @@ class TestReport:
         assert "adds nothing measurable" in text
         # What was told of the held-out pairs is never the best.
         assert "**0.9900**" not in "\n".join(rows_of(made / "out"))
+        assert "0.9900 ‡" in text
+
+    def test_the_strongest_of_those_that_were_run_is_named(self, made: Path) -> None:
+        text = html(made / "out").text
+        assert f"the only other method run: {NASTY}, 0.400" in text
+        assert "the only other method run: B, 0.123" in text
+
+    def test_an_older_recipe_is_named_and_not_compared(self, made: Path) -> None:
+        text = html(made / "out").text
+        assert "Measured with an older recipe (K = 8)." in text
+        assert "LU-Net, recipe best (older recipe)" in text
+        assert "not in its training" not in text
+
+    def test_commits_with_changes_are_warned_of(self, made: Path) -> None:
+        text = html(made / "out").text
+        assert "Measured with changes that were not committed: fold-in.json." in text
+        assert "commit abc-dirty (with changes that were not committed)" in text
+
+    def test_comparisons_stand_for_what_was_not_run(self, tmp_path: Path, films_in_place: None) -> None:
+        run = {"key": "lunet-interactions", "seed": 0, "hr@10": 0.7, "ndcg@10": 0.44, "full_ndcg@10": 0.05}
+        file = {"rows": [], "seeds": [0], "runs": [run, {"key": "mf", "seed": 0}]}
+        (tmp_path / "compare-ml-1m.json").write_text(json.dumps(file))
+        make(tmp_path / "out", tmp_path, seeds=[0], skip=[f"ml-100k/{name}" for name in EXPERIMENTS])
+        text = html(tmp_path / "out").text
+        assert "0.4400 †" in text
+        assert "taken from compare-ml-1m.json" in text
+        assert "ML-1M, LU-Net, interactions alone (γ = 0): not measured" not in text.replace("\u00a0", " ")
+
+    def test_written_again_without_training(self, made: Path, tmp_path: Path) -> None:
+        again = tmp_path / "out"
+        again.mkdir()
+        (again / "reproduction.json").write_bytes((made / "out" / "reproduction.json").read_bytes())
+        write_report(again, Reproduction.load(again, Committed(made / "results")))
+        for name in ("report.html", "report.md"):
+            assert (again / name).read_bytes() == (made / "out" / name).read_bytes()
+        (again / "reproduction.json").write_text('{"runs": 1}')
+        with pytest.raises(ValueError, match="not what `lunet-fast reproduce` writes"):
+            Reproduction.load(again, Committed(None))
 
     def test_places_of_this_machine_are_not_in_it(self, made: Path) -> None:
         for name in ("report.html", "report.md"):
