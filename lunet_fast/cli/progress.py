@@ -15,8 +15,13 @@ from lunet_fast.training.loop import Progress
 
 
 @contextmanager
-def suite_progress(console: Console, contests: int) -> Iterator[Callable[[Any, list[Any]], None]]:
-    """A bar over the contests of a suite, or a line for each in a log."""
+def suite_progress(
+    console: Console, contests: int, *, quiet: bool = False
+) -> Iterator[Callable[[Any, list[Any]], None]]:
+    """A bar over the contests of a suite, or a line for each in a log, or nothing."""
+    if quiet:
+        yield lambda spec, rows: None
+        return
     if not console.is_terminal:
         done = 0
 
@@ -42,8 +47,14 @@ def suite_progress(console: Console, contests: int) -> Iterator[Callable[[Any, l
 
 
 @contextmanager
-def counted(total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the number of ``unit`` done since the last call; told on stderr."""
+def counted(total: int, unit: str, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the number of ``unit`` done since the last call.
+
+    What is done is told on stderr, unless ``quiet``.
+    """
+    if quiet:
+        yield lambda count: None
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         done = 0

@@ -5,39 +5,22 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
 
 import lunet_fast
 from lunet_fast.cli import options
-from lunet_fast.cli.output import fail
+from lunet_fast.cli.output import Output, fail
+from lunet_fast.cli.signatures import grouped
 
 TRAININGS = "What is trained"
 
 
-class SeveralValues(TyperCommand):
-    """Takes ``--seeds 0 1 2`` as ``--seeds 0 --seeds 1 --seeds 2``, for options that may be repeated.
-
-    For commands without arguments: all words up to the next option are the list's.
-    """
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        lists = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
-        spread: list[str] = []
-        option = ""
-        for place, word in enumerate(args):
-            if word.startswith("-") and not word[1:].isdigit():
-                option = word if word in lists else ""
-            elif option and args[place - 1] != option:
-                spread.append(option)
-            spread.append(word)
-        return super().parse_args(ctx, spread)
-
-
+@grouped
 def reproduce_command(
+    *,
     out: Annotated[
         Path,
         typer.Option("--out", "-o", metavar="DIR", help="Folder for the report and the run folders."),
@@ -75,7 +58,7 @@ def reproduce_command(
             rich_help_panel=TRAININGS,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.", rich_help_panel=TRAININGS)] = "cpu",
+    device: options.Device = "cpu",
     data_dir: options.DataDir = None,
     results: Annotated[
         Path | None,
@@ -87,6 +70,7 @@ def reproduce_command(
             rich_help_panel=options.DATA,
         ),
     ] = None,
+    output: Output,
 ) -> None:
     """Run the paper's experiments and write a report: `report.html` and `report.md`.
 
@@ -118,10 +102,11 @@ def reproduce_command(
     class Told(Watcher):
         def begins(self, number: int, total: int, planned: Planned, finished: bool) -> None:
             done = "  finished already" if finished else ""
-            typer.echo(f"{number}/{total}  {planned.dataset}/{planned.experiment}, seed {planned.seed}{done}")
+            name = f"{planned.dataset}/{planned.experiment}, seed {planned.seed}"
+            output.line(f"{number}/{total}  {name}{done}")
 
         def progress(self) -> AbstractContextManager[Progress]:
-            return training_progress(Console())
+            return training_progress(Console(quiet=output.quiet))
 
     try:
         report = reproduce(

@@ -352,7 +352,10 @@ WRONG: dict[str, tuple[Change, str]] = {
     "other read-out": (config(gamma=0.5), "do not fit the model's settings"),
     "other loss": (config(loss="mse"), "'levels' of loss 'ordinal' is there"),
     "no biases": (config(biases=False), "_bias' is too many"),
-    "a size of terabytes": (config(embedding_size=10**12), "embedding_size=1000000000000 must be a whole number from 1 to"),
+    "a size of terabytes": (
+        config(embedding_size=10**12),
+        "embedding_size=1000000000000 must be a whole number from 1 to",
+    ),
     "a size beyond integers": (config(embedding_size=10**30), "must be a whole number from 1 to"),
     "a billion layers": (config(layers=10**9), "layers=1000000000 must be a whole number from 1 to 1000"),
     "a billion members": (config(members=10**9), "members=1000000000 must be a whole number from 1 to 1000"),
