@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
-from density import depth_table, digits_table, plane_table
-
+from density_report import depth_table, digits_table, plane_table
 from lunet_fast.bench.claims import verdicts
 from lunet_fast.bench.results import Result, seconds_text
 from lunet_fast.bench.training import samples_per_second
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from machine import RESULTS, ROOT, write_text
 
 PRINTED = [
     ("classic MLP, paper, ML-100K", "0.9200", "0.0050", ""),
@@ -182,7 +177,7 @@ def training() -> str:
     lines += [
         "",
         f"{machine['processor']}, torch {machine['torch']}, {machine['date']}; "
-        "`python -m lunet_fast.bench.training --threads 1 2 --out benchmarks/results/time-to-quality.json`.",
+        "`python benchmarks/time_to_quality.py`.",
     ]
     return "\n".join(lines)
 
@@ -308,9 +303,7 @@ def main() -> None:
         if new != old:
             sys.exit("README.md does not say what benchmarks/results/ holds: run python benchmarks/readme.py")
         return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(new)
-    os.replace(temporary, path)
+    write_text(path, new)
 
 
 if __name__ == "__main__":

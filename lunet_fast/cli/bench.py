@@ -66,9 +66,10 @@ def bench_command(
     """
     import torch
 
-    from lunet_fast.bench import machine, plots, results
+    from lunet_fast.bench import plots, results
     from lunet_fast.bench.contest import CheckFailed
     from lunet_fast.cli.progress import suite_progress
+    from lunet_fast.training.files import write_text
 
     chosen = suites or ["layers"]
     for name in chosen:
@@ -91,7 +92,7 @@ def bench_command(
             _show_suite(console, result, before)
             if out is not None:
                 path = result.save(out / file)
-                machine.write_text(path.with_suffix(".md"), results.markdown(result))
+                write_text(path.with_suffix(".md"), results.markdown(result))
                 plots.draw(result, path.with_suffix(".png"))
                 output.line(f"written to {path}, .md and .png")
     except CheckFailed as error:
