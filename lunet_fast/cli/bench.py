@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,19 +15,21 @@ from lunet_fast.cli.options import Device, existing_device
 from lunet_fast.cli.output import Output, fail, wide_console
 from lunet_fast.cli.signatures import grouped
 
+Suites = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SUITE]...",
+        help="`layers`: one layer beside what others offer. `claims`: is the inverse O(D²) and the "
+        "log-determinant O(D)? `stacks`: flows of M layers. `training`: steps of the recommender.",
+        show_default="layers",
+    ),
+]
+
 
 @grouped
 def bench_command(
     *,
-    suites: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SUITE]...",
-            help="`layers`: one layer beside what others offer. `claims`: is the inverse O(D²) and the "
-            "log-determinant O(D)? `stacks`: flows of M layers. `training`: steps of the recommender.",
-            show_default="layers",
-        ),
-    ] = None,
+    suites: Suites = None,
     scale: Annotated[
         str, typer.Option(metavar="quick|all", help="A few sizes in about a minute a suite, or every size.")
     ] = "quick",
@@ -68,7 +71,7 @@ def bench_command(
 
     from lunet_fast.bench import plots, results
     from lunet_fast.bench.contest import CheckFailed
-    from lunet_fast.cli.progress import suite_progress
+    from lunet_fast.cli.progress import counted
     from lunet_fast.training.files import write_text
 
     chosen = suites or ["layers"]
@@ -85,9 +88,14 @@ def bench_command(
             file = results.file_name(name, place, dtype)
             before = None if baseline is None else results.Result.load(baseline / file)
             contests = len(results.SUITES[name].specs(scale))
-            with suite_progress(console, contests, quiet=output.quiet) as told:
+            with counted(contests, "comparisons", quiet=output.quiet) as tell:
                 result = results.run_suite(
-                    name, scale, place, getattr(torch, dtype), seconds=seconds, told=told
+                    name,
+                    scale,
+                    place,
+                    getattr(torch, dtype),
+                    seconds=seconds,
+                    told=partial(_tell_contest, tell),
                 )
             _show_suite(console, result, before)
             if out is not None:
@@ -99,6 +107,10 @@ def bench_command(
         fail(error, 1)
     except (OSError, ValueError, RuntimeError) as error:
         fail(error, 2)
+
+
+def _tell_contest(tell: Callable[..., None], spec: Any, rows: list[Any]) -> None:
+    tell(1, f"{spec.suite}: {spec}")
 
 
 def _check_choice(told: str, given: str, known: Collection[str]) -> None:

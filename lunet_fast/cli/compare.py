@@ -15,7 +15,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lunet_fast.cli import options
-from lunet_fast.cli.output import FigureOutput, errors_told, prepare_out, printable, wide_console
+from lunet_fast.cli.output import (
+    FigureOutput,
+    errors_told,
+    interruption_told,
+    prepare_out,
+    printable,
+    wide_console,
+)
 from lunet_fast.cli.signatures import grouped
 
 if TYPE_CHECKING:
@@ -29,29 +36,33 @@ _HEADINGS = (
 )
 
 
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY...",
+        help="Of those that predict ratings `biases`, `knn`, `mf`, `svd++`, `mlp`, `bayesian-fm`, "
+        "`bayesian-svd++`; of those that rank `popularity`, `bpr`, `mlp-ce`, `neumf`, `autoencoder`, "
+        "`als`, `ease`; of ours `lunet-paper`, `lunet-ratings`, `lunet-ids`, `lunet-interactions`, "
+        "`lunet-both`, `lunet-leaky`.",
+        show_default="all that the data allow",
+    ),
+]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option(
+        metavar="N...",
+        help="Each fixes a split, the candidates and the methods' own draws; figures are means.",
+        show_default="0",
+    ),
+]
+
+
 @grouped
 def compare_command(
     *,
     dataset: options.Dataset = "ml-100k",
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY...",
-            help="Of those that predict ratings `biases`, `knn`, `mf`, `svd++`, `mlp`, `bayesian-fm`, "
-            "`bayesian-svd++`; of those that rank `popularity`, `bpr`, `mlp-ce`, `neumf`, `autoencoder`, "
-            "`als`, `ease`; of ours `lunet-paper`, `lunet-ratings`, `lunet-ids`, `lunet-interactions`, "
-            "`lunet-both`, `lunet-leaky`.",
-            show_default="all that the data allow",
-        ),
-    ] = None,
-    seeds: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="N...",
-            help="Each fixes a split, the candidates and the methods' own draws; figures are means.",
-            show_default="0",
-        ),
-    ] = None,
+    methods: Methods = None,
+    seeds: Seeds = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -91,25 +102,17 @@ def compare_command(
     for key in chosen or []:
         if key not in comparing.METHODS:
             raise typer.BadParameter(f"--methods {key}: choose from {', '.join(comparing.METHODS)}")
-    try:
-        with errors_told():
-            prepare_out(file)
-            ratings = _read(dataset, source, output)
-            keys = chosen or comparing.allowed(ratings)
-            with _told(len(keys) * len(numbers), output) as (begun, done):
-                result = comparing.compare(
-                    ratings,
-                    keys,
-                    numbers,
-                    file=file,
-                    command=_command(dataset, chosen, numbers, out),
-                    begun=begun,
-                    done=done,
-                )
-            written = comparison.save(result, file)
-    except KeyboardInterrupt:
-        typer.echo(f"\nInterrupted. The same command goes on from what {file} holds.", err=True)
-        raise typer.Exit(130) from None
+    goes_on = interruption_told(f". The same command goes on from what {file} holds.")
+    with goes_on, errors_told():
+        prepare_out(file)
+        ratings = _read(dataset, source, output)
+        keys = chosen or comparing.allowed(ratings)
+        command = _command(dataset, chosen, numbers, out)
+        with _told(len(keys) * len(numbers), output) as (begun, done):
+            result = comparing.compare(
+                ratings, keys, numbers, file=file, command=command, begun=begun, done=done
+            )
+        written = comparison.save(result, file)
     output.figures(asdict(result), lambda: _show(wide_console(), result))
     output.line(f"written to {file}, {', '.join(path.suffix for path in written)}")
     if not any(row["seeds"] for row in result.rows):

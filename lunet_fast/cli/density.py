@@ -9,7 +9,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lunet_fast.cli.options import Continuation, Device, JsonOut, TrainedOn, existing_device, run_name
+from lunet_fast.cli.options import (
+    Continuation,
+    Device,
+    JsonOut,
+    TrainedOn,
+    dataset_option,
+    existing_device,
+    run_name,
+)
 from lunet_fast.cli.output import FigureOutput, Output, errors_told, prepare_out, write_csv, write_out
 from lunet_fast.cli.signatures import grouped, settings_command
 
@@ -34,10 +42,7 @@ TrainCommand = settings_command(
 
 Dataset = Annotated[
     str,
-    typer.Option(
-        "--dataset",
-        "-d",
-        metavar="NAME|PATH",
+    dataset_option(
         help="`digits`, `wine`, `breast_cancer`, `diabetes`, `iris` (of scikit-learn); `ring`, `moons`, "
         "`spirals`, `checkerboard` (2-D toy data, their density known); or your own `.csv`, `.tsv`, "
         "`.parquet` or `.npy` of numbers, or MNIST's `train-images-idx3-ubyte.gz`.",

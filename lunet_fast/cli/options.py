@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,25 +16,19 @@ if TYPE_CHECKING:
 
 DATA, FILES = "Data", "Columns of your own file"
 
+dataset_option = partial(typer.Option, "--dataset", "-d", metavar="NAME|PATH", rich_help_panel=DATA)
+
 Dataset = Annotated[
     str,
-    typer.Option(
-        "--dataset",
-        "-d",
-        metavar="NAME|PATH",
+    dataset_option(
         help="`ml-100k` or `ml-1m`, fetched if need be; or your own CSV, TSV or Parquet file of ratings.",
-        rich_help_panel=DATA,
     ),
 ]
 TrainedOn = Annotated[
     str | None,
-    typer.Option(
-        "--dataset",
-        "-d",
-        metavar="NAME|PATH",
+    dataset_option(
         help="The data that the run was trained on, where they are no longer where they were.",
         show_default="what the run's config.json names",
-        rich_help_panel=DATA,
     ),
 ]
 DataDir = Annotated[

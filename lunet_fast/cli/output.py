@@ -80,6 +80,16 @@ class FigureOutput(Output):
             show()
 
 
+@contextmanager
+def interruption_told(text: str) -> Iterator[None]:
+    """Ctrl-C ends the command with ``text``, which says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\nInterrupted{text}", err=True)
+        raise typer.Exit(130) from None
+
+
 def wide_console() -> Console:
     """A console as wide as the terminal, or wide enough for a table where there is none."""
     console = Console()

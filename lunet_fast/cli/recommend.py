@@ -36,6 +36,17 @@ BATCH = 4096
 _HEADER = ("user", "rank", "item", "score", "title")
 
 
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="|".join(("table", *WRITERS)),
+        help="`json` is a list, `jsonl` an object a line.",
+        show_default="table, or by the extension of --out",
+    ),
+]
+
+
 @grouped
 def recommend_command(
     *,
@@ -55,15 +66,7 @@ def recommend_command(
         bool,
         typer.Option("--exclude-seen/--include-seen", help="Leave out what the user rated in training."),
     ] = True,
-    form: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            metavar="|".join(("table", *WRITERS)),
-            help="`json` is a list, `jsonl` an object a line.",
-            show_default="table, or by the extension of --out",
-        ),
-    ] = None,
+    form: Format = None,
     out: options.TableOut = None,
     device: options.Device = "cpu",
     output: Output,

@@ -113,6 +113,17 @@ class Parts:
             )
 
 
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="JSON of settings, as `tune` writes and `config.json` names them; options given here "
+        "go before it.",
+        rich_help_panel=MODEL,
+    ),
+]
+
+
 @grouped
 def train_command(
     *,
@@ -135,15 +146,7 @@ def train_command(
     continuation: Continuation,
     parts: Parts,
     source: Source,
-    settings: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="JSON of settings, as `tune` writes and `config.json` names them; options given here "
-            "go before it.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
+    settings: SettingsFile = None,
     device: Device = "cpu",
     output: FigureOutput,
 ) -> None:

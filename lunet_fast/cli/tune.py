@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lunet_fast.cli.options import Dataset, Device, Source
-from lunet_fast.cli.output import FigureOutput, errors_told
+from lunet_fast.cli.output import FigureOutput, errors_told, interruption_told
 from lunet_fast.cli.signatures import grouped, settings_command
 
 TuneCommand = settings_command(
@@ -61,12 +61,9 @@ def tune_command(
             figure = "failed" if value is None else f"{value:.4f}"
             output.line(f"trial {number + 1}: {figure}, best {best:.4f}")
 
-        try:
+        kept = f"what is done is in {study}: the same command goes on" if study else "nothing is kept"
+        with interruption_told(f"; {kept}."):
             tuned = tune(ratings, trials=trials, storage=study, seed=seed, device=device, told=told, **asked)
-        except KeyboardInterrupt:
-            kept = f"what is done is in {study}: the same command goes on" if study else "nothing is kept"
-            typer.echo(f"\nInterrupted; {kept}.", err=True)
-            raise typer.Exit(130) from None
         found = {**asked, **tuned.settings}
         write_json(out, found)
         figures = {"trials": tuned.trials, "measure": tuned.measure, "value": tuned.value, "settings": found}
