@@ -16,8 +16,8 @@ from lunet_fast.cli.output import FigureOutput, errors_told
 from lunet_fast.cli.signatures import grouped
 
 if TYPE_CHECKING:
-    from lunet_fast.recsys.evaluation.protocols import Parts
-    from lunet_fast.recsys.evaluation.ranking import ActivityGroup
+    from lunet_fast.recsys.measures.protocols import Parts
+    from lunet_fast.recsys.measures.ranking import ActivityGroup
     from lunet_fast.recsys.serving.recommend import LUNetRecommender
 
 
@@ -83,7 +83,7 @@ def evaluate_command(
 def _parts(recommender: LUNetRecommender, run: Path, dataset: str | None, source: options.Source) -> Parts:
     """The parts that the run was trained and tested on."""
     from lunet_fast.recsys.data import movielens
-    from lunet_fast.recsys.evaluation.protocols import Parts
+    from lunet_fast.recsys.measures.protocols import Parts
     from lunet_fast.recsys.model.training import ratings_digest
     from lunet_fast.training.files import RunFolder, read_json
 
@@ -96,7 +96,7 @@ def _parts(recommender: LUNetRecommender, run: Path, dataset: str | None, source
     name = dataset or str(recorded.get("dataset", ""))
     if dataset is None and name not in movielens.DATASETS:
         name = str(recorded.get("source", name))
-    parts = Parts.of(source.read(name, rated=config.gamma != 0), config)
+    parts = Parts.of(source.read(name, rated=config.gamma != 0), config.split, config.seed)
     if ratings_digest(parts) != recorded.get("ratings_sha256"):
         raise ValueError(
             f"--dataset {name}: these are not the ratings that {run} was trained on: name the right file, or "
@@ -110,7 +110,7 @@ def _on_file(recommender: LUNetRecommender, file: Path, source: options.Source) 
     import torch
 
     from lunet_fast.recsys.data.ratings import read_ratings
-    from lunet_fast.recsys.evaluation import metrics
+    from lunet_fast.recsys.measures import metrics
 
     ratings = read_ratings(file, **source.columns())
     users, items = ratings.users.ids[ratings.user], ratings.items.ids[ratings.item]
