@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 __all__ = ["Copy", "Finding", "examine", "find_movielens"]
 
 EXTRAS = {
-    "train": ("typer", "rich", "pandas", "pydantic", "matplotlib", "pooch", "safetensors", "filelock"),
+    "train": (
+        *("typer", "rich", "pandas", "pydantic", "matplotlib", "jinja2", "markdown-it-py"),
+        *("pooch", "safetensors", "filelock"),
+    ),
     "parquet": ("pyarrow",),
     "bench": ("nflows", "normflows", "zuko", "cornac", "myfm"),
     "density": ("scikit-learn",),
@@ -40,7 +43,7 @@ EXTRAS = {
     "baselines": ("cornac", "implicit", "myfm", "scikit-surprise", "scipy"),
 }
 """The packages of each extra."""
-_MODULES = {"scikit-learn": "sklearn", "scikit-surprise": "surprise"}
+_MODULES = {"markdown-it-py": "markdown_it", "scikit-learn": "sklearn", "scikit-surprise": "surprise"}
 """Packages that are imported under another name."""
 
 _EXACT = 1e-9
@@ -88,7 +91,7 @@ def _versions() -> Iterator[Finding]:
 def _import(section: str, name: str) -> Finding:
     """Imports the package: one whose compiled parts do not fit is installed all the same."""
     try:
-        importlib.import_module(name)
+        importlib.import_module(_MODULES.get(name, name))
     except Exception as error:  # whatever a package's own code raises
         return Finding(section, name, "broken", _told(error), f"pip install --force-reinstall {name}")
     return Finding(section, name, "ok", _version(name))

@@ -56,7 +56,7 @@ def test_extras_are_those_of_the_project() -> None:
     for extra, names in doctor.EXTRAS.items():
         listed = re.search(rf"^{extra} = \[(.*?)^\]", PROJECT, re.DOTALL | re.MULTILINE)
         assert listed is not None
-        required = re.findall(r'"([a-z-]+)(?:[><=].*)?"', listed[1])
+        required = re.findall(r'"([a-z0-9-]+)(?:[><=].*)?"', listed[1])
         assert set(required) == set(names)
 
 

@@ -20,14 +20,14 @@ from lunet_fast.cli.evaluate import evaluate_command
 from lunet_fast.cli.export import export_command
 from lunet_fast.cli.predict import predict_command
 from lunet_fast.cli.recommend import recommend_command
-from lunet_fast.cli.reproduce import SeveralValues, reproduce_command
-from lunet_fast.cli.train import train_command
-from lunet_fast.cli.tune import tune_command
+from lunet_fast.cli.reproduce import reproduce_command
+from lunet_fast.cli.signatures import SeveralValues
+from lunet_fast.cli.train import TrainCommand, train_command
+from lunet_fast.cli.tune import TuneCommand, tune_command
 
 __all__ = ["app"]
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -51,14 +51,14 @@ def lunet(
     """LU-Net: an invertible network for recommendation, trained on ratings."""
 
 
-app.command("train")(train_command)
+app.command("train", cls=TrainCommand)(train_command)
 app.command("evaluate")(evaluate_command)
 app.command("recommend")(recommend_command)
 app.command("predict")(predict_command)
 app.command("export")(export_command)
 app.add_typer(data_app, name="data")
 app.add_typer(density_app, name="density")
-app.command("tune")(tune_command)
+app.command("tune", cls=TuneCommand)(tune_command)
 app.command("compare", cls=SeveralValues)(compare_command)
 app.command("reproduce", cls=SeveralValues)(reproduce_command)
 app.command("bench")(bench_command)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,19 +11,25 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lunet_fast.cli.output import fail, wide_console
+from lunet_fast.cli.options import Device, existing_device
+from lunet_fast.cli.output import Output, fail, wide_console
+from lunet_fast.cli.signatures import grouped
+
+Suites = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SUITE]...",
+        help="`layers`: one layer beside what others offer. `claims`: is the inverse O(D²) and the "
+        "log-determinant O(D)? `stacks`: flows of M layers. `training`: steps of the recommender.",
+        show_default="layers",
+    ),
+]
 
 
+@grouped
 def bench_command(
-    suites: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SUITE]...",
-            help="`layers`: one layer beside what others offer. `claims`: is the inverse O(D²) and the "
-            "log-determinant O(D)? `stacks`: flows of M layers. `training`: steps of the recommender.",
-            show_default="layers",
-        ),
-    ] = None,
+    *,
+    suites: Suites = None,
     scale: Annotated[
         str, typer.Option(metavar="quick|all", help="A few sizes in about a minute a suite, or every size.")
     ] = "quick",
@@ -30,7 +38,7 @@ def bench_command(
         typer.Option(help="For one comparison; three rounds are made in any case.", show_default="3, all: 4"),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="PyTorch's")] = None,
-    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
+    device: Device = "cpu",
     dtype: Annotated[str, typer.Option(metavar="float32|bfloat16", help="Of weights and rows.")] = "float32",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write JSON, Markdown and plots there.")
@@ -42,6 +50,7 @@ def bench_command(
             help="Earlier results, written with --out: their ratios are shown beside the new ones.",
         ),
     ] = None,
+    output: Output,
 ) -> None:
     """Time LU layers, flows and training steps on this machine, beside what else there is.
 
@@ -62,44 +71,51 @@ def bench_command(
 
     from lunet_fast.bench import plots, results
     from lunet_fast.bench.contest import CheckFailed
-    from lunet_fast.cli.progress import suite_progress
+    from lunet_fast.cli.progress import counted
     from lunet_fast.training.files import write_text
 
     chosen = suites or ["layers"]
     for name in chosen:
-        if name not in results.SUITES:
-            raise typer.BadParameter(f"{name!r} is no suite: choose from {', '.join(results.SUITES)}")
-    if scale not in results.SCALES:
-        raise typer.BadParameter(f"--scale {scale}: choose {' or '.join(results.SCALES)}")
-    if dtype not in ("float32", "bfloat16"):
-        raise typer.BadParameter(f"--dtype {dtype}: choose float32 or bfloat16")
+        _check_choice(f"{name!r} is no suite", name, results.SUITES)
+    _check_choice(f"--scale {scale}", scale, results.SCALES)
+    _check_choice(f"--dtype {dtype}", dtype, ("float32", "bfloat16"))
     if threads is not None:
         torch.set_num_threads(threads)
     console = wide_console()
     try:
-        place = torch.device(device)
-        if place.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"--device {device}: PyTorch sees no CUDA device here; use cpu")
+        place = existing_device(device)
         for name in chosen:
-            before = (
-                None
-                if baseline is None
-                else results.Result.load(baseline / results.file_name(name, place, dtype))
-            )
-            with suite_progress(console, len(results.SUITES[name].specs(scale))) as told:
+            file = results.file_name(name, place, dtype)
+            before = None if baseline is None else results.Result.load(baseline / file)
+            contests = len(results.SUITES[name].specs(scale))
+            with counted(contests, "comparisons", quiet=output.quiet) as tell:
                 result = results.run_suite(
-                    name, scale, place, getattr(torch, dtype), seconds=seconds, told=told
+                    name,
+                    scale,
+                    place,
+                    getattr(torch, dtype),
+                    seconds=seconds,
+                    told=partial(_tell_contest, tell),
                 )
             _show_suite(console, result, before)
             if out is not None:
-                path = result.save(out / results.file_name(name, place, dtype))
+                path = result.save(out / file)
                 write_text(path.with_suffix(".md"), results.markdown(result))
                 plots.draw(result, path.with_suffix(".png"))
-                typer.echo(f"written to {path}, .md and .png")
+                output.line(f"written to {path}, .md and .png")
     except CheckFailed as error:
         fail(error, 1)
     except (OSError, ValueError, RuntimeError) as error:
         fail(error, 2)
+
+
+def _tell_contest(tell: Callable[..., None], spec: Any, rows: list[Any]) -> None:
+    tell(1, f"{spec.suite}: {spec}")
+
+
+def _check_choice(told: str, given: str, known: Collection[str]) -> None:
+    if given not in known:
+        raise typer.BadParameter(f"{told}: choose from {', '.join(known)}")
 
 
 def _show_suite(console: Console, result: Any, before: Any) -> None:

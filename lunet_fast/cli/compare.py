@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lunet_fast.cli import options
-from lunet_fast.cli.output import errors_told, prepare_out, printable, wide_console
+from lunet_fast.cli.output import (
+    FigureOutput,
+    errors_told,
+    interruption_told,
+    prepare_out,
+    printable,
+    wide_console,
+)
+from lunet_fast.cli.signatures import grouped
 
 if TYPE_CHECKING:
     from lunet_fast.recsys.data.ratings import Ratings
@@ -27,49 +36,41 @@ _HEADINGS = (
 )
 
 
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY...",
+        help="Of those that predict ratings `biases`, `knn`, `mf`, `svd++`, `mlp`, `bayesian-fm`, "
+        "`bayesian-svd++`; of those that rank `popularity`, `bpr`, `mlp-ce`, `neumf`, `autoencoder`, "
+        "`als`, `ease`; of ours `lunet-paper`, `lunet-ratings`, `lunet-ids`, `lunet-interactions`, "
+        "`lunet-both`, `lunet-leaky`.",
+        show_default="all that the data allow",
+    ),
+]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option(
+        metavar="N...",
+        help="Each fixes a split, the candidates and the methods' own draws; figures are means.",
+        show_default="0",
+    ),
+]
+
+
+@grouped
 def compare_command(
-    dataset: Annotated[
-        str,
-        typer.Option(
-            "--dataset",
-            "-d",
-            metavar="NAME|PATH",
-            help="`ml-100k` or `ml-1m`, fetched if need be; or your own CSV, TSV or Parquet file.",
-            rich_help_panel=options.DATA,
-        ),
-    ] = "ml-100k",
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY...",
-            help="Of those that predict ratings `biases`, `knn`, `mf`, `svd++`, `mlp`, `bayesian-fm`, "
-            "`bayesian-svd++`; of those that rank `popularity`, `bpr`, `mlp-ce`, `neumf`, `autoencoder`, "
-            "`als`, `ease`; of ours `lunet-paper`, `lunet-ratings`, `lunet-ids`, `lunet-interactions`, "
-            "`lunet-both`, `lunet-leaky`.",
-            show_default="all that the data allow",
-        ),
-    ] = None,
-    seeds: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="N...",
-            help="Each fixes a split, the candidates and the methods' own draws; figures are means.",
-            show_default="0",
-        ),
-    ] = None,
+    *,
+    dataset: options.Dataset = "ml-100k",
+    methods: Methods = None,
+    seeds: Seeds = None,
     out: Annotated[
         Path,
         typer.Option(
             "--out", "-o", metavar="DIR", help="Folder for `compare-DATASET.json`, `.md`, `.csv`, `.png`."
         ),
     ] = Path("runs"),
-    data_dir: options.DataDir = None,
-    user_column: options.UserColumn = "user",
-    item_column: options.ItemColumn = "item",
-    rating_column: options.RatingColumn = "rating",
-    timestamp_column: options.TimestampColumn = "timestamp",
-    sep: options.Separator = None,
-    scale: options.Scale = None,
+    source: options.Source,
+    output: FigureOutput,
 ) -> None:
     """Train other recommenders and ours on the same data, and set errors, time and memory side by side.
 
@@ -96,53 +97,42 @@ def compare_command(
 
     chosen = list(dict.fromkeys(methods)) if methods else None
     numbers = list(seeds or [0])
-    columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
-    name = dataset if dataset in movielens.DATASETS else Path(dataset).name.split(".")[0] or "ratings"
+    name = options.run_name(dataset, movielens.DATASETS) or "ratings"
     file = out / f"compare-{name}.json"
     for key in chosen or []:
         if key not in comparing.METHODS:
             raise typer.BadParameter(f"--methods {key}: choose from {', '.join(comparing.METHODS)}")
-    console = wide_console()
-    try:
-        with errors_told():
-            prepare_out(file)
-            ratings = _read(dataset, data_dir, columns)
-            keys = chosen or comparing.allowed(ratings)
-            with _told(len(keys) * len(numbers)) as (begun, done):
-                result = comparing.compare(
-                    ratings,
-                    keys,
-                    numbers,
-                    file=file,
-                    command=_command(dataset, chosen, numbers, out),
-                    begun=begun,
-                    done=done,
-                )
-            written = comparison.save(result, file)
-    except KeyboardInterrupt:
-        typer.echo(f"\nInterrupted. The same command goes on from what {file} holds.", err=True)
-        raise typer.Exit(130) from None
-    _show(console, result)
-    typer.echo(f"written to {file}, {', '.join(path.suffix for path in written)}")
+    goes_on = interruption_told(f". The same command goes on from what {file} holds.")
+    with goes_on, errors_told():
+        prepare_out(file)
+        ratings = _read(dataset, source, output)
+        keys = chosen or comparing.allowed(ratings)
+        command = _command(dataset, chosen, numbers, out)
+        with _told(len(keys) * len(numbers), output) as (begun, done):
+            result = comparing.compare(
+                ratings, keys, numbers, file=file, command=command, begun=begun, done=done
+            )
+        written = comparison.save(result, file)
+    output.figures(asdict(result), lambda: _show(wide_console(), result))
+    output.line(f"written to {file}, {', '.join(path.suffix for path in written)}")
     if not any(row["seeds"] for row in result.rows):
         raise typer.Exit(1)
 
 
-def _read(dataset: str, data_dir: Path | None, columns: dict[str, Any]) -> Ratings:
-    """As ``options.read_dataset``; a file without the usual column of ratings is one of interactions."""
+def _read(dataset: str, source: options.Source, output: FigureOutput) -> Ratings:
+    """As ``Source.read``; a file without the usual column of ratings is one of interactions."""
     from lunet_fast.recsys.data.ratings import RatingFileError
 
     try:
-        return options.read_dataset("--dataset", dataset, data_dir, columns)
+        return source.read(dataset)
     except RatingFileError as error:
-        usual = columns["rating"] == "rating" and "no column 'rating' for the rating" in str(error)
+        usual = source.rating_column == "rating" and "no column 'rating' for the rating" in str(error)
         if not usual:
             raise
-    ratings = options.read_dataset("--dataset", dataset, data_dir, {**columns, "rating": None})
-    typer.echo(
+    ratings = source.read(dataset, rated=False)
+    output.note(
         f"{dataset}: no column 'rating' (another name is given by --rating-column): each row is an "
-        "interaction, and the methods that rank are compared.",
-        err=True,
+        "interaction, and the methods that rank are compared."
     )
     return ratings
 
@@ -159,10 +149,13 @@ def _command(dataset: str, methods: list[str] | None, seeds: list[int], out: Pat
 
 
 @contextmanager
-def _told(total: int) -> Iterator[tuple[Any, Any]]:
+def _told(total: int, output: FigureOutput) -> Iterator[tuple[Any, Any]]:
     """(called with method and seed at a begin, called with each outcome): a bar, or a line each in a log."""
     from lunet_fast.recsys.evaluation.compare import METHODS
 
+    if not output.told:
+        yield lambda key, seed: None, lambda outcome: None
+        return
     console = Console(stderr=True)
     count = 0
 

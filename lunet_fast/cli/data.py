@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from lunet_fast.cli import options
-from lunet_fast.cli.output import errors_told, fail, printable, wide_console
+from lunet_fast.cli.output import FigureOutput, Output, errors_told, fail, printable, wide_console
+from lunet_fast.cli.signatures import grouped
 
 if TYPE_CHECKING:
     from lunet_fast.recsys.data.movielens import Located
-    from lunet_fast.recsys.data.ratings import Ratings
 
 BAR = 40
 """Characters of the longest bar of a histogram."""
@@ -41,7 +40,9 @@ NameOrPath = Annotated[
 
 
 @data_app.command("fetch")
+@grouped
 def fetch_command(
+    *,
     name: Annotated[str, typer.Argument(metavar="NAME", help="`ml-100k` or `ml-1m`.")],
     data_dir: options.DataDir = None,
     cache: Annotated[
@@ -54,6 +55,7 @@ def fetch_command(
             rich_help_panel=options.DATA,
         ),
     ] = None,
+    output: Output,
 ) -> None:
     """Get a MovieLens data set onto this machine, check it and say where it is.
 
@@ -76,7 +78,7 @@ def fetch_command(
             if cache.exists() and not cache.is_dir():
                 raise ValueError(f"--cache {cache}: is a file: name a folder")
             os.environ[movielens.CACHE_VARIABLE] = str(cache)
-        with _log_told():
+        with _log_told(output.told):
             located = movielens.locate(name, data_dir)
         _show_located(located)
         wheel = movielens.DATASETS[name].wheel
@@ -88,16 +90,8 @@ def fetch_command(
 
 
 @data_app.command("verify")
-def verify_command(
-    dataset: NameOrPath,
-    data_dir: options.DataDir = None,
-    user_column: options.UserColumn = "user",
-    item_column: options.ItemColumn = "item",
-    rating_column: options.RatingColumn = "rating",
-    timestamp_column: options.TimestampColumn = "timestamp",
-    sep: options.Separator = None,
-    scale: options.Scale = None,
-) -> None:
+@grouped
+def verify_command(*, dataset: NameOrPath, source: options.Source) -> None:
     """Check every byte of a MovieLens data set, or every value of a file of your own.
 
     MovieLens: checksums and counts of the copy on this machine; nothing is fetched. Your own file: columns,
@@ -114,20 +108,19 @@ def verify_command(
     from lunet_fast.recsys.data import movielens
     from lunet_fast.recsys.data.ratings import RatingFileError
 
-    columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
     with errors_told():
         if dataset in movielens.DATASETS:
-            copy = find_movielens(dataset, data_dir)
+            copy = find_movielens(dataset, source.data_dir)
             if copy.located is None:
                 error = ValueError(f"{dataset}: {copy.reasons}")
                 if copy.damaged:
                     fail(error, 1)
                 raise FileNotFoundError(f"{error}: get it by  lunet-fast data fetch {dataset}")
             _show_located(copy.located)
-            ratings = movielens.load(dataset, data_dir)
+            ratings = source.read(dataset)
         else:
             try:
-                ratings = options.read_dataset("NAME|PATH", dataset, data_dir, columns)
+                ratings = source.read(dataset, argument="NAME|PATH")
             except RatingFileError as error:
                 fail(error, 1)
     low, high = ratings.scale
@@ -138,22 +131,11 @@ def verify_command(
 
 
 @data_app.command("describe")
-def describe_command(
-    dataset: NameOrPath,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="For programs: one object, times in Unix seconds.")
-    ] = False,
-    data_dir: options.DataDir = None,
-    user_column: options.UserColumn = "user",
-    item_column: options.ItemColumn = "item",
-    rating_column: options.RatingColumn = "rating",
-    timestamp_column: options.TimestampColumn = "timestamp",
-    sep: options.Separator = None,
-    scale: options.Scale = None,
-) -> None:
+@grouped
+def describe_command(*, dataset: NameOrPath, source: options.Source, output: FigureOutput) -> None:
     """Show what is in a data set: sizes, density, the ratings and how often each was given, and the times.
 
-    MovieLens is fetched if need be.
+    MovieLens is fetched if need be. With `--json`, times are Unix seconds.
 
     Examples:
 
@@ -161,19 +143,18 @@ def describe_command(
 
         lunet-fast data describe ratings.csv --sep ";" --json
     """
-    columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
-    with errors_told(), _log_told():
-        ratings = options.read_dataset("NAME|PATH", dataset, data_dir, columns)
-    if as_json:
-        text = json.dumps({**ratings.describe(), "source": ratings.source}, indent=2, ensure_ascii=False)
-        typer.echo(text.encode("utf-8", "replace").decode())  # a file's name may be no text
-    else:
-        _show_description(ratings)
+    with errors_told(), _log_told(output.told):
+        ratings = source.read(dataset, argument="NAME|PATH")
+    found = ratings.describe()
+    output.figures({**found, "source": ratings.source}, lambda: _show_description(found))
 
 
 @contextmanager
-def _log_told() -> Iterator[None]:
+def _log_told(told: bool) -> Iterator[None]:
     """What the library logs, on stderr: a download may take minutes."""
+    if not told:
+        yield
+        return
     logger, handler = logging.getLogger("lunet_fast"), logging.StreamHandler()
     level = logger.level
     logger.addHandler(handler)
@@ -202,7 +183,9 @@ def _show_located(located: Located) -> None:
 
 
 @data_app.command("synth")
+@grouped
 def synth_command(
+    *,
     users: Annotated[str, typer.Option(metavar="N", help="As all numbers here also as 200_000.")] = "200_000",
     items: Annotated[str, typer.Option(metavar="N")] = "90_000",
     ratings: Annotated[str, typer.Option(metavar="N")] = "32_000_000",
@@ -210,6 +193,7 @@ def synth_command(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Parquet file to write.")] = Path(
         "synthetic.parquet"
     ),
+    output: Output,
 ) -> None:
     """Write ratings made from a known model, for tests of scale. The defaults have the size of MovieLens 32M.
 
@@ -234,7 +218,7 @@ def synth_command(
             sizes[name] = int(text)
         except ValueError:
             raise typer.BadParameter(f"--{name} {text!r} is not a whole number, such as 200_000") from None
-    with errors_told(), counted(sizes["ratings"], "ratings") as told:
+    with errors_told(), counted(sizes["ratings"], "ratings", quiet=output.quiet) as told:
         made = synthesize(out, **sizes, seed=seed, progress=told)
     typer.echo(
         f"{out}: {made['ratings']:,} ratings of {made['items']:,} items by {made['users']:,} users, variance "
@@ -242,8 +226,7 @@ def synth_command(
     )
 
 
-def _show_description(ratings: Ratings) -> None:
-    found = ratings.describe()
+def _show_description(found: dict[str, Any]) -> None:
     console = wide_console()
     facts = Table(
         box=None, show_header=False, pad_edge=False, title=printable(found["name"]), title_justify="left"

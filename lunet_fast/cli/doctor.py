@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from lunet_fast.cli.output import wide_console
+from lunet_fast.cli.output import FigureOutput, wide_console
+from lunet_fast.cli.signatures import grouped
+
+if TYPE_CHECKING:
+    from lunet_fast.doctor import Finding
 
 _STYLES = {"ok": "green", "absent": "yellow", "broken": "bold red"}
 
 
-def doctor_command(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="For programs: an object with every finding.")
-    ] = False,
-) -> None:
+@grouped
+def doctor_command(*, output: FigureOutput) -> None:
     """Say what is installed and whether it works.
 
     Versions, extras, devices and the backend that computes on each; a small LU-Net that must invert, and
@@ -37,10 +37,12 @@ def doctor_command(
 
     findings = examine()
     broken = [finding for finding in findings if finding.state == "broken"]
-    if as_json:
-        report = {"ok": not broken, "findings": [asdict(finding) for finding in findings]}
-        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
-        raise typer.Exit(1 if broken else 0)
+    report = {"ok": not broken, "findings": [asdict(finding) for finding in findings]}
+    output.figures(report, lambda: _show(broken if output.quiet else findings, broken))
+    raise typer.Exit(1 if broken else 0)
+
+
+def _show(findings: list[Finding], broken: list[Finding]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for column in ("section", "name", "state"):
         table.add_column(column, no_wrap=True)
@@ -55,4 +57,3 @@ def doctor_command(
         section = finding.section
     wide_console().print(table)
     typer.echo(f"{len(broken)} broken: {', '.join(f.name for f in broken)}" if broken else "All right.")
-    raise typer.Exit(1 if broken else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,8 @@ from rich.table import Table
 
 from lunet_fast.cli import options
 from lunet_fast.cli.options import DATA
-from lunet_fast.cli.output import errors_told
+from lunet_fast.cli.output import FigureOutput, errors_told
+from lunet_fast.cli.signatures import grouped
 
 if TYPE_CHECKING:
     from lunet_fast.recsys.measures.protocols import Parts
@@ -19,19 +21,11 @@ if TYPE_CHECKING:
     from lunet_fast.recsys.serving.recommend import LUNetRecommender
 
 
+@grouped
 def evaluate_command(
+    *,
     run: options.Run = options.DEFAULT_RUN,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            "--dataset",
-            "-d",
-            metavar="NAME|PATH",
-            help="The data that the run was trained on, where they are no longer where they were.",
-            show_default="what the run's config.json names",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    dataset: options.TrainedOn = None,
     test_file: Annotated[
         Path | None,
         typer.Option(
@@ -41,17 +35,10 @@ def evaluate_command(
             rich_help_panel=DATA,
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the metrics as JSON.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
-    data_dir: options.DataDir = None,
-    user_column: options.UserColumn = "user",
-    item_column: options.ItemColumn = "item",
-    rating_column: options.RatingColumn = "rating",
-    timestamp_column: options.TimestampColumn = "timestamp",
-    sep: options.Separator = None,
-    scale: options.Scale = None,
+    out: options.JsonOut = None,
+    source: options.Source,
+    device: options.Device = "cpu",
+    output: FigureOutput,
 ) -> None:
     """Evaluate a trained run again, from its files.
 
@@ -69,37 +56,31 @@ def evaluate_command(
     with errors_told():
         from lunet_fast.training.files import write_json
 
-        columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
         if out is not None and not out.parent.is_dir():
             raise ValueError(f"--out {out}: there is no folder {out.parent}")
         recommender = options.load_run(run, device)
         low, high = recommender.trained.scale
-        if scale is None and low < high:
-            columns["scale"] = low, high  # predictions were clipped to the training's
-        console = Console()
+        if source.scale is None and low < high:
+            source = replace(source, scale=(low, high))  # predictions were clipped to the training's
         if test_file is not None:
-            values = _on_file(recommender, test_file, columns)
+            values = _on_file(recommender, test_file, source)
             groups: list[ActivityGroup] = []
         else:
             from lunet_fast.recsys.model.training import evaluate
             from lunet_fast.training.loop import cpu_threads
 
-            parts = _parts(recommender, run, dataset, data_dir, columns)
+            parts = _parts(recommender, run, dataset, source)
             with cpu_threads(recommender.trained.model.config.threads):
                 values, groups = evaluate(recommender.trained.model, parts, device)
+        figures: dict[str, Any] = dict(values)
+        if groups:
+            figures["by_activity"] = [group._asdict() for group in groups]
         if out is not None:
-            by_activity = [{**group._asdict()} for group in groups]
-            write_json(out, {**values, "by_activity": by_activity} if groups else dict(values))
-        _show(console, values, groups)
+            write_json(out, figures)
+        output.figures(figures, lambda: _show(Console(), values, groups))
 
 
-def _parts(
-    recommender: LUNetRecommender,
-    run: Path,
-    dataset: str | None,
-    data_dir: Path | None,
-    columns: dict[str, Any],
-) -> Parts:
+def _parts(recommender: LUNetRecommender, run: Path, dataset: str | None, source: options.Source) -> Parts:
     """The parts that the run was trained and tested on."""
     from lunet_fast.recsys.data import movielens
     from lunet_fast.recsys.measures.protocols import Parts
@@ -115,9 +96,7 @@ def _parts(
     name = dataset or str(recorded.get("dataset", ""))
     if dataset is None and name not in movielens.DATASETS:
         name = str(recorded.get("source", name))
-    if config.gamma == 0 and name not in movielens.DATASETS:
-        columns = {**columns, "rating": None}
-    parts = Parts.of(options.read_dataset("--dataset", name, data_dir, columns), config.split, config.seed)
+    parts = Parts.of(source.read(name, rated=config.gamma != 0), config.split, config.seed)
     if ratings_digest(parts) != recorded.get("ratings_sha256"):
         raise ValueError(
             f"--dataset {name}: these are not the ratings that {run} was trained on: name the right file, or "
@@ -126,14 +105,14 @@ def _parts(
     return parts
 
 
-def _on_file(recommender: LUNetRecommender, file: Path, columns: dict[str, Any]) -> dict[str, float]:
+def _on_file(recommender: LUNetRecommender, file: Path, source: options.Source) -> dict[str, float]:
     """Error of the ratings in a file."""
     import torch
 
     from lunet_fast.recsys.data.ratings import read_ratings
     from lunet_fast.recsys.measures import metrics
 
-    ratings = read_ratings(file, **columns)
+    ratings = read_ratings(file, **source.columns())
     users, items = ratings.users.ids[ratings.user], ratings.items.ids[ratings.item]
     prediction = torch.from_numpy(recommender.predict(users, items))
     known = (recommender.users.index(users) >= 0) & (recommender.items.index(items) >= 0)

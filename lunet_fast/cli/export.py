@@ -8,14 +8,18 @@ from typing import Annotated
 import typer
 
 from lunet_fast.cli import options
-from lunet_fast.cli.output import errors_told
+from lunet_fast.cli.output import Output, errors_told
+from lunet_fast.cli.signatures import grouped
 
 
+@grouped
 def export_command(
+    *,
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write; it is made if needed.")
     ],
     run: options.Run = options.DEFAULT_RUN,
+    output: Output,
 ) -> None:
     """Write users' and items' vectors as Parquet, for an index of nearest neighbours.
 
@@ -40,4 +44,4 @@ def export_command(
             raise ValueError(f"--out {out}: is a file: name a folder")
         recommender = options.load_run(run)
         for path, rows, size in export_vectors(recommender, out):
-            typer.echo(f"{path}: {rows:,} vectors of {size} numbers")
+            output.line(f"{path}: {rows:,} vectors of {size} numbers")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +12,25 @@ import typer
 if TYPE_CHECKING:
     from lunet_fast.recsys.data.ratings import Ratings
     from lunet_fast.recsys.serving.recommend import LUNetRecommender
+    from lunet_fast.training.files import RunFolder
 
 DATA, FILES = "Data", "Columns of your own file"
 
+dataset_option = partial(typer.Option, "--dataset", "-d", metavar="NAME|PATH", rich_help_panel=DATA)
+
+Dataset = Annotated[
+    str,
+    dataset_option(
+        help="`ml-100k` or `ml-1m`, fetched if need be; or your own CSV, TSV or Parquet file of ratings.",
+    ),
+]
+TrainedOn = Annotated[
+    str | None,
+    dataset_option(
+        help="The data that the run was trained on, where they are no longer where they were.",
+        show_default="what the run's config.json names",
+    ),
+]
 DataDir = Annotated[
     Path | None,
     typer.Option(
@@ -30,20 +48,6 @@ ItemColumn = Annotated[
     str,
     typer.Option("--item-column", "--item-col", metavar="NAME", rich_help_panel=FILES, help="Items' ids."),
 ]
-RatingColumn = Annotated[
-    str,
-    typer.Option("--rating-column", "--rating-col", metavar="NAME", rich_help_panel=FILES, help="Numbers."),
-]
-TimestampColumn = Annotated[
-    str,
-    typer.Option(
-        "--timestamp-column",
-        "--timestamp-col",
-        metavar="NAME",
-        rich_help_panel=FILES,
-        help="Unix seconds or ISO dates; may be absent.",
-    ),
-]
 Separator = Annotated[
     str | None,
     typer.Option(
@@ -54,45 +58,122 @@ Separator = Annotated[
         show_default="by the file's extension",
     ),
 ]
-Scale = Annotated[
-    tuple[float, float] | None,
-    typer.Option(
-        metavar="LOW HIGH",
-        rich_help_panel=FILES,
-        help="Lowest and highest rating possible; others are refused, predictions clipped.",
-        show_default="those of the file",
-    ),
-]
 Run = Annotated[
     Path, typer.Option("--run", metavar="DIR", help="Run folder: what `lunet-fast train` has as `--out`.")
 ]
 DEFAULT_RUN = Path("runs/ml-100k")
+Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")]
+JsonOut = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the figures as JSON.")
+]
+TableOut = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="FILE", help="Write there; the file appears when it is whole."),
+]
 
 
-def columns(
-    user: str, item: str, rating: str, timestamp: str, sep: str | None, scale: tuple[float, float] | None
-) -> dict[str, Any]:
-    """The options on one's own file as the arguments of ``read_ratings``."""
-    return {"user": user, "item": item, "rating": rating, "timestamp": timestamp, "sep": sep, "scale": scale}
+@dataclass(frozen=True)
+class Source:
+    """Where MovieLens lies, and what a file of one's own looks like."""
+
+    data_dir: DataDir = None
+    user_column: UserColumn = "user"
+    item_column: ItemColumn = "item"
+    rating_column: Annotated[
+        str,
+        typer.Option(
+            "--rating-column", "--rating-col", metavar="NAME", rich_help_panel=FILES, help="Numbers."
+        ),
+    ] = "rating"
+    timestamp_column: Annotated[
+        str,
+        typer.Option(
+            "--timestamp-column",
+            "--timestamp-col",
+            metavar="NAME",
+            rich_help_panel=FILES,
+            help="Unix seconds or ISO dates; may be absent.",
+        ),
+    ] = "timestamp"
+    sep: Separator = None
+    scale: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="LOW HIGH",
+            rich_help_panel=FILES,
+            help="Lowest and highest rating possible; others are refused, predictions clipped.",
+            show_default="those of the file",
+        ),
+    ] = None
+
+    def columns(self, *, rated: bool = True) -> dict[str, Any]:
+        """The arguments of ``read_ratings`` for a file; not ``rated``, it needs no column of ratings."""
+        return {
+            "user": self.user_column,
+            "item": self.item_column,
+            "rating": self.rating_column if rated else None,
+            "timestamp": self.timestamp_column,
+            "sep": self.sep,
+            "scale": self.scale,
+        }
+
+    def read(self, dataset: str, *, rated: bool = True, argument: str = "--dataset") -> Ratings:
+        """The bundled data set of that name, fetched if need be, or the file of that path.
+
+        ``argument`` is what messages call ``dataset``.
+        """
+        from lunet_fast.recsys.data import movielens
+        from lunet_fast.recsys.data.ratings import read_ratings
+
+        if dataset in movielens.DATASETS:
+            return movielens.load(dataset, self.data_dir)
+        if not Path(dataset).is_file():
+            known = ", ".join(movielens.DATASETS)
+            raise FileNotFoundError(
+                f"{argument} {dataset}: neither a known data set ({known}) nor an existing file"
+            )
+        return read_ratings(dataset, **self.columns(rated=rated))
 
 
-def read_dataset(argument: str, dataset: str, data_dir: Path | None, columns: dict[str, Any]) -> Ratings:
-    """The bundled data set of that name, fetched if need be, or the file of that path.
+@dataclass(frozen=True)
+class Continuation:
+    """What becomes of a run folder that holds a training already, and how often there is a checkpoint."""
 
-    ``columns`` are the arguments of ``read_ratings`` for a file; ``argument`` is what messages call
-    ``dataset``.
-    """
-    from lunet_fast.recsys.data import movielens
-    from lunet_fast.recsys.data.ratings import read_ratings
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the last checkpoint in the run folder, if there is one."),
+    ] = False
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the training in the run folder.")
+    ] = False
+    checkpoint_minutes: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Time between checkpoints within an epoch; there is one at each epoch's end too."
+        ),
+    ] = 2.0
 
-    if dataset in movielens.DATASETS:
-        return movielens.load(dataset, data_dir)
-    if not Path(dataset).is_file():
-        known = ", ".join(movielens.DATASETS)
-        raise FileNotFoundError(
-            f"{argument} {dataset}: neither a known data set ({known}) nor an existing file"
-        )
-    return read_ratings(dataset, **columns)
+    def arguments(self, folder: RunFolder) -> dict[str, Any]:
+        """As the library's trainings take them."""
+        return {
+            "out": folder.path,
+            "resume": self.resume,
+            "overwrite": self.overwrite,
+            "checkpoint_seconds": 60 * self.checkpoint_minutes,
+        }
+
+
+def existing_device(device: str) -> Any:
+    """``--device`` as PyTorch's; ``ValueError`` where it is none, or a GPU that is not there."""
+    import torch
+
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device {device}: no such device; use cpu, cuda or cuda:1") from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    return place
 
 
 def load_run(run: Path, device: str = "cpu") -> LUNetRecommender:
@@ -101,17 +182,10 @@ def load_run(run: Path, device: str = "cpu") -> LUNetRecommender:
     ``FileNotFoundError`` where the folder holds no trained model, ``ValueError`` for a device that is not
     there, and the errors of ``LUNetRecommender.load``.
     """
-    import torch
-
     from lunet_fast.recsys.serving.recommend import LUNetRecommender
     from lunet_fast.training.files import RunFolder
 
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"--device {device}: no such device; use cpu, cuda or cuda:1") from None
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    place = existing_device(device)
     folder = RunFolder(run)
     if not folder.model.is_file():
         if folder.is_started():
@@ -127,3 +201,8 @@ def load_run(run: Path, device: str = "cpu") -> LUNetRecommender:
     recommender = LUNetRecommender.load(run)
     recommender.device = place
     return recommender
+
+
+def run_name(dataset: str, known: Any) -> str:
+    """What a run on this data is called: the name of a known data set, or the file's up to its first dot."""
+    return dataset if dataset in known else Path(dataset).name.split(".")[0]

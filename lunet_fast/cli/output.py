@@ -6,10 +6,11 @@ import csv
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -32,6 +33,61 @@ def errors_told() -> Iterator[None]:
         raise
     except (OSError, ValueError, ImportError) as error:
         fail(error, 2)
+
+
+@dataclass(frozen=True)
+class Output:
+    """How much a command tells."""
+
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and no notes: the result and errors alone.")
+    ] = False
+
+    @property
+    def told(self) -> bool:
+        """Whether progress and remarks are told."""
+        return not self.quiet
+
+    def note(self, text: str) -> None:
+        """A remark beside the result, on stderr."""
+        if self.told:
+            typer.echo(text, err=True)
+
+    def line(self, text: str) -> None:
+        """A line for people."""
+        if self.told:
+            typer.echo(text)
+
+
+@dataclass(frozen=True)
+class FigureOutput(Output):
+    """The same of a command whose result are figures, which a program may read."""
+
+    as_json: Annotated[
+        bool, typer.Option("--json", help="For programs: the result as one JSON object, and nothing else.")
+    ] = False
+
+    @property
+    def told(self) -> bool:
+        return not (self.quiet or self.as_json)
+
+    def figures(self, values: Mapping[str, Any], show: Callable[[], None]) -> None:
+        """The result: as JSON, or as ``show`` shows it."""
+        if self.as_json:
+            text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+            typer.echo(text.encode("utf-8", "replace").decode())  # a file's name may be no text
+        else:
+            show()
+
+
+@contextmanager
+def interruption_told(text: str) -> Iterator[None]:
+    """Ctrl-C ends the command with ``text``, which says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\nInterrupted{text}", err=True)
+        raise typer.Exit(130) from None
 
 
 def wide_console() -> Console:

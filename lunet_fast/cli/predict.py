@@ -9,14 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lunet_fast.cli import options
-from lunet_fast.cli.output import errors_told, given_text, prepare_out, shortest, write_csv, write_out
+from lunet_fast.cli.output import (
+    WRITERS,
+    FigureOutput,
+    errors_told,
+    given_text,
+    prepare_out,
+    shortest,
+    write_out,
+)
+from lunet_fast.cli.signatures import grouped
 
 if TYPE_CHECKING:
     from lunet_fast.recsys.data.ids import IdMap
     from lunet_fast.recsys.data.table import Table
+    from lunet_fast.recsys.serving.recommend import LUNetRecommender
 
 
+@grouped
 def predict_command(
+    *,
     run: options.Run = options.DEFAULT_RUN,
     pairs: Annotated[
         Path | None,
@@ -32,21 +44,18 @@ def predict_command(
     item: Annotated[
         str | None, typer.Option("--item", "-i", metavar="ID", help="One item; goes with --user.")
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", metavar="FILE", help="Write CSV there; the file appears when it is whole."
-        ),
-    ] = None,
+    out: options.TableOut = None,
     user_column: options.UserColumn = "user",
     item_column: options.ItemColumn = "item",
     sep: options.Separator = None,
+    device: options.Device = "cpu",
+    output: FigureOutput,
 ) -> None:
     """Predict ratings: for a file of pairs, or for one user and one item.
 
     For a file, CSV with the columns `user`, `item` and `prediction`, in the order of the file and with its
-    ids. One pair prints one number. A pair whose user or item training has not seen is predicted by the mean
-    rating and what is known of the other side, and a note says so.
+    ids; with `--json` a list of such objects. One pair prints one number. A pair whose user or item training
+    has not seen is predicted by the mean rating and what is known of the other side, and a note says so.
 
     The file may be what `recommend` or `predict` wrote. In their CSV, ids that a spreadsheet would run as a
     formula have an apostrophe before them, which is taken off again unless training knows the id with it.
@@ -72,22 +81,13 @@ def predict_command(
             users, items = [given_text("--user", str(user))], [given_text("--item", str(item))]
         else:
             table = _read_pairs(pairs, user_column, item_column, sep)
-        recommender = options.load_run(run)
+        recommender = options.load_run(run, device)
+        recommender.trained.model.to(device)
         if pairs is not None:
             users = _ids(table, "user", recommender.users)
             items = _ids(table, "item", recommender.items)
         predictions = recommender.predict(users, items)
-        counts = recommender.trained.model.interactions
-        unseen = ~(
-            _rated(recommender.users.index(users), counts.user_counts)
-            & _rated(recommender.items.index(items), counts.item_counts)
-        )
-        if unseen.any():
-            typer.echo(
-                f"Note: {int(unseen.sum())} of {len(unseen)} pairs have a user or an item without a rating "
-                "in the training data: predicted by the mean and what is known of the other side",
-                err=True,
-            )
+        _note_unseen(output, recommender, users, items)
         if one:
             typer.echo(shortest(predictions[0]))
             return
@@ -96,14 +96,30 @@ def predict_command(
             for a, b, prediction in zip(users, items, predictions, strict=True):
                 yield a, b, shortest(prediction)
 
-        write_out(out, lambda stream: write_csv(stream, ("user", "item", "prediction"), rows()))
+        write = WRITERS["json" if output.as_json else "csv"]
+        write_out(out, lambda stream: write(stream, ("user", "item", "prediction"), rows()))
     if out is not None:
-        typer.echo(f"{len(users):,} predictions written to {out}", err=True)
+        output.note(f"{len(users):,} predictions written to {out}")
+
+
+def _note_unseen(
+    output: FigureOutput, recommender: LUNetRecommender, users: list[str], items: list[str]
+) -> None:
+    counts = recommender.trained.model.interactions
+    unseen = ~(
+        _rated(recommender.users.index(users), counts.user_counts)
+        & _rated(recommender.items.index(items), counts.item_counts)
+    )
+    if unseen.any():
+        output.note(
+            f"Note: {int(unseen.sum())} of {len(unseen)} pairs have a user or an item without a rating "
+            "in the training data: predicted by the mean and what is known of the other side"
+        )
 
 
 def _rated(index: Any, counts: Any) -> Any:
     """bool ``[N]``: whether the index is known and has training ratings."""
-    return (index >= 0) & (counts.numpy()[index.clip(min=0)] > 0)
+    return (index >= 0) & (counts.cpu().numpy()[index.clip(min=0)] > 0)
 
 
 def _read_pairs(path: Path, user: str, item: str, sep: str | None) -> Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import typer
 from rich.console import Console
@@ -15,49 +14,28 @@ from lunet_fast.training.loop import Progress
 
 
 @contextmanager
-def suite_progress(console: Console, contests: int) -> Iterator[Callable[[Any, list[Any]], None]]:
-    """A bar over the contests of a suite, or a line for each in a log."""
-    if not console.is_terminal:
-        done = 0
+def counted(total: int, unit: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """Gives a function to call with the number of ``unit`` done since the last call, and what the last was.
 
-        def line(spec: Any, rows: list[Any]) -> None:
-            nonlocal done
-            done += 1
-            typer.echo(f"{done}/{contests}  {spec}", err=True)
-
-        yield line
+    What is done is told on stderr, unless ``quiet``.
+    """
+    if quiet:
+        yield lambda count, what=unit: None
         return
-    bars = Bars(
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    with bars:
-        task = bars.add_task("", total=contests)
-        yield lambda spec, rows: bars.update(task, advance=1, description=f"{spec.suite}: {spec}")
-
-
-@contextmanager
-def counted(total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the number of ``unit`` done since the last call; told on stderr."""
     console = Console(stderr=True)
     if not console.is_terminal:
         done = 0
 
-        def line(count: int) -> None:
+        def line(count: int, what: str = unit) -> None:
             nonlocal done
             done += count
-            typer.echo(f"{done:,}/{total:,} {unit}", err=True)
+            typer.echo(f"{done:,}/{total:,} {what}", err=True)
 
         yield line
         return
     bars = Bars(
         BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.description}"),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.description}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -65,7 +43,7 @@ def counted(total: int, unit: str) -> Iterator[Callable[[int], None]]:
     )
     with bars:
         task = bars.add_task(unit, total=total)
-        yield lambda count: bars.update(task, advance=count)
+        yield lambda count, what=unit: bars.update(task, advance=count, description=what)
 
 
 def training_progress(

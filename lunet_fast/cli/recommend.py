@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -15,6 +14,7 @@ from rich.text import Text
 from lunet_fast.cli import options
 from lunet_fast.cli.output import (
     WRITERS,
+    Output,
     errors_told,
     given_text,
     plain,
@@ -24,6 +24,7 @@ from lunet_fast.cli.output import (
     wide_console,
     write_out,
 )
+from lunet_fast.cli.signatures import grouped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,20 @@ BATCH = 4096
 _HEADER = ("user", "rank", "item", "score", "title")
 
 
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="|".join(("table", *WRITERS)),
+        help="`json` is a list, `jsonl` an object a line.",
+        show_default="table, or by the extension of --out",
+    ),
+]
+
+
+@grouped
 def recommend_command(
+    *,
     run: options.Run = options.DEFAULT_RUN,
     user: Annotated[
         list[str] | None,
@@ -52,20 +66,10 @@ def recommend_command(
         bool,
         typer.Option("--exclude-seen/--include-seen", help="Leave out what the user rated in training."),
     ] = True,
-    form: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            metavar="|".join(("table", *WRITERS)),
-            help="`json` is a list, `jsonl` an object a line.",
-            show_default="table, or by the extension of --out",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Write there; the file appears when it is whole."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")] = "cpu",
+    form: Format = None,
+    out: options.TableOut = None,
+    device: options.Device = "cpu",
+    output: Output,
 ) -> None:
     """Recommend items to users, best first.
 
@@ -85,19 +89,14 @@ def recommend_command(
 
         lunet-fast recommend --all-users -k 100 --device cuda --out everyone.jsonl
     """
-    if all_users and (user or users_file is not None):
-        raise typer.BadParameter("--all-users does not go with --user and --users-file, which it includes")
-    if not all_users and not user and users_file is None:
-        raise typer.BadParameter("no users: give --user ID, --users-file FILE or --all-users")
-    if k < 1:
-        raise typer.BadParameter(f"-k {k}: give a whole number of at least 1")
+    from lunet_fast.cli.progress import counted
+
+    _check_users(user, users_file, all_users, k)
     form = _format(form, out)
     if all_users and form == "table":
         raise typer.BadParameter(
             f"--all-users makes no table: give --format {', '.join(WRITERS)}, or an --out with that extension"
         )
-    from lunet_fast.cli.progress import counted
-
     with errors_told():
         ids: list[Any] = [] if user is None else [given_text("--user", text) for text in user]
         if users_file is not None:
@@ -105,10 +104,11 @@ def recommend_command(
         prepare_out(out)
         recommender = options.load_run(run, device)
         ids = recommender.users.ids.tolist() if all_users else list(dict.fromkeys(ids))
-        _tell_unseen(recommender, ids)
+        _note_unseen(output, recommender, ids)
         titles = recommender.trained.item_info is not None
-        long = len(ids) > BATCH and out is not None  # bars over rows in a terminal would be unreadable
-        with counted(len(ids), "users") if long else nullcontext(lambda count: None) as told:
+        # Bars over rows in a terminal would be unreadable.
+        short = len(ids) <= BATCH or out is None
+        with counted(len(ids), "users", quiet=output.quiet or short) as told:
 
             def rows() -> Iterator[tuple[Any, ...]]:
                 for start in range(0, len(ids), BATCH):
@@ -125,7 +125,17 @@ def recommend_command(
 
             write_out(out, write)
     if out is not None:
-        typer.echo(f"written to {out}", err=True)
+        output.note(f"written to {out}")
+
+
+def _check_users(user: list[str] | None, users_file: Path | None, all_users: bool, k: int) -> None:
+    """``typer.BadParameter`` unless the options name users, and at least one item for each."""
+    if all_users and (user or users_file is not None):
+        raise typer.BadParameter("--all-users does not go with --user and --users-file, which it includes")
+    if not all_users and not user and users_file is None:
+        raise typer.BadParameter("no users: give --user ID, --users-file FILE or --all-users")
+    if k < 1:
+        raise typer.BadParameter(f"-k {k}: give a whole number of at least 1")
 
 
 def _format(given: str | None, out: Path | None) -> str:
@@ -160,7 +170,7 @@ def _read_ids(path: Path) -> list[str]:
     return ids
 
 
-def _tell_unseen(recommender: LUNetRecommender, ids: Sequence[Any]) -> None:
+def _note_unseen(output: Output, recommender: LUNetRecommender, ids: Sequence[Any]) -> None:
     """A note on stderr where users have no training rating to go by."""
     index = recommender.users.index(list(ids))
     rated = recommender.trained.model.interactions.user_counts.numpy()[index.clip(min=0)]
@@ -168,10 +178,9 @@ def _tell_unseen(recommender: LUNetRecommender, ids: Sequence[Any]) -> None:
     if unseen:
         names = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
         best = "rated best on the whole" if recommender.trained.model.config.gamma == 1 else "most chosen"
-        typer.echo(
+        output.note(
             f"Note: {len(unseen)} of {len(ids)} users have no rating in the training data ({names}): they "
-            f"get the items {best}",
-            err=True,
+            f"get the items {best}"
         )
 
 

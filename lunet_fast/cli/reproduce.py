@@ -4,50 +4,35 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
 
 import lunet_fast
 from lunet_fast.cli import options
-from lunet_fast.cli.output import fail
+from lunet_fast.cli.output import Output, fail, interruption_told
+from lunet_fast.cli.signatures import grouped
+
+if TYPE_CHECKING:
+    from lunet_fast.recsys.report.reproduce import Planned, Watcher
+    from lunet_fast.training.loop import Progress
 
 TRAININGS = "What is trained"
 
 
-class SeveralValues(TyperCommand):
-    """Takes ``--seeds 0 1 2`` as ``--seeds 0 --seeds 1 --seeds 2``, for options that may be repeated.
+@dataclass(frozen=True)
+class Trainings:
+    """Which experiments are run."""
 
-    For commands without arguments: all words up to the next option are the list's.
-    """
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        lists = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
-        spread: list[str] = []
-        option = ""
-        for place, word in enumerate(args):
-            if word.startswith("-") and not word[1:].isdigit():
-                option = word if word in lists else ""
-            elif option and args[place - 1] != option:
-                spread.append(option)
-            spread.append(word)
-        return super().parse_args(ctx, spread)
-
-
-def reproduce_command(
-    out: Annotated[
-        Path,
-        typer.Option("--out", "-o", metavar="DIR", help="Folder for the report and the run folders."),
-    ] = Path("runs/reproduce"),
     datasets: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME...", help="`ml-100k`, `ml-1m`.", show_default="both", rich_help_panel=TRAININGS
         ),
-    ] = None,
+    ] = None
     seeds: Annotated[
         list[int] | None,
         typer.Option(
@@ -57,7 +42,7 @@ def reproduce_command(
             show_default="0 1 2",
             rich_help_panel=TRAININGS,
         ),
-    ] = None,
+    ] = None
     skip: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,7 +51,7 @@ def reproduce_command(
             "`hybrid`. The report then quotes `--results` where that has them, and says so.",
             rich_help_panel=TRAININGS,
         ),
-    ] = None,
+    ] = None
     epochs: Annotated[
         int | None,
         typer.Option(
@@ -74,19 +59,33 @@ def reproduce_command(
             show_default="those of the recipes",
             rich_help_panel=TRAININGS,
         ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.", rich_help_panel=TRAININGS)] = "cpu",
+    ] = None
+
+
+Results = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Result files of longer measurements, which the report quotes: ablations, other methods, "
+        "the uses of the inverse, timings.",
+        show_default="benchmarks/results of a checkout",
+        rich_help_panel=options.DATA,
+    ),
+]
+
+
+@grouped
+def reproduce_command(
+    *,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", help="Folder for the report and the run folders."),
+    ] = Path("runs/reproduce"),
+    trainings: Trainings,
+    device: options.Device = "cpu",
     data_dir: options.DataDir = None,
-    results: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Result files of longer measurements, which the report quotes: ablations, other methods, "
-            "the uses of the inverse, timings.",
-            show_default="benchmarks/results of a checkout",
-            rich_help_panel=options.DATA,
-        ),
-    ] = None,
+    results: Results = None,
+    output: Output,
 ) -> None:
     """Run the paper's experiments and write a report: `report.html` and `report.md`.
 
@@ -110,43 +109,49 @@ def reproduce_command(
 
         lunet-fast reproduce --epochs 1 --out runs/trial
     """
-    from lunet_fast.cli.progress import training_progress
-    from lunet_fast.recsys.report.reproduce import DATASETS, Planned, Watcher, reproduce
-    from lunet_fast.training.loop import DivergenceError, Progress
+    from lunet_fast.recsys.report.reproduce import DATASETS, reproduce
+    from lunet_fast.training.loop import DivergenceError
     from lunet_fast.training.machine import describe
+
+    with interruption_told(f". The same command goes on from what {out} holds."):
+        try:
+            report = reproduce(
+                out,
+                describe(device),
+                datasets=trainings.datasets or DATASETS,
+                seeds=trainings.seeds or (0, 1, 2),
+                skip=trainings.skip or (),
+                data_dir=data_dir,
+                results=_results(results),
+                device=device,
+                command=_typed(),
+                epochs=trainings.epochs,
+                watcher=_watcher(output),
+            )
+        except DivergenceError as error:
+            fail(error, 1)
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            fail(error, 2)
+    for highlight in report.highlights:
+        typer.echo(f"{highlight.value:>8}  {highlight.what.replace('`', '')}; {highlight.beside}")
+    typer.echo(f"written to {out / 'report.html'} and report.md")
+
+
+def _watcher(output: Output) -> Watcher:
+    """Tells which training begins, and how far it is."""
+    from lunet_fast.cli.progress import training_progress
+    from lunet_fast.recsys.report.reproduce import Watcher
 
     class Told(Watcher):
         def begins(self, number: int, total: int, planned: Planned, finished: bool) -> None:
             done = "  finished already" if finished else ""
-            typer.echo(f"{number}/{total}  {planned.dataset}/{planned.experiment}, seed {planned.seed}{done}")
+            name = f"{planned.dataset}/{planned.experiment}, seed {planned.seed}"
+            output.line(f"{number}/{total}  {name}{done}")
 
         def progress(self) -> AbstractContextManager[Progress]:
-            return training_progress(Console())
+            return training_progress(Console(quiet=output.quiet))
 
-    try:
-        report = reproduce(
-            out,
-            describe(device),
-            datasets=datasets or DATASETS,
-            seeds=seeds or (0, 1, 2),
-            skip=skip or (),
-            data_dir=data_dir,
-            results=_results(results),
-            device=device,
-            command=_typed(),
-            epochs=epochs,
-            watcher=Told(),
-        )
-    except DivergenceError as error:
-        fail(error, 1)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        fail(error, 2)
-    except KeyboardInterrupt:
-        typer.echo(f"\nInterrupted. The same command goes on from what {out} holds.", err=True)
-        raise typer.Exit(130) from None
-    for highlight in report.highlights:
-        typer.echo(f"{highlight.value:>8}  {highlight.what.replace('`', '')}; {highlight.beside}")
-    typer.echo(f"written to {out / 'report.html'} and report.md")
+    return Told()
 
 
 def _results(given: Path | None) -> Path | None:

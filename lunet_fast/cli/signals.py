@@ -1,13 +1,17 @@
-"""SIGINT and SIGTERM while a command trains."""
+"""SIGINT and SIGTERM while a command trains, and how its training may end."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
-from lunet_fast.training.loop import Stop
+import typer
+
+from lunet_fast.cli.output import fail
+from lunet_fast.training.loop import DivergenceError, Stop
 
 
 class Signals(Stop):
@@ -40,3 +44,24 @@ def heard() -> Iterator[Signals]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def training_told(checkpoints: Path) -> Iterator[Signals]:
+    """Inside, signals stop the training; whatever ends it otherwise ends the command with one message.
+
+    Exit codes: 1 where it diverged, 2 for what a user can put right, 128 and the signal's number.
+    """
+    with heard() as stop:
+        try:
+            yield stop
+        except DivergenceError as error:
+            fail(error, 1)
+        except (OSError, ValueError, ImportError) as error:
+            fail(error, 2)
+        except KeyboardInterrupt as error:
+            saved = f"{error}. " if str(error) else ""
+            typer.echo(
+                f"\nInterrupted. {saved}The same command with --resume goes on from {checkpoints}.", err=True
+            )
+            raise typer.Exit(stop.exit_code) from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,76 +12,53 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lunet_fast.cli import options
-from lunet_fast.cli.options import DATA
-from lunet_fast.cli.output import fail
-from lunet_fast.recsys.model.config import (
-    LOSSES,
-    NEGATIVE_SAMPLINGS,
-    NEGATIVES_OUTSIDE,
-    RECIPES,
-    SPLITS,
-    recipe,
-)
+from lunet_fast.cli.options import DATA, Continuation, Dataset, Device, Source, run_name
+from lunet_fast.cli.output import FigureOutput, fail
+from lunet_fast.cli.signatures import grouped, settings_command
 
 if TYPE_CHECKING:
+    from lunet_fast.cli.signals import Signals
     from lunet_fast.recsys.data.ratings import Ratings
     from lunet_fast.recsys.data.streaming import RatingStream
+    from lunet_fast.recsys.model.config import TrainConfig
+    from lunet_fast.training.distributed import Workers
     from lunet_fast.training.files import RunFolder
 
 MODEL, OBJECTIVE = "Model and training", "What is learnt: ratings, interactions or both"
 
+TrainCommand = settings_command(
+    "lunet_fast.recsys.model.config:TrainConfig",
+    {
+        MODEL: (
+            *("epochs", "batch_size", "learning_rate", "net_learning_rate", "embedding_size", "layers"),
+            *("alpha", "members", "side_features", "dropout", "mlp", "seed", "threads"),
+        ),
+        OBJECTIVE: ("gamma", "loss", "negatives", "negative_sampling", "negatives_outside"),
+    },
+    dict.fromkeys(
+        (
+            *("epochs", "batch_size", "learning_rate", "net_learning_rate", "embedding_size", "layers"),
+            *("members", "side_features", "dropout"),
+        ),
+        "the recipe's",
+    ),
+)
 
-def train_command(
-    dataset: Annotated[
-        str,
-        typer.Option(
-            "--dataset",
-            "-d",
-            metavar="NAME|PATH",
-            help="`ml-100k` or `ml-1m`, fetched if need be; or your own CSV, TSV or Parquet file of ratings.",
-            rich_help_panel=DATA,
-        ),
-    ] = "ml-100k",
-    recipe_name: Annotated[
-        str,
-        typer.Option(
-            "--recipe",
-            "-r",
-            metavar="|".join(RECIPES),
-            help="`paper`: the paper's protocol (Adam 1e-3, batch 128, 50 epochs, linear read-out). "
-            "`best`: the best settings found on a validation part.",
-        ),
-    ] = "best",
-    seed: Annotated[
-        int, typer.Option(help="Fixes the split, the first weights and the order of the batches.")
-    ] = 0,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Run folder to write.", show_default="runs/DATASET")
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on from the last checkpoint in the run folder, if there is one."),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the training in the run folder.")
-    ] = False,
-    checkpoint_minutes: Annotated[
-        float,
-        typer.Option(
-            min=0, help="Time between checkpoints within an epoch; there is one at each epoch's end too."
-        ),
-    ] = 2.0,
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained on, and what is held out."""
+
     split: Annotated[
         str | None,
         typer.Option(
-            metavar="|".join(SPLITS),
+            metavar="random|per-user|leave-one-out|joint",
             help="What is held out for the test: 20 % of all ratings; 20 % of each user's; each user's "
             "latest rating, for ranking; or that and 20 % of the rest.",
             show_default="random; joint with --gamma below 1, leave-one-out with 0",
             rich_help_panel=DATA,
         ),
-    ] = None,
+    ] = None
     train_file: Annotated[
         Path | None,
         typer.Option(
@@ -87,10 +66,10 @@ def train_command(
             help="Train on this file, laid out as the files of `--dataset`; goes with `--test-file`.",
             rich_help_panel=DATA,
         ),
-    ] = None,
+    ] = None
     test_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Test on this file.", rich_help_panel=DATA)
-    ] = None,
+    ] = None
     stream: Annotated[
         bool,
         typer.Option(
@@ -100,7 +79,7 @@ def train_command(
             "the ids.",
             rich_help_panel=DATA,
         ),
-    ] = False,
+    ] = False
     shard_tables: Annotated[
         bool,
         typer.Option(
@@ -110,116 +89,66 @@ def train_command(
             "others.",
             rich_help_panel=DATA,
         ),
-    ] = False,
-    data_dir: options.DataDir = None,
-    user_column: options.UserColumn = "user",
-    item_column: options.ItemColumn = "item",
-    rating_column: options.RatingColumn = "rating",
-    timestamp_column: options.TimestampColumn = "timestamp",
-    sep: options.Separator = None,
-    scale: options.Scale = None,
-    settings: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="JSON of settings, as `tune` writes and `config.json` names them; options given here "
-            "go before it.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option(help="Passes over the training ratings, of the MLP control too.", rich_help_panel=MODEL),
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Ratings a step.", rich_help_panel=MODEL)] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option("--learning-rate", "--lr", help="Adam's, of the embeddings.", rich_help_panel=MODEL),
-    ] = None,
-    net_learning_rate: Annotated[
-        float | None, typer.Option(help="Adam's, of the LU layers.", rich_help_panel=MODEL)
-    ] = None,
-    embedding_size: Annotated[
-        int | None, typer.Option(help="k: the network works in D = 2k dimensions.", rich_help_panel=MODEL)
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option(help="LU layers, the last one linear.", rich_help_panel=MODEL)
-    ] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="Left slope of LeakySoftplus, 0 to 1.", rich_help_panel=MODEL)
-    ] = None,
-    members: Annotated[
-        int | None, typer.Option(help="Models trained side by side and averaged.", rich_help_panel=MODEL)
-    ] = None,
-    side_features: Annotated[
-        bool | None,
-        typer.Option(
-            "--side-features/--no-side-features",
-            help="Use what the data set says of users and items beside ratings: genres, age, gender, "
-            "occupation.",
-            show_default="the recipe's",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    dropout: Annotated[
-        float | None, typer.Option(help="On the network's input.", rich_help_panel=MODEL)
-    ] = None,
-    gamma: Annotated[
-        float | None,
-        typer.Option(
-            help="Weight of the ratings' loss (2.11), 0 to 1; the interactions' has the rest. Below 1 the "
-            "model learns to rank as well, 0 needs no ratings.",
-            show_default="1",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = None,
-    loss: Annotated[
+    ] = False
+
+    def check(self, dataset: str, source: Source) -> None:
+        """``typer.BadParameter`` for options that do not go together."""
+        from lunet_fast.recsys.data import movielens
+
+        if (self.train_file is None) != (self.test_file is None):
+            raise typer.BadParameter("--train-file and --test-file go together: give both or none")
+        if self.train_file is not None and self.split is not None:
+            raise typer.BadParameter(
+                "--split does not go with --train-file and --test-file, which are the split"
+            )
+        if self.shard_tables and not self.stream:
+            raise typer.BadParameter(
+                "--shard-tables divides the tables of a training on a stream: add --stream, with a Parquet "
+                "file"
+            )
+        text = self.train_file is not None or source.sep is not None or source.scale is not None
+        if self.stream and (dataset in movielens.DATASETS or text):
+            raise typer.BadParameter(
+                "--stream reads Parquet files: --dataset PATH, without --train-file, --sep and --scale"
+            )
+
+
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="JSON of settings, as `tune` writes and `config.json` names them; options given here "
+        "go before it.",
+        rich_help_panel=MODEL,
+    ),
+]
+
+
+@grouped
+def train_command(
+    *,
+    context: typer.Context,
+    dataset: Dataset = "ml-100k",
+    recipe: Annotated[
         str | None,
         typer.Option(
-            metavar="|".join(LOSSES),
-            help="`mse`: squared error and cross-entropy. `huber`, `ordinal`: other losses of the ratings. "
-            "`bpr`: another one of the interactions.",
-            show_default="mse",
-            rich_help_panel=OBJECTIVE,
+            "--recipe",
+            "-r",
+            metavar="paper|best",
+            help="`paper`: the paper's protocol (Adam 1e-3, batch 128, 50 epochs, linear read-out). "
+            "`best`: the best settings found on a validation part.",
+            show_default="best",
         ),
     ] = None,
-    negatives: Annotated[
-        int | None,
-        typer.Option(help="Items without interaction drawn for each rating.", rich_help_panel=OBJECTIVE),
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Run folder to write.", show_default="runs/DATASET")
     ] = None,
-    negative_sampling: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(NEGATIVE_SAMPLINGS),
-            help="How they are drawn.",
-            show_default="uniform",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = None,
-    negatives_outside: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(NEGATIVES_OUTSIDE),
-            help="Never drawn: the pairs of the training part, or all that are known, held-out ones too. The "
-            "second tells the model what is held out and flatters its ranking.",
-            show_default="training",
-            rich_help_panel=OBJECTIVE,
-        ),
-    ] = None,
-    mlp: Annotated[
-        bool,
-        typer.Option(
-            "--mlp/--no-mlp", help="Train the MLP control of the paper's table 2 too.", rich_help_panel=MODEL
-        ),
-    ] = True,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            help="CPU threads; another number may change the last digits of the result.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.", rich_help_panel=MODEL)] = "cpu",
+    continuation: Continuation,
+    parts: Parts,
+    source: Source,
+    settings: SettingsFile = None,
+    device: Device = "cpu",
+    output: FigureOutput,
 ) -> None:
     """Train the recommender and set it beside the paper's table 2.
 
@@ -248,159 +177,150 @@ def train_command(
 
         torchrun --nproc-per-node 2 --max-restarts 3 -m lunet_fast train --dataset ml-1m --resume
     """
-    from lunet_fast.cli import signals
-    from lunet_fast.cli.progress import training_progress
+    from lunet_fast.cli.signals import training_told
     from lunet_fast.recsys.data import movielens
-    from lunet_fast.recsys.model.streamed_training import STREAM_SETTINGS, train_stream
-    from lunet_fast.recsys.model.training import train
-    from lunet_fast.training.distributed import Workers, workers_of_torchrun
+    from lunet_fast.training.distributed import workers_of_torchrun
     from lunet_fast.training.files import RunFolder, read_json
-    from lunet_fast.training.loop import DivergenceError
 
-    if (train_file is None) != (test_file is None):
-        raise typer.BadParameter("--train-file and --test-file go together: give both or none")
-    if train_file is not None and split is not None:
-        raise typer.BadParameter("--split does not go with --train-file and --test-file, which are the split")
-    overrides: dict[str, Any] = {
-        "split": split,
-        "epochs": epochs,
-        "mlp_epochs": epochs,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "net_learning_rate": net_learning_rate,
-        "embedding_size": embedding_size,
-        "layers": layers,
-        "alpha": alpha,
-        "members": members,
-        "dropout": dropout,
-        "side_features": side_features,
-        "gamma": gamma,
-        "loss": loss,
-        "negatives": negatives,
-        "negative_sampling": negative_sampling,
-        "negatives_outside": negatives_outside,
-        "threads": threads,
-        "mlp": mlp,
-    }
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    if settings is not None:
-        try:
-            overrides = {**read_json(settings), **overrides}
-        except (OSError, ValueError) as error:
-            fail(ValueError(f"--settings {settings}: {error}"), 2)
-    gamma = overrides.get("gamma", gamma)
-    columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
-    if gamma == 0 and dataset not in movielens.DATASETS:
-        columns["rating"] = None  # not needed, and clicks have none
-    if shard_tables and not stream:
-        raise typer.BadParameter(
-            "--shard-tables divides the tables of a training on a stream: add --stream, with a Parquet file"
-        )
-    if stream:
-        if dataset in movielens.DATASETS or train_file is not None or sep is not None or scale is not None:
-            raise typer.BadParameter(
-                "--stream reads Parquet files: --dataset PATH, without --train-file, --sep and --scale"
-            )
-        for name, value in STREAM_SETTINGS.items():
-            if name != "mlp" and overrides.get(name, value) != value:
-                raise typer.BadParameter(f"--stream needs {name}={value}, got {overrides[name]!r}")
-        overrides |= STREAM_SETTINGS
-    name = dataset if dataset in movielens.DATASETS else Path(dataset).name.split(".")[0]
-    folder = RunFolder(out or Path("runs") / (name or "ratings"))
-    workers = Workers()
-    with signals.heard() as stop:
-        try:
-            recipe(recipe_name, 1, seed=seed, **overrides)  # a wrong value is told before any file is read
-            with workers_of_torchrun(device) as workers:
-                console = Console(quiet=not workers.is_first)
+    parts.check(dataset, source)
+    given = context.obj if recipe is None else {**context.obj, "recipe": recipe}
+    training = Training(dataset, parts, source, _settings(given, settings, parts))
+    folder = RunFolder(out or Path("runs") / (run_name(dataset, movielens.DATASETS) or "ratings"))
+    with training_told(folder.checkpoints) as stop:
+        training.config(1)  # a wrong value is told before any file is read
+        with workers_of_torchrun(device) as workers, _process_told(workers, stop):
+            if training.is_finished(folder, workers, continuation):
                 if workers.is_first:
-                    folder.prepare(resume=resume, overwrite=overwrite)
-                if workers.of_first(int(resume and folder.is_finished())):
-                    if workers.is_first:
-                        data = dataset if dataset in movielens.DATASETS else Path(dataset).name
-                        asked = {"recipe": recipe_name, "seed": seed, **overrides}
-                        _check_same(folder, asked if train_file is not None else {"dataset": data, **asked})
-                        typer.echo(f"{folder.path} holds the finished training; nothing to do.")
-                        _show(console, read_json(folder.metrics), folder)
-                    return
-                common: dict[str, Any] = {
-                    "out": folder.path,
-                    "resume": resume,
-                    "overwrite": overwrite,
-                    "checkpoint_seconds": 60 * checkpoint_minutes,
-                    "stop": stop,
-                    "workers": workers,
-                }
-                if stream:
-                    rows = _open_stream(dataset, columns, seed, console)
-                    config = recipe(recipe_name, len(rows), seed=seed, **overrides)
-                    with training_progress(console) as progress:
-                        result = train_stream(
-                            rows, config, progress=progress, shard_tables=shard_tables, **common
-                        )
-                else:
-                    ratings, test = _read(dataset, data_dir, train_file, test_file, columns)
-                    size = len(ratings) + (0 if test is None else len(test))
-                    config = recipe(recipe_name, size, seed=seed, **overrides)
-                    with training_progress(console) as progress:
-                        result = train(ratings, config, test=test, progress=progress, **common)
-        except DivergenceError as error:
-            fail(error, 1)
-        except (OSError, ValueError, ImportError) as error:
-            fail(error, 2)
-        except KeyboardInterrupt as error:
-            if workers.is_first:
-                typer.echo(f"\n{_interrupted(error, folder)}", err=True)
-            raise typer.Exit(stop.exit_code) from None
-        except RuntimeError as error:
-            if workers.world_size == 1:
-                raise
-            if stop.asked:  # process 0 has saved, and left first
-                raise typer.Exit(stop.exit_code) from None
-            fail(RuntimeError(f"process {workers.rank} of {workers.world_size}: {error}"), 1)
+                    output.line(f"{folder.path} holds the finished training; nothing to do.")
+            else:
+                console = Console(quiet=not (workers.is_first and output.told))
+                training.run(console, **continuation.arguments(folder), stop=stop, workers=workers)
     if workers.is_first:
-        _show(console, result.metrics, folder)
+        values = read_json(folder.metrics)
+        output.figures(values, lambda: _show(Console(), values, folder))
 
 
-def _interrupted(error: KeyboardInterrupt, folder: RunFolder) -> str:
-    saved = f"{error}. " if str(error) else ""
-    return f"Interrupted. {saved}The same command with --resume goes on from {folder.checkpoints}."
+def _settings(given: dict[str, Any], file: Path | None, parts: Parts) -> dict[str, Any]:
+    """Settings by name: those typed before those of ``--settings``, and what a stream asks for."""
+    from lunet_fast.recsys.model.streamed_training import STREAM_SETTINGS
+    from lunet_fast.training.files import read_json
+
+    if "epochs" in given:
+        given = {**given, "mlp_epochs": given["epochs"]}
+    if parts.split is not None:
+        given = {**given, "split": parts.split}
+    if file is not None:
+        try:
+            given = {**read_json(file), **given}
+        except (OSError, ValueError) as error:
+            fail(ValueError(f"--settings {file}: {error}"), 2)
+    given = {"recipe": "best", "seed": 0, **given}
+    if not parts.stream:
+        return given
+    for name, value in STREAM_SETTINGS.items():
+        if name != "mlp" and given.get(name, value) != value:
+            raise typer.BadParameter(f"--stream needs {name}={value}, got {given[name]!r}")
+    return {**given, **STREAM_SETTINGS}
 
 
-def _open_stream(path: str, columns: dict[str, Any], seed: int, console: Console) -> RatingStream:
-    from lunet_fast.recsys.data.streaming import RatingStream
+@contextmanager
+def _process_told(workers: Workers, stop: Signals) -> Iterator[None]:
+    """Of several processes each names itself in an error, and the first alone tells of an interruption."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if workers.is_first:
+            raise
+        raise typer.Exit(stop.exit_code) from None
+    except typer.Exit:
+        raise
+    except RuntimeError as error:
+        if workers.world_size == 1:
+            raise
+        if stop.asked:  # process 0 has saved, and left first
+            raise typer.Exit(stop.exit_code) from None
+        fail(RuntimeError(f"process {workers.rank} of {workers.world_size}: {error}"), 1)
 
-    names = {role: columns[role] for role in ("user", "item", "rating", "timestamp")}
-    stream = RatingStream.open(path, seed=seed, **names)
-    console.print(str(stream), highlight=False)
-    return stream
 
+@dataclass(frozen=True)
+class Training:
+    """What a user asks for."""
 
-def _read(
-    dataset: str,
-    data_dir: Path | None,
-    train_file: Path | None,
-    test_file: Path | None,
-    columns: dict[str, Any],
-) -> tuple[Ratings, Ratings | None]:
-    """All ratings, or the training and the test part where two files hold them."""
+    dataset: str
+    parts: Parts
+    source: Source
+    settings: dict[str, Any]
 
-    from lunet_fast.recsys.data import movielens
-    from lunet_fast.recsys.data.ratings import read_ratings
-    from lunet_fast.recsys.data.splits import join
+    def config(self, n_ratings: int) -> TrainConfig:
+        """``ValueError`` for a setting that cannot work."""
+        from lunet_fast.recsys.model.config import recipe
 
-    def read(path: Path) -> Ratings:
-        if dataset in movielens.DATASETS:
-            return movielens.read_like(dataset, path)
-        return read_ratings(path, **columns)
+        overrides = dict(self.settings)
+        return recipe(overrides.pop("recipe"), n_ratings, **overrides)
 
-    if train_file is not None and test_file is not None:
-        parts = join(read(train_file), read(test_file))
-        if dataset in movielens.DATASETS:
-            # The results name the data set; which files they were is kept as the source.
-            return replace(parts[0], name=dataset), replace(parts[1], name=dataset)
-        return parts
-    return options.read_dataset("--dataset", dataset, data_dir, columns), None
+    @property
+    def rated(self) -> bool:
+        """Whether a file must have ratings: interactions alone have none."""
+        return bool(self.settings.get("gamma") != 0)
+
+    def is_finished(self, folder: RunFolder, workers: Workers, continuation: Continuation) -> bool:
+        """Whether the folder holds this training finished; otherwise it is made ready.
+
+        ``ValueError`` where it holds another one.
+        """
+        from lunet_fast.recsys.data import movielens
+
+        if workers.is_first:
+            folder.prepare(resume=continuation.resume, overwrite=continuation.overwrite)
+        if not workers.of_first(int(continuation.resume and folder.is_finished())):
+            return False
+        if workers.is_first:
+            data = self.dataset if self.dataset in movielens.DATASETS else Path(self.dataset).name
+            named = {} if self.parts.train_file is not None else {"dataset": data}
+            _check_same(folder, {**named, **self.settings})
+        return True
+
+    def run(self, console: Console, **arguments: Any) -> None:
+        """Train with these further arguments of ``train`` or ``train_stream``."""
+        from lunet_fast.cli.progress import training_progress
+        from lunet_fast.recsys.model.streamed_training import train_stream
+        from lunet_fast.recsys.model.training import train
+
+        if self.parts.stream:
+            rows = self.open_stream()
+            console.print(str(rows), highlight=False)
+            config = self.config(len(rows))
+            with training_progress(console) as progress:
+                sharded = self.parts.shard_tables
+                train_stream(rows, config, progress=progress, shard_tables=sharded, **arguments)
+            return
+        ratings, test = self.read()
+        config = self.config(len(ratings) + (0 if test is None else len(test)))
+        with training_progress(console) as progress:
+            train(ratings, config, test=test, progress=progress, **arguments)
+
+    def open_stream(self) -> RatingStream:
+        from lunet_fast.recsys.data.streaming import RatingStream
+
+        columns = self.source.columns(rated=self.rated)
+        names = {role: columns[role] for role in ("user", "item", "rating", "timestamp")}
+        return RatingStream.open(self.dataset, seed=self.settings["seed"], **names)
+
+    def read(self) -> tuple[Ratings, Ratings | None]:
+        """All ratings, or the training and the test part where two files hold them."""
+        from lunet_fast.recsys.data import movielens
+        from lunet_fast.recsys.data.ratings import read_ratings
+        from lunet_fast.recsys.data.splits import join
+
+        files = [file for file in (self.parts.train_file, self.parts.test_file) if file is not None]
+        if not files:
+            return self.source.read(self.dataset, rated=self.rated), None
+        if self.dataset not in movielens.DATASETS:
+            columns = self.source.columns(rated=self.rated)
+            return join(*(read_ratings(file, **columns) for file in files))
+        parts = join(*(movielens.read_like(self.dataset, file) for file in files))
+        # The results name the data set; which files they were is kept as the source.
+        return replace(parts[0], name=self.dataset), replace(parts[1], name=self.dataset)
 
 
 def _check_same(folder: RunFolder, asked: dict[str, Any]) -> None:

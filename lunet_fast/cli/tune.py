@@ -7,25 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from lunet_fast.cli import options
-from lunet_fast.cli.options import DATA
-from lunet_fast.cli.output import errors_told
+from lunet_fast.cli.options import Dataset, Device, Source
+from lunet_fast.cli.output import FigureOutput, errors_told, interruption_told
+from lunet_fast.cli.signatures import grouped, settings_command
+
+TuneCommand = settings_command(
+    "lunet_fast.recsys.model.config:TrainConfig",
+    {"The same for every trial": ("gamma", "members", "epochs", "seed")},
+    {"members": "2", "epochs": "searched"},
+)
 
 
+@grouped
 def tune_command(
-    dataset: Annotated[
-        str,
-        typer.Option("--dataset", "-d", metavar="NAME|PATH", help="As for `train`.", rich_help_panel=DATA),
-    ] = "ml-100k",
+    *,
+    context: typer.Context,
+    dataset: Dataset = "ml-100k",
     trials: Annotated[int, typer.Option(help="Settings to try now.")] = 30,
-    gamma: Annotated[float, typer.Option(help="Weight of the ratings' loss, as for `train`.")] = 1.0,
-    members: Annotated[
-        int, typer.Option(help="Models of a trial; train more of them with what was found.")
-    ] = 2,
-    epochs: Annotated[
-        int | None, typer.Option(help="The same for every trial.", show_default="searched")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the parts, and of the search.")] = 0,
     study: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Keeps the trials: the same command goes on with them."),
@@ -33,13 +31,9 @@ def tune_command(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE", help="Settings found, for `train --settings`.")
     ] = Path("settings.json"),
-    data_dir: options.DataDir = None,
-    user_column: options.UserColumn = "user",
-    item_column: options.ItemColumn = "item",
-    rating_column: options.RatingColumn = "rating",
-    timestamp_column: options.TimestampColumn = "timestamp",
-    sep: options.Separator = None,
-    scale: options.Scale = None,
+    source: Source,
+    device: Device = "cpu",
+    output: FigureOutput,
 ) -> None:
     """Search settings for your data on a validation part of the training data.
 
@@ -54,31 +48,29 @@ def tune_command(
         lunet-fast train --dataset ratings.csv --settings settings.json
     """
     with errors_told():
-        from lunet_fast.recsys.data import movielens
-        from lunet_fast.recsys.evaluation.tuning import tune
+        from lunet_fast.recsys.evaluation.tuning import MEMBERS, tune
         from lunet_fast.training.files import write_json
 
-        columns = options.columns(user_column, item_column, rating_column, timestamp_column, sep, scale)
-        if gamma == 0 and dataset not in movielens.DATASETS:
-            columns["rating"] = None
         if out.parent != Path() and not out.parent.is_dir():
             raise ValueError(f"--out {out}: there is no folder {out.parent}")
-        ratings = options.read_dataset("--dataset", dataset, data_dir, columns)
-        asked: dict[str, Any] = {"gamma": gamma, "members": members}
-        if epochs is not None:
-            asked["epochs"] = epochs
+        asked: dict[str, Any] = {"gamma": 1.0, "members": MEMBERS, **context.obj}
+        seed = asked.pop("seed", 0)
+        ratings = source.read(dataset, rated=asked["gamma"] != 0)
 
         def told(number: int, value: float | None, best: float) -> None:
-            typer.echo(
-                f"trial {number + 1}: {'failed' if value is None else f'{value:.4f}'}, best {best:.4f}"
-            )
+            figure = "failed" if value is None else f"{value:.4f}"
+            output.line(f"trial {number + 1}: {figure}, best {best:.4f}")
 
-        try:
-            tuned = tune(ratings, trials=trials, storage=study, seed=seed, told=told, **asked)
-        except KeyboardInterrupt:
-            kept = f"what is done is in {study}: the same command goes on" if study else "nothing is kept"
-            typer.echo(f"\nInterrupted; {kept}.", err=True)
-            raise typer.Exit(130) from None
-        write_json(out, {**asked, **tuned.settings})
-        typer.echo(f"best of {tuned.trials} trials: {tuned.measure} {tuned.value:.4f}; written to {out}")
-        typer.echo(f"lunet-fast train --dataset {dataset} --seed {seed} --settings {out}")
+        kept = f"what is done is in {study}: the same command goes on" if study else "nothing is kept"
+        with interruption_told(f"; {kept}."):
+            tuned = tune(ratings, trials=trials, storage=study, seed=seed, device=device, told=told, **asked)
+        found = {**asked, **tuned.settings}
+        write_json(out, found)
+        figures = {"trials": tuned.trials, "measure": tuned.measure, "value": tuned.value, "settings": found}
+        output.figures(
+            figures,
+            lambda: typer.echo(
+                f"best of {tuned.trials} trials: {tuned.measure} {tuned.value:.4f}; written to {out}\n"
+                f"lunet-fast train --dataset {dataset} --seed {seed} --settings {out}"
+            ),
+        )

@@ -55,7 +55,8 @@ def whiten(flow: LUFlow, y: Tensor) -> None:
 class DensityModel:
     """A density on data rows [N, D].
 
-    ``shares`` [C] are the classes' shares of the training rows where the flow is conditional, else None.
+    ``shares`` [C] are the classes' shares of the training rows where the flow is conditional, else None. The
+    flow may be on any device; shares are on the CPU, and so are samples.
     """
 
     flow: Any
@@ -88,14 +89,20 @@ class DensityModel:
     def _marginal(self, x: Tensor, generator: torch.Generator) -> Tensor:
         y, logabsdet = self.preprocessing.forward(x, generator)
         if self.shares is None:
-            return self.flow.log_prob(y) + logabsdet
+            return self.flow.log_prob(y.to(self.device)).to(y.device) + logabsdet
         return self.class_log_prob(y).logsumexp(-1) + logabsdet
+
+    @property
+    def device(self) -> torch.device:
+        """Where the flow is."""
+        return next(parameter.device for parameter in self.flow.parameters())
 
     def class_log_prob(self, y: Tensor) -> Tensor:
         """log p(y, c) [N, C] of a conditional flow, for preprocessed rows; its softmax says the class."""
         assert self.shares is not None
-        classes = torch.arange(len(self.shares), device=y.device)
-        return self.flow.log_prob(y.unsqueeze(-2), classes) + self.shares.log().to(y)
+        classes = torch.arange(len(self.shares), device=self.device)
+        found = self.flow.log_prob(y.to(self.device).unsqueeze(-2), classes)
+        return found.to(y.device) + self.shares.log().to(y)
 
     def loss(self, x: Tensor, draws: int = 1, seed: int = 0) -> Tensor:
         """−log p(x) [N] in the unit of the preprocessing, without gradient."""
@@ -106,7 +113,7 @@ class DensityModel:
         if self.shares is None:
             if labels is not None:
                 raise ValueError("labels must be None: the flow was not trained with labels")
-            return self.preprocessing.inverse(self.flow.sample(n))
+            return self.preprocessing.inverse(self.flow.sample(n).cpu())
         if labels is None:
             labels = torch.multinomial(self.shares, n, replacement=True)
-        return self.preprocessing.inverse(self.flow.sample((), labels))
+        return self.preprocessing.inverse(self.flow.sample((), labels.to(self.device)).cpu())

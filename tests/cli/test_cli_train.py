@@ -185,17 +185,20 @@ runpy.run_module("lunet_fast", run_name="__main__")
         assert done.returncode == 1
         assert done.stderr.endswith("not installed: run  pip install 'lunet-fast[train]'\n")
 
-    def test_doctor_works_without_the_extra(self) -> None:
-        program = """
+    @pytest.mark.parametrize("more", [(), ("pandas",)], ids=" ".join)
+    def test_doctor_works_without_the_extra(self, more: tuple[str, ...]) -> None:
+        program = f"""
 import sys
-sys.modules.update(dict.fromkeys(("matplotlib", "safetensors", "pooch", "pyarrow")))
+sys.modules.update(dict.fromkeys(("matplotlib", "safetensors", "pooch", "pyarrow", *{more!r})))
 sys.argv = ["lunet-fast", "doctor"]
 from lunet_fast import __main__
 __main__.main()
 """
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "without matplotlib, pooch, safetensors" in done.stdout
+        assert f"without {', '.join((*more, 'matplotlib', 'pooch', 'safetensors'))}" in " ".join(
+            done.stdout.split()
+        )
         assert "pip install 'lunet-fast[train]'" in done.stdout
 
     def test_help_needs_neither_pandas_nor_matplotlib(self) -> None:

@@ -15,6 +15,7 @@ from lunet_fast.training.loop import DivergenceError
 
 if TYPE_CHECKING:
     import optuna
+    import torch
 
 MEMBERS = 2
 """Of the model of a trial, unless they are given: more cost more time and order settings alike."""
@@ -78,6 +79,7 @@ def tune(
     trials: int,
     storage: Path | None = None,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     told: Callable[[int, float | None, float], None] | None = None,
     **asked: Any,
 ) -> Tuned:
@@ -86,9 +88,9 @@ def tune(
     ``asked`` are settings that stay as they are, such as ``gamma``; ``members`` is MEMBERS unless given. The
     test and held-out parts, by the split and ``seed``, are taken away first and never read; what is left is
     divided again in the same way, and a trial is judged on the second part (:func:`measure_of`). ``storage``
-    is a file that keeps the study, in Optuna's journal format: the same call goes on with it. A trial that
-    diverges counts as failed. ``told(number, value, best)`` hears of each finished trial, value None of a
-    failed one.
+    is a file that keeps the study, in Optuna's journal format: the same call goes on with it. Trials are
+    trained on ``device``; one that diverges counts as failed. ``told(number, value, best)`` hears of each
+    finished trial, value None of a failed one.
 
     ``ImportError`` without Optuna (``pip install "lunet-fast[tune]"``), ``ValueError`` for a wrong setting,
     for a study of other data or settings, and where no trial has succeeded.
@@ -129,7 +131,7 @@ def tune(
 
     def objective(trial: optuna.Trial) -> float:
         config = recipe("best", len(ratings), **{**suggested(trial, base.gamma), **asked})
-        values = train(rest, config).metrics
+        values = train(rest, config, device=device).metrics
         if measure in values:
             return float(values[measure])
         return float(values["ndcg@10"] - values["test_mse"])

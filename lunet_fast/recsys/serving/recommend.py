@@ -147,7 +147,7 @@ class LUNetRecommender:
         """
         ready = self._prepared()
         ratings = _in_chunks(ready.trained.model, ready.histories(), *_pairs(ready.trained, users, items))
-        result: npt.NDArray[np.float32] = ratings.clamp_(*ready.trained.scale).numpy()
+        result: npt.NDArray[np.float32] = ratings.clamp_(*ready.trained.scale).cpu().numpy()
         return result
 
     def score(self, users: Any, items: Any) -> npt.NDArray[np.float32]:
@@ -163,7 +163,7 @@ class LUNetRecommender:
         ready = self._prepared()
         pairs = _pairs(ready.trained, users, items)
         logits = _in_chunks(ready.trained.model.interaction, ready.histories(), *pairs)
-        result: npt.NDArray[np.float32] = logits.numpy()
+        result: npt.NDArray[np.float32] = logits.cpu().numpy()
         return result
 
     def recommend(
@@ -431,7 +431,8 @@ def _pairs(trained: TrainedModel, users: Any, items: Any) -> tuple[torch.Tensor,
     )
     if len(user) != len(item) and 1 not in (len(user), len(item)):
         raise ValueError(f"users has {len(user)} ids and items {len(item)}: give as many of each, or one")
-    user, item = (side.clone() for side in torch.broadcast_tensors(user, item))
+    place = trained.model.mean.device
+    user, item = (side.clone().to(place) for side in torch.broadcast_tensors(user, item))
     return user, item
 
 
