@@ -196,11 +196,19 @@ class SoftplusFamily(BijectiveActivation):
 
     def derivative_range(self, features: int) -> tuple[float, float]:
         """(least a, greatest a + c)."""
+        if self._is_other():
+            return super().derivative_range(features)
         a, c, _ = torch.as_tensor(self.slopes(), dtype=torch.float64).detach()
         return float(a.min()), float((a + c).max())
 
-    def tangent_at_zero(self, features: int) -> tuple[float, float]:
+    def _is_other(self) -> bool:
+        """Whether φ is another function: a subclass or a patch replaced it."""
+        return is_replaced(self, _described_by(type(self)), hooks=False)
+
+    def tangent_at_zero(self, features: int) -> tuple[Tensor | float, Tensor | float]:
         """(φ(0), φ′(0)) of a fresh activation."""
+        if self._is_other():
+            return super().tangent_at_zero(features)
         a, c, kappa = self.starting_slopes()
         return c / kappa * math.log(2.0), a + 0.5 * c
 

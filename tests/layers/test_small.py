@@ -47,7 +47,7 @@ def truth(net: LUNet, x: Tensor) -> tuple[Tensor, Tensor]:
             layer.bias,
             sign=layer.sign,
             permutation=layer.permutation,
-            slopes=layer._slopes(),
+            slopes=None if layer.activation is None else layer.activation.slopes(),
         )
         total = total + share
     return x, total

@@ -23,7 +23,7 @@ from lunet_fast.recsys.report.reproduction import document
 from lunet_fast.recsys.report.results import Committed, Losses, Reproduction, Run
 from lunet_fast.training.files import RunFolder, read_json, read_tensors, write_json, write_text
 from lunet_fast.training.loop import Progress, cpu_threads
-from lunet_fast.training.schema import CHECKPOINT_FORMAT, CHECKPOINT_HEADER
+from lunet_fast.training.schema import CHECKPOINT_FORMAT, CheckpointHeader
 
 DATASETS = tuple(movielens.DATASETS)
 
@@ -204,7 +204,7 @@ def _losses(folder: RunFolder) -> dict[str, Losses]:
     """By phase; from the checkpoints, since a finished training that is read again has no curve with it."""
     found = {}
     for file in sorted(folder.checkpoints.glob("*.safetensors")):
-        _, header = read_tensors(file, CHECKPOINT_FORMAT, CHECKPOINT_HEADER)
+        _, header = read_tensors(file, CHECKPOINT_FORMAT, CheckpointHeader)
         state = header["state"]
         found[state["phase"]] = Losses(state["train_loss"], state["test_loss"])
     return found
