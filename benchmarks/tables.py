@@ -43,12 +43,12 @@ def number(value: float | None, form: str = ".4f", spread: float | None = None) 
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Cell | str]], best: Mapping[str, Best]) -> list[str]:
-    """Lines of a table; ``best`` names the columns whose best cell, all of equal ones, is bold."""
+    """Lines of a table; ``best`` names the columns whose best cell of several, all of equal ones, is bold."""
     cells = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
     for name, choose in best.items():
         column = head.index(name)
         values = [row[column].value for row in cells if row[column].value is not None]
-        if not values:
+        if len(values) < 2:
             continue
         winner = choose(values)
         # What reads the same is equally good: a digit that is not shown makes no winner.

@@ -14,6 +14,7 @@ SESSION = re.compile(r"^>>> .*?(?=\n\s*\n|\Z)", re.DOTALL | re.MULTILINE)
 def as_markdown(text: str) -> str:
     text = ROLE.sub(lambda found: f"`{found[1].removeprefix('lunet_fast.').rpartition('.')[2]}`", text)
     text = re.sub(r" +# doctest: .*", "", text)
+    text = text.replace("[*", r"[\*")  # the shape [*n, D] is no emphasis
     return SESSION.sub(lambda found: f"```pycon\n{found[0]}\n```", text)
 
 

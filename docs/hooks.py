@@ -10,6 +10,7 @@ from typing import Any
 import latex2mathml.converter
 import typer
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from typer.cli import get_docs_for_click
 
 ROOT = Path(__file__).parent.parent
@@ -37,11 +38,20 @@ def command_line() -> str:
     )
 
 
-def on_page_content(content: str, **_: Any) -> str:
-    """Formulas, which arithmatex has marked, as MathML: every browser shows that by itself."""
+def _say_whole(command: Any) -> None:
+    """Let lists of commands have the first sentence of each, not its first 45 characters."""
+    command.short_help = (command.help or "").partition("\n\n")[0].replace("\n", " ")
+    for each in getattr(command, "commands", {}).values():
+        _say_whole(each)
+
+
+def on_page_content(content: str, page: Page, **_: Any) -> str:
+    """Formulas, which arithmatex has marked, as MathML, which browsers show by themselves; results in a box."""
 
     def converted(found: re.Match[str]) -> str:
         display = "block" if found[1] == "div" else "inline"
         return latex2mathml.converter.convert(html.unescape(found[2].strip()[2:-2]), display=display)
 
-    return re.sub(r'<(div|span) class="arithmatex">(.*?)</\1>', converted, content, flags=re.DOTALL)
+    content = re.sub(r'<(div|span) class="arithmatex">(.*?)</\1>', converted, content, flags=re.DOTALL)
+    # The style sheet keeps figures on one line, which would not do for words.
+    return f'<div class="results">{content}</div>' if page.url.startswith("results/") else content

@@ -36,7 +36,9 @@ def test_links_are_absolute() -> None:
     assert all(target.startswith("https://") for target in re.findall(r"\]\(([^)]+)\)", README))
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.stem
+)
 def test_links_into_the_repository_name_what_is_there(page: Path) -> None:
     for path in REPOSITORY.findall(page.read_text()):
         assert (ROOT / path).exists(), path
