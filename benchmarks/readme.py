@@ -437,8 +437,8 @@ def figures() -> list[str]:
     dates = sorted(machine["date"] for machine in machines)
     (where,) = {f"{m['processor']}, {m['cores']} cores, torch {m['torch']}" for m in machines}
     note = (
-        "Bold: the better of the two. Lower is better, except for NDCG. ±: standard deviation over three seeds; "
-        "for f = identity the standard error over three, for digits over five. ML-1M: one seed. "
+        "Bold: the better of the two. Lower is better, except for NDCG. ±: standard deviation over three "
+        "seeds; for f = identity the standard error over three, for digits over five. ML-1M: one seed. "
         f"{where}, {dates[0]} to {dates[-1]}."
     )
     return [*lines, "", note]

@@ -46,12 +46,15 @@ def _say_whole(command: Any) -> None:
 
 
 def on_page_content(content: str, page: Page, **_: Any) -> str:
-    """Formulas, which arithmatex has marked, as MathML, which browsers show by themselves; results in a box."""
+    """Formulas that arithmatex has marked as MathML, which browsers show by themselves; results in a box."""
 
     def converted(found: re.Match[str]) -> str:
         display = "block" if found[1] == "div" else "inline"
         return latex2mathml.converter.convert(html.unescape(found[2].strip()[2:-2]), display=display)
 
     content = re.sub(r'<(div|span) class="arithmatex">(.*?)</\1>', converted, content, flags=re.DOTALL)
-    # The style sheet keeps figures on one line, which would not do for words.
-    return f'<div class="results">{content}</div>' if page.url.startswith("results/") else content
+    if not page.url.startswith("results/"):
+        return content
+    # The style sheet keeps figures on one line, which would not do for long names.
+    content = re.sub(r"(<tr>\s*)<td>(?=[^<]{25})", r'\1<td class="long">', content)
+    return f'<div class="results">{content}</div>'

@@ -1,4 +1,4 @@
-"""What README and docs say is what the committed results say; README's code runs and its links lead somewhere."""
+"""README and docs say what the committed results say; README's code runs, its links lead somewhere."""
 
 from __future__ import annotations
 
