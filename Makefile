@@ -52,9 +52,9 @@ bench: $(VENV)/.dev  ## 5 minutes of timings beside what else there is, and besi
 	$(BIN)/lunet-fast bench layers claims stacks training --baseline benchmarks/results
 
 bench-all: $(VENV)/.dev  ## every size, into benchmarks/results: about an hour
+	$(BIN)/python benchmarks/machine.py
 	$(BIN)/lunet-fast bench layers claims stacks training --scale all --out benchmarks/results
-	$(BIN)/python -m lunet_fast.bench.training --threads 1 2 --out benchmarks/results/time-to-quality.json \
-		$(if $(DATA_DIR),--data-dir $(DATA_DIR))
+	$(BIN)/python benchmarks/time_to_quality.py $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 	$(BIN)/python benchmarks/readme.py
 
 bench-compare: $(VENV)/.dev  ## is this tree slower than BASE (default main)?

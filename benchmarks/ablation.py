@@ -11,10 +11,8 @@ benchmarks/results/ablation-{ratings,ranking}.{json,md}.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-import os
 import statistics
 import sys
 import time
@@ -35,8 +33,8 @@ from lunet_fast.recsys.model.config import TrainConfig, recipe
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.training import rating_objective, rating_optimizer
 from lunet_fast.recsys.serving.scoring import ItemScorer
-from lunet_fast.training.loop import cpu_threads, descend
-from machine import RESULTS, write, write_text
+from lunet_fast.training.loop import descend
+from machine import open_results, parser
 
 SEEDS = (0, 1, 2)
 MEMBERS = {"ratings": 4, "ranking": 1}
@@ -328,8 +326,7 @@ def run(table: str, rows: list[Row], data_dir: str | None, seeds: tuple[int, ...
             rest = Parts.of(ratings, config).training
             parts = Parts.of(rest, config)
             began = time.perf_counter()
-            with cpu_threads(1):
-                found.append(measured(predictors(row, config, parts), config, parts))
+            found.append(measured(predictors(row, config, parts), config, parts))
             seconds.append(time.perf_counter() - began)
         line: dict[str, Any] = {"group": row.group, "name": row.name, "settings": row.settings}
         for name in found[0]:
@@ -368,28 +365,25 @@ def markdown(table: str, lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("table", choices=["ratings", "ranking"])
-    parser.add_argument("--data-dir", default=os.environ.get("LUNET_FAST_DATA"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument(
+    options = parser(__doc__, data=True)
+    options.add_argument("table", choices=["ratings", "ranking"])
+    options.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    options.add_argument(
         "--only", metavar="TEXT", help="rows whose group or name has this; nothing is written"
     )
-    options = parser.parse_args()
-    rows = rating_rows() if options.table == "ratings" else ranking_rows()
-    if options.only:
-        rows = [row for row in rows if options.only in f"{row.group} {row.name}"]
-    lines = run(options.table, rows, options.data_dir, tuple(options.seeds))
-    text = markdown(options.table, lines)
+    chosen = options.parse_args()
+    torch.set_num_threads(1)
+    results = None if chosen.only else open_results(chosen)
+    rows = rating_rows() if chosen.table == "ratings" else ranking_rows()
+    if chosen.only:
+        rows = [row for row in rows if chosen.only in f"{row.group} {row.name}"]
+    lines = run(chosen.table, rows, chosen.data_dir, tuple(chosen.seeds))
+    text = markdown(chosen.table, lines)
     print(text)
-    if options.only:
-        return
-    name = f"ablation-{options.table}"
-    write(name, {"command": f"python benchmarks/ablation.py {options.table}", "rows": lines})
-    seeds = ", ".join(map(str, options.seeds))
-    seeds = ", ".join(map(str, options.seeds))
-    head = f"# Ablation: {options.table}, ML-100K, validation part, mean of seeds {seeds}\n\n"
-    write_text(RESULTS / f"{name}.md", head + text)
+    if results is not None:
+        seeds = ", ".join(map(str, chosen.seeds))
+        head = f"# Ablation: {chosen.table}, ML-100K, validation part, mean of seeds {seeds}\n\n"
+        results.write(f"ablation-{chosen.table}", {"rows": lines}, head + text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""LU-Net as a density, beside the flows people use, in one harness: digits, points of the plane, depth.
+"""LU-Net as a density, beside the flows people use, in one harness: digits, 2-D toy densities, depth.
 
     python benchmarks/density.py digits      quality: losses over seeds, outliers        (2 hours of 1 core)
     python benchmarks/density.py plane       divergence from known densities             (1 hour)
@@ -15,20 +15,18 @@ again; delete it there to do so.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lunet_fast import ConditionalLUNet, LUNet, NormalMixture, StandardNormal
+from density_flows import DIGITS, DIGITS_FLOWS, GAUSSIAN, GRID, PLANE, PLANE_FLOWS, Make
+from density_report import report, rows_of
+from lunet_fast import ConditionalLUNet, LUNet
 from lunet_fast.density import data
 from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.evaluation import TEST_DRAWS, accuracy, auroc, divergence, grid, integral
@@ -36,142 +34,13 @@ from lunet_fast.density.model import DensityModel, build_flow, whiten
 from lunet_fast.density.pictures import SIDE, interpolation, show_density, show_sheet
 from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.density.training import fit_flow
+from lunet_fast.training.figures import new_figure
 from lunet_fast.training.files import write_figure
-from lunet_fast.training.loop import cpu_threads
 from lunet_fast.training.seeding import seeded
-from machine import RESULTS, write, write_text
+from machine import Results, kept_bytes, open_results, parser
 
 SEEDS = (0, 1, 2, 3, 4)
-
-#: Of each flow: the base, Adam's rate, the decay of matrices.
-GRID = tuple(
-    {"components": components, "learning_rate": rate, "weight_decay": decay}
-    for components in (1, 30)
-    for rate, decay in ((1e-3, 0.01), (5e-3, 0.01), (5e-3, 0.2))
-)
 TUNING_STEPS = 1500
-
-DIGITS = DensityConfig(steps=5000, patience=12, learning_rate=5e-3)
-PLANE = DensityConfig(steps=2500, patience=25, batch_size=512, weight_decay=0.0, signs="random")
-
-
-class Peer(nn.Module):
-    """Another library's transform between standardised rows and a base."""
-
-    def __init__(self, transform: nn.Module, features: int, components: int, rows: Tensor) -> None:
-        super().__init__()
-        self.transform = transform
-        self.base: Any = NormalMixture(features, components) if components > 1 else StandardNormal(features)
-        self.register_buffer("shift", rows.mean(0))
-        self.register_buffer("scale", rows.std(0))
-
-    def log_prob(self, y: Tensor) -> Tensor:
-        z, logabsdet = self.call((y - self.shift) / self.scale)
-        return self.base.log_prob(z) + logabsdet - self.scale.log().sum()
-
-    def sample(self, n: int) -> Tensor:
-        with torch.no_grad():
-            return self.inverse(self.base.sample((n,))) * self.scale + self.shift
-
-
-class Zuko(Peer):
-    def call(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform().call_and_ladj(y)
-
-    def inverse(self, z: Tensor) -> Tensor:
-        return self.transform().inv(z)
-
-
-class Nflows(Peer):
-    def call(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform(y)
-
-    def inverse(self, z: Tensor) -> Tensor:
-        return self.transform.inverse(z)[0]
-
-
-#: (preprocessed training rows, settings, how many labels) → flow.
-Make = Callable[[Tensor, DensityConfig, int], nn.Module]
-
-
-def lunet(layers: int, *, by_label: bool = False) -> Make:
-    def make(rows: Tensor, config: DensityConfig, classes: int) -> nn.Module:
-        flow = build_flow(replace(config, layers=layers, conditional=by_label), rows.shape[1], classes)
-        whiten(flow, rows)
-        return flow
-
-    return make
-
-
-def zuko(kind: str, transforms: int, hidden: tuple[int, ...]) -> Make:
-    def make(rows: Tensor, config: DensityConfig, classes: int) -> nn.Module:
-        import zuko.flows
-
-        features = rows.shape[1]
-        flow = getattr(zuko.flows, kind)(features, transforms=transforms, hidden_features=hidden)
-        return Zuko(flow.transform, features, config.components, rows)
-
-    return make
-
-
-def nflows(blocks: int, hidden: int) -> Make:
-    """LULinear and a rational-quadratic coupling, alternating, as nflows' users stack them."""
-
-    def make(rows: Tensor, config: DensityConfig, classes: int) -> nn.Module:
-        from nflows.nn.nets import ResidualNet
-        from nflows.transforms import CompositeTransform, PiecewiseRationalQuadraticCouplingTransform
-        from nflows.transforms.lu import LULinear
-        from nflows.utils import create_alternating_binary_mask
-
-        features = rows.shape[1]
-        parts: list[nn.Module] = []
-        for block in range(blocks):
-            parts += [
-                LULinear(features, identity_init=True),
-                PiecewiseRationalQuadraticCouplingTransform(
-                    create_alternating_binary_mask(features, even=block % 2 == 0),
-                    lambda inputs, outputs: ResidualNet(inputs, outputs, hidden, num_blocks=1),
-                    num_bins=4,
-                    tails="linear",
-                    tail_bound=5.0,
-                ),
-            ]
-        return Nflows(CompositeTransform(parts), features, config.components, rows)
-
-    return make
-
-
-GAUSSIAN = "Gaussian or mixture (M = 1)"
-
-#: Family → size → flow, on digits (D 64).
-DIGITS_FLOWS: dict[str, dict[str, Make]] = {
-    "LU-Net": {"S": lunet(2), "M": lunet(4), "L": lunet(12)},
-    "LU-Net, a context for each label": {"M": lunet(4, by_label=True)},
-    GAUSSIAN: {"S": lunet(1)},
-    "RealNVP (zuko)": {
-        "S": zuko("RealNVP", 4, (24,)),
-        "M": zuko("RealNVP", 6, (32,)),
-        "L": zuko("RealNVP", 6, (96,)),
-    },
-    "MAF (zuko)": {"S": zuko("MAF", 2, (24,)), "M": zuko("MAF", 3, (32,)), "L": zuko("MAF", 4, (80,))},
-    "NSF (zuko)": {
-        "S": zuko("NSF", 1, (8,)),
-        "M": zuko("NSF", 1, (16,)),
-        "L": zuko("NSF", 2, (24,)),
-    },
-    "LULinear + splines (nflows)": {"S": nflows(1, 8), "M": nflows(2, 12), "L": nflows(3, 32)},
-}
-
-#: On the plane (D 2), at three sizes of about 150, 300 and 1,200 numbers.
-PLANE_FLOWS: dict[str, dict[str, Make]] = {
-    "LU-Net": {"S": lunet(8), "M": lunet(16), "L": lunet(32)},
-    "RealNVP (zuko)": {
-        "S": zuko("RealNVP", 4, (8,)),
-        "M": zuko("RealNVP", 6, (12,)),
-        "L": zuko("RealNVP", 8, (32,)),
-    },
-    "NSF (zuko)": {"S": zuko("NSF", 1, (4,)), "M": zuko("NSF", 2, (4,)), "L": zuko("NSF", 3, (12,))},
-}
 
 
 def _model(make: Make, parts: data.Parts, config: DensityConfig) -> DensityModel:
@@ -192,7 +61,7 @@ def _train(make: Make, parts: data.Parts, config: DensityConfig) -> tuple[Densit
     model = _model(make, parts, config)
     trained, curve, chosen = fit_flow(model, parts, config)
     return trained, {
-        "validation": curve.test[chosen - 1] if chosen else math.inf,
+        "validation": curve.test[chosen - 1] if chosen else None,
         "curve": [round(loss, 4) for loss in curve.test],
         "rounds": len(curve.train),
         "chosen": chosen,
@@ -205,32 +74,30 @@ def _tune(make: Make, parts: data.Parts, config: DensityConfig, grid: Any) -> di
     """The settings of the grid that the validation part likes best."""
     tried = []
     for settings in grid:
-        short = replace(config, steps=min(TUNING_STEPS, config.steps // 2), **settings)
+        short = config.replace(steps=min(TUNING_STEPS, config.steps // 2), **settings)
         try:
             validation = _train(make, parts, short)[1]["validation"]
         except ArithmeticError:
-            validation = math.inf
-        tried.append((validation, settings))
-    return {
-        "chosen": min(tried, key=lambda pair: pair[0])[1],
-        "tried": [{**settings, "validation": v if math.isfinite(v) else None} for v, settings in tried],
-    }
+            validation = None
+        tried.append({**settings, "validation": validation})
+    best = min(tried, key=lambda each: math.inf if each["validation"] is None else each["validation"])
+    return {"chosen": {name: best[name] for name in grid[0]}, "tried": tried}
 
 
 class Kept:
     """Rows of a results file, written after each, so that what was measured is not measured again."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        path = RESULTS / f"{name}.json"
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    def __init__(self, name: str, results: Results) -> None:
+        self.name, self.results = name, results
+        self.rows = rows_of(name.removeprefix("density-"), results.folder)
 
     def has(self, **keys: Any) -> bool:
         return any(all(row.get(key) == value for key, value in keys.items()) for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        write(self.name, {"rows": self.rows})
+        """Each row names its own commit: the others may be older."""
+        self.rows.append({**row, "commit": self.results.machine["commit"]})
+        self.results.write(self.name, {"rows": self.rows})
         shown = {k: v for k, v in row.items() if not isinstance(v, list | dict)}
         print(
             " ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items()),
@@ -238,9 +105,9 @@ class Kept:
         )
 
 
-def digits(seeds: int) -> None:
+def digits(seeds: int, results: Results) -> None:
     """Bits a dimension over the seeds; AUROC of 0–4 against 5–9 by a flow that saw only 0–4."""
-    kept = Kept("density-digits")
+    kept = Kept("density-digits", results)
     rows = data.read("digits")
     assert rows.labels is not None
     for size in ("M", "S", "L"):
@@ -251,7 +118,7 @@ def digits(seeds: int) -> None:
             tuned = _tune(make, data.split(rows, 0), DIGITS, GRID)
             runs = []
             for seed in SEEDS[:seeds]:
-                config = replace(DIGITS, seed=seed, **tuned["chosen"])
+                config = DIGITS.replace(seed=seed, **tuned["chosen"])
                 parts = data.split(rows, seed)
                 model, run = _train(make, parts, config)
                 run["test"] = float(model.loss(parts.test.values, TEST_DRAWS).double().mean())
@@ -278,9 +145,9 @@ def digits(seeds: int) -> None:
             )
 
 
-def plane(seeds: int) -> None:
+def plane(seeds: int, results: Results) -> None:
     """Kullback–Leibler divergence from the truth, nats, and the integral of what was learnt."""
-    kept = Kept("density-plane")
+    kept = Kept("density-plane", results)
     grid = tuple(
         {"components": components, "learning_rate": rate} for components in (1, 32) for rate in (5e-3, 2e-2)
     )
@@ -297,7 +164,7 @@ def plane(seeds: int) -> None:
                     rows = data.read(name, seed=seed)
                     assert rows.target is not None
                     parts = data.split(rows, seed)
-                    model, run = _train(make, parts, replace(PLANE, seed=seed, **tuned["chosen"]))
+                    model, run = _train(make, parts, PLANE.replace(seed=seed, **tuned["chosen"]))
                     run["kl"], run["kl_error"] = divergence(model, rows.target)
                     run["integral"] = integral(model, rows.target)
                     runs.append(run)
@@ -315,9 +182,9 @@ def plane(seeds: int) -> None:
                 )
 
 
-def depth(seeds: int) -> None:
+def depth(seeds: int, results: Results) -> None:
     """What depth does on digits, by how the net starts, and what is left of a row after there and back."""
-    kept = Kept("density-depth")
+    kept = Kept("density-depth", results)
     rows = data.read("digits")
     # As LU-Net starts by itself; then each with one thing more.
     starts: dict[str, tuple[bool, dict[str, Any]]] = {
@@ -332,7 +199,7 @@ def depth(seeds: int) -> None:
                 continue
             runs = []
             for seed in SEEDS[:seeds]:
-                config = replace(DIGITS, seed=seed, layers=layers, **settings)
+                config = DIGITS.replace(seed=seed, layers=layers, **settings)
                 parts = data.split(rows, seed)
 
                 def make(y: Tensor, config: DensityConfig, classes: int, white: bool = white) -> nn.Module:
@@ -374,114 +241,86 @@ def depth(seeds: int) -> None:
             kept.add({**row, "diverged": len(runs) - len(good), "runs": runs})
 
 
-def _kept_for_backward(call: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:
-    """Bytes of the tensors that autograd keeps until backward, the parameters themselves aside."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, int] = {}
+def _timed(model: DensityModel, parts: data.Parts) -> tuple[Callable[[], Any], Callable[[], Any], int]:
+    """(a training step of 256 rows, a draw of 256 samples, bytes that the step keeps for backward)."""
+    flow: Any = model.flow
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=0.0, fused=True)
+    noise = torch.Generator().manual_seed(0)
+    y = model.preprocessing.forward(parts.training.values[:256], noise)[0]
+    labels = parts.training.labels
+    context = () if model.shares is None or labels is None else (labels[:256],)
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def step() -> None:
+        optimizer.zero_grad()
+        flow.log_prob(y, *context).mean().neg().backward()
+        optimizer.step()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()
-    total = sum(kept.values())
-    del result
-    return total
+    def sample() -> Tensor:
+        return flow.sample((), *context) if context else flow.sample(256)
+
+    return step, sample, kept_bytes(lambda: flow.log_prob(y, *context), flow)
 
 
-def speed(repeats: int = 40) -> None:
+def speed(results: Results, repeats: int = 40) -> None:
     """Medians of a training step of 256 rows and of 256 samples, all flows in turn, one thread."""
-    rows = data.read("digits")
-    parts = data.split(rows, 0)
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    runs: dict[tuple[str, str], tuple[Callable[[], Any], Callable[[], Any]]] = {}
+    parts = data.split(data.read("digits"), 0)
+    found: list[dict[str, Any]] = []
+    runs: list[dict[str, Callable[[], Any]]] = []
     for family, flows in DIGITS_FLOWS.items():
         for size, make in flows.items():
             for components in (1, 30):
-                config = replace(DIGITS, components=components)
-                model = _model(make, parts, config)
-                optimizer = torch.optim.AdamW(model.flow.parameters(), lr=0.0, fused=True)
-                y = model.preprocessing.forward(
-                    parts.training.values[:256], torch.Generator().manual_seed(0)
-                )[0]
-
-                labels = parts.training.labels
-                context = () if model.shares is None or labels is None else (labels[:256],)
-
-                def step(
-                    flow: nn.Module = model.flow,
-                    optimizer: Any = optimizer,
-                    y: Tensor = y,
-                    context: tuple[Tensor, ...] = context,
-                ) -> None:
-                    optimizer.zero_grad()
-                    flow.log_prob(y, *context).mean().neg().backward()
-                    optimizer.step()
-
-                def sample(flow: Any = model.flow, context: tuple[Tensor, ...] = context) -> Tensor:
-                    return flow.sample((), *context) if context else flow.sample(256)
-
-                name = (family, f"{size}, base of {components}" if components > 1 else size)
-                runs[name] = (step, sample)
-                kept = _kept_for_backward(
-                    lambda flow=model.flow, y=y, context=context: flow.log_prob(y, *context),
-                    list(model.flow.parameters()),
+                model = _model(make, parts, DIGITS.replace(components=components))
+                step, sample, kept = _timed(model, parts)
+                runs.append({"step": step, "sample": sample})
+                found.append(
+                    {
+                        "family": family,
+                        "size": size,
+                        "components": components,
+                        "parameters": sum(p.numel() for p in model.flow.parameters()),
+                        "kept_bytes": kept,
+                        "step": [],
+                        "sample": [],
+                    }
                 )
-                found[name] = {
-                    "family": family,
-                    "size": size,
-                    "components": components,
-                    "parameters": sum(p.numel() for p in model.flow.parameters()),
-                    "kept_bytes": kept,
-                    "step": [],
-                    "sample": [],
-                }
     for repeat in range(repeats + 3):
-        for name, (step, sample) in runs.items():
-            for what, call in (("step", step), ("sample", sample)):
+        for row, calls in zip(found, runs, strict=True):
+            for what, call in calls.items():
                 if what == "sample" and repeat % 4:
                     continue  # MAF's takes D passes
                 start = time.perf_counter()
                 call()
                 if repeat >= 3:
-                    found[name][what].append(time.perf_counter() - start)
-    table = [
-        {**row, **{f"{what}_ms": 1e3 * statistics.median(row.pop(what)) for what in ("step", "sample")}}
-        for row in found.values()
-    ]
-    write("density-speed", {"rows": table, "batch": 256})
-    for row in table:
+                    row[what].append(time.perf_counter() - start)
+    for row in found:
+        row |= {f"{what}_ms": 1e3 * statistics.median(row.pop(what)) for what in ("step", "sample")}
         print(
             f"{row['family']:30} {row['size']} K {row['components']:2} {row['parameters']:7,} "
             f"step {row['step_ms']:7.2f} ms  sample {row['sample_ms']:8.2f} ms"
         )
+    results.write("density-speed", {"rows": found, "batch": 256})
 
 
-def pictures() -> None:
+def pictures(results: Results) -> None:
     """density-plane.png: the true densities and those that flows of size M learnt, seed 0, settings as tuned.
 
     density-digits.png: digits, samples of LU-Net M and its interpolations.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     tuned = {
-        (row["target"], row["family"]): row["tuned"]["chosen"] for row in _rows("plane") if row["size"] == "M"
+        (row["target"], row["family"]): row["tuned"]["chosen"]
+        for row in rows_of("plane", results.folder)
+        if row["size"] == "M"
     }
-    figure = Figure(figsize=(9.0, 9.0), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.0, 9.0, dpi=110)
     places = figure.subplots(4, len(PLANE_FLOWS) + 1)
     for row, name in zip(places, data.TARGETS, strict=True):
         rows = data.read(name, seed=0)
         target = rows.target
         assert target is not None
-        points, _ = grid(target.extent, 201)
+        points, _ = grid(target.extent, 200)
         shown = {"truth": target.log_prob(points)}
         for family, flows in PLANE_FLOWS.items():
-            config = replace(PLANE, seed=0, **tuned[name, family])
+            config = PLANE.replace(seed=0, **tuned[name, family])
             model, _ = _train(flows["M"], data.split(rows, 0), config)
             shown[f"{family}, M"] = model.log_prob(points.float())
             print(f"{name}, {family}", flush=True)
@@ -491,20 +330,21 @@ def pictures() -> None:
             axes.set_axis_off()
             if name == "ring":
                 axes.set_title(title, loc="left", fontsize=11)
-    write_figure(RESULTS / "density-plane.png", figure)
+    write_figure(results.path("density-plane.png"), figure)
 
     rows = data.read("digits")
     assert rows.image is not None
     assert rows.levels is not None
     chosen = next(
-        row["tuned"]["chosen"] for row in _rows("digits") if (row["family"], row["size"]) == ("LU-Net", "M")
+        row["tuned"]["chosen"]
+        for row in rows_of("digits", results.folder)
+        if (row["family"], row["size"]) == ("LU-Net", "M")
     )
     parts = data.split(rows, 0)
-    model, _ = _train(DIGITS_FLOWS["LU-Net"]["M"], parts, replace(DIGITS, **chosen))
+    model, _ = _train(DIGITS_FLOWS["LU-Net"]["M"], parts, DIGITS.replace(**chosen))
     with seeded(0):
         samples = model.sample(SIDE * SIDE)
-    figure = Figure(figsize=(9.0, 3.3), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.0, 3.3, dpi=110)
     shown_sheets = {
         "data": parts.test.values[: SIDE * SIDE],
         "samples of LU-Net, M": samples,
@@ -513,219 +353,19 @@ def pictures() -> None:
     for axes, (title, sheet) in zip(figure.subplots(1, 3), shown_sheets.items(), strict=True):
         show_sheet(axes, sheet, rows.image, rows.levels)
         axes.set_title(title, loc="left", fontsize=10)
-    write_figure(RESULTS / "density-digits.png", figure)
-
-
-# The report -------------------------------------------------------------------------------------------------
-
-
-def _rows(name: str) -> list[dict[str, Any]]:
-    path = RESULTS / f"density-{name}.json"
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
-
-
-def _step_times() -> dict[tuple[str, str, int], dict[str, Any]]:
-    return {(row["family"], row["size"], row["components"]): row for row in _rows("speed")}
-
-
-def digits_table() -> list[str]:
-    """Quality, cost and outliers on digits, the best flow first."""
-    times = _step_times()
-    rows = sorted(_rows("digits"), key=lambda row: row["test"])
-    # A likelihood that most flows get to, for the time to it.
-    wanted = 2.15
-    lines = [
-        "| flow | numbers | bits/dim, test | base of | a step, ms | trained, s | "
-        f"to {wanted} on validation, s | 256 samples, ms | AUROC 0–4 / 5–9 |",
-        "|---" * 9 + "|",
-    ]
-    for row in rows:
-        components = row["tuned"]["chosen"]["components"]
-        time_of = times.get((row["family"], row["size"], components))
-        step = time_of["step_ms"] if time_of else math.nan
-        steps = [len(run["curve"]) * DIGITS.round_steps for run in row["runs"]]
-        reached = [
-            next((i + 1 for i, loss in enumerate(run["curve"]) if loss <= wanted), None)
-            for run in row["runs"]
-        ]
-        after = [r * DIGITS.round_steps * step / 1e3 for r in reached if r is not None]
-        ours = row["family"] == "LU-Net"
-        bold = "**" if ours else ""
-        name = f"{row['family']}, {row['size']}" if row["family"] != GAUSSIAN else row["family"]
-        cells = [
-            f"{bold}{name}{bold}",
-            f"{row['parameters']:,}",
-            f"{bold}{row['test']:.4f}{bold} ± {row['test_std'] / math.sqrt(len(row['runs'])):.4f}",
-            "1" if components == 1 else f"{components} Gaussians",
-            f"{step:.2f}",
-            f"{statistics.fmean(steps) * step / 1e3:.0f}",
-            f"{statistics.fmean(after):.1f}"
-            if len(after) == len(reached)
-            else "never"
-            if not after
-            else "not always",
-            f"{time_of['sample_ms']:.1f}" if time_of else "",
-            "" if row["auroc"] is None else f"{row['auroc']:.3f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def speed_table() -> list[str]:
-    lines = [
-        "| flow | numbers | base of | a training step, ms | 256 samples, ms | kept for backward, MB |",
-        "|---" * 6 + "|",
-    ]
-    for row in _rows("speed"):
-        base = "1" if row["components"] == 1 else f"{row['components']} Gaussians"
-        lines.append(
-            f"| {row['family']}, {row['size']} | {row['parameters']:,} | {base} | {row['step_ms']:.2f} | "
-            f"{row['sample_ms']:.2f} | {row['kept_bytes'] / 1e6:.1f} |"
-        )
-    return lines
-
-
-def plane_table() -> list[str]:
-    rows = _rows("plane")
-    names = list(data.TARGETS)
-    lines = ["| flow | numbers | " + " | ".join(names) + " | mean |", "|---" * (len(names) + 3) + "|"]
-    for size in ("S", "M", "L"):
-        for family in PLANE_FLOWS:
-            found = {row["target"]: row for row in rows if (row["family"], row["size"]) == (family, size)}
-            if not found:
-                continue
-            numbers = sorted({row["parameters"] for row in found.values()})
-            cells = [f"{found[name]['kl']:.3f}" if name in found else "" for name in names]
-            mean = statistics.fmean(row["kl"] for row in found.values())
-            cells.append(f"{mean:.3f}" if len(found) == len(names) else "")
-            span = f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,}–{numbers[-1]:,}"
-            bold = "**" if family == "LU-Net" else ""
-            lines.append(f"| {bold}{family}, {size}{bold} | {span} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def depth_table() -> list[str]:
-    lines = [
-        "| layers | start | before training | bits/dim, test | round trip, median | worst | digits kept |",
-        "|---" * 7 + "|",
-    ]
-    for row in sorted(_rows("depth"), key=lambda row: (row["layers"], row["start"])):
-        if row["test"] is None:
-            lines.append(f"| {row['layers']} | {row['start']} | {row['first']:.3g} | diverged | | | |")
-            continue
-        lines.append(
-            f"| {row['layers']} | {row['start']} | {row['first']:.3g} | {row['test']:.4f} | "
-            f"{row['round_trip_median']:.1e} | {row['round_trip_worst']:.1e} | {row['digits_kept']:.1f} |"
-        )
-    return lines
-
-
-def report() -> None:
-    """density.md and density.png."""
-    machine = json.loads((RESULTS / "density-digits.json").read_text())["machine"]
-    text = [
-        "# LU-Net as a density, beside other flows",
-        "",
-        f"{machine['processor']}, one thread, torch {machine['torch']}, {machine['date']}. Every flow: "
-        "the same rows, noise, AdamW with averaged weights, the same stopping; the base, the rate and the "
-        f"decay chosen from {len(GRID)} settings by the validation part of seed 0. Means over five seeds, "
-        "which also draw the parts anew (± standard error). Times are medians of interleaved steps, and "
-        "steps times that for whole trainings.",
-        "",
-        "## Digits (scikit-learn, 8 × 8, 17 levels, 64-D; all Jacobians counted)",
-        "",
-        *digits_table(),
-        "",
-        "![quality against size and time](density.png)",
-        "",
-        "![digits, samples, interpolations](density-digits.png)",
-        "",
-        "## A training step and sampling, batch 256, D 64",
-        "",
-        *speed_table(),
-        "",
-        "## Points of the plane: KL(truth ‖ flow), nats",
-        "",
-        *plane_table(),
-        "",
-        "![true and learnt densities](density-plane.png)",
-        "",
-        "## Depth (digits, base of 30 Gaussians, two seeds)",
-        "",
-        *depth_table(),
-        "",
-    ]
-    write_text(RESULTS / "density.md", "\n".join(text))
-    _plot(RESULTS / "density.png")
-
-
-def _plot(path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, 4.0), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    times = _step_times()
-    colours = dict(
-        zip(
-            DIGITS_FLOWS,
-            ("#d1662b", "#e0a080", "#888888", "#1f5f99", "#4c9a5b", "#8d5aa8", "#b8972c"),
-            strict=True,
-        )
-    )
-    for family, colour in colours.items():
-        rows = sorted(
-            (row for row in _rows("digits") if row["family"] == family), key=lambda r: r["parameters"]
-        )
-        if not rows:
-            continue
-        errors = [row["test_std"] / math.sqrt(len(row["runs"])) for row in rows]
-        tests = [row["test"] for row in rows]
-        style: dict[str, Any] = {
-            "color": colour,
-            "marker": "o",
-            "markersize": 4,
-            "capsize": 2,
-            "label": family,
-        }
-        left.errorbar([row["parameters"] for row in rows], tests, errors, **style)
-        spent = [
-            statistics.fmean(len(run["curve"]) for run in row["runs"])
-            * DIGITS.round_steps
-            * times[(family, row["size"], row["tuned"]["chosen"]["components"])]["step_ms"]
-            / 1e3
-            for row in rows
-        ]
-        right.errorbar(spent, tests, errors, **style)
-    for axes, label in ((left, "numbers learnt"), (right, "seconds of training, one core")):
-        axes.set_xscale("log")
-        axes.set_xlabel(label)
-        axes.grid(color="#dddddd")
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    left.set_ylabel("digits: bits a dimension, test")
-    right.legend(frameon=False, fontsize=8)
-    write_figure(path, figure)
+    write_figure(results.path("density-digits.png"), figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("part", choices=("digits", "plane", "depth", "speed", "pictures", "report"))
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer for a try")
-    options = parser.parse_args()
-    with cpu_threads(1):
-        if options.part in ("digits", "plane", "depth"):
-            {"digits": digits, "plane": plane, "depth": depth}[options.part](options.seeds)
-        elif options.part == "speed":
-            speed()
-        elif options.part == "pictures":
-            pictures()
-        else:
-            report()
+    options = parser(__doc__)
+    options.add_argument("part", choices=("digits", "plane", "depth", "speed", "pictures", "report"))
+    options.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer for a try")
+    chosen = options.parse_args()
+    results = open_results(chosen, threads=1)
+    if chosen.part in ("digits", "plane", "depth"):
+        {"digits": digits, "plane": plane, "depth": depth}[chosen.part](chosen.seeds, results)
+    else:
+        {"speed": speed, "pictures": pictures, "report": report}[chosen.part](results)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ benchmarks/results/embeddings.{json,md}.
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,9 +21,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from inversion import fitted_error, mean_of, spearman, trained
 from torch import Tensor
 
+from inversion import fitted_error, mean_of, spearman, trained
 from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.data import Parts as DensityParts
 from lunet_fast.density.data import Rows
@@ -39,9 +37,8 @@ from lunet_fast.recsys.evaluation.inversion import item_vectors, risk_coverage
 from lunet_fast.recsys.evaluation.protocols import Parts
 from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.network import RatingModel
-from lunet_fast.training.loop import cpu_threads
 from lunet_fast.training.seeding import seeded
-from machine import describe, write, write_text
+from machine import open_results, parser, where
 
 SEEDS = (0, 1, 2)
 COLD_SHARE = 0.2
@@ -52,7 +49,7 @@ TABLE_FOLDS = 3
 
 FLOW = DensityConfig(steps=1500, patience=5)
 SETTINGS = {
-    "mixture": replace(FLOW, layers=1),
+    "mixture": FLOW.replace(layers=1),
     "flow": FLOW,
 }
 LABELS = {
@@ -90,7 +87,7 @@ def fitted(kind: str, rows: Tensor, seed: int) -> Any:
         covariance += 1e-4 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
         normal = torch.distributions.MultivariateNormal(wide.mean(0), covariance)
         return lambda x: normal.log_prob(x.double())
-    config = replace(SETTINGS[kind], seed=seed)
+    config = SETTINGS[kind].replace(seed=seed)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     held_out = math.ceil(0.1 * len(rows))
     both = Rows("embeddings", rows)
@@ -223,7 +220,7 @@ def measured(ratings: Ratings, seed: int) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    machine, mean, runs = results["machine"], results["mean"], results["runs"]
+    mean, runs = results["mean"], results["runs"]
 
     def cell(row: dict[str, float], name: str, sign: str = "+") -> str:
         return f"{row[name]:{sign}.3f}"
@@ -232,8 +229,7 @@ def markdown(results: dict[str, Any]) -> str:
         "# Does a density of the embeddings know error, novelty and cold start?",
         "",
         f"ML-100K, recipe `best`, means of seeds {', '.join(map(str, results['seeds']))}; "
-        f"{machine['processor']}, 1 thread, torch {machine['torch']}, {machine['date']}, commit "
-        f"{machine['commit']}; `{results['command']}`, {results['cpu_seconds']} s of processor time. "
+        f"{where(results)}, {results['cpu_seconds']} s of processor time. "
         f"{100 * COLD_SHARE:.0f} % of the users ({mean['cold_users']:.0f}) kept {FEW} training ratings; "
         f"{mean['cold_items']:.0f} items have {FEW} or fewer. Test MSE {mean['mse']:.4f}: "
         f"{mean['groups']['warm']:.3f} where both are warm, {mean['groups']['cold users']:.3f} of cold users "
@@ -295,26 +291,19 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data-dir", default=os.environ.get("LUNET_FAST_DATA"))
-    options = parser.parse_args()
+    options = parser(__doc__, data=True).parse_args()
+    written = open_results(options, threads=1)
     began = time.process_time()
-    with cpu_threads(1):
-        ratings = movielens.load("ml-100k", options.data_dir)
-        runs = [measured(ratings, seed) for seed in SEEDS]
+    ratings = movielens.load("ml-100k", options.data_dir)
+    runs = [measured(ratings, seed) for seed in SEEDS]
     results = {
-        "machine": describe(),
-        "command": "python benchmarks/embeddings.py",
         "cpu_seconds": round(time.process_time() - began),
         "seeds": list(SEEDS),
         "mean": mean_of(runs),
         "runs": runs,
     }
-    path = write("embeddings", results)
-    text = markdown(results)
-    write_text(path.with_suffix(".md"), text)
+    text = markdown({"machine": written.machine, "command": written.command, **results})
+    written.write("embeddings", results, text)
     print(text)
 
 

@@ -13,9 +13,7 @@ minutes on a core. Writes benchmarks/results/fold-in.json and .md.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
 import statistics
 import sys
 import time
@@ -31,7 +29,7 @@ from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.evaluation import metrics
 from lunet_fast.recsys.serving.fold_in import METHODS
 from lunet_fast.recsys.serving.recommend import LUNetRecommender
-from machine import RESULTS, write, write_text
+from machine import open_results, parser
 
 GIVEN = (1, 5, 10, 20)
 MOST = max(GIVEN)
@@ -203,10 +201,8 @@ def markdown(rating: list[dict[str, Any]], ranking: list[dict[str, Any]], users:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data-dir", default=os.environ.get("LUNET_FAST_DATA"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = parser(__doc__, data=True).parse_args()
+    written = open_results(options, threads=1)
     began = time.perf_counter()
     # A new user tells no age: models are compared on what it has rated.
     ratings = dataclasses.replace(movielens.load("ml-100k", options.data_dir), user_info=None)
@@ -215,7 +211,6 @@ def main() -> None:
     text = markdown(rating, ranking, len(users))
     print(text)
     results = {
-        "command": "python benchmarks/fold_in.py",
         "left_out_users": int(out.sum()),
         "tested_users": len(users),
         "settings": {"ratings": RATING, "ranking": RANKING},
@@ -223,8 +218,7 @@ def main() -> None:
         "ratings": rating,
         "ranking": ranking,
     }
-    print(f"written to {write('fold-in', results)}")
-    write_text(RESULTS / "fold-in.md", text)
+    written.write("fold-in", results, text)
 
 
 if __name__ == "__main__":

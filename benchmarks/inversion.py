@@ -3,15 +3,14 @@
     python benchmarks/inversion.py --data-dir DIR     6 minutes of 1 core on a busy machine
 
 ML-100K. Recovery of embeddings from z, density of a pair as confidence and as novelty, and items solved for
-backwards from a wanted score (lunet_fast/recsys/inversion.py). Trains recipe best for ratings on 80 % of the
-data with seeds 0, 1 and 2, and for ratings and for interactions with each user's last one held out, seed 0;
-each of them a second time with f held at the identity. Writes benchmarks/results/inversion.{json,md,png}.
+backwards from a wanted score (lunet_fast/recsys/evaluation/inversion.py). Trains recipe best for ratings on
+80 % of the data with seeds 0, 1 and 2, and for ratings and for interactions with each user's last one held
+out, seed 0; each of them a second time with f held at the identity. Writes
+benchmarks/results/inversion.{json,md,png}.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 import sys
 import time
@@ -37,9 +36,10 @@ from lunet_fast.recsys.model.config import TrainConfig, recipe
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.training import rating_objective, rating_optimizer
 from lunet_fast.recsys.serving.scoring import ItemScorer, training_pairs
+from lunet_fast.training.figures import new_figure, plain
 from lunet_fast.training.files import write_figure
-from lunet_fast.training.loop import cpu_threads, descend
-from machine import describe, write, write_text
+from lunet_fast.training.loop import descend
+from machine import open_results, parser, where
 
 SEEDS = (0, 1, 2)
 LIKED = 4.0
@@ -444,9 +444,6 @@ def measured(ratings: Ratings) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def figure(path: Path, curves: dict[str, Tensor]) -> None:
     """The mean squared error of the predictions kept, by the share kept."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     styles = {
         "plain together": ("all plain measures, fitted", "#111111", "-"),
         "flow": (DENSITY["flow"], "#2a9d5c", "-"),
@@ -457,8 +454,7 @@ def figure(path: Path, curves: dict[str, Tensor]) -> None:
         "ends": (PLAIN["ends"], "#b59a2a", "-"),
         "counts": (PLAIN["counts"], "#888888", "-"),
     }
-    drawn = Figure(figsize=(7.6, 5.0), dpi=150, layout="constrained")
-    FigureCanvasAgg(drawn)
+    drawn = new_figure(7.6, 5.0)
     axes = drawn.add_subplot()
     total = float(next(iter(curves.values()))[-1])
     axes.axhline(total, color="#bbbbbb", linewidth=1.2, label="at random")
@@ -473,26 +469,30 @@ def figure(path: Path, curves: dict[str, Tensor]) -> None:
     )
     axes.set_xlabel("predictions kept, %")
     axes.set_ylabel("mean squared error of those kept")
-    axes.grid(axis="y", color="#dddddd")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    plain(axes, grid="y")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     write_figure(path, drawn)
 
 
 def markdown(results: dict[str, Any]) -> str:
-    machine, mean, runs = results["machine"], results["mean"], results["runs"]
-    net, identity = mean["LU-Net"], mean["identity"]
-    back, held_out = net["recovery"], results["held_out"]
+    net, identity = results["mean"]["LU-Net"], results["mean"]["identity"]
+    seeds = ", ".join(map(str, results["seeds"]))
     lines = [
         "# What the inverse is good for in the recommender",
         "",
-        f"ML-100K, recipe `best`, means of seeds {', '.join(map(str, results['seeds']))}; "
-        f"{machine['processor']}, 1 thread, torch {machine['torch']}, {machine['date']}, commit "
-        f"{machine['commit']}; `{results['command']}`, {results['cpu_seconds']} s of processor time. "
-        f"Test MSE {net['test_mse']:.4f}, with f = identity {identity['test_mse']:.4f}: the model of column "
-        "*identity* is trained the same way, with f held at x -> x.",
+        f"ML-100K, recipe `best`, means of seeds {seeds}; {where(results)}, {results['cpu_seconds']} s of "
+        f"processor time. Test MSE {net['test_mse']:.4f}, with f = identity {identity['test_mse']:.4f}: the "
+        "model of column *identity* is trained the same way, with f held at x -> x.",
+        *_recovered(net["recovery"]),
+        *_confident(results["runs"], net, identity),
+        *_backwards(net, identity),
+        *_held_out(results["held_out"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _recovered(back: dict[str, float]) -> list[str]:
+    lines = [
         "",
         "## The embeddings, back from z",
         "",
@@ -514,6 +514,12 @@ def markdown(results: dict[str, Any]) -> str:
         f"The nearest of all users' vectors to the user's half got back is the pair's user for "
         f"{100 * back['user_named_by_recovered']:.2f} % of the pairs; to the user's half of z itself, "
         f"without f⁻¹, for {100 * back['user_named_by_z']:.2f} %.",
+    ]
+    return lines
+
+
+def _confident(runs: list[Any], net: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    lines = [
         "",
         "## Density as confidence",
         "",
@@ -547,6 +553,12 @@ def markdown(results: dict[str, Any]) -> str:
         "flatters it a little; nothing else here was chosen.",
         "",
         "![error by share kept](inversion.png)",
+    ]
+    return lines
+
+
+def _backwards(net: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    lines = [
         "",
         "## Backwards from a wanted rating",
         "",
@@ -572,8 +584,12 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     for name, value in net["choices"].items():
         lines.append(f"| {name} | {value:.3f} | {identity['choices'][name]:.3f} |")
+    return lines
+
+
+def _held_out(held_out: dict[str, Any]) -> list[str]:
     users = held_out["ratings"]["LU-Net"]["users"]
-    lines += [
+    lines = [
         "",
         f"Each user's last item, where it was liked ({users} users; standard error of a rate p "
         "√(p(1 − p)/users), .02 at .2), among the nearest or highest of all items not seen, seed 0 "
@@ -590,30 +606,22 @@ def markdown(results: dict[str, Any]) -> str:
                 for k in ("hr@10", "hr@50")
             ]
             lines.append(f"| {kind} | {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data-dir", default=os.environ.get("LUNET_FAST_DATA"))
-    options = parser.parse_args()
+    options = parser(__doc__, data=True).parse_args()
+    written = open_results(options, threads=1)
     began, began_cpu = time.perf_counter(), time.process_time()
-    with cpu_threads(1):
-        results, curves = measured(movielens.load("ml-100k", options.data_dir))
-        seconds = round(time.perf_counter() - began)
-        cpu = round(time.process_time() - began_cpu)
-        command = "python benchmarks/inversion.py"
-        results = {
-            "machine": describe(),
-            "command": command,
-            "seconds": seconds,
-            "cpu_seconds": cpu,
-            **results,
-        }
-        path = write("inversion", results)
-        text = markdown(results)
-    figure(path.with_suffix(".png"), curves)
-    write_text(path.with_suffix(".md"), text)
+    results, curves = measured(movielens.load("ml-100k", options.data_dir))
+    results = {
+        "seconds": round(time.perf_counter() - began),
+        "cpu_seconds": round(time.process_time() - began_cpu),
+        **results,
+    }
+    text = markdown({"machine": written.machine, "command": written.command, **results})
+    written.write("inversion", results, text)
+    figure(written.path("inversion.png"), curves)
     print(text)
 
 

@@ -9,21 +9,19 @@ python benchmarks/readme.py --check    exits with 1 if a page and the results di
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from lunet_fast.bench.results import seconds_text
+from machine import ROOT, write_text
 from tables import Cell, deviation, load, measured, number, standard_error, table
+from tables_of_densities import SECTIONS as DENSITY_SECTIONS
+from tables_of_densities import step_times
 from tables_of_layers import SECTIONS as LAYER_SECTIONS
 from tables_of_layers import bench
 
-from lunet_fast.bench.results import seconds_text
-
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DATASETS = {"ml-100k": "ML-100K", "ml-1m": "ML-1M"}
 
@@ -229,92 +227,6 @@ def fold_in() -> list[str]:
     return [*table(head, rows, dict.fromkeys(head[1:5], min)), "", measured(result, result["command"])]
 
 
-# --- densities ------------------------------------------------------------------------------------------
-
-REACHED = 2.15
-"""Bits a dimension on the validation part that most flows get to, for the time to it."""
-
-
-def _step_times() -> dict[tuple[str, str, int], dict[str, Any]]:
-    rows = load("density-speed")["rows"]
-    return {(row["family"], row["size"], row["components"]): row for row in rows}
-
-
-def _flow(family: str, size: str) -> str:
-    return family if "M = 1" in family else f"{family}, {size}"
-
-
-def density_digits() -> list[str]:
-    result, times = load("density-digits"), _step_times()
-    rows: list[list[Cell | str]] = []
-    for row in sorted(result["rows"], key=lambda row: row["test"]):
-        components, runs = row["tuned"]["chosen"]["components"], row["runs"]
-        time = times[row["family"], row["size"], components]
-        second = 100 * time["step_ms"] / 1e3  # a round of validation comes every 100 steps
-        trained = statistics.fmean(len(run["curve"]) for run in runs) * second
-        first = [next((i for i, loss in enumerate(run["curve"], 1) if loss <= REACHED), None) for run in runs]
-        after = [rounds * second for rounds in first if rounds is not None]
-        reached = number(statistics.fmean(after), ".1f") if len(after) == len(runs) else Cell("not always")
-        rows.append(
-            [
-                _flow(row["family"], row["size"]),
-                f"{row['parameters']:,}",
-                number(row["test"], ".4f", standard_error(row["test_std"], len(runs))),
-                str(components),
-                number(time["step_ms"], ".2f"),
-                number(trained, ".0f"),
-                reached if after else "never",
-                number(time["sample_ms"], ".1f"),
-                number(row["auroc"], ".3f"),
-            ]
-        )
-    step, sample, sure = "training step, ms", "256 samples, ms", "AUROC, digits 0–4 and 5–9"
-    to = f"to {REACHED} bits, s"
-    head = ["flow", "parameters", "bits/dim", "Gaussians in the base", step, "training, s", to, sample, sure]
-    best: dict[str, Any] = {**dict.fromkeys(["bits/dim", *head[4:8]], min), sure: max}
-    return [*table(head, rows, best), "", measured(result, "python benchmarks/density.py digits")]
-
-
-def density_2d() -> list[str]:
-    result = load("density-plane")
-    targets = list(dict.fromkeys(row["target"] for row in result["rows"]))
-    rows: list[list[Cell | str]] = []
-    for size in ("S", "M", "L"):
-        for family in dict.fromkeys(row["family"] for row in result["rows"]):
-            found = {r["target"]: r for r in result["rows"] if (r["family"], r["size"]) == (family, size)}
-            if len(found) < len(targets):
-                continue
-            counts = sorted({row["parameters"] for row in found.values()})
-            span = "–".join(dict.fromkeys((f"{counts[0]:,}", f"{counts[-1]:,}")))
-            errors = {t: standard_error(found[t]["kl_std"], len(found[t]["runs"])) for t in targets}
-            cells = [number(found[t]["kl"], ".3f", errors[t]) for t in targets]
-            mean = number(statistics.fmean(row["kl"] for row in found.values()), ".3f")
-            rows.append([f"{family}, {size}", span, *cells, mean])
-    head = ["flow", "parameters", *targets, "mean"]
-    best = dict.fromkeys([*targets, "mean"], min)
-    return [*table(head, rows, best), "", measured(result, "python benchmarks/density.py plane")]
-
-
-def density_depth() -> list[str]:
-    result = load("density-depth")
-    rows = [
-        [
-            str(row["layers"]),
-            row["start"],
-            number(row["first"], ".3g"),
-            number(row["test"]),
-            number(row["round_trip_median"], ".1e"),
-            number(row["round_trip_worst"], ".1e"),
-            f"{row['digits_kept']:.1f}",
-        ]
-        for row in sorted(result["rows"], key=lambda row: (row["layers"], row["start"]))
-    ]
-    errors = ["round trip, median", "round trip, worst"]
-    head = ["layers", "start", "bits/dim, untrained", "bits/dim", *errors, "digits kept"]
-    best = dict.fromkeys(head[2:6], min)
-    return [*table(head, rows, best), "", measured(result, "python benchmarks/density.py depth")]
-
-
 # --- large files ----------------------------------------------------------------------------------------
 
 
@@ -386,7 +298,7 @@ def figures() -> list[str]:
     flows = {(row["family"], row["size"]): row for row in load("density-digits")["rows"]}
     lu, splines = flows["LU-Net", "L"], flows["LULinear + splines (nflows)", "L"]
     bits = [number(r["test"], ".4f", standard_error(r["test_std"], len(r["runs"]))) for r in (lu, splines)]
-    times = _step_times()
+    times = step_times()
     draw = [
         times[row["family"], row["size"], row["tuned"]["chosen"]["components"]]["sample_ms"]
         for row in (lu, flows["NSF (zuko)", "L"])
@@ -454,11 +366,9 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "backwards": backwards,
     "cold-starts": cold_starts,
     "fold-in": fold_in,
-    "density-digits": density_digits,
-    "density-2d": density_2d,
-    "density-depth": density_depth,
     "scale": scale,
     "sharding": sharding,
+    **DENSITY_SECTIONS,
     **LAYER_SECTIONS,
 }
 
@@ -488,9 +398,7 @@ def main() -> None:
             continue
         stale.append(str(path.relative_to(ROOT)))
         if not options.check:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(new)
-            os.replace(temporary, path)
+            write_text(path, new)
     if SECTIONS.keys() - shown:
         sys.exit(f"no page shows {', '.join(sorted(SECTIONS.keys() - shown))}")
     if stale and options.check:

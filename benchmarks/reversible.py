@@ -10,52 +10,22 @@ turn; the spread is the quartiles of the ratio. Gradients of the two are compare
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from itertools import accumulate
 
 import torch
-from torch import Tensor
 
 from lunet_fast import LeakySoftplus, LUNet
-from machine import describe, write
+from lunet_fast.bench.machine import median_and_quartiles, peak_bytes
+from machine import describe, kept_bytes, open_results, parser
 
 #: (α, layers): a float32 net can be inverted to a depth that depends on its activation.
 NETS = [(0.1, 4), (0.5, 16), (0.9, 4), (0.9, 16), (0.9, 64)]
 
 #: Largest relative difference between the two gradients.
 TOLERANCE = 1e-3
-
-
-def kept_bytes(net: LUNet, x: Tensor) -> int:
-    """Bytes of the tensors that a forward saves for backward, the net's own apart."""
-    own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = net(x)
-    del y  # until here it holds what was kept, so that no address is used twice
-    return sum(kept.values())
-
-
-def peak_bytes(step: Callable[[], object]) -> int:
-    """The most that is allocated at once while ``step`` runs, over what was there before."""
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        step()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return max(accumulate(size for _, size in changes))
 
 
 def measure(alpha: float, layers: int, features: int, rows: int, seconds: float) -> dict[str, object]:
@@ -84,23 +54,21 @@ def measure(alpha: float, layers: int, features: int, rows: int, seconds: float)
             start = time.perf_counter()
             step(net)
             spent.append(time.perf_counter() - start)
-    ratios = sorted(b / a for a, b in zip(times[saved], times[reversible], strict=True))
+    ratios = [b / a for a, b in zip(times[saved], times[reversible], strict=True)]
+    ratio, low, high = median_and_quartiles(ratios)
     return {
         "alpha": alpha,
         "layers": layers,
         "features": features,
         "rows": rows,
-        "saved_kept_bytes": kept_bytes(saved, x),
-        "reversible_kept_bytes": kept_bytes(reversible, x),
-        "saved_peak_bytes": peak_bytes(lambda: step(saved)),
-        "reversible_peak_bytes": peak_bytes(lambda: step(reversible)),
+        "saved_kept_bytes": kept_bytes(lambda: saved(x), saved),
+        "reversible_kept_bytes": kept_bytes(lambda: reversible(x), reversible),
+        "saved_peak_bytes": peak_bytes(lambda: step(saved), x.device),
+        "reversible_peak_bytes": peak_bytes(lambda: step(reversible), x.device),
         "saved_ms": round(1e3 * statistics.median(times[saved]), 3),
         "reversible_ms": round(1e3 * statistics.median(times[reversible]), 3),
-        "time_ratio": round(statistics.median(ratios), 3),
-        "time_ratio_quartiles": [
-            round(ratios[len(ratios) // 4], 3),
-            round(ratios[3 * len(ratios) // 4], 3),
-        ],
+        "time_ratio": round(ratio, 3),
+        "time_ratio_quartiles": [round(low, 3), round(high, 3)],
         "repeats": len(ratios),
     }
 
@@ -126,21 +94,22 @@ def table(rows: list[dict[str, object]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small size, a second each, nothing written")
-    parser.add_argument("--seconds", type=float, default=12.0, help="time given to each net (default 12)")
-    options = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true", help="a small size, a second each, nothing written")
+    options.add_argument("--seconds", type=float, default=12.0, help="time given to each net (default 12)")
+    chosen = options.parse_args()
+    results = None if chosen.quick else open_results(chosen)
     torch.manual_seed(0)
-    features, count = (16, 512) if options.quick else (64, 8192)
+    features, count = (16, 512) if chosen.quick else (64, 8192)
     rows = []
     for alpha, layers in NETS:
         print(f"α={alpha} M={layers} …", file=sys.stderr, flush=True)
-        rows.append(measure(alpha, layers, features, count, 1.0 if options.quick else options.seconds))
+        rows.append(measure(alpha, layers, features, count, 1.0 if chosen.quick else chosen.seconds))
     print(f"D={features}, {count} rows, float32")
     print(table(rows))
     print(f"{torch.get_num_threads()} threads, {describe()['processor']}")
-    if not options.quick:
-        print(f"written to {write('reversible-cpu', {'rows': rows})}")
+    if results is not None:
+        results.write("reversible-cpu", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What training on a stream costs against the number of ratings, users and items and against D.
 
-    python benchmarks/scale.py                # into results/scale.{json,png} and scale.md
-    python benchmarks/scale.py --quick        # a hundredth of the sizes, for a look
-    python benchmarks/scale.py --render       # the page and the figure anew from the JSON
+    python benchmarks/scale.py             12 minutes: results/scale.{json,png} and scale.md
+    python benchmarks/scale.py --quick     a hundredth of the sizes, into runs/benchmarks
+    python benchmarks/scale.py --render    the page and the figure anew from scale.json and sharding.json
 
 Each size is made by ``lunet-fast data synth`` and trained for one epoch in a process of its own, whose peak
 of resident memory is the operating system's figure; the test part and a full ranking of a sample of users are
@@ -11,23 +11,21 @@ evaluated in it too. One thread.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import sharding
-from lunet_fast.bench import machine
-from lunet_fast.training.files import write_atomically, write_json
+from lunet_fast.training.figures import new_figure
+from lunet_fast.training.files import write_figure
+from machine import RESULTS, ROOT, open_results, parser, write_text
 
-RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parent / "scale.md"
+PAGE = ROOT / "benchmarks" / "scale.md"
 
 USERS, ITEMS, SIZE = 200_000, 90_000, 16
 RATINGS = (320_000, 1_000_000, 3_200_000, 10_000_000, 32_000_000)
@@ -117,14 +115,7 @@ def run(quick: bool, remark: str) -> dict[str, Any]:
                       f"{values['peak_bytes'] / 2**30:.2f} GiB", flush=True)  # fmt: skip
                 if contrast == "ratings" and at["ratings"] != AT:
                     path.unlink()
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "quick": quick,
-        "machine": machine.describe(),
-        "versions": machine.versions(),
-        "remark": remark,
-        "rows": rows,
-    }
+    return {"quick": quick, "remark": remark, "rows": rows}
 
 
 def page(result: dict[str, Any]) -> str:
@@ -135,7 +126,7 @@ def page(result: dict[str, Any]) -> str:
         "",
         "Made by `python benchmarks/scale.py`; every row is one epoch of `lunet-fast train --stream` with "
         "one member, two layers, batch 8192 and one thread, on a file of `lunet-fast data synth`, in a "
-        f"process of its own. {result['machine']['processor']}, {result['date']}.",
+        f"process of its own. {result['machine']['processor']}, {result['machine']['date']}.",
         *(["", result["remark"]] if result.get("remark") else []),
         "",
         "![cost and memory against ratings, users, items and D](results/scale.png)",
@@ -215,12 +206,8 @@ def _extrapolation(row: dict[str, Any]) -> list[str]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, len(CONTRASTS), figsize=(13, 6), sharey="row", constrained_layout=True)
+    figure = new_figure(13, 6, dpi=110)
+    axes = figure.subplots(2, len(CONTRASTS), sharey="row")
     for column, contrast in enumerate(CONTRASTS):
         rows = [row for row in result["rows"] if row["contrast"] == contrast]
         x = [row[contrast] for row in rows]
@@ -238,28 +225,28 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axis.set_xlabel(contrast)
             if column == 0:
                 axis.set_ylabel(label)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    plt.close(figure)
+    write_figure(path, figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--render", action="store_true")
-    parser.add_argument("--remark", default="", help="what the reader must know of this run")
-    parser.add_argument("--out", type=Path, default=RESULTS / "scale.json")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        print(json.dumps(measure(Path(arguments.measure[0]), int(arguments.measure[1]))))
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true")
+    options.add_argument("--render", action="store_true")
+    options.add_argument("--remark", default="", help="what the reader must know of this run")
+    options.add_argument("--measure", nargs=2, help="FILE and k: one size, in this process")
+    chosen = options.parse_args()
+    if chosen.measure:
+        print(json.dumps(measure(Path(chosen.measure[0]), int(chosen.measure[1]))))
         return
-    if not arguments.render:
-        write_json(arguments.out, run(arguments.quick, arguments.remark))
-    result = json.loads(arguments.out.read_text())
-    draw(result, arguments.out.with_suffix(".png"))
-    target = PAGE if arguments.out == RESULTS / "scale.json" else arguments.out.with_suffix(".md")
-    text = page(result)
-    write_atomically(target, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    folder = RESULTS
+    if not chosen.render:
+        chosen.allow_dirty = chosen.allow_dirty or chosen.quick  # both are trials
+        results = open_results(chosen, threads=1)
+        results.write("scale", run(chosen.quick, chosen.remark))
+        folder = results.folder
+    result = json.loads((folder / "scale.json").read_text())
+    draw(result, folder / "scale.png")
+    write_text(PAGE if folder == RESULTS else folder / "scale.md", page(result))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Embedding tables divided by rows: what a step costs by each way there is, and memory by processes.
 
-    python benchmarks/sharding.py --steps --memory   # into results/sharding.json; each replaces its part
-    python benchmarks/scale.py --render              # the page that shows it
+    python benchmarks/sharding.py --steps      a minute: into results/sharding.json, whose memory stays
+    python benchmarks/sharding.py --memory     five minutes: the same the other way round
+    python benchmarks/scale.py --render        the page that shows it
 
 Steps: two processes on one machine with gloo, each with half of a batch, look rows of one table up, take a
 loss, its gradient and a step of Adam. Bytes are what the loopback interface sends meanwhile: run it by
@@ -15,7 +16,6 @@ TorchRec takes part where ``fbgemm_gpu`` loads: of fbgemm-gpu-cpu 1.7.0 to 1.9.0
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from lunet_fast.bench import machine
 from lunet_fast.training import sharding
 from lunet_fast.training.distributed import Workers
-from lunet_fast.training.files import write_json
-
-RESULTS = Path(__file__).parent / "results"
+from lunet_fast.training.machine import process_memory, reset_peak
+from machine import open_results, parser
 
 ROWS, SIZE, BATCH, STEPS, RATE = 1_000_000, 64, 8192, 60, 1e-3
 USERS, ITEMS, RATINGS, PROCESSES = 4_000_000, 90_000, 6_000_000, (1, 2, 4)
@@ -72,6 +69,19 @@ def loopback_bytes() -> int:
     raise RuntimeError("there is no interface lo in /proc/self/net/dev")
 
 
+def step_of(module: nn.Module, optimizer: torch.optim.Optimizer, *, times: int = 1) -> Step:
+    """Look up, loss, ``times`` its gradient, and the optimiser's step."""
+
+    def step(ids: Tensor, targets: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(module(ids), targets)
+        (times * loss).backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
 # The contenders ---------------------------------------------------------------------------------------------
 
 
@@ -81,14 +91,8 @@ def alone(workers: Workers) -> tuple[Step, int]:
     module = nn.parallel.DistributedDataParallel(table)
     optimizer = torch.optim.SparseAdam(list(module.parameters()), lr=RATE)
 
-    def step(ids: Tensor, targets: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_of(module(ids), targets)
-        (2 * loss).backward()  # of which DistributedDataParallel takes the mean
-        optimizer.step()
-        return loss.detach()
-
-    return step, 3 * ROWS * SIZE * 4
+    # Of the processes' gradients DistributedDataParallel takes the mean.
+    return step_of(module, optimizer, times=2), 3 * ROWS * SIZE * 4
 
 
 def ours(workers: Workers) -> tuple[Step, int]:
@@ -119,14 +123,7 @@ def dtensor(workers: Workers) -> tuple[Step, int]:
     module = parallelize_module(table, mesh, RowwiseParallel(input_layouts=Shard(0), output_layouts=Shard(0)))
     optimizer = torch.optim.Adam(module.parameters(), lr=RATE)
 
-    def step(ids: Tensor, targets: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_of(module(ids), targets)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step, 4 * ROWS * SIZE * 4 // 2  # and the gradient
+    return step_of(module, optimizer), 4 * ROWS * SIZE * 4 // 2  # and the gradient
 
 
 def sharded_tensor(workers: Workers) -> tuple[Step, int]:
@@ -139,14 +136,7 @@ def sharded_tensor(workers: Workers) -> tuple[Step, int]:
     local = table.weight.local_tensor()
     optimizer = torch.optim.Adam([local], lr=RATE)
 
-    def step(ids: Tensor, targets: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_of(table(ids), targets)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step, 4 * ROWS * SIZE * 4 // 2
+    return step_of(table, optimizer), 4 * ROWS * SIZE * 4 // 2
 
 
 def torchrec(workers: Workers) -> tuple[Step, int]:
@@ -260,12 +250,6 @@ def steps() -> dict[str, Any]:
 # Memory -----------------------------------------------------------------------------------------------------
 
 
-def status(name: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
-
-
 def measure(path: Path, out: Path) -> None:
     """One epoch by this process, or its part of it under torchrun; its memory goes beside ``out``."""
     from lunet_fast.recsys.data.streaming import RatingStream
@@ -274,16 +258,16 @@ def measure(path: Path, out: Path) -> None:
     from lunet_fast.training.distributed import workers_of_torchrun
 
     stream = RatingStream.open(path, seed=0)
-    opened = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    opened = reset_peak()
     settings = {"members": 1, "embedding_size": SIZE, "epochs": 1, "batch_size": BATCH, "l2_latent": 0.01}
     config = recipe("best", stream.n_rows, **{**STREAM_SETTINGS, **settings})
     with workers_of_torchrun("cpu") as workers:
         result = train_stream(stream, config, out=out, workers=workers, shard_tables=True, overwrite=True)
+        held = process_memory()
         values = {
             "opened_bytes": opened,
-            "peak_bytes": status("VmHWM"),
-            "mapped_bytes": status("RssFile"),
+            "peak_bytes": held["VmHWM"],
+            "mapped_bytes": held["RssFile"],
             "train_seconds": result.curve.seconds,
             "users": stream.n_users,
             "items": stream.n_items,
@@ -328,8 +312,8 @@ def section(result: dict[str, Any]) -> list[str]:
         "## Tables divided over processes",
         "",
         "`--shard-tables` gives each of N processes every N-th row. Measured by `benchmarks/sharding.py` "
-        f"on {result['machine']['processor']}, {result['date']}, with two shared cores, so that times "
-        "compare roughly.",
+        f"on {result['machine']['processor']}, {result['machine']['date']}, with two shared cores, so that "
+        "times compare roughly.",
         "",
         f"One table of {ROWS:,} rows of {SIZE} numbers, two processes with gloo, {BATCH:,} ids a step, half "
         "of them each; memory is that of table, moments and gradient for each process, by arithmetic:",
@@ -348,16 +332,16 @@ def section(result: dict[str, Any]) -> list[str]:
         )
     lines += [
         "",
-        "Chosen: an exchange of our own by `all_to_all_single`, in `lunet_fast/sharding.py`. It sends the "
-        "different rows that a process asks another one for, and their gradients back; what it serves itself "
-        "does not travel. It takes PyTorch's SparseAdam as it is, so the numbers are those of whole tables, "
-        "and it goes beside DistributedDataParallel, which leaves these parameters alone. DTensor and "
-        "ShardedTensor send a row of zeros for every row that somebody else has, and have dense gradients "
-        "only, so that every row is moved at every step. TorchRec is made for many tables on many GPUs, and "
-        "was tried here on CPUs alone: its compiled part fits one release of PyTorch each; its lookup of "
-        "single rows (`EmbeddingCollection`) ended in an error; its pooled one, in the table above, sends as "
-        "much as DTensor, and the loss of its fused Adam does not fall as the others' does, which was not "
-        "looked into.",
+        "Chosen: an exchange of our own by `all_to_all_single`, in `lunet_fast/training/sharding.py`. It "
+        "sends the different rows that a process asks another one for, and their gradients back; what it "
+        "serves itself does not travel. It takes PyTorch's SparseAdam as it is, so the numbers are those "
+        "of whole tables, and it goes beside DistributedDataParallel, which leaves these parameters alone. "
+        "DTensor and ShardedTensor send a row of zeros for every row that somebody else has, and have "
+        "dense gradients only, so that every row is moved at every step. TorchRec is made for many tables "
+        "on many GPUs, and was tried here on CPUs alone: its compiled part fits one release of PyTorch "
+        "each; its lookup of single rows (`EmbeddingCollection`) ended in an error; its pooled one, in the "
+        "table above, sends as much as DTensor, and the loss of its fused Adam does not fall as the "
+        "others' does, which was not looked into.",
         "",
         f"Training on a stream, one epoch of {first['train_rows']:,} ratings by {first['users']:,} users of "
         f"{first['items']:,} items, k = {SIZE}: tables of {table / 2**30:.2f} GiB, with Adam's "
@@ -391,21 +375,21 @@ def section(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", action="store_true")
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        measure(*map(Path, arguments.measure))
+    options = parser(__doc__)
+    options.add_argument("--steps", action="store_true")
+    options.add_argument("--memory", action="store_true")
+    options.add_argument("--measure", nargs=2, metavar=("FILE", "FOLDER"), help="one training, here")
+    chosen = options.parse_args()
+    if chosen.measure:
+        measure(*map(Path, chosen.measure))
         return
-    path = RESULTS / "sharding.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    result |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "machine": machine.describe()}
+    results = open_results(chosen, threads=1)
+    path = results.path("sharding.json")
+    parts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for part, work in (("steps", steps), ("memory", memory)):
-        if getattr(arguments, part):
-            result[part] = work()
-            write_json(path, result)
+        if getattr(chosen, part):
+            parts[part] = work()
+            results.write("sharding", {name: parts[name] for name in ("steps", "memory") if name in parts})
 
 
 if __name__ == "__main__":

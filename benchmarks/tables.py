@@ -6,10 +6,9 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-RESULTS = Path(__file__).parent / "results"
+from machine import RESULTS
 
 Best = Callable[[Iterable[float]], float]
 """``min`` or ``max``."""

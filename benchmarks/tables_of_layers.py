@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-from tables import RESULTS, Cell, least_bold, load, measured, number, table
-
 from lunet_fast.bench.claims import verdicts
 from lunet_fast.bench.results import Result, seconds_text
 from lunet_fast.bench.training import samples_per_second
+from machine import RESULTS
+from tables import Cell, least_bold, load, measured, number, table
 
 SIZES = [(D, B) for B in (8192, 128, 1) for D in (16, 64, 256, 784, 1024)]
 ORIGINAL = "original LU-Net's way"

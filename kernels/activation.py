@@ -1,4 +1,6 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# mypy: disable-error-code="assignment, var-annotated"
+# ruff: noqa: RUF005 (the compiler knows a sum of tuples, not what ruff would have instead)
 """φ(x) = a·x + (c/κ)·softplus(κ·x), its inverse and the logarithm of its slope.
 
 Everything is computed in float32 from v = exp(−|κx|) ∈ [0, 1], which neither overflows nor cancels:
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lunet_fast.kernels import tiles
-from lunet_fast.kernels.launch import check_parameter, check_rows, on_device_of
+from lunet_fast.kernels.launch import check_parameter, check_rows, launch
 
 Slopes = Sequence[float] | Tensor
 
@@ -106,73 +108,95 @@ def _log1p(z, FAST: tl.constexpr):
     return p * q + (e.to(tl.float32) * LN2 + z * 0.0)
 
 
-# --- the family -----------------------------------------------------------------------------------------
+# --- the activation as kernels see it -------------------------------------------------------------------
 #
-# A family is the tuple (a, c, kappa, log_low, log_high) with log_low = log a and log_high = log(a + c):
-# scalars, or values that broadcast over a tile [ROWS, COLUMNS].
+# Kernels hand on an ``Activation`` and what ``load_family`` read of it, and look into neither: this file alone
+# knows what an activation is made of. A jitted function returns no constants, which is why there are two.
+
+
+class Activation(NamedTuple):
+    """φ as one argument of a kernel."""
+
+    slopes: Tensor | None
+    """[3] or [3, D], of several layers [layers, 3] or [layers, 3, D]; None: the five numbers."""
+    a: float
+    c: float
+    kappa: float
+    log_low: float
+    log_high: float
+    ACTIVE: tl.constexpr
+    """False: the identity."""
+    PER_COLUMN: tl.constexpr
+    """Whether the slopes differ from column to column."""
+    STEPS: tl.constexpr
+    """Steps of the inverse."""
+    FAST: tl.constexpr
+
+
+#: How many parameters φ has, whose gradients ``slope_gradients`` gives.
+PARAMETERS: tl.constexpr = tl.constexpr(3)
 
 
 @triton.jit
-def load_family(
-    slopes_ptr,  # [3] or [3, D], or None: the five scalars are the family
-    a,
-    c,
-    kappa,
-    log_low,
-    log_high,
-    cols,  # [COLUMNS]
-    D,
-    PER_COLUMN: tl.constexpr,
-):
-    """The family of these columns, each value a scalar or [1, COLUMNS]."""
-    if slopes_ptr is not None:
-        if PER_COLUMN:
-            ptrs = slopes_ptr + cols[None, :]
+def load_family(activation, layer, cols, D):
+    """φ of a layer in these columns [COLUMNS], which the functions below take with the activation itself.
+
+    (a, c, κ, log a, log(a + c)): scalars, or for slopes that differ by column [1, COLUMNS].
+    """
+    a = activation.a
+    c = activation.c
+    kappa = activation.kappa
+    log_low = activation.log_low
+    log_high = activation.log_high
+    if activation.slopes is not None:
+        if activation.PER_COLUMN:
+            ptrs = activation.slopes + layer * (3 * D) + cols[None, :]
             valid = cols[None, :] < D
             # 1 in columns that are not there: nothing in them may divide by zero.
             a = tl.load(ptrs, mask=valid, other=1.0).to(tl.float32)
             c = tl.load(ptrs + D, mask=valid, other=1.0).to(tl.float32)
             kappa = tl.load(ptrs + 2 * D, mask=valid, other=1.0).to(tl.float32)
         else:
-            a = tl.load(slopes_ptr).to(tl.float32)
-            c = tl.load(slopes_ptr + 1).to(tl.float32)
-            kappa = tl.load(slopes_ptr + 2).to(tl.float32)
+            ptr = activation.slopes + layer * 3
+            a = tl.load(ptr).to(tl.float32)
+            c = tl.load(ptr + 1).to(tl.float32)
+            kappa = tl.load(ptr + 2).to(tl.float32)
         log_low = tl.log(a)
         log_high = tl.log(a + c)
     return a, c, kappa, log_low, log_high
 
 
 @triton.jit
-def phi(x, family, FAST: tl.constexpr):
+def phi(x, family, activation):
     """φ(x), elementwise."""
-    v = _exp_of_negative(-tl.abs(x * family[2]), FAST)
+    v = _exp_of_negative(-tl.abs(x * family[2]), activation.FAST)
     # c·max(x, 0), not (c/κ)·max(κx, 0): κx may overflow where φ does not.
     return x * family[0] + (tl.maximum(x, 0.0) * family[1] + _log1p_unit(v) * (family[1] / family[2]))
 
 
 @triton.jit
-def phi_derivative(x, family, FAST: tl.constexpr):
+def phi_derivative(x, family, activation):
     """φ′(x), elementwise."""
     t = x * family[2]
-    v = _exp_of_negative(-tl.abs(t), FAST)
-    w = _reciprocal(1.0 + v, FAST)
+    v = _exp_of_negative(-tl.abs(t), activation.FAST)
+    w = _reciprocal(1.0 + v, activation.FAST)
     return tl.where(t < 0.0, v * w, w) * family[1] + family[0]
 
 
 @triton.jit
-def log_phi_derivative(x, family, FAST: tl.constexpr):
+def log_phi_derivative(x, family, activation):
     """log φ′(x), elementwise."""
     t = x * family[2]
-    v = _exp_of_negative(-tl.abs(t), FAST)
-    s = v * _reciprocal(1.0 + v, FAST)
+    v = _exp_of_negative(-tl.abs(t), activation.FAST)
+    s = v * _reciprocal(1.0 + v, activation.FAST)
     low = t < 0.0
     scale = tl.where(low, family[1] / family[0], -family[1] / (family[0] + family[1]))
-    return tl.where(low, family[3], family[4]) + _log1p(scale * s, FAST)
+    return tl.where(low, family[3], family[4]) + _log1p(scale * s, activation.FAST)
 
 
 @triton.jit
-def phi_inverse(y, family, STEPS: tl.constexpr, FAST: tl.constexpr):
-    """φ⁻¹(y), elementwise: STEPS of Halley's iteration from the nearest of three tangents.
+def phi_inverse(y, family, activation):
+    """φ⁻¹(y), elementwise: steps of Halley's iteration from the nearest of three tangents.
 
     With t = κx, r = a/c and w = κy/c the equation is f(t) = softplus(t) + r·t − w = 0. f is convex, so each
     tangent's root is not left of the solution and the least of them is the nearest; there f·f″ ≤ f′², so the
@@ -183,46 +207,46 @@ def phi_inverse(y, family, STEPS: tl.constexpr, FAST: tl.constexpr):
     w = y * (family[2] / family[1])
     t = tl.minimum(w * (1.0 / (1.0 + r)), w * (1.0 / r))  # tangents at +∞ and −∞
     t = tl.minimum(t, (w - LN2) * (1.0 / (0.5 + r)))  # and at 0
-    for _ in tl.static_range(STEPS):
-        v = _exp_of_negative(-tl.abs(t), FAST)
-        inverse = _reciprocal(1.0 + v, FAST)
+    for _ in tl.static_range(activation.STEPS):
+        v = _exp_of_negative(-tl.abs(t), activation.FAST)
+        inverse = _reciprocal(1.0 + v, activation.FAST)
         small = v * inverse
         f = (tl.maximum(t, 0.0) - w) + r * t + _log1p_unit(v)
         slope = tl.where(t < 0.0, small, inverse) + r
-        t -= f * slope * _reciprocal(slope * slope - 0.5 * f * (small * inverse), FAST)
+        t -= f * slope * _reciprocal(slope * slope - 0.5 * f * (small * inverse), activation.FAST)
     asymptote = tl.minimum(y * (1.0 / family[0]), y * (1.0 / (family[0] + family[1])))
     return tl.where(tl.abs(t) <= LARGEST, t * (1.0 / family[2]), asymptote)
 
 
 @triton.jit
-def phi_backward(g, ld, x, family, INVERSE: tl.constexpr, FAST: tl.constexpr):
+def phi_backward(g, ld, x, family, activation, INVERSE: tl.constexpr):
     """g·φ′(x) + ld·φ″(x)/φ′(x), the gradient of x from g, that of φ(x), and ld, that of log φ′(x) or None.
 
     INVERSE: (g − ld·φ″/φ′)/φ′, the gradient of y from those of x = φ⁻¹(y) and of −log φ′(x).
     """
     t = x * family[2]
-    v = _exp_of_negative(-tl.abs(t), FAST)
-    w = _reciprocal(1.0 + v, FAST)
+    v = _exp_of_negative(-tl.abs(t), activation.FAST)
+    w = _reciprocal(1.0 + v, activation.FAST)
     s = v * w
     slope = tl.where(t < 0.0, s, w) * family[1] + family[0]
     if INVERSE:
         if ld is not None:
-            g -= ld * ((s * w) * (family[1] * family[2]) * _reciprocal(slope, FAST))
-        return g * _reciprocal(slope, FAST)
+            g -= ld * ((s * w) * (family[1] * family[2]) * _reciprocal(slope, activation.FAST))
+        return g * _reciprocal(slope, activation.FAST)
     if ld is not None:
-        return g * slope + ld * ((s * w) * (family[1] * family[2]) * _reciprocal(slope, FAST))
+        return g * slope + ld * ((s * w) * (family[1] * family[2]) * _reciprocal(slope, activation.FAST))
     return g * slope
 
 
 @triton.jit
-def slope_gradients(g, ld, x, family, FAST: tl.constexpr):
+def slope_gradients(g, ld, x, family, activation):
     """g·∂φ/∂θ + ld·∂log φ′/∂θ at x for θ = a, c, κ, elementwise; ld may be None.
 
     Of softplus, x·σ(κx) − softplus(κx)/κ is −|x|·s − log1p(v)/κ: no difference of large numbers.
     """
     t = x * family[2]
-    v = _exp_of_negative(-tl.abs(t), FAST)
-    w = _reciprocal(1.0 + v, FAST)
+    v = _exp_of_negative(-tl.abs(t), activation.FAST)
+    w = _reciprocal(1.0 + v, activation.FAST)
     s = v * w
     soft = _log1p_unit(v) * (1.0 / family[2])
     by_a = g * x
@@ -230,7 +254,7 @@ def slope_gradients(g, ld, x, family, FAST: tl.constexpr):
     by_kappa = -(g * (tl.abs(x) * s + soft)) * (family[1] / family[2])
     if ld is not None:
         sigmoid = tl.where(t < 0.0, s, w)
-        share = ld * _reciprocal(sigmoid * family[1] + family[0], FAST)
+        share = ld * _reciprocal(sigmoid * family[1] + family[0], activation.FAST)
         by_a += share
         by_c += share * sigmoid
         by_kappa += share * ((s * w) * x * family[1])
@@ -245,21 +269,14 @@ def activation_kernel(
     x_ptr,  # [N, D]
     y_ptr,  # [N, D]
     logabsdet_ptr,  # [N] float32, or None
-    slopes_ptr,  # [3] or [3, D], or None
-    a,
-    c,
-    kappa,
-    log_low,
-    log_high,
+    activation,
     N,
     D,
-    PER_COLUMN: tl.constexpr,
-    STEPS: tl.constexpr,
-    FAST: tl.constexpr,
+    INVERSE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """y = φ(x), and Σ_d log φ′(x_d) for each row; with STEPS > 0, y = φ⁻¹(x) and −Σ_d log φ′(y_d).
+    """y = φ(x), and Σ_d log φ′(x_d) for each row; INVERSE, y = φ⁻¹(x) and −Σ_d log φ′(y_d).
 
     One program does ROWS rows, each added up in one order.
     """
@@ -273,20 +290,30 @@ def activation_kernel(
         cols = start + tl.arange(0, COLUMNS)
         valid = (rows[:, None] < N - first) & (cols[None, :] < D)
         offsets = rows[:, None] * D + cols[None, :]
-        family = load_family(slopes_ptr, a, c, kappa, log_low, log_high, cols, D, PER_COLUMN)
+        family = load_family(activation, 0, cols, D)
         x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-        if STEPS > 0:
-            y = phi_inverse(x, family, STEPS, FAST)
+        if INVERSE:
+            y = phi_inverse(x, family, activation)
         else:
-            y = phi(x, family, FAST)
+            y = phi(x, family, activation)
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
         if logabsdet_ptr is not None:
-            if STEPS > 0:
-                total -= tl.where(valid, log_phi_derivative(y, family, FAST), 0.0)
+            if INVERSE:
+                total -= tl.where(valid, log_phi_derivative(y, family, activation), 0.0)
             else:
-                total += tl.where(valid, log_phi_derivative(x, family, FAST), 0.0)
+                total += tl.where(valid, log_phi_derivative(x, family, activation), 0.0)
     if logabsdet_ptr is not None:
         tl.store(logabsdet_ptr + first + rows, tl.sum(total, 1), mask=rows < N - first)
+
+
+@triton.jit
+def store_sums(sums_ptr, sums, cols, D, COLUMN_SUMS: tl.constexpr, SLOPE_SUMS: tl.constexpr):
+    """These columns of a column's sum and of those of the slopes' terms, those there are, below each other."""
+    if COLUMN_SUMS:
+        tl.store(sums_ptr + cols, sums[0], mask=cols < D)
+    if SLOPE_SUMS:
+        for k in tl.static_range(PARAMETERS):
+            tl.store(sums_ptr + (COLUMN_SUMS + k) * D + cols, sums[1 + k], mask=cols < D)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -296,19 +323,12 @@ def activation_bwd_kernel(
     x_ptr,  # [K, N, D]
     out_ptr,  # [K, N, D], the gradient of x; INVERSE: of y
     sums_ptr,  # [K, programs, COLUMN_SUMS + 3·SLOPE_SUMS, D] float32, or None
-    slopes_ptr,  # [3] or [3, D], or None
-    a,
-    c,
-    kappa,
-    log_low,
-    log_high,
+    activation,
     N,
     D,
-    PER_COLUMN: tl.constexpr,
     INVERSE: tl.constexpr,
     COLUMN_SUMS: tl.constexpr,
     SLOPE_SUMS: tl.constexpr,
-    FAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -322,12 +342,10 @@ def activation_bwd_kernel(
     member = tl.program_id(1).to(tl.int64)
     rows = tl.arange(0, ROWS)
     cols = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    family = load_family(slopes_ptr, a, c, kappa, log_low, log_high, cols, D, PER_COLUMN)
+    family = load_family(activation, 0, cols, D)
     offsets = rows[:, None] * D + cols[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    total_a = tl.zeros([ROWS, COLUMNS], tl.float32)
-    total_c = tl.zeros([ROWS, COLUMNS], tl.float32)
-    total_kappa = tl.zeros([ROWS, COLUMNS], tl.float32)
+    slope_totals = (total,) * PARAMETERS
     for first in range(program.to(tl.int64) * ROWS, N, programs * ROWS):
         base = (member * N + first) * D
         here = rows < N - first
@@ -337,50 +355,52 @@ def activation_bwd_kernel(
         ld = None
         if grad_logabsdet_ptr is not None:
             ld = tl.load(grad_logabsdet_ptr + member * N + first + rows, mask=here, other=0.0)[:, None]
-        out = phi_backward(g, ld, x, family, INVERSE, FAST)
+        out = phi_backward(g, ld, x, family, activation, INVERSE)
         tl.store(out_ptr + base + offsets, out.to(out_ptr.dtype.element_ty), mask=valid)
         if COLUMN_SUMS:
             total += tl.where(valid, out, 0.0)
         if SLOPE_SUMS:
             if INVERSE:
-                by_a, by_c, by_kappa = slope_gradients(-out, None if ld is None else -ld, x, family, FAST)
+                terms = slope_gradients(-out, None if ld is None else -ld, x, family, activation)
             else:
-                by_a, by_c, by_kappa = slope_gradients(g, ld, x, family, FAST)
-            total_a += tl.where(valid, by_a, 0.0)
-            total_c += tl.where(valid, by_c, 0.0)
-            total_kappa += tl.where(valid, by_kappa, 0.0)
+                terms = slope_gradients(g, ld, x, family, activation)
+            sums = ()
+            for k in tl.static_range(PARAMETERS):
+                sums = sums + (slope_totals[k] + tl.where(valid, terms[k], 0.0),)
+            slope_totals = sums
     if sums_ptr is not None:
-        sums_ptr += (member * programs + program) * (COLUMN_SUMS + 3 * SLOPE_SUMS) * D
-        if COLUMN_SUMS:
-            tl.store(sums_ptr + cols, tl.sum(total, 0), mask=cols < D)
-            sums_ptr += D
-        if SLOPE_SUMS:
-            tl.store(sums_ptr + cols, tl.sum(total_a, 0), mask=cols < D)
-            tl.store(sums_ptr + D + cols, tl.sum(total_c, 0), mask=cols < D)
-            tl.store(sums_ptr + 2 * D + cols, tl.sum(total_kappa, 0), mask=cols < D)
+        sums_ptr += (member * programs + program) * (COLUMN_SUMS + PARAMETERS * SLOPE_SUMS) * D
+        sums = (tl.sum(total, 0),)
+        for k in tl.static_range(PARAMETERS):
+            sums = sums + (tl.sum(slope_totals[k], 0),)
+        store_sums(sums_ptr, sums, cols, D, COLUMN_SUMS, SLOPE_SUMS)
 
 
 # --- launchers ------------------------------------------------------------------------------------------
 
 
-def family_arguments(slopes: Slopes, D: int) -> dict[str, Any]:
-    """The kernels' arguments that describe φ, of three floats (a, c, κ) or a tensor [3] or [3, D]."""
-    if isinstance(slopes, Tensor):
-        if slopes.shape not in ((3,), (3, D)) or not slopes.is_contiguous():
-            raise ValueError(f"slopes must be contiguous [3] or [3, {D}], got {list(slopes.shape)}")
-        zeros = dict.fromkeys(("a", "c", "kappa", "log_low", "log_high"), 0.0)
-        return {"slopes_ptr": slopes, **zeros, "PER_COLUMN": slopes.dim() == 2}
-    a, c, kappa = (float(value) for value in slopes)
-    # The logarithms in float64: log(a + c) is exactly 0 where a + c is 1, whatever a and c round to.
-    return {
-        "slopes_ptr": None,
-        "a": a,
-        "c": c,
-        "kappa": kappa,
-        "log_low": math.log(a),
-        "log_high": math.log(a + c),
-        "PER_COLUMN": False,
-    }
+def activation_of(
+    slopes: Slopes | None, D: int, *, layers: int | None = None, steps: int = 0, fast: bool = False
+) -> Activation:
+    """The kernels' argument that describes φ, of three floats (a, c, κ) or a tensor [3] or [3, D]; None: the
+    identity. With ``layers`` a tensor has their number as leading dimension, and of none it is the identity.
+    """
+    leading = () if layers is None else (layers,)
+    if isinstance(slopes, Tensor) and layers != 0:
+        if slopes.shape not in ((*leading, 3), (*leading, 3, D)) or not slopes.is_contiguous():
+            shapes = [[*leading, 3], [*leading, 3, D]]
+            raise ValueError(
+                f"slopes must be contiguous {shapes[0]} or {shapes[1]}, got {list(slopes.shape)}"
+            )
+        numbers: tuple[float, ...] = (0.0,) * 5
+        given, per_column = slopes, slopes.dim() == len(leading) + 2
+    else:
+        a, c, kappa = (1.0, 1.0, 1.0) if slopes is None or isinstance(slopes, Tensor) else map(float, slopes)
+        # The logarithms in float64: log(a + c) is exactly 0 where a + c is 1, whatever a and c round to.
+        numbers = (a, c, kappa, math.log(a), math.log(a + c))
+        given, per_column = None, False
+    constants = (slopes is not None, per_column, steps, fast)
+    return Activation(given, *numbers, *map(tl.constexpr, constants))
 
 
 def inverse_steps(r: float) -> int:
@@ -389,11 +409,23 @@ def inverse_steps(r: float) -> int:
     return 2 + math.ceil(max(0.0, -4.0 - math.log2(r)) / 3.0)
 
 
+def steps_of(slopes: Slopes, steps: int | None) -> int:
+    """``steps`` of the inverse, or where None as many as float slopes need, ``LEARNT_STEPS`` for a tensor."""
+    if steps is None:
+        return LEARNT_STEPS if isinstance(slopes, Tensor) else inverse_steps(slopes[0] / slopes[1])
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return steps
+
+
 def activation_forward(
     x: Tensor, slopes: Slopes, *, logabsdet: bool, fast: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(φ(x) [N, D], Σ log φ′ [N] float32 or None) of contiguous rows x [N, D], float32 or bfloat16."""
-    return _activation("x", x, slopes, steps=0, logabsdet=logabsdet, fast=fast)
+    check_rows("x", x, dims=2)
+    y, total = outputs_by_row(x, logabsdet)
+    row_wise(x, y, total, activation_of(slopes, x.shape[1], fast=fast), inverse=False)
+    return y, total
 
 
 def activation_inverse(
@@ -404,40 +436,33 @@ def activation_inverse(
     ``steps`` ≥ 1 of Halley's iteration: by default as many as float slopes need, or ``LEARNT_STEPS`` for a
     tensor, since to look at its values the host would have to wait for the device.
     """
-    if steps is None:
-        steps = LEARNT_STEPS if isinstance(slopes, Tensor) else inverse_steps(slopes[0] / slopes[1])
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    return _activation("y", y, slopes, steps=steps, logabsdet=logabsdet, fast=fast)
+    check_rows("y", y, dims=2)
+    x, total = outputs_by_row(y, logabsdet)
+    activation = activation_of(slopes, y.shape[1], steps=steps_of(slopes, steps), fast=fast)
+    row_wise(y, x, total, activation, inverse=True)
+    return x, total
 
 
-def _activation(
-    name: str, x: Tensor, slopes: Slopes, *, steps: int, logabsdet: bool, fast: bool
-) -> tuple[Tensor, Tensor | None]:
-    check_rows(name, x, dims=2)
-    N, D = x.shape
-    y = torch.empty_like(x)
-    total = torch.empty(N, dtype=torch.float32, device=x.device) if logabsdet else None
-    if N == 0:
-        return y, total
-    tile = tiles.activation_tile("inverse" if steps else "forward", D)
-    with on_device_of(x):
-        activation_kernel[(triton.cdiv(N, tile.rows),)](
-            x,
-            y,
-            total,
-            **family_arguments(slopes, D),
-            N=N,
-            D=D,
-            STEPS=steps,
-            FAST=fast,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            enable_fp_fusion=True,
-        )
-    return y, total
+def outputs_by_row(x: Tensor, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
+    """Memory for rows like x [..., D] and, if asked for, a float32 for each."""
+    total = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if logabsdet else None
+    return torch.empty_like(x), total
+
+
+def row_wise(x: Tensor, y: Tensor, total: Tensor | None, activation: Activation, *, inverse: bool) -> None:
+    """y ← φ(x) and total ← Σ log φ′(x), or, ``inverse``, φ⁻¹(x) and −Σ log φ′(y), of rows [..., D]."""
+    D = x.shape[-1]
+    N = x.numel() // D
+    tile = tiles.activation_tile("inverse" if inverse else "forward", D)
+    launch(
+        *(activation_kernel, (triton.cdiv(N, tile.rows),), tile),
+        *(x, y, total, activation),
+        N=N,
+        D=D,
+        INVERSE=inverse,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+    )
 
 
 def activation_backward(
@@ -498,38 +523,34 @@ def row_gradients(
     K, N, D = x.shape
     check_parameter("the gradient of the rows", grad, (K, N, D), x.dtype)
     check_parameter("grad_logabsdet", grad_logabsdet, (K, N), torch.float32)
-    family = family_arguments(slopes, D)
     slope_sums = isinstance(slopes, Tensor)
     tile = tiles.activation_tile("backward", D)
     blocks, programs = triton.cdiv(D, tile.columns), triton.cdiv(N, tile.rows)
     out = torch.empty_like(x)
-    sums: Tensor | None = None
     if column_sums or slope_sums:
         programs = min(programs, tiles.programs(8, K * blocks, tiles.architecture(x)))
-        shape = (K, programs, column_sums + 3 * slope_sums, D)
-        sums = torch.empty(shape, dtype=torch.float32, device=x.device)
-    if x.numel() > 0:
-        with on_device_of(x):
-            activation_bwd_kernel[(programs * blocks, K)](
-                grad,
-                grad_logabsdet,
-                x,
-                out,
-                sums,
-                **family,
-                N=N,
-                D=D,
-                INVERSE=inverse,
-                COLUMN_SUMS=column_sums,
-                SLOPE_SUMS=slope_sums,
-                FAST=fast,
-                ROWS=tile.rows,
-                COLUMNS=tile.columns,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-                enable_fp_fusion=True,
-            )
+    sums = memory_for_sums(x, programs, column_sums, slope_sums)
+    launch(
+        *(activation_bwd_kernel, (programs * blocks, K), tile),
+        *(grad, grad_logabsdet, x, out, sums, activation_of(slopes, D, fast=fast)),
+        N=N,
+        D=D,
+        INVERSE=inverse,
+        COLUMN_SUMS=column_sums,
+        SLOPE_SUMS=slope_sums,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+    )
     return out, *split_sums(sums, slopes, column_sums)
+
+
+def memory_for_sums(x: Tensor, programs: int, column_sums: bool, slope_sums: bool) -> Tensor | None:
+    """For the sums over rows x [K, N, D] that ``programs`` store with ``store_sums``; None if there are none."""
+    K, _, D = x.shape
+    if not (column_sums or slope_sums):
+        return None
+    shape = (K, programs, column_sums + PARAMETERS.value * slope_sums, D)
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def split_sums(
@@ -542,5 +563,5 @@ def split_sums(
     columns = totals[:, 0].contiguous() if column_sums else None
     if not isinstance(slopes, Tensor):
         return columns, None
-    by_slope = totals[:, -3:].sum(0)
+    by_slope = totals[:, -PARAMETERS.value :].sum(0)
     return columns, by_slope if slopes.dim() == 2 else by_slope.sum(-1)

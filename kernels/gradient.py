@@ -25,21 +25,18 @@ from torch import Tensor
 
 from lunet_fast.kernels import tiles
 from lunet_fast.kernels.activation import (
+    PARAMETERS,
     Slopes,
-    family_arguments,
+    activation_of,
     load_family,
+    memory_for_sums,
     phi_backward,
     row_gradients,
     slope_gradients,
     split_sums,
+    store_sums,
 )
-from lunet_fast.kernels.launch import (
-    INTERPRETED,
-    check_parameter,
-    check_precision,
-    check_rows,
-    on_device_of,
-)
+from lunet_fast.kernels.launch import check_layer, check_parameter, check_precision, check_rows, dot, launch
 from lunet_fast.kernels.layer import layer_forward
 
 
@@ -52,17 +49,18 @@ def _gradient_of_h(
     bias_ptr,  # [D], or None
     left,  # rows that are left from the tile's first one on
     cols,  # [COLUMNS]
+    sums,
     family,
+    activation,
     D,
+    COLUMN_SUMS: tl.constexpr,
     SLOPE_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    FAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """g_h [ROWS, COLUMNS], zero outside, and if asked for the sums over the rows of the slopes' terms."""
+    """g_h [ROWS, COLUMNS], zero outside; to ``sums`` are added those over its rows and of the slopes' terms."""
     rows = tl.arange(0, ROWS)
     inner = tl.arange(0, INNER)
     here = rows[:, None] < left
@@ -79,32 +77,22 @@ def _gradient_of_h(
         w_offsets = cols[None, :] * D + there[:, None]  # [INNER, COLUMNS], of Wᵀ
         x = tl.load(x_ptr + x_offsets, mask=here & (there[None, :] < D), other=0.0)
         w = tl.load(weight_ptr + w_offsets, mask=(cols[None, :] < D) & (there[:, None] < D), other=0.0)
-        if UPCAST:  # the interpreter multiplies the raw bits of bfloat16
-            x = x.to(tl.float32)
-            w = w.to(tl.float32)
-        h = tl.dot(x, w, h, input_precision=PRECISION)
+        h = dot(x, w, h, PRECISION)
     if bias_ptr is not None:
         h += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
-    by_a = tl.zeros([COLUMNS], tl.float32)
-    by_c = by_a
-    by_kappa = by_a
+    slope_sums = ()
     if SLOPE_SUMS:
-        terms = slope_gradients(g, ld, h, family, FAST)
-        by_a = tl.sum(tl.where(valid, terms[0], 0.0), 0)
-        by_c = tl.sum(tl.where(valid, terms[1], 0.0), 0)
-        by_kappa = tl.sum(tl.where(valid, terms[2], 0.0), 0)
-    grad_h = tl.where(valid, phi_backward(g, ld, h, family, False, FAST), 0.0)
-    return grad_h, by_a, by_c, by_kappa
-
-
-@triton.jit
-def _store_sums(sums_ptr, sums, cols, D, COLUMN_SUMS: tl.constexpr, SLOPE_SUMS: tl.constexpr):
-    """These columns of the sums of g_h and of the terms of a, c and κ, those there are, below each other."""
+        terms = slope_gradients(g, ld, h, family, activation)
+    for k in tl.static_range(PARAMETERS):
+        total = sums[1 + k]
+        if SLOPE_SUMS:
+            total += tl.sum(tl.where(valid, terms[k], 0.0), 0)
+        slope_sums = slope_sums + (total,)
+    grad_h = tl.where(valid, phi_backward(g, ld, h, family, activation, False), 0.0)
+    total = sums[0]
     if COLUMN_SUMS:
-        tl.store(sums_ptr + cols, sums[0], mask=cols < D)
-    if SLOPE_SUMS:
-        for k in tl.static_range(3):
-            tl.store(sums_ptr + (COLUMN_SUMS + k) * D + cols, sums[1 + k], mask=cols < D)
+        total += tl.sum(grad_h, 0)
+    return grad_h, (total,) + slope_sums
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -117,20 +105,12 @@ def layer_bwd_kernel(
     grad_x_ptr,  # [K, N, D], or None
     grad_weight_ptr,  # [K, programs, D, D] float32, or None
     sums_ptr,  # [K, programs, COLUMN_SUMS + 3·SLOPE_SUMS, D] float32, or None
-    slopes_ptr,  # [3] or [3, D], or None
-    a,
-    c,
-    kappa,
-    log_low,
-    log_high,
+    activation,
     N,
     D,
-    PER_COLUMN: tl.constexpr,
     COLUMN_SUMS: tl.constexpr,
     SLOPE_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    FAST: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,  # at least D
     COLUMNS: tl.constexpr,
@@ -159,7 +139,7 @@ def layer_bwd_kernel(
     sums = ()
     for _ in tl.static_range(BLOCKS):
         grad_weight = grad_weight + (tl.zeros([COLUMNS, WIDTH], tl.float32),)
-        sums = sums + (tl.zeros([COLUMNS], tl.float32),) * 4
+        sums = sums + ((tl.zeros([COLUMNS], tl.float32),) * (1 + PARAMETERS),)
 
     for first in range(program.to(tl.int64) * ROWS, N, programs * ROWS):
         row = member * N + first
@@ -169,49 +149,23 @@ def layer_bwd_kernel(
         next_sums = ()
         for i in tl.static_range(BLOCKS):
             cols = i * COLUMNS + columns
-            family = load_family(slopes_ptr, a, c, kappa, log_low, log_high, cols, D, PER_COLUMN)
-            grad_h, by_a, by_c, by_kappa = _gradient_of_h(
+            grad_h, block_sums = _gradient_of_h(
                 grad_y_ptr + row * D,
                 None if grad_logabsdet_ptr is None else grad_logabsdet_ptr + row,
-                x_ptr + row * D,
-                weight_ptr,
-                bias_ptr,
-                N - first,
-                cols,
-                family,
-                D,
-                SLOPE_SUMS,
-                PRECISION,
-                UPCAST,
-                FAST,
-                ROWS,
-                COLUMNS,
-                INNER,
+                *(x_ptr + row * D, weight_ptr, bias_ptr, N - first, cols, sums[i]),
+                *(load_family(activation, 0, cols, D), activation, D),
+                *(COLUMN_SUMS, SLOPE_SUMS, PRECISION, ROWS, COLUMNS, INNER),
             )
-            total = sums[4 * i]
-            if COLUMN_SUMS:
-                total += tl.sum(grad_h, 0)
-            next_sums = next_sums + (
-                total,
-                sums[4 * i + 1] + by_a,
-                sums[4 * i + 2] + by_c,
-                sums[4 * i + 3] + by_kappa,
-            )
+            next_sums = next_sums + (block_sums,)
             grad_h = grad_h.to(x_ptr.dtype.element_ty)
-            if UPCAST:
-                grad_h = grad_h.to(tl.float32)
             if grad_x_ptr is not None:
                 inside = (cols[:, None] < D) & (width[None, :] < D)
                 w = tl.load(weight_ptr + i * COLUMNS * D + block_offsets, mask=inside, other=0.0)
-                if UPCAST:
-                    w = w.to(tl.float32)
-                grad_x = tl.dot(grad_h, w, grad_x, input_precision=PRECISION)
+                grad_x = dot(grad_h, w, grad_x, PRECISION)
             block = grad_weight[i]
             if grad_weight_ptr is not None:
                 x = tl.load(x_ptr + row * D + tile_offsets, mask=valid, other=0.0)
-                if UPCAST:
-                    x = x.to(tl.float32)
-                block = tl.dot(tl.trans(grad_h), x, block, input_precision=PRECISION)
+                block = dot(tl.trans(grad_h), x, block, PRECISION)
             next_weight = next_weight + (block,)
         sums = next_sums
         grad_weight = next_weight
@@ -223,9 +177,8 @@ def layer_bwd_kernel(
     for i in tl.static_range(BLOCKS):
         cols = i * COLUMNS + columns
         if sums_ptr is not None:
-            block_sums = (sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3])
-            share_ptr = sums_ptr + share * (COLUMN_SUMS + 3 * SLOPE_SUMS) * D
-            _store_sums(share_ptr, block_sums, cols, D, COLUMN_SUMS, SLOPE_SUMS)
+            share_ptr = sums_ptr + share * (COLUMN_SUMS + PARAMETERS * SLOPE_SUMS) * D
+            store_sums(share_ptr, sums[i], cols, D, COLUMN_SUMS, SLOPE_SUMS)
         if grad_weight_ptr is not None:
             inside = (cols[:, None] < D) & (width[None, :] < D)
             block_ptr = grad_weight_ptr + (share * D + i * COLUMNS) * D
@@ -241,20 +194,12 @@ def preactivation_bwd_kernel(
     bias_ptr,  # [K, D], or None
     grad_h_ptr,  # [K, N, D]
     sums_ptr,  # [K, programs, COLUMN_SUMS + 3·SLOPE_SUMS, D] float32, or None
-    slopes_ptr,  # [3] or [3, D], or None
-    a,
-    c,
-    kappa,
-    log_low,
-    log_high,
+    activation,
     N,
     D,
-    PER_COLUMN: tl.constexpr,
     COLUMN_SUMS: tl.constexpr,
     SLOPE_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    FAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -274,40 +219,24 @@ def preactivation_bwd_kernel(
     weight_ptr += member * D * D
     if bias_ptr is not None:
         bias_ptr += member * D
-    family = load_family(slopes_ptr, a, c, kappa, log_low, log_high, cols, D, PER_COLUMN)
-    sums = (tl.zeros([COLUMNS], tl.float32),) * 4
+    family = load_family(activation, 0, cols, D)
+    sums = (tl.zeros([COLUMNS], tl.float32),) * (1 + PARAMETERS)
     for first in range(program.to(tl.int64) * ROWS, N, programs * ROWS):
         row = member * N + first
-        grad_h, by_a, by_c, by_kappa = _gradient_of_h(
+        grad_h, sums = _gradient_of_h(
             grad_y_ptr + row * D,
             None if grad_logabsdet_ptr is None else grad_logabsdet_ptr + row,
-            x_ptr + row * D,
-            weight_ptr,
-            bias_ptr,
-            N - first,
-            cols,
-            family,
-            D,
-            SLOPE_SUMS,
-            PRECISION,
-            UPCAST,
-            FAST,
-            ROWS,
-            COLUMNS,
-            INNER,
+            *(x_ptr + row * D, weight_ptr, bias_ptr, N - first, cols, sums, family, activation, D),
+            *(COLUMN_SUMS, SLOPE_SUMS, PRECISION, ROWS, COLUMNS, INNER),
         )
-        total = sums[0]
-        if COLUMN_SUMS:
-            total += tl.sum(grad_h, 0)
-        sums = (total, sums[1] + by_a, sums[2] + by_c, sums[3] + by_kappa)
         tl.store(
             grad_h_ptr + row * D + (rows[:, None] * D + cols[None, :]),
             grad_h.to(grad_h_ptr.dtype.element_ty),
             mask=(rows[:, None] < N - first) & (cols[None, :] < D),
         )
     if sums_ptr is not None:
-        share_ptr = sums_ptr + (member * programs + program) * (COLUMN_SUMS + 3 * SLOPE_SUMS) * D
-        _store_sums(share_ptr, sums, cols, D, COLUMN_SUMS, SLOPE_SUMS)
+        share_ptr = sums_ptr + (member * programs + program) * (COLUMN_SUMS + PARAMETERS * SLOPE_SUMS) * D
+        store_sums(share_ptr, sums, cols, D, COLUMN_SUMS, SLOPE_SUMS)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -319,7 +248,6 @@ def weight_gradient_kernel(
     N,
     D,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -350,10 +278,7 @@ def weight_gradient_kernel(
         x = tl.load(x_ptr + base + right_offsets, mask=here & (cols[None, :] < D), other=0.0)
         if grad_bias_ptr is not None:
             grad_bias += grad_h.to(tl.float32)
-        if UPCAST:  # the interpreter multiplies the raw bits of bfloat16
-            grad_h = grad_h.to(tl.float32)
-            x = x.to(tl.float32)
-        grad_weight = tl.dot(tl.trans(grad_h), x, grad_weight, input_precision=PRECISION)
+        grad_weight = dot(tl.trans(grad_h), x, grad_weight, PRECISION)
 
     share = member * splits + split
     valid = (rows[:, None] < D) & (cols[None, :] < D)
@@ -391,14 +316,11 @@ def layer_backward(
     h is computed again from ``bias`` where ``tiles.recomputes(D)``, and must be given beyond (ValueError).
     ``precision`` is as in ``layer_forward``. 4·K·N·D² flops, 6·K·N·D² with h.
     """
-    check_rows("x", x)
-    K, N, D = x.shape
+    K, N, D = check_layer("x", x, bias, None, precision)
     check_parameter("grad_y", grad_y, (K, N, D), x.dtype)
     check_parameter("grad_logabsdet", grad_logabsdet, (K, N), torch.float32)
     check_parameter("h", h, (K, N, D), x.dtype)
     check_parameter("weight", weight, (K, D, D), x.dtype)
-    check_parameter("bias", bias, (K, D))
-    check_precision(precision)
     if not (needs_x or needs_weight or needs_bias or isinstance(slopes, Tensor)):
         return None, None, None, None
     if slopes is not None and h is None and not tiles.recomputes(D):
@@ -456,42 +378,25 @@ def _fused_backward(
     K, N, D = x.shape
     slope_sums = isinstance(slopes, Tensor)
     programs = min(triton.cdiv(N, tile.rows), tiles.programs(8 // tile.warps, K, tiles.architecture(x)))
-
-    def partial(*shape: int) -> Tensor:
-        return torch.empty((K, programs, *shape), dtype=torch.float32, device=x.device)
-
     grad_x = torch.empty_like(x) if needs_x else None
-    weights = partial(D, D) if needs_weight else None
-    sums = partial(needs_bias + 3 * slope_sums, D) if needs_bias or slope_sums else None
-    family = family_arguments(slopes, D)
-    if x.numel() > 0:
-        with on_device_of(x):
-            layer_bwd_kernel[(programs, K)](
-                grad_y,
-                grad_logabsdet,
-                x,
-                weight,
-                bias,
-                grad_x,
-                weights,
-                sums,
-                **family,
-                N=N,
-                D=D,
-                COLUMN_SUMS=needs_bias,
-                SLOPE_SUMS=slope_sums,
-                PRECISION=precision,
-                UPCAST=INTERPRETED,
-                FAST=False,
-                ROWS=tile.rows,
-                WIDTH=max(16, triton.next_power_of_2(D)),
-                COLUMNS=tile.columns,
-                BLOCKS=triton.cdiv(D, tile.columns),
-                INNER=tile.inner,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-                enable_fp_fusion=True,
-            )
+    weights: Tensor | None = None
+    if needs_weight:
+        weights = torch.empty((K, programs, D, D), dtype=torch.float32, device=x.device)
+    sums = memory_for_sums(x, programs, needs_bias, slope_sums)
+    launch(
+        *(layer_bwd_kernel, (programs, K), tile),
+        *(grad_y, grad_logabsdet, x, weight, bias, grad_x, weights, sums, activation_of(slopes, D)),
+        N=N,
+        D=D,
+        COLUMN_SUMS=needs_bias,
+        SLOPE_SUMS=slope_sums,
+        PRECISION=precision,
+        ROWS=tile.rows,
+        WIDTH=max(16, triton.next_power_of_2(D)),
+        COLUMNS=tile.columns,
+        BLOCKS=triton.cdiv(D, tile.columns),
+        INNER=tile.inner,
+    )
     grad_bias, grad_slopes = split_sums(sums, slopes, needs_bias)
     return grad_x, None if weights is None else weights.sum(1), grad_bias, grad_slopes
 
@@ -518,36 +423,19 @@ def _preactivation_backward(
     blocks = triton.cdiv(D, tile.columns)
     programs = min(triton.cdiv(N, tile.rows), tiles.programs(16 // tile.warps, K * blocks, architecture))
     grad_h = torch.empty_like(x)
-    sums: Tensor | None = None
-    if needs_bias or slope_sums:
-        shape = (K, programs, needs_bias + 3 * slope_sums, D)
-        sums = torch.empty(shape, dtype=torch.float32, device=x.device)
-    family = family_arguments(slopes, D)
-    if x.numel() > 0:
-        with on_device_of(x):
-            preactivation_bwd_kernel[(programs * blocks, K)](
-                grad_y,
-                grad_logabsdet,
-                x,
-                weight,
-                bias,
-                grad_h,
-                sums,
-                **family,
-                N=N,
-                D=D,
-                COLUMN_SUMS=needs_bias,
-                SLOPE_SUMS=slope_sums,
-                PRECISION=precision,
-                UPCAST=INTERPRETED,
-                FAST=False,
-                ROWS=tile.rows,
-                COLUMNS=tile.columns,
-                INNER=tile.inner,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-                enable_fp_fusion=True,
-            )
+    sums = memory_for_sums(x, programs, needs_bias, slope_sums)
+    launch(
+        *(preactivation_bwd_kernel, (programs * blocks, K), tile),
+        *(grad_y, grad_logabsdet, x, weight, bias, grad_h, sums, activation_of(slopes, D)),
+        N=N,
+        D=D,
+        COLUMN_SUMS=needs_bias,
+        SLOPE_SUMS=slope_sums,
+        PRECISION=precision,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        INNER=tile.inner,
+    )
     return grad_h, *split_sums(sums, slopes, needs_bias)
 
 
@@ -576,24 +464,16 @@ def _weight_gradient(grad_h: Tensor, x: Tensor, precision: str, *, bias: bool) -
     splits = min(triton.cdiv(N, tile.inner), tiles.programs(8 // tile.warps, K * blocks, architecture))
     weights = torch.empty((K, splits, D, D), dtype=torch.float32, device=x.device)
     sums = torch.empty((K, splits, D), dtype=torch.float32, device=x.device) if bias else None
-    if x.numel() > 0:
-        with on_device_of(x):
-            weight_gradient_kernel[(blocks * splits, K)](
-                grad_h,
-                x,
-                weights,
-                sums,
-                N,
-                D,
-                PRECISION=precision,
-                UPCAST=INTERPRETED,
-                ROWS=tile.rows,
-                COLUMNS=tile.columns,
-                INNER=tile.inner,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-                enable_fp_fusion=True,
-            )
+    launch(
+        *(weight_gradient_kernel, (blocks * splits, K), tile),
+        *(grad_h, x, weights, sums),
+        N=N,
+        D=D,
+        PRECISION=precision,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        INNER=tile.inner,
+    )
     # One split is the sum: no second launch.
     grad_weight = weights[:, 0] if splits == 1 else weights.sum(1)
     if sums is None:

@@ -1,4 +1,5 @@
-"""What every launcher shares: the checks of its arguments, and where and how a kernel starts.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+"""What the kernels share: the checks of a launcher's arguments, how a kernel starts, and the product of tiles.
 
 Launchers take tensors that are contiguous and refuse others: they never copy behind one's back. K stacked
 layers are one launch: x is [K, N, D] and every parameter has a leading K. A launch covers the members with
@@ -7,30 +8,57 @@ the second axis of its grid.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+
+from lunet_fast.kernels.tiles import Tile
 
 #: How a float32 product may be computed: in float32, as three tf32 products with float32's accuracy, or in
 #: tf32 with its 10 bits. Sums are always float32.
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _probe() -> None:
     pass
 
 
 #: Whether Triton was imported under TRITON_INTERPRET=1.
-INTERPRETED = not isinstance(_probe, triton.JITFunction)
+INTERPRETED: tl.constexpr = tl.constexpr(not isinstance(_probe, triton.JITFunction))
 
 
-def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which a kernel launches on x's device: Triton launches on the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+@triton.jit
+def dot(x, w, total, PRECISION: tl.constexpr):
+    """total + x·w, x rounded to w's dtype; a float32 product in PRECISION, the sum in float32."""
+    x = x.to(w.dtype)
+    if INTERPRETED:  # it multiplies the raw bits of bfloat16
+        x = x.to(tl.float32)
+        w = w.to(tl.float32)
+    return tl.dot(x, w, total, input_precision=PRECISION)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, x: Tensor, *arguments: Any, **named: Any) -> None:
+    """Start ``kernel`` on the device of its first argument x, compiled for the tile's warps and stages.
+
+    An empty grid starts nothing.
+    """
+    if 0 in grid:
+        return
+    # Triton launches on the current device.
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        kernel[grid](
+            x,
+            *arguments,
+            **named,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=True,
+        )
 
 
 def check_rows(name: str, x: Tensor, dims: int = 3) -> None:
@@ -54,6 +82,21 @@ def check_parameter(
         raise ValueError(f"{name} must be contiguous {list(shape)}, got {list(tensor.shape)}")
     if dtype is not None and tensor.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+
+
+def check_layer(
+    name: str, x: Tensor, bias: Tensor | None, constant: Tensor | None, precision: str
+) -> tuple[int, int, int]:
+    """K, N and D of rows x [K, N, D], once all that every launcher of a layer is given has been checked.
+
+    ``bias`` is [K, D], ``constant`` [K] float32.
+    """
+    check_rows(name, x)
+    K, N, D = x.shape
+    check_parameter("bias", bias, (K, D))
+    check_parameter("constant", constant, (K,), torch.float32)
+    check_precision(precision)
+    return K, N, D
 
 
 def check_precision(precision: str) -> None:

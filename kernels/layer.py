@@ -7,22 +7,14 @@ Forming W costs D³ once for a batch; then one product does the work of two, and
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lunet_fast.kernels import tiles
-from lunet_fast.kernels.activation import Slopes, family_arguments, load_family, log_phi_derivative, phi
-from lunet_fast.kernels.launch import (
-    INTERPRETED,
-    check_parameter,
-    check_precision,
-    check_rows,
-    on_device_of,
-)
+from lunet_fast.kernels.activation import Slopes, activation_of, load_family, log_phi_derivative, phi
+from lunet_fast.kernels.launch import check_layer, check_parameter, dot, launch
 
 
 @triton.jit
@@ -33,12 +25,7 @@ def finish_tile(
     partial_ptr,
     constant_ptr,
     bias_ptr,
-    slopes_ptr,
-    a,
-    c,
-    kappa,
-    log_low,
-    log_high,
+    activation,
     first_row,  # int64, of the tile, counted over all members
     rows,  # [ROWS], from the tile's first row
     here,  # [ROWS, 1], which rows there are
@@ -47,9 +34,6 @@ def finish_tile(
     blocks,
     member,
     D,
-    PER_COLUMN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    FAST: tl.constexpr,
 ):
     """The end of a layer's forward, on a tile that is still on the chip: bias, φ, the sums of log φ′.
 
@@ -62,17 +46,56 @@ def finish_tile(
     y_ptr += first_row * D
     if h_ptr is not None:
         tl.store(h_ptr + first_row * D + offsets, h.to(h_ptr.dtype.element_ty), mask=valid)
-    if ACTIVATION:
-        family = load_family(slopes_ptr, a, c, kappa, log_low, log_high, cols, D, PER_COLUMN)
-        tl.store(y_ptr + offsets, phi(h, family, FAST).to(y_ptr.dtype.element_ty), mask=valid)
+    if activation.ACTIVE:
+        family = load_family(activation, 0, cols, D)
+        tl.store(y_ptr + offsets, phi(h, family, activation).to(y_ptr.dtype.element_ty), mask=valid)
         if partial_ptr is not None:
-            total = tl.sum(tl.where(valid, log_phi_derivative(h, family, FAST), 0.0), 1)  # [ROWS]
+            total = tl.sum(tl.where(valid, log_phi_derivative(h, family, activation), 0.0), 1)  # [ROWS]
             if constant_ptr is not None:
                 total += tl.where(block == 0, tl.load(constant_ptr + member), 0.0)
             partial_ptr += first_row * blocks + block
             tl.store(partial_ptr + rows[:, None] * blocks, total[:, None], mask=here)
     else:
         tl.store(y_ptr + offsets, h.to(y_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def product_tile(
+    x_ptr,  # at the tile's first row, of length D
+    shift_ptr,  # [D], subtracted from each row of x, or None
+    weight_ptr,  # [D, D], W
+    here,  # [ROWS, 1], which rows there are
+    start_column,
+    D,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """x Wᵀ, or x W, in the columns from ``start_column`` on: [ROWS, COLUMNS] float32."""
+    rows = tl.arange(0, ROWS)
+    span = tl.arange(0, COLUMNS)
+    inner = tl.arange(0, INNER)
+    cols = start_column + span
+    x_ptrs = x_ptr + (rows[:, None] * D + inner[None, :])  # [ROWS, INNER]
+    # [INNER, COLUMNS], of Wᵀ or, transposed, of W.
+    if TRANSPOSED:
+        w_ptrs = weight_ptr + (inner[:, None] * D + cols[None, :])
+    else:
+        w_ptrs = weight_ptr + start_column * D + (span[None, :] * D + inner[:, None])
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, D, INNER):
+        there = inner < D - start
+        x = tl.load(x_ptrs, mask=here & there[None, :], other=0.0)
+        if shift_ptr is not None:
+            shift = tl.load(shift_ptr + start + inner, mask=there, other=0.0).to(tl.float32)
+            x = x.to(tl.float32) - shift[None, :]
+        w = tl.load(w_ptrs, mask=(cols[None, :] < D) & there[:, None], other=0.0)
+        product = dot(x, w, product, PRECISION)
+        x_ptrs += INNER
+        w_ptrs += INNER * D if TRANSPOSED else INNER
+    return product
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -84,20 +107,11 @@ def layer_fwd_kernel(
     h_ptr,  # [K, N, D], or None
     partial_ptr,  # [K, N, column blocks] float32, or None
     constant_ptr,  # [K] float32, log|det W|, or None
-    slopes_ptr,  # [3] or [3, D], or None
-    a,
-    c,
-    kappa,
-    log_low,
-    log_high,
+    activation,
     N,
     D,
-    PER_COLUMN: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    FAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -115,31 +129,14 @@ def layer_fwd_kernel(
     first_row = member * N + first
     rows = tl.arange(0, ROWS)
     cols = block * COLUMNS + tl.arange(0, COLUMNS)
-    inner = tl.arange(0, INNER)
     here = rows[:, None] < N - first
-
-    x_ptrs = x_ptr + first_row * D + (rows[:, None] * D + inner[None, :])  # [ROWS, INNER]
-    # [INNER, COLUMNS], of Wᵀ or, transposed, of W.
-    if TRANSPOSED:
-        w_ptrs = weight_ptr + member * D * D + (inner[:, None] * D + cols[None, :])
-    else:
-        w_ptr = weight_ptr + (member * D + block * COLUMNS) * D
-        w_ptrs = w_ptr + (tl.arange(0, COLUMNS)[None, :] * D + inner[:, None])
-    h = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, D, INNER):
-        there = inner < D - start
-        x = tl.load(x_ptrs, mask=here & there[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=(cols[None, :] < D) & there[:, None], other=0.0)
-        if UPCAST:  # the interpreter multiplies the raw bits of bfloat16
-            x = x.to(tl.float32)
-            w = w.to(tl.float32)
-        h = tl.dot(x, w, h, input_precision=PRECISION)
-        x_ptrs += INNER
-        w_ptrs += INNER * D if TRANSPOSED else INNER
-
+    h = product_tile(
+        *(x_ptr + first_row * D, None, weight_ptr + member * D * D, here, block * COLUMNS, D),
+        *(TRANSPOSED, PRECISION, ROWS, COLUMNS, INNER),
+    )
     finish_tile(
-        *(h, y_ptr, h_ptr, partial_ptr, constant_ptr, bias_ptr, slopes_ptr, a, c, kappa, log_low, log_high),
-        *(first_row, rows, here, cols, block, blocks, member, D, PER_COLUMN, ACTIVATION, FAST),
+        *(h, y_ptr, h_ptr, partial_ptr, constant_ptr, bias_ptr, activation),
+        *(first_row, rows, here, cols, block, blocks, member, D),
     )
 
 
@@ -164,48 +161,34 @@ def layer_forward(
     ``transposed`` takes Wᵀ for W: x W instead of x Wᵀ.
     ``precision`` is the arithmetic of a float32 product: "ieee", "tf32x3" or "tf32". Sums are float32.
     """
-    check_rows("x", x)
-    K, N, D = x.shape
+    K, N, D = check_layer("x", x, bias, constant, precision)
     check_parameter("weight", weight, (K, D, D), x.dtype)
-    check_parameter("bias", bias, (K, D))
-    check_parameter("constant", constant, (K,), torch.float32)
-    check_precision(precision)
-
     tile = tiles.layer_tile(D, x.dtype, precision, tiles.architecture(x))
     blocks = triton.cdiv(D, tile.columns)
-    active = slopes is not None
-    y = torch.empty_like(x)
-    h = torch.empty_like(x) if save and active else None
-    partial: Tensor | None = None
-    if logabsdet and active:
-        partial = torch.empty((K, N, blocks), dtype=torch.float32, device=x.device)
-    if x.numel() > 0:
-        family: dict[str, Any] = family_arguments((1.0, 1.0, 1.0) if slopes is None else slopes, D)
-        with on_device_of(x):
-            layer_fwd_kernel[(triton.cdiv(N, tile.rows) * blocks, K)](
-                x,
-                weight,
-                bias,
-                y,
-                h,
-                partial,
-                constant,
-                **family,
-                N=N,
-                D=D,
-                TRANSPOSED=transposed,
-                ACTIVATION=active,
-                PRECISION=precision,
-                UPCAST=INTERPRETED,
-                FAST=fast,
-                ROWS=tile.rows,
-                COLUMNS=tile.columns,
-                INNER=tile.inner,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-                enable_fp_fusion=True,
-            )
+    y, h, partial = forward_outputs(x, blocks, slopes, logabsdet=logabsdet, save=save)
+    launch(
+        *(layer_fwd_kernel, (triton.cdiv(N, tile.rows) * blocks, K), tile),
+        *(x, weight, bias, y, h, partial, constant, activation_of(slopes, D, fast=fast)),
+        N=N,
+        D=D,
+        TRANSPOSED=transposed,
+        PRECISION=precision,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        INNER=tile.inner,
+    )
     return y, row_totals(x, partial, constant) if logabsdet else None, h
+
+
+def forward_outputs(
+    x: Tensor, blocks: int, slopes: Slopes | None, *, logabsdet: bool, save: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Memory for what ``finish_tile`` stores of rows like x: y, h if saved, sums of ``blocks`` of columns."""
+    y, active = torch.empty_like(x), slopes is not None
+    h = torch.empty_like(x) if save and active else None
+    if not (logabsdet and active):
+        return y, h, None
+    return y, h, torch.empty((*x.shape[:-1], blocks), dtype=torch.float32, device=x.device)
 
 
 def row_totals(x: Tensor, partial: Tensor | None, constant: Tensor | None) -> Tensor:

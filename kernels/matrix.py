@@ -14,15 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from lunet_fast.kernels import tiles
-from lunet_fast.kernels.launch import check_parameter, on_device_of
-from lunet_fast.ops.reference import LOG_DIAGONAL_BOUND
+from lunet_fast.kernels.launch import check_parameter, launch
+
+#: |s_i| beyond this counts as this, so that exp(s_i) and exp(−s_i) are normal, finite numbers. Of both dtypes
+#: that the kernels take, and the same as ``lunet_fast.ops.precision.LOG_DIAGONAL_BOUND``.
+LOG_DIAGONAL_BOUND: tl.constexpr = tl.constexpr(80.0)
 
 
 @triton.jit
-def log_diagonal(lu_ptr, i, D, BOUND: tl.constexpr):
-    """log|u_ii| of rows i, clamped to ±BOUND; 0 beyond D. NaN stays NaN."""
+def log_diagonal(lu_ptr, i, D):
+    """log|u_ii| of rows i, clamped; 0 beyond D. NaN stays NaN."""
     s = tl.load(lu_ptr + i * (D + 1), mask=i < D, other=0.0).to(tl.float32)
-    return tl.where(s > BOUND, BOUND, tl.where(s < -BOUND, -BOUND, s))
+    s = tl.where(s < -LOG_DIAGONAL_BOUND, -LOG_DIAGONAL_BOUND, s)
+    return tl.where(s > LOG_DIAGONAL_BOUND, LOG_DIAGONAL_BOUND, s)
 
 
 @triton.jit
@@ -35,12 +39,20 @@ def _exp(s):
 
 
 @triton.jit
-def diagonal(lu_ptr, sign_ptr, i, D, BOUND: tl.constexpr):
+def diagonal(lu_ptr, sign_ptr, i, D):
     """u_ii of rows i; 1 beyond D."""
-    u = _exp(log_diagonal(lu_ptr, i, D, BOUND))
+    u = _exp(log_diagonal(lu_ptr, i, D))
     if sign_ptr is not None:
         u *= tl.load(sign_ptr + i, mask=i < D, other=1.0).to(tl.float32)
     return u
+
+
+@triton.jit
+def permuted(permutation_ptr, i, D):
+    """Where P has rows i of L U from: permutation[i], or i itself without one; D or more beyond D."""
+    if permutation_ptr is not None:
+        i = tl.load(permutation_ptr + i, mask=i < D, other=D).to(tl.int32)
+    return i
 
 
 @triton.jit
@@ -68,7 +80,6 @@ def compose_kernel(
     weight_ptr,  # [K, D, D]
     logabsdet_ptr,  # [K] float32
     D,
-    BOUND: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -83,16 +94,14 @@ def compose_kernel(
     span = tl.arange(0, BLOCK)
     i = block_i * BLOCK + span
     j = block_j * BLOCK + span
-    u = diagonal(lu_ptr, sign_ptr, j, D, BOUND)[None, :]
+    u = diagonal(lu_ptr, sign_ptr, j, D)[None, :]
     weight = tl.zeros([BLOCK, BLOCK], tl.float32)
     for block_k in range(tl.minimum(block_i, block_j) + 1):
         k = block_k * BLOCK + span
         lower = lower_tile(lu_ptr, i[:, None], k[None, :], D)
         upper = upper_tile(lu_ptr, u, k[:, None], j[None, :], D)
         weight = tl.dot(lower, upper, weight, input_precision=PRECISION)
-    row = i
-    if permutation_ptr is not None:
-        row = tl.load(permutation_ptr + i, mask=i < D, other=0).to(tl.int32)
+    row = permuted(permutation_ptr, i, D)
     weight_ptr += member * D * D
     inside = (i[:, None] < D) & (j[None, :] < D)
     tl.store(
@@ -101,7 +110,7 @@ def compose_kernel(
     if tl.program_id(0) == 0:
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, D, BLOCK):
-            total += log_diagonal(lu_ptr, start + span, D, BOUND)
+            total += log_diagonal(lu_ptr, start + span, D)
         tl.store(logabsdet_ptr + member, tl.sum(total, 0))
 
 
@@ -114,7 +123,6 @@ def compose_bwd_kernel(
     permutation_ptr,  # [D] int64, or None
     grad_lu_ptr,  # [K, D, D]
     D,
-    BOUND: tl.constexpr,
     DIRECTION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -135,13 +143,11 @@ def compose_bwd_kernel(
     span = tl.arange(0, BLOCK)
     i = block_i * BLOCK + span
     j = block_j * BLOCK + span
-    u = diagonal(lu_ptr, sign_ptr, j, D, BOUND)[None, :]
+    u = diagonal(lu_ptr, sign_ptr, j, D)[None, :]
 
     below = tl.zeros([BLOCK, BLOCK], tl.float32)
     if block_i >= block_j:
-        row = i
-        if permutation_ptr is not None:
-            row = tl.load(permutation_ptr + i, mask=i < D, other=0).to(tl.int32)
+        row = permuted(permutation_ptr, i, D)
         for block_k in range(block_j, blocks):
             k = block_k * BLOCK + span
             inside = (i[:, None] < D) & (k[None, :] < D)
@@ -152,9 +158,7 @@ def compose_bwd_kernel(
     if block_i <= block_j:
         for block_k in range(block_i, blocks):
             k = block_k * BLOCK + span
-            row = k
-            if permutation_ptr is not None:
-                row = tl.load(permutation_ptr + k, mask=k < D, other=0).to(tl.int32)
+            row = permuted(permutation_ptr, k, D)
             inside = (k[:, None] < D) & (j[None, :] < D)
             grad = tl.load(grad_weight_ptr + (row[:, None] * D + j[None, :]), mask=inside, other=0.0)
             lower = lower_tile(lu_ptr, k[None, :], i[:, None], D)  # Lᵀ
@@ -165,7 +169,7 @@ def compose_bwd_kernel(
     if grad_logabsdet_ptr is not None:
         on_diagonal += tl.load(grad_logabsdet_ptr + member)
     s = tl.load(lu_ptr + j * (D + 1), mask=j < D, other=0.0).to(tl.float32)
-    on_diagonal = tl.where((tl.abs(s) > BOUND)[None, :], 0.0, on_diagonal)
+    on_diagonal = tl.where((tl.abs(s) > LOG_DIAGONAL_BOUND)[None, :], 0.0, on_diagonal)
     grad = tl.where(i[:, None] > j[None, :], below, tl.where(i[:, None] < j[None, :], above, on_diagonal))
     if DIRECTION < 0:
         grad = -grad
@@ -208,22 +212,13 @@ def compose(
     weight = torch.empty_like(lu, dtype=dtype)
     logabsdet = torch.empty(K, dtype=torch.float32, device=lu.device)
     tile = tiles.matrix_tile(D, tiles.architecture(lu))
-    if K:
-        with on_device_of(lu):
-            compose_kernel[(triton.cdiv(D, tile.rows) ** 2, K)](
-                lu,
-                sign,
-                permutation,
-                weight,
-                logabsdet,
-                D=D,
-                BOUND=LOG_DIAGONAL_BOUND[lu.dtype],
-                PRECISION=tiles.MATRIX_PRECISION,
-                BLOCK=tile.rows,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-                enable_fp_fusion=True,
-            )
+    launch(
+        *(compose_kernel, (triton.cdiv(D, tile.rows) ** 2, K), tile),
+        *(lu, sign, permutation, weight, logabsdet),
+        D=D,
+        PRECISION=tiles.MATRIX_PRECISION,
+        BLOCK=tile.rows,
+    )
     return weight, logabsdet
 
 
@@ -246,22 +241,12 @@ def compose_backward(
     check_parameter("grad_logabsdet", grad_logabsdet, (K,), torch.float32)
     grad_lu = torch.empty_like(lu)
     tile = tiles.matrix_tile(D, tiles.architecture(lu))
-    if K:
-        with on_device_of(lu):
-            compose_bwd_kernel[(triton.cdiv(D, tile.rows) ** 2, K)](
-                grad_weight,
-                grad_logabsdet,
-                lu,
-                sign,
-                permutation,
-                grad_lu,
-                D=D,
-                BOUND=LOG_DIAGONAL_BOUND[lu.dtype],
-                DIRECTION=direction,
-                PRECISION=tiles.MATRIX_PRECISION,
-                BLOCK=tile.rows,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-                enable_fp_fusion=True,
-            )
+    launch(
+        *(compose_bwd_kernel, (triton.cdiv(D, tile.rows) ** 2, K), tile),
+        *(grad_weight, grad_logabsdet, lu, sign, permutation, grad_lu),
+        D=D,
+        DIRECTION=direction,
+        PRECISION=tiles.MATRIX_PRECISION,
+        BLOCK=tile.rows,
+    )
     return grad_lu

@@ -47,7 +47,7 @@ from lunet_fast.kernels.activation import (
 )
 from lunet_fast.kernels.launch import check_parameter, check_precision, check_rows, on_device_of
 from lunet_fast.kernels.matrix import check_packed, diagonal, log_diagonal, lower_tile, upper_tile
-from lunet_fast.ops.reference import LOG_DIAGONAL_BOUND
+from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND
 
 #: Skeel's condition of the factors, ‖|W⁻¹| |L| |U|‖∞, up to which W⁻¹ is used: three digits of seven.
 EXPLICIT_INVERSE_LIMIT: tl.constexpr = tl.constexpr(1e3)

@@ -5,7 +5,8 @@ sums in the same order. A tile never depends on the batch size, so neither does 
 figures come from compilation (no spills, shared memory in bounds); none has been timed on a GPU.
 
 Who wants to tune does it once and keeps the result: ``benchmarks/gpu/tune_kernels.py`` times other tiles on
-the GPU at hand and writes the better ones to a JSON file; LUNET_FAST_TILES=FILE puts them in the table's place.
+the GPU at hand and writes the better ones to a JSON file; LUNET_FAST_TILES=FILE puts them in the table's
+place.
 """
 
 from __future__ import annotations

@@ -20,16 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lunet_fast.kernels import tiles
-from lunet_fast.kernels.activation import Slopes, family_arguments
-from lunet_fast.kernels.launch import (
-    check_parameter,
-    check_precision,
-    check_rows,
-    on_device_of,
-)
-from lunet_fast.kernels.layer import finish_tile, row_totals
-from lunet_fast.kernels.matrix import check_packed, diagonal, lower_tile, upper_tile
-from lunet_fast.ops.reference import LOG_DIAGONAL_BOUND
+from lunet_fast.kernels.activation import Slopes, activation_of
+from lunet_fast.kernels.launch import check_layer, check_parameter, launch
+from lunet_fast.kernels.layer import finish_tile, forward_outputs, row_totals
+from lunet_fast.kernels.matrix import check_packed, diagonal, lower_tile, permuted, upper_tile
 
 
 @triton.jit
@@ -51,19 +45,10 @@ def triangular_fused_kernel(
     h_ptr,  # [K, N, D], or None
     partial_ptr,  # [K, N, BLOCKS] float32, or None
     constant_ptr,  # [K] float32, log|det W|, or None
-    slopes_ptr,  # [3] or [3, D], or None
-    a,
-    c,
-    kappa,
-    log_low,
-    log_high,
+    activation,
     N,
     D,
-    PER_COLUMN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BOUND: tl.constexpr,
     PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,  # ⌈D / BLOCK⌉
@@ -83,7 +68,7 @@ def triangular_fused_kernel(
     middle = ()
     for block in tl.static_range(BLOCKS):
         i = block * BLOCK + span
-        u = diagonal(lu_ptr, sign_ptr, i, D, BOUND)[None, :]
+        u = diagonal(lu_ptr, sign_ptr, i, D)[None, :]
         t = tl.zeros([ROWS, BLOCK], tl.float32)
         for start in range(block * BLOCK, D, BLOCK):
             k = start + span
@@ -97,13 +82,9 @@ def triangular_fused_kernel(
         for before in tl.static_range(block + 1):
             lower = lower_tile(lu_ptr, i[None, :], (before * BLOCK + span)[:, None], D)  # Lᵀ
             h = tl.dot(middle[before], lower, h, input_precision=PRECISION)
-        cols = i
-        if permutation_ptr is not None:
-            cols = tl.load(permutation_ptr + i, mask=i < D, other=D).to(tl.int32)
         finish_tile(
-            *(h, y_ptr, h_ptr, partial_ptr, constant_ptr, bias_ptr, slopes_ptr),
-            *(a, c, kappa, log_low, log_high, first_row, rows, here, cols, block, BLOCKS, member, D),
-            *(PER_COLUMN, ACTIVATION, FAST),
+            *(h, y_ptr, h_ptr, partial_ptr, constant_ptr, bias_ptr, activation),
+            *(first_row, rows, here, permuted(permutation_ptr, i, D), block, BLOCKS, member, D),
         )
 
 
@@ -115,7 +96,6 @@ def triangular_upper_kernel(
     t_ptr,  # [K, N, D] float32
     N,
     D,
-    BOUND: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -134,7 +114,7 @@ def triangular_upper_kernel(
     here = rows[:, None] < N - first
     span = tl.arange(0, BLOCK)
     i = block * BLOCK + span
-    u = diagonal(lu_ptr, sign_ptr, i, D, BOUND)[None, :]
+    u = diagonal(lu_ptr, sign_ptr, i, D)[None, :]
     t = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(block * BLOCK, D, BLOCK):
         x = row_tile(x_ptr, rows, here, start, D, BLOCK)
@@ -153,18 +133,10 @@ def triangular_lower_kernel(
     h_ptr,  # [K, N, D], or None
     partial_ptr,  # [K, N, column blocks] float32, or None
     constant_ptr,  # [K] float32, log|det W|, or None
-    slopes_ptr,  # [3] or [3, D], or None
-    a,
-    c,
-    kappa,
-    log_low,
-    log_high,
+    activation,
     N,
     D,
-    PER_COLUMN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -185,12 +157,9 @@ def triangular_lower_kernel(
         t = row_tile(t_ptr, rows, here, start, D, BLOCK)
         lower = lower_tile(lu_ptr, i[None, :], (start + span)[:, None], D)  # Lᵀ
         h = tl.dot(t, lower, h, input_precision=PRECISION)
-    cols = i
-    if permutation_ptr is not None:
-        cols = tl.load(permutation_ptr + i, mask=i < D, other=D).to(tl.int32)
     finish_tile(
-        *(h, y_ptr, h_ptr, partial_ptr, constant_ptr, bias_ptr, slopes_ptr, a, c, kappa, log_low, log_high),
-        *(first_row, rows, here, cols, block, blocks, member, D, PER_COLUMN, ACTIVATION, FAST),
+        *(h, y_ptr, h_ptr, partial_ptr, constant_ptr, bias_ptr, activation),
+        *(first_row, rows, here, permuted(permutation_ptr, i, D), block, blocks, member, D),
     )
 
 
@@ -216,55 +185,21 @@ def layer_forward_rows(
     numbers in ``precision``, U x is not rounded to x's dtype between them. ``constant`` [K], float32, is
     log|det W|, added to each row's Σ log φ′.
     """
-    check_rows("x", x)
+    K, N, D = check_layer("x", x, bias, constant, precision)
     check_packed(lu, sign, permutation)
-    K, N, D = x.shape
     check_parameter("lu", lu, (K, D, D))
-    check_parameter("bias", bias, (K, D))
-    check_parameter("constant", constant, (K,), torch.float32)
-    check_precision(precision)
-
     tile = tiles.triangular_tile(D, tiles.architecture(x))
     blocks = triton.cdiv(D, tile.columns)
-    active = slopes is not None
-    y = torch.empty_like(x)
-    h = torch.empty_like(x) if save and active else None
-    partial: Tensor | None = None
-    if logabsdet and active:
-        partial = torch.empty((K, N, blocks), dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
-        return y, row_totals(x, partial, constant) if logabsdet else None, h
-
-    family: dict[str, Any] = family_arguments((1.0, 1.0, 1.0) if slopes is None else slopes, D)
-    finish: dict[str, Any] = {
-        "permutation_ptr": permutation,
-        "bias_ptr": bias,
-        "y_ptr": y,
-        "h_ptr": h,
-        "partial_ptr": partial,
-        "constant_ptr": constant,
-        **family,
-        "ACTIVATION": active,
-        "FAST": fast,
-    }
-    common: dict[str, Any] = {
-        "lu_ptr": lu,
-        "N": N,
-        "D": D,
-        "PRECISION": precision,
-        "ROWS": tile.rows,
-        "BLOCK": tile.columns,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        "enable_fp_fusion": True,
-    }
-    upper: dict[str, Any] = {"x_ptr": x, "sign_ptr": sign, "BOUND": LOG_DIAGONAL_BOUND[lu.dtype]}
+    y, h, partial = forward_outputs(x, blocks, slopes, logabsdet=logabsdet, save=save)
     row_tiles = triton.cdiv(N, tile.rows)
-    with on_device_of(x):
-        if tiles.fuses_triangles(D, precision):
-            triangular_fused_kernel[(row_tiles, K)](**upper, **finish, **common, BLOCKS=blocks)
-        else:
-            t = torch.empty_like(x, dtype=torch.float32)
-            triangular_upper_kernel[(row_tiles * blocks, K)](**upper, **common, t_ptr=t)
-            triangular_lower_kernel[(row_tiles * blocks, K)](**finish, **common, t_ptr=t)
+    sizes: dict[str, Any] = {"N": N, "D": D, "PRECISION": precision, "ROWS": tile.rows, "BLOCK": tile.columns}
+    ends = (permutation, bias, y, h, partial, constant, activation_of(slopes, D, fast=fast))
+    if tiles.fuses_triangles(D, precision):
+        grid = (row_tiles, K)
+        launch(triangular_fused_kernel, grid, tile, x, lu, sign, *ends, **sizes, BLOCKS=blocks)
+    else:
+        grid = (row_tiles * blocks, K)
+        t = torch.empty_like(x, dtype=torch.float32)
+        launch(triangular_upper_kernel, grid, tile, x, lu, sign, t, **sizes)
+        launch(triangular_lower_kernel, grid, tile, t, lu, *ends, **sizes)
     return y, row_totals(x, partial, constant) if logabsdet else None, h

@@ -7,7 +7,7 @@ import sys
 
 # What the command line needs beyond the library itself: the extra [train]. ``doctor``, which says what is
 # missing, gets by with the first two.
-_NEEDED = ("typer", "rich", "matplotlib", "safetensors", "pooch")
+_NEEDED = ("typer", "rich", "pandas", "pydantic", "matplotlib", "safetensors", "pooch")
 _NEEDED_BY_DOCTOR = _NEEDED[:2]
 
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Copy", "Finding", "examine", "find_movielens"]
 
 EXTRAS = {
-    "train": ("typer", "rich", "matplotlib", "pooch", "safetensors", "filelock"),
+    "train": ("typer", "rich", "pandas", "pydantic", "matplotlib", "pooch", "safetensors", "filelock"),
+    "parquet": ("pyarrow",),
     "bench": ("nflows", "normflows", "zuko", "cornac", "myfm"),
     "density": ("scikit-learn",),
     "tune": ("optuna",),
@@ -75,7 +76,7 @@ def _versions() -> Iterator[Finding]:
         "versions", "lunet_fast", "ok", f"{lunet_fast.__version__} in {Path(lunet_fast.__file__).parent}"
     )
     yield Finding("versions", "python", "ok", system)
-    for name in ("torch", "numpy", "pandas"):
+    for name in ("torch", "numpy"):
         yield _import("versions", name)
     if importlib.util.find_spec("triton") is None:
         fix = "pip install triton" if torch.cuda.is_available() else ""
@@ -105,18 +106,13 @@ def _extras() -> Iterator[Finding]:
         missing = [name for name in names if importlib.util.find_spec(_MODULES.get(name, name)) is None]
         there = [name for name in names if name not in missing]
         # The others take seconds to import, and only benchmarks and baselines need them.
-        found = [_import("extras", name) for name in there] if extra == "train" else []
+        found = [_import("extras", name) for name in there] if extra in ("train", "parquet") else []
         yield from (finding for finding in found if finding.state == "broken")
         if missing:
             text, fix = f"without {', '.join(missing)}", f"pip install 'lunet-fast[{extra}]'"
             yield Finding("extras", extra, "absent", text, fix)
         else:
             yield Finding("extras", extra, "ok", ", ".join(f"{name} {_version(name)}" for name in there))
-    if importlib.util.find_spec("pyarrow") is None:
-        text = "not installed; reading and writing Parquet need it"
-        yield Finding("extras", "pyarrow", "absent", text, "pip install pyarrow")
-    else:
-        yield _import("extras", "pyarrow")
 
 
 # Devices ----------------------------------------------------------------------------------------------------
@@ -263,9 +259,13 @@ def find_movielens(name: str, data_dir: Path | None = None) -> Copy:
 
 
 def _data() -> Iterator[Finding]:
+    if importlib.util.find_spec("pandas") is None:
+        text = "looked for with the extra [train] alone"
+        yield Finding("data", "movielens", "absent", text, "pip install 'lunet-fast[train]'")
+        return
     try:
         from lunet_fast.recsys.data import movielens
-    except Exception as error:  # pandas' own, which is among the versions
+    except Exception as error:  # pandas' own, which is among the extras
         yield Finding("data", "movielens", "broken", _told(error))
         return
     for name in movielens.DATASETS:

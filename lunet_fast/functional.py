@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from lunet_fast.ops import autograd, reference
-from lunet_fast.ops.autograd import Fixed
+from lunet_fast.ops.precision import autocast_enabled, wide
 from lunet_fast.ops.reference import Slopes
+from lunet_fast.ops.values import IDENTITY, Activation, Matrix
 
 __all__ = [
     "leaky_softplus",
@@ -45,15 +46,17 @@ lu_weight = reference.lu_weight
 lu_logabsdet = reference.lu_logabsdet
 
 
-def _split(slopes: Slopes | None, x: Tensor) -> tuple[Tensor | None, Fixed]:
-    """Slopes as the operations take them: a tensor, or else three floats, (1, 0, 1) for no activation."""
-    # The triple is written out, not named: torch.compile would make a named one's floats symbolic.
+def activation_of(slopes: Slopes | None) -> Activation:
+    """The activation with these slopes, three floats or a tensor [3] or [3, D]; None for none.
+
+    Raises:
+        ValueError: not three slopes, or one that is not above 0.
+        TypeError: tensors in a sequence.
+    """
     if slopes is None:
-        return None, (1.0, 0.0, 1.0)
+        return IDENTITY
     if isinstance(slopes, Tensor):
-        if slopes.shape != (3,) and (x.dim() == 0 or slopes.shape != (3, x.shape[-1])):
-            raise ValueError(f"slopes must be [3] or [3, D] as a tensor, got shape {tuple(slopes.shape)}")
-        return slopes, (1.0, 0.0, 1.0)
+        return reference.family(slopes)
     if any(isinstance(value, Tensor) for value in slopes):
         raise TypeError("slopes must be three floats or one tensor; torch.stack tensors to learn them")
     if len(slopes) != 3:
@@ -61,7 +64,7 @@ def _split(slopes: Slopes | None, x: Tensor) -> tuple[Tensor | None, Fixed]:
     a, c, kappa = slopes
     if not (a > 0 and c > 0 and kappa > 0):
         raise ValueError(f"slopes must be three numbers (a, c, kappa), each above 0, got {tuple(slopes)}")
-    return None, (float(a), float(c), float(kappa))
+    return reference.family((float(a), float(c), float(kappa)))
 
 
 def _check_floating(name: str, x: Tensor) -> None:
@@ -69,9 +72,16 @@ def _check_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .float()")
 
 
-def _check(
-    name: str, x: Tensor, lu: Tensor, bias: Tensor | None, sign: Tensor | None, permutation: Tensor | None
-) -> None:
+def _check_slopes(x: Tensor, phi: Activation) -> None:
+    slopes = phi.parameters
+    if phi.kind != "leaky_softplus" or slopes is None or slopes.shape == (3,):
+        return
+    if x.dim() == 0 or slopes.shape != (3, x.shape[-1]):
+        raise ValueError(f"slopes must be [3] or [3, D] as a tensor, got shape {tuple(slopes.shape)}")
+
+
+def _check(name: str, x: Tensor, matrix: Matrix) -> None:
+    lu, sign, permutation, bias = matrix
     _check_floating(name, x)
     if lu.dim() not in (2, 3) or lu.shape[-2] != lu.shape[-1] or lu.shape[0] == 0:
         raise ValueError(f"lu must be square, [D, D] or [K, D, D], got shape {tuple(lu.shape)}")
@@ -106,8 +116,8 @@ def _check(
 
 def _matching(name: str, x: Tensor, lu: Tensor, *, lower: bool) -> Tensor:
     """x in the dtype to compute in: the autocast dtype if ``lower`` and autocast is on, else that of lu."""
-    if reference.autocast_enabled(x) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type) if lower else reference.wide(lu.dtype))
+    if autocast_enabled(x) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type) if lower else wide(lu.dtype))
     if x.dtype != lu.dtype:
         raise TypeError(
             f"{name} is {x.dtype} and the layer's lu is {lu.dtype}; convert one with .to(), or use autocast"
@@ -115,16 +125,59 @@ def _matching(name: str, x: Tensor, lu: Tensor, *, lower: bool) -> Tensor:
     return x
 
 
+def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
+    """(φ(x), Σ log φ′(x) or None) or, with ``inverse``, (φ⁻¹(x), the log-determinant of φ⁻¹ at x or None)."""
+    _check_floating("y" if inverse else "x", x)
+    _check_slopes(x, phi)
+    name = "activation_inverse" if inverse else "activation_forward"
+    y, total = autograd.apply(name, x, None, phi, logabsdet)
+    return y, total if logabsdet else None
+
+
+def layer(
+    x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(φ(A x + b), its log|det| or None) or, with ``inverse``, the same of A⁻¹ (φ⁻¹(x) − b); raises as
+    ``lu_dense``."""
+    _check("y" if inverse else "x", x, matrix)
+    _check_slopes(x, phi)
+    x = _matching("y" if inverse else "x", x, matrix.lu, lower=not inverse)
+    name = "layer_inverse" if inverse else "layer_forward"
+    y, total = autograd.apply(name, x, matrix, phi, logabsdet)
+    return y, total if logabsdet else None
+
+
+def net(
+    x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(f(x) or, with ``inverse``, f⁻¹(x), and that direction's log-determinant [...] or None).
+
+    f is M layers one after another, the last one linear: lu is [M, D, D], bias and sign [M, D], and the
+    activation that of the M − 1 others, its parameters with a leading dimension of M − 1. One operation,
+    which
+    keeps x (or the inverse's result) alone for backward and computes the layers again there: for devices
+    where ``dispatch.fuses_net`` says that it is one launch.
+    """
+    lu = matrix.lu
+    _check_floating("x", x)
+    if lu.dim() != 3 or x.dim() == 0 or x.shape[-1] != lu.shape[-1] or x.device != lu.device:
+        raise ValueError(
+            f"x must have {lu.shape[-1]} features in its last dimension, on {lu.device}, got shape "
+            f"{tuple(x.shape)} on {x.device}"
+        )
+    x = _matching("x", x, lu, lower=not inverse)
+    y, total = autograd.apply("net_inverse" if inverse else "net_forward", x, matrix, phi, logabsdet)
+    return y, total if logabsdet else None
+
+
 def leaky_softplus(x: Tensor, slopes: Slopes) -> Tensor:
     """φ(x) = a·x + (c/κ)·softplus(κ·x), elementwise; (2.6) is (α, 1 − α, 1), (2.9) is (β, 1, α)."""
-    _check_floating("x", x)
-    return autograd.activation(x, *_split(slopes, x), False)[0]
+    return activation(x, activation_of(slopes), inverse=False, logabsdet=False)[0]
 
 
 def leaky_softplus_and_logabsdet(x: Tensor, slopes: Slopes) -> tuple[Tensor, Tensor]:
     """(φ(x) [..., D], Σ log φ′(x) over the last dimension [...])."""
-    _check_floating("x", x)
-    return autograd.activation(x, *_split(slopes, x), True)
+    return activation(x, activation_of(slopes), inverse=False, logabsdet=True)  # type: ignore[return-value]
 
 
 def leaky_softplus_inverse(y: Tensor, slopes: Slopes) -> Tensor:
@@ -133,44 +186,12 @@ def leaky_softplus_inverse(y: Tensor, slopes: Slopes) -> Tensor:
     Halley's iteration from the nearest of three tangents; its number of steps follows a/c: 2 in float32
     and 3 in float64 at (2.6) with α = 0.1.
     """
-    _check_floating("y", y)
-    return autograd.activation_inverse(y, *_split(slopes, y), False)[0]
+    return activation(y, activation_of(slopes), inverse=True, logabsdet=False)[0]
 
 
 def leaky_softplus_inverse_and_logabsdet(y: Tensor, slopes: Slopes) -> tuple[Tensor, Tensor]:
     """(φ⁻¹(y) [..., D], the log-determinant of φ⁻¹ at y [...])."""
-    _check_floating("y", y)
-    return autograd.activation_inverse(y, *_split(slopes, y), True)
-
-
-def _layer(
-    x: Tensor,
-    lu: Tensor,
-    bias: Tensor | None,
-    sign: Tensor | None,
-    permutation: Tensor | None,
-    slopes: Slopes | None,
-    logabsdet: bool,
-) -> tuple[Tensor, Tensor]:
-    _check("x", x, lu, bias, sign, permutation)
-    x = _matching("x", x, lu, lower=True)
-    learnt, fixed = _split(slopes, x)
-    return autograd.layer(x, lu, bias, learnt, sign, permutation, fixed, logabsdet)
-
-
-def _layer_inverse(
-    y: Tensor,
-    lu: Tensor,
-    bias: Tensor | None,
-    sign: Tensor | None,
-    permutation: Tensor | None,
-    slopes: Slopes | None,
-    logabsdet: bool,
-) -> tuple[Tensor, Tensor]:
-    _check("y", y, lu, bias, sign, permutation)
-    y = _matching("y", y, lu, lower=False)
-    learnt, fixed = _split(slopes, y)
-    return autograd.layer_inverse(y, lu, bias, learnt, sign, permutation, fixed, logabsdet)
+    return activation(y, activation_of(slopes), inverse=True, logabsdet=True)  # type: ignore[return-value]
 
 
 def lu_dense(
@@ -188,7 +209,8 @@ def lu_dense(
         ValueError: ``lu`` is not square, x's last dimension is not D, or a slope is not positive.
         TypeError: x and ``lu`` differ in dtype outside autocast.
     """
-    return _layer(x, lu, bias, sign, permutation, slopes, False)[0]
+    matrix = Matrix(lu, sign, permutation, bias)
+    return layer(x, matrix, activation_of(slopes), inverse=False, logabsdet=False)[0]
 
 
 def lu_dense_and_logabsdet(
@@ -201,7 +223,8 @@ def lu_dense_and_logabsdet(
     slopes: Slopes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(φ(A x + b), Σ log|u_ii| + Σ log φ′(h_i) [...]); raises as ``lu_dense``."""
-    return _layer(x, lu, bias, sign, permutation, slopes, True)
+    matrix = Matrix(lu, sign, permutation, bias)
+    return layer(x, matrix, activation_of(slopes), inverse=False, logabsdet=True)  # type: ignore[return-value]
 
 
 def lu_dense_inverse(
@@ -214,7 +237,8 @@ def lu_dense_inverse(
     slopes: Slopes | None = None,
 ) -> Tensor:
     """x = U⁻¹ L⁻¹ P (φ⁻¹(y) − b), by triangular substitution; raises as ``lu_dense``."""
-    return _layer_inverse(y, lu, bias, sign, permutation, slopes, False)[0]
+    matrix = Matrix(lu, sign, permutation, bias)
+    return layer(y, matrix, activation_of(slopes), inverse=True, logabsdet=False)[0]
 
 
 def lu_dense_inverse_and_logabsdet(
@@ -227,33 +251,5 @@ def lu_dense_inverse_and_logabsdet(
     slopes: Slopes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x, the inverse's own log-determinant at y [...]); raises as ``lu_dense``."""
-    return _layer_inverse(y, lu, bias, sign, permutation, slopes, True)
-
-
-def net(
-    x: Tensor,
-    lu: Tensor,
-    bias: Tensor | None,
-    *,
-    sign: Tensor | None,
-    slopes: Slopes,
-    inverse: bool,
-    logabsdet: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """(f(x) or, with ``inverse``, f⁻¹(x), and that direction's log-determinant [...] or None).
-
-    f is M layers one after another, the last one linear: lu is [M, D, D], bias and sign [M, D], and
-    ``slopes`` of the M − 1 active ones three floats for all, or a tensor [M − 1, 3] or [M − 1, 3, D]. One
-    operation, which keeps x (or the inverse's result) alone for backward and computes the layers again
-    there: for devices where ``dispatch.fuses_net`` says that it is one launch.
-    """
-    _check_floating("x", x)
-    if lu.dim() != 3 or x.dim() == 0 or x.shape[-1] != lu.shape[-1] or x.device != lu.device:
-        raise ValueError(
-            f"x must have {lu.shape[-1]} features in its last dimension, on {lu.device}, got shape "
-            f"{tuple(x.shape)} on {x.device}"
-        )
-    x = _matching("x", x, lu, lower=not inverse)
-    learnt, fixed = (slopes, (1.0, 0.0, 1.0)) if isinstance(slopes, Tensor) else _split(slopes, x)
-    y, total = autograd.net(x, lu, bias, learnt, sign, fixed, inverse, logabsdet)
-    return y, total if logabsdet else None
+    matrix = Matrix(lu, sign, permutation, bias)
+    return layer(y, matrix, activation_of(slopes), inverse=True, logabsdet=True)  # type: ignore[return-value]

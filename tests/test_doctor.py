@@ -38,7 +38,7 @@ def test_a_whole_installation() -> None:
     for name in (
         "torch",
         "numpy",
-        "pandas",
+        "train",
         "cpu",
         "backend",
         "inverse, float64",
@@ -105,7 +105,7 @@ class TestPackages:
             "extras", "bench", "absent", "without zuko", "pip install 'lunet-fast[bench]'"
         )
         assert findings["train"].fix == "pip install 'lunet-fast[train]'"
-        assert findings["pyarrow"].fix == "pip install pyarrow"
+        assert findings["parquet"].fix == "pip install 'lunet-fast[parquet]'"
         assert findings["triton"].state == "absent"
         assert run("doctor").exit_code == 0
 

@@ -22,7 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lunet_fast.bench import layers
 from lunet_fast.bench.contenders import ALPHA, Inv, Ours, Problem, Slogdet, Solve
 from lunet_fast.bench.contest import OURS, Contest, Row, Spec
-from lunet_fast.ops import cpu
+from lunet_fast.ops.cpu.elementwise import elementwise
+from lunet_fast.ops.cpu.layer import layer_inverse
+from lunet_fast.ops.cpu.matrix import Packed
+from lunet_fast.ops.reference import family
+from lunet_fast.ops.values import Matrix
 
 SUITE = "claims"
 
@@ -186,16 +190,16 @@ class _FlopCount(TorchDispatchMode):
 def executed_inverse(features: int, *, active: bool, rows: int = 8192) -> tuple[float, int]:
     """(operations for one more row of a batch of ``rows``, operations that do not depend on the rows).
 
-    Counted from what ``cpu.layer_inverse`` calls for ``rows`` and for a few more, which go the same way.
+    Counted from what ``layer_inverse`` calls for ``rows`` and for a few more, which go the same way.
     """
     problem = Problem.draw(features, torch.device("cpu"), torch.float32)
-    packed = cpu.Packed.of(problem.packed.float(), None, None)
-    family = cpu.Family(ALPHA, 1.0 - ALPHA, 1.0) if active else cpu.Family(1.0, 0.0, 1.0)
+    packed = Packed.of(Matrix(problem.packed.float()))
+    phi = elementwise(family((ALPHA, 1.0 - ALPHA, 1.0) if active else None), torch.float32)
     counts = []
     for n in (rows, rows + MORE_ROWS):
         y = torch.randn(n, features)
         with _FlopCount() as counter:
-            cpu.layer_inverse(y, packed, problem.bias.float(), family, logabsdet=False, save=False)
+            layer_inverse(y, packed, problem.bias.float(), phi, logabsdet=False, save=False)
         counts.append(counter.flops)
     each = (counts[1] - counts[0]) / MORE_ROWS
     return each, round(counts[0] - rows * each)

@@ -160,25 +160,29 @@ def _forward_and_backward(contender: Contender, problem: Problem, spec: Spec) ->
 
 
 def _linear_inverse(contender: Contender, problem: Problem, spec: Spec) -> _Built:
-    inverse = contender.inverse
-    if inverse is None:
-        return contender.name, None, lambda: 0.0
     if contender.name.startswith("zuko") and 4.0 * spec.rows * spec.features**2 > MEMORY_LIMIT:
         raise Unavailable("its inverse copies the matrix for every row, more than 4 GB here")
-    x = _rows(problem, spec.rows)
-    y = (x.double().cpu() @ (problem.weight).T + problem.bias).to(x)
-    run = _no_grad(lambda: inverse(y))
-    return contender.name, run, lambda: _error(run(), x[:CHECKED_ROWS].cpu())  # type: ignore[arg-type]
+    return _inverted(contender.name, contender.inverse, lambda h: h, problem, spec)
 
 
 def _inverse(contender: Contender, problem: Problem, spec: Spec) -> _Built:
-    inverse = contender.active_inverse
+    return _inverted(contender.name, contender.active_inverse, contender.activation, problem, spec)
+
+
+def _inverted(
+    name: str,
+    inverse: Callable[[Tensor], Tensor] | None,
+    activation: Callable[[Tensor], Tensor],
+    problem: Problem,
+    spec: Spec,
+) -> _Built:
+    """``inverse`` of y = activation(A x + b), made in float64."""
     if inverse is None:
-        return contender.name, None, lambda: 0.0
+        return name, None, lambda: 0.0
     x = _rows(problem, spec.rows)
-    y = contender.activation(x.double().cpu() @ (problem.weight).T + problem.bias).to(x)
+    y = activation(x.double().cpu() @ problem.weight.T + problem.bias).to(x)
     run = _no_grad(lambda: inverse(y))
-    return contender.name, run, lambda: _error(run(), x[:CHECKED_ROWS].cpu())  # type: ignore[arg-type]
+    return name, run, lambda: _error(run(), x[:CHECKED_ROWS].cpu())  # type: ignore[arg-type]
 
 
 def _logabsdet(contender: Contender, problem: Problem, spec: Spec) -> _Built:

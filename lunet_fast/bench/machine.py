@@ -1,23 +1,16 @@
-"""What results are measured on, how fast that machine is at best, and how results are written."""
+"""How fast the machine is at best, and what a run on it takes: time, memory and error."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
-import platform
 import statistics
-import subprocess
 import time
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
-import lunet_fast
+from lunet_fast.training.machine import version_of
 
 # PyTorch's profiler, which counts memory, would write a line at each start and stop.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -26,47 +19,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 PEERS = ("triton", "nflows", "normflows", "zuko", "cornac", "myfm")
 
 
-def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Processor, cores, threads, versions, commit and date; on a GPU its name and CUDA's version too."""
-    found: dict[str, Any] = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "lunet_fast": lunet_fast.__version__,
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-    if torch.device(device).type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    return found
-
-
 def versions() -> dict[str, str]:
     """Versions of the peers that are installed."""
-    found = {}
-    for name in PEERS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def write_json(path: Path, content: dict[str, Any]) -> Path:
-    """Write a JSON file, whole or not at all."""
-    return write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    found = {name: version_of(name) for name in PEERS}
+    return {name: version for name, version in found.items() if version}
 
 
 class Rates(NamedTuple):
@@ -151,22 +107,3 @@ def median_and_quartiles(values: list[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return middle, low, high
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """The commit of the repository that this package lies in, "" for an installed copy."""
-    root = Path(lunet_fast.__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return ""
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()

@@ -14,7 +14,9 @@ from lunet_fast.bench import claims, layers, stacks, training
 from lunet_fast.bench.claims import Counts
 from lunet_fast.bench.contenders import quietly
 from lunet_fast.bench.contest import Contest, Row, Spec, compete
-from lunet_fast.bench.machine import Rates, describe, measure_rates, versions, write_json
+from lunet_fast.bench.machine import Rates, measure_rates, versions
+from lunet_fast.training.files import write_json
+from lunet_fast.training.machine import describe
 
 
 class Suite(Protocol):
@@ -58,13 +60,15 @@ class Result:
     counts: list[Counts] = field(default_factory=list)
 
     def save(self, path: Path) -> Path:
-        """Write it as JSON, whole or not at all."""
+        """Write it as JSON, whole or not at all; the folder is made."""
         content = {name: getattr(self, name) for name in ("suite", "scale", "dtype", "machine", "versions")}
         content |= {"rates": self.rates._asdict(), "missing": self.missing}
         content["rows"] = [row.as_json() for row in self.rows]
         if self.counts:
             content["counts"] = [asdict(each) for each in self.counts]
-        return write_json(path, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+        return path
 
     @classmethod
     def load(cls, path: Path) -> Result:

@@ -60,9 +60,10 @@ def bench_command(
     """
     import torch
 
-    from lunet_fast.bench import machine, plots, results
+    from lunet_fast.bench import plots, results
     from lunet_fast.bench.contest import CheckFailed
     from lunet_fast.cli.progress import suite_progress
+    from lunet_fast.training.files import write_text
 
     chosen = suites or ["layers"]
     for name in chosen:
@@ -92,7 +93,7 @@ def bench_command(
             _show_suite(console, result, before)
             if out is not None:
                 path = result.save(out / results.file_name(name, place, dtype))
-                machine.write_text(path.with_suffix(".md"), results.markdown(result))
+                write_text(path.with_suffix(".md"), results.markdown(result))
                 plots.draw(result, path.with_suffix(".png"))
                 typer.echo(f"written to {path}, .md and .png")
     except CheckFailed as error:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lunet_fast.recsys.data.ratings import Ratings
     from lunet_fast.recsys.evaluation.compare import Comparison
 
-#: Of ``comparing.COLUMNS``, narrow.
+#: Of ``comparison.COLUMNS``, narrow.
 _HEADINGS = (
     *("method", "package", "MSE", "RMSE", "HR@10", "NDCG@10", "of all"),
     *("f⁻¹ error", "seconds", "MB", "parameters"),
@@ -92,6 +92,7 @@ def compare_command(
     """
     from lunet_fast.recsys.data import movielens
     from lunet_fast.recsys.evaluation import compare as comparing
+    from lunet_fast.recsys.evaluation import comparison
 
     chosen = list(dict.fromkeys(methods)) if methods else None
     numbers = list(seeds or [0])
@@ -117,7 +118,7 @@ def compare_command(
                     begun=begun,
                     done=done,
                 )
-            written = comparing.save(result, file)
+            written = comparison.save(result, file)
     except KeyboardInterrupt:
         typer.echo(f"\nInterrupted. The same command goes on from what {file} holds.", err=True)
         raise typer.Exit(130) from None
@@ -203,16 +204,17 @@ def _words(outcome: dict[str, Any]) -> str:
 
 
 def _show(console: Console, result: Comparison) -> None:
-    from lunet_fast.recsys.evaluation import compare as comparing
+    from lunet_fast.recsys.evaluation import comparison
+    from lunet_fast.recsys.evaluation.compare import METHODS
     from lunet_fast.recsys.report import dataset_title
 
     title = printable(dataset_title(result.dataset))
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for place, heading in enumerate(_HEADINGS):
         shown.add_column(heading, justify="left" if place < 2 else "right", no_wrap=place > 0)
-    for row, cells in zip(result.rows, comparing.table(result, spreads=False), strict=True):
-        style = "bold" if comparing.METHODS[row["key"]].is_lu_net else None
+    for row, cells in zip(result.rows, comparison.table(result, spreads=False), strict=True):
+        style = "bold" if METHODS[row["key"]].is_lu_net else None
         shown.add_row(*map(printable, cells), style=style)
     console.print(shown)
-    for text in (*comparing.reasons(result), *comparing.notes(result)):
+    for text in (*comparison.reasons(result), *comparison.notes(result)):
         typer.echo(f"- {printable(text)}")

@@ -32,9 +32,10 @@ def export_command(
         lunet-fast export --run runs/mine --out vectors/mine
     """
     with errors_told():
-        from lunet_fast.recsys.serving.export import export_vectors, require_pyarrow
+        from lunet_fast.recsys.data.parquet_table import require_pyarrow
+        from lunet_fast.recsys.serving.export import export_vectors
 
-        require_pyarrow()
+        require_pyarrow("writing Parquet")
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out}: is a file: name a folder")
         recommender = options.load_run(run)

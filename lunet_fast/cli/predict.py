@@ -12,7 +12,8 @@ from lunet_fast.cli import options
 from lunet_fast.cli.output import errors_told, given_text, prepare_out, shortest, write_csv, write_out
 
 if TYPE_CHECKING:
-    from lunet_fast.recsys.data.ratings import IdMap, _Table
+    from lunet_fast.recsys.data.ids import IdMap
+    from lunet_fast.recsys.data.table import Table
 
 
 def predict_command(
@@ -105,32 +106,22 @@ def _rated(index: Any, counts: Any) -> Any:
     return (index >= 0) & (counts.numpy()[index.clip(min=0)] > 0)
 
 
-def _read_pairs(path: Path, user: str, item: str, sep: str | None) -> _Table:
+def _read_pairs(path: Path, user: str, item: str, sep: str | None) -> Table:
     """The rows of the file, no id of which is empty.
 
-    Formats, rules and errors are those of ``read_ratings``, which itself wants a rating and each pair once:
-    so its parts are called here.
+    Formats, rules and errors are those of ``read_ratings``, which itself wants a rating and each pair once.
     """
-    from lunet_fast.recsys.data import ratings
+    from lunet_fast.recsys.data.ratings import read_table
 
     if not path.is_file():
         raise FileNotFoundError(f"--pairs {path}: no such file")
-    suffix = ratings._format(path, sep)
-    data = ratings.read_bytes(path)
-    columns = ratings._columns(user=user, item=item)
-    if suffix == ".parquet":
-        table = ratings._read_parquet(path, data, columns)
-    else:
-        separator = ratings.SEPARATORS[suffix] if sep is None else sep
-        table = ratings._read_text(str(path), data, separator, columns, strip_types=suffix == ".inter")
+    table = read_table(path, sep, user=user, item=item)
     for role in ("user", "item"):
-        empty = [k for k, text in enumerate(table.columns[role].texts) if not text]
-        if empty:
-            table.fail(role, empty, "id is empty: give every row one")
+        table.refuse_empty(role)
     return table
 
 
-def _ids(table: _Table, role: str, known: IdMap) -> list[str]:
+def _ids(table: Table, role: str, known: IdMap) -> list[str]:
     """The ids of each row, as texts, without the apostrophes that our CSV files have before some."""
     from lunet_fast.recsys.data.spreadsheet import as_it_was
 

@@ -144,7 +144,7 @@ def _format(given: str | None, out: Path | None) -> str:
 
 def _read_ids(path: Path) -> list[str]:
     """Ids, one a line; blank lines are skipped."""
-    from lunet_fast.recsys.data.ratings import read_bytes
+    from lunet_fast.recsys.data.limits import read_bytes
 
     if not path.is_file():
         raise FileNotFoundError(f"--users-file {path}: no such file")

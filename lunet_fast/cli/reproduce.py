@@ -110,10 +110,10 @@ def reproduce_command(
 
         lunet-fast reproduce --epochs 1 --out runs/trial
     """
-    from lunet_fast.bench.machine import describe
     from lunet_fast.cli.progress import training_progress
     from lunet_fast.recsys.report.reproduce import DATASETS, Planned, Watcher, reproduce
     from lunet_fast.training.loop import DivergenceError, Progress
+    from lunet_fast.training.machine import describe
 
     class Told(Watcher):
         def begins(self, number: int, total: int, planned: Planned, finished: bool) -> None:

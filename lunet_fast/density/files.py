@@ -4,34 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
 from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.data import Rows
 from lunet_fast.density.model import DensityModel, build_flow
 from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.training.files import CheckpointError, read_tensors, write_tensors
-from lunet_fast.training.schema import Schema, header_schema
+from lunet_fast.training.schema import FORMAT_VERSION, Header
 
 FLOW_FORMAT = "lunet-fast flow"
 
-_COUNT: Schema = {"type": "integer", "minimum": 1}
+Total = Annotated[int, Field(ge=0)]
 
-HEADER = header_schema(
-    FLOW_FORMAT,
-    "A trained density: its settings, its data, and what that goes through.",
-    first=2,
-    config={"type": "object"},
-    dataset={"type": "string"},
-    source={"type": "string"},
-    features=_COUNT,
-    classes={"type": "integer", "minimum": 0},
-    levels={"type": "integer", "minimum": 0},
-    image={"type": "array", "items": _COUNT, "maxItems": 2},
-)
-"""The header; ``levels`` 0 stands for data that are not integers, ``image`` [] for no picture."""
+
+class FlowHeader(Header):
+    """A trained density: its settings, its data, and what that goes through."""
+
+    format: Literal["lunet-fast flow"]
+    version: Annotated[int, Field(ge=2, le=FORMAT_VERSION)]
+    config: DensityConfig
+    dataset: str
+    source: str
+    features: Annotated[int, Field(ge=1)]
+    classes: Total
+    levels: Total
+    """0 stands for data that are not integers."""
+    image: Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=2)]
+    """Height and width; empty for no picture."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def load_flow(path: Path) -> TrainedFlow:
     Nothing in the file is executed. :class:`CheckpointError` where it is damaged, of another kind, or where
     its tensors are not those of its settings; ``FileNotFoundError`` where it is missing.
     """
-    tensors, header = read_tensors(path, FLOW_FORMAT, HEADER)
+    tensors, header = read_tensors(path, FLOW_FORMAT, FlowHeader)
     try:
         config = DensityConfig.from_dict(header["config"])
         features, classes = header["features"], header["classes"]

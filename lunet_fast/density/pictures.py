@@ -13,6 +13,7 @@ from lunet_fast.density.data import Rows
 from lunet_fast.density.evaluation import grid
 from lunet_fast.density.model import DensityModel
 from lunet_fast.density.targets import Target
+from lunet_fast.training.figures import new_figure
 from lunet_fast.training.files import write_figure
 
 SIDE = 8
@@ -20,10 +21,11 @@ SIDE = 8
 
 
 def save_heat_maps(path: Path, model: DensityModel, target: Target) -> None:
-    """The true density on the plane and the learnt one beside it, in one colour scale."""
-    points, _ = grid(target.extent, 301)
+    """The true 2-D density and the learnt one beside it, in one colour scale."""
+    # An even number of points a side: none lies on an edge of the checkerboard.
+    points, _ = grid(target.extent, 300)
     both = {"truth": target.log_prob(points), "learnt": model.log_prob(points.float())}
-    figure = _figure(8.0, 4.2)
+    figure = new_figure(8.0, 4.2)
     highest = float(both["truth"].exp().max())
     for place, (title, log_prob) in enumerate(both.items(), start=1):
         axes = figure.add_subplot(1, 2, place)
@@ -39,13 +41,13 @@ def show_density(axes: Any, log_prob: Tensor, extent: float, highest: float) -> 
     # The first coordinate is the slowest of the grid, and across.
     density = log_prob.double().exp().reshape(side, side).T
     return axes.imshow(
-        density.numpy(), origin="lower", extent=(-extent, extent) * 2, vmin=0, vmax=highest, cmap="magma"
+        density.numpy(), origin="lower", extent=(-extent, extent) * 2, vmin=0, vmax=highest, cmap="viridis"
     )
 
 
 def save_samples(path: Path, samples: Tensor, data: Tensor, size: tuple[int, int], levels: int) -> None:
     """A sheet of samples [64, H·W] beside one of data: pictures of ``size`` with that many greys."""
-    figure = _figure(8.0, 4.4)
+    figure = new_figure(8.0, 4.4)
     for place, (title, rows) in enumerate((("data", data), ("samples", samples)), start=1):
         axes = figure.add_subplot(1, 2, place)
         show_sheet(axes, rows[: SIDE * SIDE], size, levels)
@@ -55,7 +57,7 @@ def save_samples(path: Path, samples: Tensor, data: Tensor, size: tuple[int, int
 
 def save_sheet(path: Path, samples: Tensor, size: tuple[int, int], levels: int) -> None:
     """A sheet of samples alone, the first 64."""
-    figure = _figure(4.2, 4.2)
+    figure = new_figure(4.2, 4.2)
     show_sheet(figure.add_subplot(), samples[: SIDE * SIDE], size, levels)
     write_figure(path, figure)
 
@@ -65,7 +67,7 @@ def save_interpolation(path: Path, model: DensityModel, rows: Rows) -> None:
     image = rows.image
     assert image is not None
     assert model.preprocessing.levels is not None
-    figure = _figure(4.2, 4.4)
+    figure = new_figure(4.2, 4.4)
     axes = figure.add_subplot()
     show_sheet(axes, interpolation(model, rows).flatten(0, 1), image, model.preprocessing.levels)
     axes.set_title("between two rows of data", loc="left", fontsize=11)
@@ -101,12 +103,3 @@ def show_sheet(axes: Any, rows: Tensor, size: tuple[int, int], levels: int) -> N
         sheet[top : top + height, left : left + width] = row.reshape(size)
     axes.imshow(sheet.numpy(), cmap="gray_r", vmin=0, vmax=levels - 1, interpolation="nearest")
     axes.set_axis_off()
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

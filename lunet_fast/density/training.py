@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import copy
-import platform
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-import lunet_fast
 from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.data import Parts, Rows, split
 from lunet_fast.density.evaluation import evaluate
 from lunet_fast.density.files import load_flow, save_flow
 from lunet_fast.density.model import DensityModel, build_flow, whiten
 from lunet_fast.density.preprocessing import Preprocessing
-from lunet_fast.recsys import report
-from lunet_fast.training.distributed import existing_device
-from lunet_fast.training.files import RunFolder, read_json, write_json
-from lunet_fast.training.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, cpu_threads, fit
+from lunet_fast.training.distributed import Workers, existing_device
+from lunet_fast.training.figures import save_loss_figure
+from lunet_fast.training.files import read_json, write_json
+from lunet_fast.training.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, cpu_threads
+from lunet_fast.training.machine import flat_versions
+from lunet_fast.training.run import Run
 from lunet_fast.training.seeding import seeded
-
-PHASE = "flow"
 
 VALIDATION_DRAWS = 4
 """Draws of the noise in a look at the validation part, the same at each look."""
@@ -56,105 +52,94 @@ def train_density(
 ) -> DensityResult:
     """Train a flow on 70 % of the rows, choose its weights by 10 %, evaluate it on 20 %.
 
-    ``out`` is the run folder, as in :func:`lunet_fast.recsys.model.training.train`, whose rules on
-    ``resume``,
-    ``overwrite``, ``checkpoint_seconds`` and ``stop`` hold here too: a training that is interrupted and
-    resumed ends in the same weights, bit for bit on a CPU. ``device`` is where it is trained; the result is
-    on the CPU.
+    ``out`` is the run folder. There, ``resume`` goes on from the last checkpoint to the weights that the
+    uninterrupted training would have given, bit for bit on a CPU, and returns the stored result (without its
+    curve) where the training is finished; a folder with another training is refused unless ``overwrite``.
+    Checkpoints are written at the end of each round, within one ``checkpoint_seconds`` after the last, and
+    when ``stop`` is asked for one, before :class:`~lunet_fast.training.loop.Interrupted` is raised.
+    ``device`` is where it is trained; the result is on the CPU.
 
     Raises :class:`~lunet_fast.training.loop.DivergenceError` when the loss is not finite, ``RunFolderError``
-    for an
-    unusable folder, ``CheckpointError`` for a damaged checkpoint, ``ValueError`` for data without a density.
+    for an unusable folder, ``CheckpointError`` for a damaged checkpoint, ``ValueError`` for data without a
+    density.
     """
-    device = existing_device(device)
+    workers = Workers(device=existing_device(device))
     parts = split(rows, config.seed)
-    folder = None if out is None else RunFolder(Path(out))
-    config = replace(config, learning_rate=config.rate(rows.features))
-    resolved = {"dataset": rows.name, "source": rows.source, "rows": len(rows), **config.to_dict()}
-    if folder is not None:
-        folder.prepare(resume=resume, overwrite=overwrite)
-        if resume and folder.is_finished():
-            folder.check(resolved)
-            return DensityResult(load_flow(folder.model).model, read_json(folder.metrics), Curve())
-    training = parts.training
-    preprocessing = Preprocessing.of(training.values, rows.levels)
-    shares = None
-    if config.conditional and training.labels is not None:
-        counts = torch.bincount(training.labels, minlength=rows.classes)
-        shares = counts / counts.sum()
-    with seeded(config.seed), cpu_threads(config.threads):
-        flow = build_flow(config, rows.features, rows.classes)
-        if config.whiten:
-            noise = torch.Generator().manual_seed(config.seed)
-            whiten(flow, preprocessing.forward(training.values, noise)[0])
-    model = DensityModel(flow, preprocessing, rows.features, shares)
-    with nullcontext() if folder is None else folder.locked():
-        if folder is not None:
-            folder.begin(resolved, resume=resume)
+    config = config.replace(learning_rate=config.rate(rows.features))
+    run = Run(
+        out,
+        workers,
+        resume=resume,
+        overwrite=overwrite,
+        checkpoint_seconds=checkpoint_seconds,
+        progress=progress,
+        stop=stop,
+    )
+    recorded = {"dataset": rows.name, "source": rows.source, "rows": len(rows), **config.to_dict()}
+    stored = run.finished(recorded)
+    if stored is not None:
+        return DensityResult(load_flow(stored.model).model, read_json(stored.metrics), Curve())
+    first = _untrained(parts.training, rows.classes, config)
+    with run.begun(recorded):
         with cpu_threads(config.threads):
-            model, curve, chosen = fit_flow(
-                model,
-                parts,
-                config,
-                device=device,
-                file=None if folder is None else folder.checkpoints / f"{PHASE}.safetensors",
-                resume=resume,
-                progress=progress,
-                checkpoint_seconds=checkpoint_seconds,
-                stop=stop,
-            )
+            model, curve, chosen = fit_flow(first, parts, config, run)
             values = evaluate(model, parts)
         metrics = {
             "dataset": rows.name,
             "seed": config.seed,
-            "unit": preprocessing.unit,
+            "unit": model.preprocessing.unit,
             **values,
             "best_round": chosen,
             "rounds": len(curve.train),
             "train_seconds": round(curve.seconds, 3),
-            "parameters": sum(p.numel() for p in flow.parameters()),
+            "parameters": sum(p.numel() for p in first.flow.parameters()),
             "features": rows.features,
-            "train_rows": len(training),
+            "train_rows": len(parts.training),
             "validation_rows": len(parts.validation),
             "test_rows": len(parts.test),
-            "version_lunet_fast": lunet_fast.__version__,
-            "version_python": platform.python_version(),
-            "version_torch": torch.__version__,
-            "version_numpy": np.__version__,
+            **flat_versions(),
         }
-        if folder is not None:
-            save_flow(folder.model, model, config, rows)
-            report.save_loss_figure(
-                folder.loss,
+        if run.folder is not None:
+            save_flow(run.folder.model, model, config, rows)
+            save_loss_figure(
+                run.folder.loss,
                 f"{rows.name}, {config.layers} layers",
                 curve.train,
                 curve.test,
-                f"loss, {preprocessing.unit}",
+                f"loss, {model.preprocessing.unit}",
                 held_out="validation",
                 unit=f"round of {config.round_steps} steps",
             )
-            write_json(folder.metrics, metrics)
+            write_json(run.folder.metrics, metrics)
     return DensityResult(model, metrics, curve)
 
 
+def _untrained(training: Rows, classes: int, config: DensityConfig) -> DensityModel:
+    """The model before its first step: preprocessing and whitening by the training part."""
+    preprocessing = Preprocessing.of(training.values, training.levels)
+    shares = None
+    if config.conditional and training.labels is not None:
+        counts = torch.bincount(training.labels, minlength=classes)
+        shares = counts / counts.sum()
+    with seeded(config.seed), cpu_threads(config.threads):
+        flow = build_flow(config, training.features, classes)
+        if config.whiten:
+            noise = torch.Generator().manual_seed(config.seed)
+            whiten(flow, preprocessing.forward(training.values, noise)[0])
+    return DensityModel(flow, preprocessing, training.features, shares)
+
+
 def fit_flow(
-    model: DensityModel,
-    parts: Parts,
-    config: DensityConfig,
-    *,
-    device: torch.device | str = "cpu",
-    file: Path | None = None,
-    resume: bool = False,
-    progress: Progress | None = None,
-    checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    stop: Stop | None = None,
+    model: DensityModel, parts: Parts, config: DensityConfig, run: Run | None = None
 ) -> tuple[DensityModel, Curve, int]:
     """Train ``model.flow``, any module with ``log_prob``; return the chosen model, the curve and the round.
 
     The flow is trained in place; the model that is returned holds another one, with the averaged weights of
     the round (from 1; 0 for the first weights) that the validation part likes best. Both are on the CPU at
-    the end; ``device`` is where it is computed.
+    the end. ``run`` says where it is computed and where checkpoints go; by default on the CPU, and nowhere.
     """
+    run = run or Run()
+    device = run.workers.device
     kept = _Kept(model.flow.to(device)).to(device)
     training, validation = parts.training, parts.validation
     held_out = validation.values.to(device)
@@ -179,29 +164,20 @@ def fit_flow(
         kept.offer(loss)
         return loss
 
-    def enough(curve: Curve) -> bool:
-        return len(curve.test) - int(kept.round) >= config.patience
-
-    curve = fit(
-        Phase(
-            name=PHASE,
-            module=kept,
-            optimizer=optimizer,
-            batches=_Rounds(columns, config.batch_size, config.round_steps),
-            epochs=-(-config.steps // config.round_steps),
-            seed=config.seed,
-            objective=objective,
-            rate=("learning_rate", config.rate(model.features)),
-            test_loss=validate,
-            enough=enough,
-            linear_decay=True,
-        ),
-        file=file,
-        resume=resume,
-        checkpoint_seconds=checkpoint_seconds,
-        stop=stop,
-        progress=progress,
+    phase = Phase(
+        name="flow",
+        module=kept,
+        optimizer=optimizer,
+        batches=_Rounds(columns, config.batch_size, config.round_steps),
+        epochs=-(-config.steps // config.round_steps),
+        seed=config.seed,
+        objective=objective,
+        rate=("learning_rate", config.rate(model.features)),
+        test_loss=validate,
+        enough=lambda curve: len(curve.test) - int(kept.round) >= config.patience,
+        linear_decay=True,
     )
+    curve = run.fit(phase)
     kept.to("cpu")
     chosen = DensityModel(kept.best, model.preprocessing, model.features, model.shares)
     return chosen, curve, int(kept.round)

@@ -13,7 +13,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from lunet_fast.layers.conditional import ConditionalLUNet, GivenContext
 from lunet_fast.layers.transforms import InvertibleTransform
-from lunet_fast.ops.reference import wide
+from lunet_fast.ops.precision import wide
 
 
 class StandardNormal(nn.Module):

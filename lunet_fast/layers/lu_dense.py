@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lunet_fast import functional
 from lunet_fast.layers.activations import BijectiveActivation
 from lunet_fast.layers.transforms import InvertibleTransform
-from lunet_fast.ops import reference
+from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND, wide
 from lunet_fast.ops.reference import Slopes
 
 
@@ -159,7 +159,7 @@ class LUDense(nn.Module):
         rows, columns = weight.shape
         if rows != columns:
             raise ValueError(f"linear must be square, got in_features={columns} and out_features={rows}")
-        work = weight.to(reference.wide(weight.dtype))
+        work = weight.to(wide(weight.dtype))
         if not bool(work.isfinite().all()):
             raise ValueError("linear.weight has entries that are infinite or NaN; it cannot be factorised")
         packed, pivots, _ = torch.linalg.lu_factor_ex(work)  # an exact zero on the diagonal is refused below
@@ -171,7 +171,7 @@ class LUDense(nn.Module):
             raise ValueError(
                 f"linear.weight is singular to working precision: |u_ii| from {low:.3g} to {high:.3g}"
             )
-        bound = reference.LOG_DIAGONAL_BOUND[weight.dtype]
+        bound = LOG_DIAGONAL_BOUND[weight.dtype]
         if max(-math.log(low), math.log(high)) > bound:
             raise ValueError(
                 f"linear.weight has |u_ii| from {low:.3g} to {high:.3g}; this layer holds exp(±{bound:g}) in "

@@ -17,7 +17,9 @@ from lunet_fast.layers.activations import BijectiveActivation, LeakySoftplus
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.layers.transforms import InvertibleTransform
 from lunet_fast.ops import dispatch, reference
+from lunet_fast.ops.precision import autocast_enabled, without_autocast
 from lunet_fast.ops.reference import Slopes
+from lunet_fast.ops.values import Matrix
 
 #: What ``LUNet`` keeps for backward: every layer's input, or only the result.
 MEMORY = ("saved", "reversible")
@@ -161,7 +163,7 @@ class LUNet(nn.Module):
         if any(layer.bias is None for layer in layers):
             raise ValueError("whiten needs layers with a bias: make the net with bias=True")
         rows = rows.to(layers[0].lu.device, torch.float64)
-        with torch.no_grad(), reference.without_autocast(rows):
+        with torch.no_grad(), without_autocast(rows):
             for layer in layers:
                 rows = _whiten(layer, rows)
 
@@ -214,7 +216,7 @@ class LUNet(nn.Module):
             return self._run_each(x, inverse=inverse, logabsdet=logabsdet)
         # What is computed must not depend on whether a gradient is recorded: one precision for all.
         x = self._invertible(x)
-        with reference.without_autocast(x):
+        with without_autocast(x):
             if all(map(_is_plain, self.layers)):
                 parts = [
                     reversible.Layer(layer.lu, layer.bias, layer._slopes(), layer.sign, layer.permutation)
@@ -263,14 +265,14 @@ class LUNet(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """All layers in one operation, which keeps nothing between them."""
         layers = self._layers()
-        return functional.net(
-            x,
+        matrix = Matrix(
             torch.stack([layer.lu for layer in layers]),
+            torch.stack([layer.sign for layer in layers]),
+            None,
             None if layers[0].bias is None else torch.stack([cast(Tensor, layer.bias) for layer in layers]),
-            sign=torch.stack([layer.sign for layer in layers]),
-            slopes=slopes,
-            inverse=inverse,
-            logabsdet=logabsdet,
+        )
+        return functional.net(
+            x, matrix, functional.activation_of(slopes), inverse=inverse, logabsdet=logabsdet
         )
 
     def _invertible(self, x: Tensor) -> Tensor:
@@ -281,7 +283,7 @@ class LUNet(nn.Module):
                 f"memory='reversible' needs float32 or float64 parameters, got {dtype}, in which inversion "
                 "loses what gradients need; set memory='saved', or keep float32 parameters and use autocast"
             )
-        lowered = reference.autocast_enabled(x) and x.is_floating_point() and x.dtype != torch.float64
+        lowered = autocast_enabled(x) and x.is_floating_point() and x.dtype != torch.float64
         return x.to(dtype) if lowered else x
 
     def as_transform(self) -> InvertibleTransform:
@@ -311,7 +313,7 @@ class LUNet(nn.Module):
                     a, c, kappa = layer.activation.slope_values()
                     low, high = a, a + c
                     if x is not None and x.numel():
-                        h = reference.affine(x, layer.lu, layer.bias, layer.sign, layer.permutation)
+                        h = reference.affine(x, Matrix(layer.lu, layer.sign, layer.permutation, layer.bias))
                         low = high = a + c * torch.sigmoid(kappa * h.double())
                     slope = (float(low.min()), float(high.max()))
                 report.append(LayerCondition(f"layers.{index}", _kappa_1(lower), _kappa_1(upper), *slope))
@@ -343,7 +345,7 @@ class LUNet(nn.Module):
         A row's error is taken beside its own length or the mean one, whichever is greater, since a row that
         happens to lie near 0 says nothing; where all are 0, beside 1.
         """
-        with reference.without_autocast(x):
+        with without_autocast(x):
             error = (self.inverse(self.forward(x)).double() - x.double()).norm(dim=-1)
         lengths = x.double().norm(dim=-1)
         worst = float((error / torch.maximum(lengths, lengths.mean() or lengths.new_ones(()))).max())

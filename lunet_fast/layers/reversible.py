@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lunet_fast import functional
-from lunet_fast.ops import reference
 from lunet_fast.ops.autograd import records
+from lunet_fast.ops.precision import without_autocast
 from lunet_fast.ops.reference import Slopes
 
 #: Rows of each layer's input that are kept for the guard, evenly spaced; all of them in smaller batches.
@@ -133,7 +133,7 @@ class _Run(torch.autograd.Function):
         walk = range(len(order) - 1, first - 1, -1)
         grad = torch.zeros_like(x) if grad is None else grad
         recovered = []
-        with reference.without_autocast(x):
+        with without_autocast(x):
             for step in walk:
                 layer = layers[order[step]]
                 x, _ = layer(x, inverse=not ctx.inverse, logabsdet=False)

@@ -2,7 +2,7 @@
 
 There a layer is best written in the fewest calls of PyTorch, which then differentiates it in C++: with 32
 features and 128 rows a training step of two layers takes two thirds of the time that hand-written gradients
-take, which are called through Python. ``dispatch.is_small`` says where; the results are the same to rounding.
+take, which are called through Python. ``is_small`` says where; the results are the same to rounding.
 """
 
 from __future__ import annotations
@@ -17,13 +17,36 @@ from torch import Tensor
 from lunet_fast import functional
 from lunet_fast.layers.activations import BijectiveActivation, LeakySoftplus
 from lunet_fast.layers.lu_dense import LUDense
-from lunet_fast.ops import cpu, dispatch, reference
+from lunet_fast.ops import dispatch, reference
+from lunet_fast.ops.cpu import matrix
+from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND, autocast_enabled
+
+#: Numbers in x up to which a net's layers are small on a CPU, and the features that they may have.
+SMALL_NUMBERS, SMALL_FEATURES = 1 << 18, matrix.BLOCK
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether calling a layer's operation on x costs more than what it computes.
+
+    Never while being traced, where the choice must not depend on the batch, nor under autocast or in low
+    precision, of which only the operations know what is computed in which dtype.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and dispatch.get_backend() != "triton"
+        and x.dtype in (torch.float32, torch.float64)
+        and x.numel() <= SMALL_NUMBERS
+        and x.dim() > 0
+        and x.shape[-1] <= SMALL_FEATURES
+        and not autocast_enabled(x)
+    )
 
 
 def takes(x: Tensor, layers: Sequence[LUDense]) -> bool:
     """Whether these layers on x are small and what ``net`` is written for; what does not fit together is left
     to the layers, which say what is wrong."""
-    return dispatch.is_small(x) and all(
+    return is_small(x) and all(
         layer.lu.dtype == x.dtype and layer.in_features == x.shape[-1] for layer in layers
     )
 
@@ -52,7 +75,7 @@ def takes_inverse(y: Tensor, layers: Sequence[LUDense]) -> bool:
     return (
         not recorded
         and takes(y, layers)
-        and rows >= cpu.least_rows_for_inverse(y.shape[-1])
+        and rows >= matrix.least_rows_for_inverse(y.shape[-1])
         # Under vmap no number can be read, and the condition is one.
         and not any(torch._C._functorch.is_functorch_wrapped_tensor(layer.lu) for layer in layers)
     )
@@ -63,11 +86,11 @@ def inverse_net(
 ) -> tuple[Tensor, Tensor | None] | None:
     """(f⁻¹(y) [..., D], log|det| of its Jacobian [...] or None); None where an A⁻¹ would not be accurate.
 
-    All U⁻¹ L⁻¹ are formed at once (``cpu.inverse_of_factors``) and then multiplied with. Cost: 3·M·D³
+    All U⁻¹ L⁻¹ are formed at once (``matrix.inverse_of_factors``) and then multiplied with. Cost: 3·M·D³
     flops for the matrices and 2·M·N·D² for N rows.
     """
     below, upper, logs = _factors(layers)
-    inverses = cpu.inverse_of_factors(below + torch.eye(y.shape[-1], dtype=y.dtype), upper)
+    inverses = matrix.inverse_of_factors(below + torch.eye(y.shape[-1], dtype=y.dtype), upper)
     if inverses is None:
         return None
     x, total = y, -logs.sum().expand(y.shape[:-1]) if logabsdet else None
@@ -116,7 +139,7 @@ def _matrices(layers: Sequence[LUDense]) -> tuple[Tensor, Tensor]:
 def _factors(layers: Sequence[LUDense]) -> tuple[Tensor, Tensor, Tensor]:
     """(L − I [M, D, D], U [M, D, D], log|u_ii| [M, D])."""
     lu = torch.stack([layer.lu for layer in layers])
-    bound = reference.LOG_DIAGONAL_BOUND[lu.dtype]
+    bound = LOG_DIAGONAL_BOUND[lu.dtype]
     # hardtanh is clamp with a derivative in one call, where clamp's takes several.
     logs = F.hardtanh(lu.diagonal(dim1=-2, dim2=-1), -bound, bound)
     diagonal = logs.exp() * torch.stack([layer.sign for layer in layers])

@@ -1,16 +1,20 @@
-"""Autograd for the registered operations: one ``torch.autograd.Function`` each.
+"""Autograd for the registered operations: one ``torch.autograd.Function`` for each and its backward.
 
 First derivatives in eager mode and under ``torch.compile`` are the hand-written ``*_backward`` operations.
 Whatever else is asked for (a backward that must itself be differentiable, forward-mode derivatives,
 ``vmap`` over parameters) goes through the formulas of ``reference.py``, which PyTorch differentiates and
 batches itself: slower, and right to every order.
+
+All Functions take the same arguments, (x, lu, bias, parameters, sign, permutation, kind, constants,
+logabsdet, save): the tensors that are differentiated first, then the rest of ``Matrix`` and ``Activation``.
+An activation by itself has None for the matrix, and only a layer heeds ``save``.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,18 +23,73 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from lunet_fast.ops import dispatch, reference
+from lunet_fast.ops.precision import wide, without_autocast
+from lunet_fast.ops.values import Activation, Matrix, flatten
 
 _ops = torch.ops.lunet_fast
 
 _below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
-#: (a, c, κ) as floats; (1, 0, 1) stands for no activation.
-Fixed = tuple[float, float, float]
-
 Outputs = tuple[Tensor, Tensor]
 
+#: How many of a Function's arguments, from the first, are differentiated; and how many are tensors.
+DIFFERENTIATED, TENSORS = 4, 6
 
-def _pair(function: Callable[..., Outputs], tensors: tuple[Tensor | None, ...]) -> Callable[..., Outputs]:
+
+class Operation(NamedTuple):
+    """An operation that has a gradient."""
+
+    name: str
+    backward: str
+    formula: Callable[..., tuple[Tensor, Tensor | None]]
+    """The function of ``reference`` that says what is computed."""
+    inverse: bool
+    kept: int = 0
+    """How many results after the first two are for backward; with any, there is a flag ``save``."""
+
+
+_ACTIVATION, _LAYER, _NET = reference.activation, reference.layer, reference.net
+
+OPERATIONS = [
+    Operation("activation_forward", "activation_backward", _ACTIVATION, inverse=False),
+    Operation("activation_inverse", "activation_inverse_backward", _ACTIVATION, inverse=True),
+    Operation("layer_forward", "layer_backward", _LAYER, inverse=False, kept=2),
+    Operation("layer_inverse", "layer_inverse_backward", _LAYER, inverse=True, kept=1),
+    Operation("net_forward", "net_backward", _NET, inverse=False),
+    Operation("net_inverse", "net_inverse_backward", _NET, inverse=True),
+]
+
+
+# --- derivatives by formula -----------------------------------------------------------------------------
+
+
+def _none_of(x: Tensor) -> Tensor:
+    """The empty tensor that stands for a log-determinant not asked for."""
+    return x.new_zeros(0, dtype=wide(x.dtype))
+
+
+def _pair(operation: Operation, kind: str, constants: tuple[float, ...], logabsdet: bool) -> Any:
+    """The operation's formula as a function of its six tensors."""
+
+    def pair(x: Tensor, lu: Any, bias: Any, parameters: Any, sign: Any, permutation: Any) -> Outputs:
+        values: list[Any] = [Activation(kind, parameters, constants)]
+        if lu is not None:
+            values.insert(0, Matrix(lu, sign, permutation, bias))
+        y, total = operation.formula(x, *values, inverse=operation.inverse, logabsdet=logabsdet)
+        return y, _none_of(y) if total is None else total
+
+    def stackable(x: Tensor, lu: Any, bias: Any, parameters: Any, sign: Any, permutation: Any) -> Outputs:
+        tensors = (x, lu, bias, parameters, sign, permutation)
+        if operation.kept and lu.dim() == 3:
+            return _vmap(pair, tensors, (0, 0, 0, None, 0, None))
+        return pair(*tensors)
+
+    return stackable
+
+
+def _of_present(
+    function: Callable[..., Outputs], tensors: tuple[Tensor | None, ...]
+) -> Callable[..., Outputs]:
     """``function`` of those of ``tensors`` that are not None, in order; the others stay None."""
     present = [t is not None for t in tensors]
 
@@ -46,8 +105,8 @@ def _vjp(
 ) -> list[Tensor | None]:
     """Differentiable gradients of ``tensors`` (None for None) of a pair-valued function."""
     primals = [t for t in tensors if t is not None]
-    with reference.without_autocast(primals[0]):
-        pullback = torch.func.vjp(_pair(function, tensors), *primals)[1]
+    with without_autocast(primals[0]):
+        pullback = torch.func.vjp(_of_present(function, tensors), *primals)[1]
         gradients = iter(pullback(cotangents))
     return [None if t is None else next(gradients) for t in tensors]
 
@@ -68,8 +127,8 @@ def _jvp(
         for t, d in zip(tensors, tangents, strict=True)
         if t is not None
     )
-    with reference.without_autocast(primals[0]):
-        outputs, pullback = torch.func.vjp(_pair(function, tensors), *primals)[:2]
+    with without_autocast(primals[0]):
+        outputs, pullback = torch.func.vjp(_of_present(function, tensors), *primals)[:2]
         pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(t) for t in outputs))[1]
         ((y, logabsdet),) = pushforward(directions)
     return y.contiguous(), logabsdet.contiguous()
@@ -80,9 +139,35 @@ def _vmap(
 ) -> Outputs:
     """A pair-valued function batched over those of ``tensors`` that have a batch dimension."""
     given = [(t, d) for t, d in zip(tensors, dims, strict=True) if t is not None]
-    mapped = torch.func.vmap(_pair(function, tensors), in_dims=tuple(d for _, d in given))
-    with reference.without_autocast(given[0][0]):
+    mapped = torch.func.vmap(_of_present(function, tensors), in_dims=tuple(d for _, d in given))
+    with without_autocast(given[0][0]):
         return mapped(*(t for t, _ in given))
+
+
+def _batched_natively(
+    size: int, dims: tuple[int | None, ...], tensors: tuple[Any, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """A layer's six tensors with vmap's dimension as one that the operation has itself.
+
+    A batch of x alone is more rows; a batch of layers is a stack. None if it is neither.
+    """
+    x, lu, bias, parameters, sign, permutation = tensors
+    if all(d is None for d in dims[1:]):
+        # Rows of stacked layers are [K, N, D]: the new dimension would go behind K.
+        return (x.movedim(dims[0], 0), *tensors[1:]) if lu.dim() == 2 else None
+    if dims[3] is not None or permutation is not None or lu.dim() != 2 + (dims[1] is not None):
+        return None
+
+    def stacked(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor.movedim(dim, 0) if dim is not None else tensor.expand(size, *tensor.shape)
+
+    x, lu, bias, sign = map(stacked, (x, lu, bias, sign), (*dims[:3], dims[4]))
+    return x, lu, bias, parameters, sign, None
+
+
+# --- who watches ----------------------------------------------------------------------------------------
 
 
 def _is_watched(*tensors: Any) -> bool:
@@ -92,25 +177,24 @@ def _is_watched(*tensors: Any) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or _forward_level() >= 0
-        or any(type(t) not in (Tensor, Parameter) or is_legacy_batchedtensor(t) for t in tensors)
+        or forward_ad._current_level >= 0
+        or any(
+            t is not None and (type(t) not in (Tensor, Parameter) or is_legacy_batchedtensor(t))
+            for t in tensors
+        )
     )
-
-
-def _forward_level() -> int:
-    """How many ``forward_ad.dual_level`` are entered, less one."""
-    return forward_ad._current_level
 
 
 def _run(name: str, *args: Any) -> Any:
     """An operation; past PyTorch's dispatcher, which costs as much as a small layer, where nobody watches.
 
-    The first two arguments are what tells: rows and matrix, or the gradients of both results.
+    Tensors among the first two arguments are what tells, rows or the gradients of both results, and lu.
     """
-    if _is_watched(*(arg for arg in args[:2] if isinstance(arg, Tensor))):
-        return getattr(_ops, name)(*args)
+    second = args[1].lu if isinstance(args[1], Matrix) else args[1]
+    if _is_watched(args[0], second if isinstance(second, Tensor) else None):
+        return getattr(_ops, name)(*flatten(args))
     with _below_autograd():
-        return dispatch.IMPLEMENTATIONS[name](*args)
+        return dispatch.run(name, *args)
 
 
 def records(*tensors: Tensor | None) -> bool:
@@ -119,9 +203,19 @@ def records(*tensors: Tensor | None) -> bool:
 
 
 def _needed(ctx: Any) -> tuple[bool, ...]:
-    """Which of (x, lu, bias, slopes) want a gradient. While being traced, all: there torch.compile does not
-    know it of a tensor that torch.func differentiates by."""
-    return (True,) * 4 if torch.compiler.is_compiling() else ctx.needs_input_grad[:4]
+    """Which of the differentiated arguments want a gradient. While being traced, all: there torch.compile
+    does not know it of a tensor that torch.func differentiates by."""
+    return (
+        (True,) * DIFFERENTIATED if torch.compiler.is_compiling() else ctx.needs_input_grad[:DIFFERENTIATED]
+    )
+
+
+def _values(
+    lu: Any, bias: Any, parameters: Any, sign: Any, permutation: Any, kind: Any, constants: Any
+) -> Any:
+    """A Function's arguments as the values that an operation takes."""
+    activation = Activation(kind, parameters, constants)
+    return (activation,) if lu is None else (Matrix(lu, sign, permutation, bias), activation)
 
 
 def _whole(
@@ -132,469 +226,105 @@ def _whole(
         grad = torch.zeros_like(x)
     if grad_logabsdet is None:
         shape = x.shape[:-1] if logabsdet else (0,)
-        grad_logabsdet = x.new_zeros(shape, dtype=reference.wide(x.dtype))
+        grad_logabsdet = x.new_zeros(shape, dtype=wide(x.dtype))
     return grad, grad_logabsdet
 
 
-def _stackable(one: Callable[..., Outputs], sign: Tensor | None) -> Callable[..., Outputs]:
-    """``one`` layer's formula as a function of (x, lu, bias, slopes), also for stacked layers."""
-
-    def pair(x: Tensor, lu: Tensor, bias: Tensor | None, slopes: Tensor | None) -> Outputs:
-        if lu.dim() == 2:
-            return one(x, lu, bias, slopes, sign)
-        return _vmap(one, (x, lu, bias, slopes, sign), (0, 0, 0, None, 0))
-
-    return pair
+# --- the Functions --------------------------------------------------------------------------------------
 
 
-def _batched_natively(
-    size: int, dims: tuple[int | None, ...], args: tuple[Any, ...]
-) -> tuple[Tensor | None, ...] | None:
-    """(x, lu, bias, slopes, sign, permutation) with vmap's dimension as one that the operation has itself.
+def _function(operation: Operation) -> type[torch.autograd.Function]:
+    """The Function of an operation: its results, the first differentiable and those kept for backward not."""
+    name, backward_name = operation.name, operation.backward
+    inverse, kept = operation.inverse, operation.kept
 
-    A batch of x alone is more rows; a batch of layers is a stack. None if it is neither.
-    """
-    x, lu, bias, slopes, sign, permutation = args[:6]
-    if all(d is None for d in dims[1:6]):
-        moved = x.movedim(dims[0], 0)
-        # Rows of stacked layers are [K, N, D]: the new dimension goes behind K.
-        return (moved, lu, bias, slopes, sign, permutation) if lu.dim() == 2 else None
-    if dims[3] is not None or permutation is not None or lu.dim() != 2 + (dims[1] is not None):
-        return None
-
-    def stacked(tensor: Tensor | None, dim: int | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        return tensor.movedim(dim, 0) if dim is not None else tensor.expand(size, *tensor.shape)
-
-    return (
-        stacked(x, dims[0]),
-        stacked(lu, dims[1]),
-        stacked(bias, dims[2]),
-        slopes,
-        stacked(sign, dims[4]),
-        None,
-    )
-
-
-def _slopes_or(slopes: Tensor | None, fixed: Fixed) -> reference.Slopes | None:
-    if slopes is not None:
-        return slopes
-    return None if fixed[1] == 0.0 else fixed
-
-
-class Activation(torch.autograd.Function):
-    """(φ(x), Σ log φ′ per row or nothing)."""
-
-    @staticmethod
-    def forward(x: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool) -> Outputs:
-        return _run("activation_forward", x, slopes, *fixed, logabsdet)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Outputs) -> None:
-        x, slopes, ctx.fixed, ctx.logabsdet = inputs
-        ctx.save_for_backward(x, slopes)
-
-    @staticmethod
-    def formula(fixed: Fixed, logabsdet: bool) -> Callable[..., Outputs]:
-        def pair(x: Tensor, slopes: Tensor | None) -> Outputs:
-            triple = fixed if slopes is None else slopes
-            y = reference.leaky_softplus(x, triple)
-            return y, reference.log_derivative_sum(x, triple) if logabsdet else _none_of(x)
-
-        return pair
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Any, grad_logabsdet: Any) -> tuple[Tensor | None, ...]:
-        x, slopes = ctx.saved_tensors
-        grad_y, grad_logabsdet = _whole(grad_y, grad_logabsdet, x, ctx.logabsdet)
-        if torch.is_grad_enabled():
-            pair = Activation.formula(ctx.fixed, ctx.logabsdet)
-            grad_x, grad_slopes = _vjp(pair, (x, slopes), (grad_y, grad_logabsdet))
-        else:
-            grad_x, grad_slopes = _run(
-                "activation_backward",
-                grad_y,
-                grad_logabsdet if ctx.logabsdet else None,
-                x,
-                slopes,
-                *ctx.fixed,
-            )
-        return grad_x, grad_slopes if slopes is not None else None, None, None
-
-    @staticmethod
-    def tangent(ctx: Any, dx: Tensor | None, dslopes: Tensor | None, *_: None) -> Outputs:
-        return _jvp(Activation.formula(ctx.fixed, ctx.logabsdet), ctx.saved_tensors, (dx, dslopes))
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple, x: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool
-    ) -> Any:
-        outputs = _vmap(Activation.formula(fixed, logabsdet), (x, slopes), in_dims[:2])
-        return outputs, (0, 0)
-
-
-class ActivationInverse(torch.autograd.Function):
-    """(φ⁻¹(y), −Σ log φ′ per row or nothing)."""
-
-    @staticmethod
-    def forward(y: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool) -> Outputs:
-        return _run("activation_inverse", y, slopes, *fixed, logabsdet)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Outputs) -> None:
-        y, slopes, ctx.fixed, ctx.logabsdet = inputs
-        ctx.save_for_backward(y, slopes, output[0])
-
-    @staticmethod
-    def formula(fixed: Fixed, logabsdet: bool) -> Callable[..., Outputs]:
-        def pair(y: Tensor, slopes: Tensor | None) -> Outputs:
-            triple = fixed if slopes is None else slopes
-            x = reference.leaky_softplus_inverse(y, triple)
-            return x, -reference.log_derivative_sum(x, triple) if logabsdet else _none_of(y)
-
-        return pair
-
-    @staticmethod
-    def backward(ctx: Any, grad_x: Any, grad_logabsdet: Any) -> tuple[Tensor | None, ...]:
-        y, slopes, x = ctx.saved_tensors
-        grad_x, grad_logabsdet = _whole(grad_x, grad_logabsdet, y, ctx.logabsdet)
-        if torch.is_grad_enabled():
-            pair = ActivationInverse.formula(ctx.fixed, ctx.logabsdet)
-            grad_y, grad_slopes = _vjp(pair, (y, slopes), (grad_x, grad_logabsdet))
-        else:
-            grad_y, grad_slopes = _run(
-                "activation_inverse_backward",
-                grad_x,
-                grad_logabsdet if ctx.logabsdet else None,
-                x,
-                slopes,
-                *ctx.fixed,
-            )
-        return grad_y, grad_slopes if slopes is not None else None, None, None
-
-    @staticmethod
-    def tangent(ctx: Any, dy: Tensor | None, dslopes: Tensor | None, *_: None) -> Outputs:
-        return _jvp(ActivationInverse.formula(ctx.fixed, ctx.logabsdet), ctx.saved_tensors[:2], (dy, dslopes))
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple, y: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool
-    ) -> Any:
-        outputs = _vmap(ActivationInverse.formula(fixed, logabsdet), (y, slopes), in_dims[:2])
-        return outputs, (0, 0)
-
-
-def _none_of(x: Tensor) -> Tensor:
-    """The empty tensor that stands for a log-determinant not asked for."""
-    return x.new_zeros(0, dtype=reference.wide(x.dtype))
-
-
-class Layer(torch.autograd.Function):
-    """(φ(A x + b), log|det J| per row or nothing, and two results kept for backward)."""
-
-    @staticmethod
     def forward(
         x: Tensor,
-        lu: Tensor,
+        lu: Tensor | None,
         bias: Tensor | None,
-        slopes: Tensor | None,
+        parameters: Tensor | None,
         sign: Tensor | None,
         permutation: Tensor | None,
-        fixed: Fixed,
+        kind: str,
+        constants: tuple[float, ...],
         logabsdet: bool,
         save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _run("layer_forward", x, lu, sign, permutation, bias, slopes, *fixed, logabsdet, save)
+    ) -> tuple[Tensor, ...]:
+        values = _values(lu, bias, parameters, sign, permutation, kind, constants)
+        return _run(name, x, *values, logabsdet, *((save,) if kept else ()))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        x, lu, bias, slopes, sign, permutation, ctx.fixed, ctx.logabsdet, _ = inputs
-        h, weight = output[2:]
-        ctx.mark_non_differentiable(h, weight)
-        ctx.save_for_backward(x, lu, bias, slopes, sign, permutation, h, weight)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.kind, ctx.constants, ctx.logabsdet = inputs[TENSORS : TENSORS + 3]
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*inputs[:TENSORS], output[0] if inverse else None, *output[2:])
 
-    @staticmethod
-    def formula(
-        sign: Tensor | None, permutation: Tensor | None, fixed: Fixed, logabsdet: bool
-    ) -> Callable[..., Outputs]:
-        def one(
-            x: Tensor, lu: Tensor, bias: Tensor | None, slopes: Tensor | None, sign: Tensor | None
-        ) -> Outputs:
-            options: dict[str, Any] = {
-                "sign": sign,
-                "permutation": permutation,
-                "slopes": _slopes_or(slopes, fixed),
-            }
-            if logabsdet:
-                return reference.lu_dense_and_logabsdet(x, lu, bias, **options)
-            return reference.lu_dense(x, lu, bias, **options), _none_of(x)
-
-        return _stackable(one, sign)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Any, grad_logabsdet: Any, *_: Any) -> tuple[Tensor | None, ...]:
-        x, lu, bias, slopes, sign, permutation, h, weight = ctx.saved_tensors
-        grad_y, grad_logabsdet = _whole(grad_y, grad_logabsdet, x, ctx.logabsdet)
+    def backward(ctx: Any, grad: Any, grad_logabsdet: Any, *_: Any) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        x, lu, bias, parameters, sign, permutation = saved[:TENSORS]
+        grad, grad_logabsdet = _whole(grad, grad_logabsdet, x, ctx.logabsdet)
         if torch.is_grad_enabled():
-            pair = Layer.formula(sign, permutation, ctx.fixed, ctx.logabsdet)
-            gradients = _vjp(pair, (x, lu, bias, slopes), (grad_y, grad_logabsdet))
-            return (*gradients, None, None, None, None, None)
-        needs_x, needs_lu, needs_bias, needs_slopes = _needed(ctx)
-        has_bias = bias is not None and needs_bias
-        grad_x, grad_lu, grad_bias, grad_slopes = _run(
-            "layer_backward",
-            grad_y,
-            grad_logabsdet if ctx.logabsdet else None,
-            x,
-            h,
-            weight,
-            lu,
-            sign,
-            permutation,
-            bias,
-            slopes,
-            *ctx.fixed,
-            needs_x,
-            needs_lu,
-            has_bias,
-        )
+            pair = _pair(operation, ctx.kind, ctx.constants, ctx.logabsdet)
+
+            def differentiated(*tensors: Tensor | None) -> Outputs:
+                return pair(*tensors, sign, permutation)
+
+            gradients = _vjp(differentiated, (x, lu, bias, parameters), (grad, grad_logabsdet))
+            return (*gradients, *(None,) * 6)
+        start = saved[TENSORS] if inverse else x
+        values = _values(lu, bias, parameters, sign, permutation, ctx.kind, ctx.constants)
+        needs_x, needs_lu, needs_bias, needs_parameters = _needed(ctx)
+        needs_bias = needs_bias and bias is not None
+        needs = () if lu is None else (needs_x, needs_lu, needs_bias)
+        arguments = (grad, grad_logabsdet if ctx.logabsdet else None, start, *saved[TENSORS + 1 :], *values)
+        grad_x, *grad_matrix, grad_parameters = _run(backward_name, *arguments, *needs)
+        grad_lu, grad_bias = grad_matrix or (None, None)
         return (
             grad_x if needs_x else None,
             grad_lu if needs_lu else None,
-            grad_bias if has_bias else None,
-            grad_slopes if slopes is not None and needs_slopes else None,
-            *(None,) * 5,
+            grad_bias if needs_bias else None,
+            grad_parameters if parameters is not None and needs_parameters else None,
+            *(None,) * 6,
         )
 
-    @staticmethod
-    def tangent(ctx: Any, dx: Any, dlu: Any, dbias: Any, dslopes: Any, *_: None) -> tuple[Tensor | None, ...]:
-        *tensors, sign, permutation = ctx.saved_tensors[:6]
-        pair = Layer.formula(sign, permutation, ctx.fixed, ctx.logabsdet)
-        return (*_jvp(pair, tuple(tensors), (dx, dlu, dbias, dslopes)), None, None)
+    def tangent(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors[:TENSORS]
+        pair = _pair(operation, ctx.kind, ctx.constants, ctx.logabsdet)
+        directions = (*tangents[:DIFFERENTIATED], None, None)
+        fixed = tensors[DIFFERENTIATED:]
+        differentiated = lambda *given: pair(*given, *fixed)  # noqa: E731
+        return (*_jvp(differentiated, tensors[:DIFFERENTIATED], directions[:DIFFERENTIATED]), *(None,) * kept)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
-        x, lu, bias, slopes, sign, permutation, fixed, logabsdet, save = args
-        native = _batched_natively(info.batch_size, in_dims, args)
-        if native is not None:
-            # A batched tensor does not tell whether what it wraps requires a gradient; here it is unwrapped.
-            save = save or records(*native)
-            outputs = EagerLayer.apply(*native, fixed, logabsdet, save)
-            active = slopes is not None or fixed[1] != 0.0
-            weight_dim = 0 if save and native[1] is not None and native[1].dim() == 3 else None
-            return outputs, (0, 0 if logabsdet else None, 0 if save and active else None, weight_dim)
-
-        def pair(x: Tensor, lu: Any, bias: Any, slopes: Any, sign: Any, permutation: Any) -> Outputs:
-            return Layer.formula(sign, permutation, fixed, logabsdet)(x, lu, bias, slopes)
-
-        outputs = _vmap(pair, args[:6], in_dims[:6])
-        return (*outputs, _none_of(x), _none_of(x)), (0, 0, None, None)
-
-
-class LayerInverse(torch.autograd.Function):
-    """(A⁻¹ (φ⁻¹(y) − b), the inverse's log-determinant per row or nothing, and h kept for backward)."""
-
-    @staticmethod
-    def forward(
-        y: Tensor,
-        lu: Tensor,
-        bias: Tensor | None,
-        slopes: Tensor | None,
-        sign: Tensor | None,
-        permutation: Tensor | None,
-        fixed: Fixed,
-        logabsdet: bool,
-        save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _run("layer_inverse", y, lu, sign, permutation, bias, slopes, *fixed, logabsdet, save)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        y, lu, bias, slopes, sign, permutation, ctx.fixed, ctx.logabsdet, _ = inputs
-        x, _, h = output
-        ctx.mark_non_differentiable(h)
-        ctx.save_for_backward(y, lu, bias, slopes, sign, permutation, x, h)
-
-    @staticmethod
-    def formula(
-        sign: Tensor | None, permutation: Tensor | None, fixed: Fixed, logabsdet: bool
-    ) -> Callable[..., Outputs]:
-        def one(
-            y: Tensor, lu: Tensor, bias: Tensor | None, slopes: Tensor | None, sign: Tensor | None
-        ) -> Outputs:
-            options: dict[str, Any] = {
-                "sign": sign,
-                "permutation": permutation,
-                "slopes": _slopes_or(slopes, fixed),
-            }
-            if logabsdet:
-                return reference.lu_dense_inverse_and_logabsdet(y, lu, bias, **options)
-            return reference.lu_dense_inverse(y, lu, bias, **options), _none_of(y)
-
-        return _stackable(one, sign)
-
-    @staticmethod
-    def backward(ctx: Any, grad_x: Any, grad_logabsdet: Any, *_: Any) -> tuple[Tensor | None, ...]:
-        y, lu, bias, slopes, sign, permutation, x, h = ctx.saved_tensors
-        grad_x, grad_logabsdet = _whole(grad_x, grad_logabsdet, y, ctx.logabsdet)
-        if torch.is_grad_enabled():
-            pair = LayerInverse.formula(sign, permutation, ctx.fixed, ctx.logabsdet)
-            gradients = _vjp(pair, (y, lu, bias, slopes), (grad_x, grad_logabsdet))
-            return (*gradients, None, None, None, None, None)
-        needs_y, needs_lu, needs_bias, needs_slopes = _needed(ctx)
-        has_bias = bias is not None and needs_bias
-        grad_y, grad_lu, grad_bias, grad_slopes = _run(
-            "layer_inverse_backward",
-            grad_x,
-            grad_logabsdet if ctx.logabsdet else None,
-            x,
-            h,
-            lu,
-            sign,
-            permutation,
-            slopes,
-            *ctx.fixed,
-            needs_lu,
-            has_bias,
-        )
-        return (
-            grad_y if needs_y else None,
-            grad_lu if needs_lu else None,
-            grad_bias if has_bias else None,
-            grad_slopes if slopes is not None and needs_slopes else None,
-            *(None,) * 5,
-        )
-
-    @staticmethod
-    def tangent(ctx: Any, dy: Any, dlu: Any, dbias: Any, dslopes: Any, *_: None) -> tuple[Tensor | None, ...]:
-        *tensors, sign, permutation = ctx.saved_tensors[:6]
-        pair = LayerInverse.formula(sign, permutation, ctx.fixed, ctx.logabsdet)
-        return (*_jvp(pair, tuple(tensors), (dy, dlu, dbias, dslopes)), None)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
-        y, lu, bias, slopes, sign, permutation, fixed, logabsdet, save = args
-        native = _batched_natively(info.batch_size, in_dims, args)
-        if native is not None:
-            # A batched tensor does not tell whether what it wraps requires a gradient; here it is unwrapped.
-            save = save or records(*native)
-            outputs = EagerLayerInverse.apply(*native, fixed, logabsdet, save)
-            active = slopes is not None or fixed[1] != 0.0
-            return outputs, (0, 0 if logabsdet else None, 0 if save and active else None)
-
-        def pair(y: Tensor, lu: Any, bias: Any, slopes: Any, sign: Any, permutation: Any) -> Outputs:
-            return LayerInverse.formula(sign, permutation, fixed, logabsdet)(y, lu, bias, slopes)
-
-        outputs = _vmap(pair, args[:6], in_dims[:6])
-        return (*outputs, _none_of(y)), (0, 0, None)
-
-
-class Net(torch.autograd.Function):
-    """(f(x) or f⁻¹(x), that direction's log|det J| per row or nothing) of layers one after another.
-
-    lu is [M, D, D], bias and sign [M, D], slopes [M − 1, 3] or [M − 1, 3, D]; the last layer is linear.
-    Nothing but x is kept for backward, or for the inverse its result.
-    """
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        lu: Tensor,
-        bias: Tensor | None,
-        slopes: Tensor | None,
-        sign: Tensor | None,
-        fixed: Fixed,
-        inverse: bool,
-        logabsdet: bool,
-    ) -> Outputs:
-        return _run("net", x, lu, sign, bias, slopes, *fixed, inverse, logabsdet)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Outputs) -> None:
-        x, lu, bias, slopes, sign, ctx.fixed, ctx.inverse, ctx.logabsdet = inputs
-        ctx.save_for_backward(x, lu, bias, slopes, sign, output[0] if ctx.inverse else None)
-
-    @staticmethod
-    def formula(sign: Tensor | None, fixed: Fixed, inverse: bool, logabsdet: bool) -> Callable[..., Outputs]:
-        def pair(x: Tensor, lu: Tensor, bias: Tensor | None, slopes: Tensor | None) -> Outputs:
-            total = None
-            last = lu.shape[0] - 1
-            run = reference.lu_dense_inverse_and_logabsdet if inverse else reference.lu_dense_and_logabsdet
-            for m in reversed(range(last + 1)) if inverse else range(last + 1):
-                own = None if m == last else _slopes_or(None if slopes is None else slopes[m], fixed)
-                x, share = run(
-                    x,
-                    lu[m],
-                    None if bias is None else bias[m],
-                    sign=None if sign is None else sign[m],
-                    slopes=own,
-                )
-                if logabsdet:
-                    total = share if total is None else total + share
-            return x, _none_of(x) if total is None else total
-
-        return pair
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any, grad_logabsdet: Any) -> tuple[Tensor | None, ...]:
-        given, lu, bias, slopes, sign, result = ctx.saved_tensors
-        grad, grad_logabsdet = _whole(grad, grad_logabsdet, given, ctx.logabsdet)
-        if torch.is_grad_enabled():
-            pair = Net.formula(sign, ctx.fixed, ctx.inverse, ctx.logabsdet)
-            gradients = _vjp(pair, (given, lu, bias, slopes), (grad, grad_logabsdet))
-            return (*gradients, None, None, None, None)
-        needs_x, needs_lu, needs_bias, needs_slopes = _needed(ctx)
-        has_bias = bias is not None and needs_bias
-        grad_x, grad_lu, grad_bias, grad_slopes = _run(
-            "net_backward",
-            grad,
-            grad_logabsdet if ctx.logabsdet else None,
-            result if ctx.inverse else given,
-            lu,
-            sign,
-            bias,
-            slopes,
-            *ctx.fixed,
-            ctx.inverse,
-            needs_x,
-            needs_lu,
-            has_bias,
-        )
-        return (
-            grad_x if needs_x else None,
-            grad_lu if needs_lu else None,
-            grad_bias if has_bias else None,
-            grad_slopes if slopes is not None and needs_slopes else None,
-            *(None,) * 4,
-        )
-
-    @staticmethod
-    def tangent(ctx: Any, dx: Any, dlu: Any, dbias: Any, dslopes: Any, *_: None) -> Outputs:
-        *tensors, sign = ctx.saved_tensors[:5]
-        pair = Net.formula(sign, ctx.fixed, ctx.inverse, ctx.logabsdet)
-        return _jvp(pair, tuple(tensors), (dx, dlu, dbias, dslopes))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
-        x, lu, bias, slopes, sign, fixed, inverse, logabsdet = args
-        if all(d is None for d in in_dims[1:5]):  # more rows
-            outputs = EagerNet.apply(x.movedim(in_dims[0], 0), *args[1:])
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        tensors, dims = args[:TENSORS], in_dims[:TENSORS]
+        kind, constants, logabsdet, save = args[TENSORS:]
+        eager = _EAGER[name]
+        if kept:
+            native = _batched_natively(info.batch_size, dims, tensors)
+            if native is not None:
+                # A batched tensor does not tell whether what it wraps requires a gradient; here it is
+                # unwrapped.
+                save = save or records(*native)
+                outputs = eager.apply(*native, kind, constants, logabsdet, save)
+                h_dim = 0 if save and kind != "identity" else None
+                weight_dim = 0 if save and native[1] is not None and native[1].dim() == 3 else None
+                return outputs, (0, 0 if logabsdet else None, h_dim, weight_dim)[: 2 + kept]
+        elif tensors[1] is not None and all(d is None for d in dims[1:]):
+            outputs = eager.apply(tensors[0].movedim(dims[0], 0), *args[1:])  # more rows of a net
             return outputs, (0, 0 if logabsdet else None)
+        outputs = _vmap(_pair(operation, kind, constants, logabsdet), tensors, dims)
+        return (*outputs, *(_none_of(tensors[0]) for _ in range(kept))), (0, 0, *(None,) * kept)
 
-        def pair(x: Tensor, lu: Any, bias: Any, slopes: Any, sign: Any) -> Outputs:
-            return Net.formula(sign, fixed, inverse, logabsdet)(x, lu, bias, slopes)
+    members = (forward, setup_context, backward, tangent, vmap)
+    title = name.title().replace("_", "")
+    return type(title, (torch.autograd.Function,), {f.__name__: staticmethod(f) for f in members})
 
-        return _vmap(pair, args[:5], in_dims[:5]), (0, 0)
 
-
-def _eager(traceable: type[torch.autograd.Function], inputs: int) -> type[torch.autograd.Function]:
+def _eager(traceable: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """The Function for eager mode: with forward-mode derivatives and quick to call.
 
     torch.compile refuses to trace a Function that defines jvp, so what it traces is the class without.
     And ``Function.apply`` binds its arguments by forward's signature, worked out anew at each call, which
-    costs as much as a small layer; here it does so only where a torch.func transform needs it. ``inputs`` is
-    how many of the arguments, from the first, are tensors that a tangent is computed from.
+    costs as much as a small layer; here it does so only where a torch.func transform needs it.
     """
 
     def apply(cls: Any, *args: Any) -> Any:
@@ -609,12 +339,12 @@ def _eager(traceable: type[torch.autograd.Function], inputs: int) -> type[torch.
         with _below_autograd():
             return traceable.forward(*args)
 
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(traceable.forward)  # type: ignore[attr-defined]
 
     def setup_context(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
         traceable.setup_context(ctx, args, output)
-        if _forward_level() >= 0:
-            ctx.save_for_forward(*args[:inputs])
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*args[:TENSORS])
         ctx.set_materialize_grads(False)
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -637,78 +367,34 @@ def _forward_modes() -> int:
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
-EagerActivation = _eager(Activation, 2)
-EagerActivationInverse = _eager(ActivationInverse, 2)
-EagerLayer = _eager(Layer, 6)
-EagerLayerInverse = _eager(LayerInverse, 6)
-EagerNet = _eager(Net, 5)
+#: What torch.compile traces, and what eager mode calls.
+_TRACEABLE: dict[str, Any] = {operation.name: _function(operation) for operation in OPERATIONS}
+_EAGER: dict[str, Any] = {name: _eager(traceable) for name, traceable in _TRACEABLE.items()}
 
 
-def _apply(traceable: Any, eager: Any, args: tuple[Any, ...]) -> Any:
-    return (traceable if torch.compiler.is_compiling() else eager).apply(*args)
-
-
-def activation(x: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool) -> Outputs:
-    """``Activation`` on its arguments; the operation alone where nothing is recorded."""
-    if not records(x, slopes) and not _is_watched(x):
-        return _run("activation_forward", x, slopes, *fixed, logabsdet)
-    return _apply(Activation, EagerActivation, (x, slopes, fixed, logabsdet))
-
-
-def activation_inverse(y: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool) -> Outputs:
-    """``ActivationInverse`` on its arguments; the operation alone where nothing is recorded."""
-    if not records(y, slopes) and not _is_watched(y):
-        return _run("activation_inverse", y, slopes, *fixed, logabsdet)
-    return _apply(ActivationInverse, EagerActivationInverse, (y, slopes, fixed, logabsdet))
-
-
-def layer(
-    x: Tensor,
-    lu: Tensor,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    sign: Tensor | None,
-    permutation: Tensor | None,
-    fixed: Fixed,
-    logabsdet: bool,
-) -> Outputs:
-    """The first two results of ``Layer``; the operation alone where nothing is recorded."""
-    save = records(x, lu, bias, slopes)
+def apply(name: str, x: Tensor, matrix: Matrix | None, activation: Activation, logabsdet: bool) -> Outputs:
+    """The first two results of the operation ``name`` on x, past its Function where nothing is recorded. An
+    empty tensor stands for log-determinants that were not asked for."""
+    lu, sign, permutation, bias = (None, None, None, None) if matrix is None else matrix
+    save = records(x, lu, bias, activation.parameters)
     if not save and not _is_watched(x, lu):
-        return _run("layer_forward", x, lu, sign, permutation, bias, slopes, *fixed, logabsdet, False)[:2]
-    return _apply(Layer, EagerLayer, (x, lu, bias, slopes, sign, permutation, fixed, logabsdet, save))[:2]
-
-
-def layer_inverse(
-    y: Tensor,
-    lu: Tensor,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    sign: Tensor | None,
-    permutation: Tensor | None,
-    fixed: Fixed,
-    logabsdet: bool,
-) -> Outputs:
-    """The first two results of ``LayerInverse``; the operation alone where nothing is recorded."""
-    save = records(y, lu, bias, slopes)
-    if not save and not _is_watched(y, lu):
-        return _run("layer_inverse", y, lu, sign, permutation, bias, slopes, *fixed, logabsdet, False)[:2]
-    arguments = (y, lu, bias, slopes, sign, permutation, fixed, logabsdet, save)
-    return _apply(LayerInverse, EagerLayerInverse, arguments)[:2]
-
-
-def net(*args: Any) -> Outputs:
-    """``Net`` on its arguments, in eager mode or while being traced."""
-    results = _apply(Net, EagerNet, args)
-    return results[0], results[1]
+        values = (activation,) if matrix is None else (matrix, activation)
+        flags = (logabsdet, False) if name.startswith("layer") else (logabsdet,)
+        with _below_autograd():
+            return dispatch.run(name, x, *values, *flags)[:2]
+    kind, parameters, constants = activation
+    function = (_TRACEABLE if torch.compiler.is_compiling() else _EAGER)[name]
+    arguments = (x, lu, bias, parameters, sign, permutation, kind, constants, logabsdet, save)
+    return function.apply(*arguments)[:2]
 
 
 # An exported program calls the operations themselves, with parameters that may be trained further: there
 # the Functions above are reached from the operation.
 
 
-def _from_operation(name: str, function: Callable[..., Any]) -> None:
-    operation = getattr(_ops, name).default
+def _from_operation(operation: Operation) -> None:
+    overload = getattr(_ops, operation.name).default
+    eager = _EAGER[operation.name]
 
     def call(*args: Any) -> Any:
         tensors = [t for t in args if isinstance(t, Tensor)]
@@ -717,33 +403,16 @@ def _from_operation(name: str, function: Callable[..., Any]) -> None:
                 "forward-mode derivatives of an exported or compiled LU layer are not supported; take them "
                 "of the layer itself, in eager mode"
             )
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return function(*args)
-        with _below_autograd():
-            return operation(*args)
+        if not records(*tensors):
+            with _below_autograd():
+                return overload(*args)
+        x, *values, logabsdet = dispatch.structured(operation.name, args)[: -1 if operation.kept else None]
+        lu, sign, permutation, bias = values[0] if len(values) == 2 else (None, None, None, None)
+        kind, parameters, constants = values[-1]
+        return eager.apply(x, lu, bias, parameters, sign, permutation, kind, constants, logabsdet, True)
 
-    dispatch.library.impl(name, call, "Autograd")
-
-
-def _activation_arguments(x: Tensor, slopes: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    *fixed, logabsdet = rest
-    return x, slopes, tuple(fixed), logabsdet
+    dispatch.library.impl(operation.name, call, "Autograd")
 
 
-def _layer_arguments(
-    x: Tensor, lu: Tensor, sign: Any, permutation: Any, bias: Any, slopes: Any, *rest: Any
-) -> tuple[Any, ...]:
-    *fixed, logabsdet, _ = rest
-    return x, lu, bias, slopes, sign, permutation, tuple(fixed), logabsdet, True
-
-
-def _net_arguments(x: Tensor, lu: Tensor, sign: Any, bias: Any, slopes: Any, *rest: Any) -> tuple[Any, ...]:
-    *fixed, inverse, logabsdet = rest
-    return x, lu, bias, slopes, sign, tuple(fixed), inverse, logabsdet
-
-
-_from_operation("activation_forward", lambda *a: EagerActivation.apply(*_activation_arguments(*a)))
-_from_operation("activation_inverse", lambda *a: EagerActivationInverse.apply(*_activation_arguments(*a)))
-_from_operation("layer_forward", lambda *a: EagerLayer.apply(*_layer_arguments(*a)))
-_from_operation("layer_inverse", lambda *a: EagerLayerInverse.apply(*_layer_arguments(*a)))
-_from_operation("net", lambda *a: EagerNet.apply(*_net_arguments(*a)))
+for _operation in OPERATIONS:
+    _from_operation(_operation)

@@ -17,39 +17,17 @@ Activation. Both activations of the paper are φ(x) = a·x + (c/κ)·softplus(κ
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND, wide, without_autocast
+from lunet_fast.ops.values import IDENTITY, Activation, Matrix
+
 Slopes = Sequence[float] | Tensor
-
-#: |s_i| beyond this counts as this, so that exp(s_i) and exp(−s_i) are normal, finite numbers.
-LOG_DIAGONAL_BOUND = {
-    torch.float64: 700.0,
-    torch.float32: 80.0,
-    torch.bfloat16: 80.0,
-    torch.float16: 9.0,
-}
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums and matrices are formed for ``dtype``: float32 or wider."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def autocast_enabled(x: Tensor) -> bool:
-    """Whether autocast is on for x's device; devices without autocast, as meta, never have it on."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which autocast does not lower the precision of what is done with x."""
-    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
 
 
 def log_diagonal(lu: Tensor) -> Tensor:
@@ -193,93 +171,136 @@ def leaky_softplus_inverse_and_logabsdet(y: Tensor, slopes: Slopes) -> tuple[Ten
     return x, -log_derivative_sum(x, slopes)
 
 
-def affine(
-    x: Tensor, lu: Tensor, bias: Tensor | None, sign: Tensor | None, permutation: Tensor | None
-) -> Tensor:
+class Formula(NamedTuple):
+    """An activation in differentiable PyTorch; each function takes x or y and the ``Activation``."""
+
+    forward: Callable[[Tensor, Activation], Tensor]
+    inverse: Callable[[Tensor, Activation], Tensor]
+    log_derivative_sum: Callable[[Tensor, Activation], Tensor]
+
+
+def _slopes_of(activation: Activation) -> Slopes:
+    return activation.constants if activation.parameters is None else activation.parameters
+
+
+#: The formulas of each kind of activation.
+ACTIVATIONS = {
+    "leaky_softplus": Formula(
+        lambda x, activation: leaky_softplus(x, _slopes_of(activation)),
+        lambda y, activation: leaky_softplus_inverse(y, _slopes_of(activation)),
+        lambda x, activation: log_derivative_sum(x, _slopes_of(activation)),
+    )
+}
+
+
+def family(slopes: Slopes | None) -> Activation:
+    """The activation with these slopes (a, c, κ); None for none."""
+    if slopes is None:
+        return IDENTITY
+    if isinstance(slopes, Tensor):
+        return Activation("leaky_softplus", slopes, ())
+    return Activation("leaky_softplus", None, tuple(slopes))
+
+
+def activation(
+    x: Tensor, activation: Activation, *, inverse: bool, logabsdet: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(φ(x), Σ log φ′(x) over the last dimension) or, with ``inverse``, (φ⁻¹(x), that of φ⁻¹ at x)."""
+    formula = ACTIVATIONS[activation.kind]
+    if inverse:
+        x = formula.inverse(x, activation)
+        return x, -formula.log_derivative_sum(x, activation) if logabsdet else None
+    return formula.forward(x, activation), formula.log_derivative_sum(x, activation) if logabsdet else None
+
+
+def affine(x: Tensor, matrix: Matrix) -> Tensor:
     """h = A x + b for rows x [..., D]."""
-    lower, upper = factors(lu, sign)
+    lower, upper = factors(matrix.lu, matrix.sign)
     h = (x.to(upper.dtype) @ upper.mT) @ lower.mT
-    if permutation is not None:
-        h = h.index_select(-1, permutation.argsort())
-    if bias is not None:
-        h = h + bias
+    if matrix.permutation is not None:
+        h = h.index_select(-1, matrix.permutation.argsort())
+    if matrix.bias is not None:
+        h = h + matrix.bias
     return h.to(x.dtype)
 
 
-def affine_inverse(
-    h: Tensor, lu: Tensor, bias: Tensor | None, sign: Tensor | None, permutation: Tensor | None
-) -> Tensor:
+def affine_inverse(h: Tensor, matrix: Matrix) -> Tensor:
     """x = U⁻¹ L⁻¹ P (h − b) for rows h [..., D], by two triangular solves. (2.2), as mended in the notes."""
-    lower, upper = factors(lu, sign)
+    lower, upper = factors(matrix.lu, matrix.sign)
     right = h.to(upper.dtype)
-    if bias is not None:
-        right = right - bias
-    if permutation is not None:
-        right = right.index_select(-1, permutation)
+    if matrix.bias is not None:
+        right = right - matrix.bias
+    if matrix.permutation is not None:
+        right = right.index_select(-1, matrix.permutation)
     rows = right.reshape(-1, right.shape[-1])
     rows = torch.linalg.solve_triangular(lower, rows.mT, upper=False, unitriangular=True)
     rows = torch.linalg.solve_triangular(upper, rows, upper=True).mT
     return rows.reshape(h.shape).to(h.dtype)
 
 
+def layer(
+    x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The layer (2.1) at x [..., D], φ(A x + b), and Σ log|u_ii| + Σ log φ′(h_i) [...]; or, with ``inverse``,
+    A⁻¹ (φ⁻¹(x) − b) and the log-determinant of the inverse at x."""
+    if not inverse:
+        x = affine(x, matrix)
+    share = None
+    if not phi.linear:
+        x, share = activation(x, phi, inverse=inverse, logabsdet=logabsdet)
+    result = affine_inverse(x, matrix) if inverse else x
+    if not logabsdet:
+        return result, None
+    constant = -lu_logabsdet(matrix.lu) if inverse else lu_logabsdet(matrix.lu)
+    return result, constant.repeat(x.shape[:-1]) if share is None else constant + share
+
+
+def net(
+    x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool
+) -> tuple[Tensor, Tensor | None]:
+    """M layers one after another, the last one linear, as ``layer``; lu is [M, D, D], bias and sign [M,
+    D]."""
+    layers, total = matrix.lu.shape[0], None
+    for m in reversed(range(layers)) if inverse else range(layers):
+        x, share = layer(x, matrix.member(m), phi.at(m, layers), inverse=inverse, logabsdet=logabsdet)
+        total = share if total is None or share is None else total + share
+    return x, total
+
+
+def lu_dense(x: Tensor, lu: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    """φ(A x + b), (2.1). ``options`` as in ``functional.lu_dense``, here and in the three functions below."""
+    return _lu_dense(x, lu, bias, **options)[0]
+
+
 def lu_dense_and_logabsdet(
-    x: Tensor,
-    lu: Tensor,
-    bias: Tensor | None = None,
-    *,
-    sign: Tensor | None = None,
-    permutation: Tensor | None = None,
-    slopes: Slopes | None = None,
+    x: Tensor, lu: Tensor, bias: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """(φ(A x + b), log|det J| at x): the layer (2.1) and Σ log|u_ii| + Σ log φ′(h_i)."""
-    h = affine(x, lu, bias, sign, permutation)
-    logabsdet = lu_logabsdet(lu)
-    if slopes is None:
-        return h, logabsdet.expand(x.shape[:-1])
-    return leaky_softplus(h, slopes), logabsdet + log_derivative_sum(h, slopes)
+    """(φ(A x + b), log|det J| at x)."""
+    return _lu_dense(x, lu, bias, logabsdet=True, **options)
 
 
-def lu_dense(
-    x: Tensor,
-    lu: Tensor,
-    bias: Tensor | None = None,
-    *,
-    sign: Tensor | None = None,
-    permutation: Tensor | None = None,
-    slopes: Slopes | None = None,
-) -> Tensor:
-    """φ(A x + b), (2.1)."""
-    h = affine(x, lu, bias, sign, permutation)
-    return h if slopes is None else leaky_softplus(h, slopes)
+def lu_dense_inverse(y: Tensor, lu: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    """A⁻¹ (φ⁻¹(y) − b)."""
+    return _lu_dense(y, lu, bias, inverse=True, **options)[0]
 
 
 def lu_dense_inverse_and_logabsdet(
-    y: Tensor,
-    lu: Tensor,
-    bias: Tensor | None = None,
-    *,
-    sign: Tensor | None = None,
-    permutation: Tensor | None = None,
-    slopes: Slopes | None = None,
+    y: Tensor, lu: Tensor, bias: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """(A⁻¹ (φ⁻¹(y) − b), the log-determinant of the inverse at y)."""
-    logabsdet = -lu_logabsdet(lu)
-    if slopes is None:
-        return affine_inverse(y, lu, bias, sign, permutation), logabsdet.expand(y.shape[:-1])
-    h = leaky_softplus_inverse(y, slopes)
-    x = affine_inverse(h, lu, bias, sign, permutation)
-    return x, logabsdet - log_derivative_sum(h, slopes)
+    return _lu_dense(y, lu, bias, inverse=True, logabsdet=True, **options)
 
 
-def lu_dense_inverse(
-    y: Tensor,
+def _lu_dense(
+    x: Tensor,
     lu: Tensor,
-    bias: Tensor | None = None,
+    bias: Tensor | None,
     *,
     sign: Tensor | None = None,
     permutation: Tensor | None = None,
     slopes: Slopes | None = None,
-) -> Tensor:
-    """A⁻¹ (φ⁻¹(y) − b)."""
-    h = y if slopes is None else leaky_softplus_inverse(y, slopes)
-    return affine_inverse(h, lu, bias, sign, permutation)
+    inverse: bool = False,
+    logabsdet: bool = False,
+) -> tuple[Tensor, Any]:
+    matrix = Matrix(lu, sign, permutation, bias)
+    return layer(x, matrix, family(slopes), inverse=inverse, logabsdet=logabsdet)

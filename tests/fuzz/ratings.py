@@ -43,8 +43,11 @@ from tests.fuzz.inputs import CASES  # noqa: E402
 from tests.fuzz.reader import Failure, Reader  # noqa: E402
 
 GUIDED = [
-    "lunet_fast.recsys.data.ratings",
-    "lunet_fast.recsys.data.movielens",
+    *(
+        f"lunet_fast.recsys.data.{name}"
+        for name in ("archives", "limits", "movielens", "movielens_tables", "parquet_sizes", "parquet_table")
+    ),
+    *(f"lunet_fast.recsys.data.{name}" for name in ("ratings", "table", "text_table", "values")),
     "lunet_fast.training.files",
     "lunet_fast.recsys.model.model_files",
     "lunet_fast.cli.predict",

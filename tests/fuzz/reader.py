@@ -23,7 +23,7 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         from lunet_fast.cli import predict, recommend
-        from lunet_fast.recsys.data import movielens, ratings
+        from lunet_fast.recsys.data import datasets, movielens, ratings
         from lunet_fast.recsys.model import model_files
         from lunet_fast.training import files
 
@@ -40,7 +40,7 @@ class Reader:
         movielens.DATASETS["ml-1m"] = dataclasses.replace(
             spec,
             sha256={name: hashlib.sha256(data).hexdigest() for name, data in parts.items()},
-            counts=movielens.Counts(2, 2, {3.0: 1, 4.0: 1, 5.0: 1}),
+            counts=datasets.Counts(2, 2, {3.0: 1, 4.0: 1, 5.0: 1}),
         )
 
     def ending(self, data: bytes) -> str:

@@ -114,9 +114,9 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not small.takes(x, layers)
     assert not small.takes(x.double(), layers)
     assert not small.takes(torch.randn(4, 9), layers)
-    assert not small.takes(torch.empty(dispatch.SMALL_NUMBERS // 8 + 1, 8), layers)
-    wide = LUNet(dispatch.SMALL_FEATURES + 1, 2)
-    assert not small.takes(torch.randn(1, dispatch.SMALL_FEATURES + 1), wide._layers())
+    assert not small.takes(torch.empty(small.SMALL_NUMBERS // 8 + 1, 8), layers)
+    wide = LUNet(small.SMALL_FEATURES + 1, 2)
+    assert not small.takes(torch.randn(1, small.SMALL_FEATURES + 1), wide._layers())
     monkeypatch.setattr(dispatch, "_backend", "triton")
     assert not small.takes(x, layers)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,9 +12,10 @@ from torch.library import opcheck
 import lunet_fast
 from lunet_fast import LeakySoftplus, LUNet, functional
 from lunet_fast.ops import dispatch, reference
+from lunet_fast.ops.values import Matrix
 
 lib = torch.ops.lunet_fast
-FIXED = (0.1, 0.9, 1.0)
+FIXED = ("leaky_softplus", None, (0.1, 0.9, 1.0))
 D = 5
 
 
@@ -26,16 +29,20 @@ def layer(rows: int, stacked: bool = False) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("slopes", [None, torch.tensor([0.2, 0.8, 1.5])], ids=["fixed", "learnt"])
+@pytest.mark.parametrize(
+    "activation",
+    [FIXED, ("leaky_softplus", torch.tensor([0.2, 0.8, 1.5]), ())],
+    ids=["fixed", "learnt"],
+)
 @pytest.mark.parametrize("logabsdet", [True, False])
-def test_activation(slopes: Tensor | None, logabsdet: bool) -> None:
+def test_activation(activation: tuple[Any, ...], logabsdet: bool) -> None:
     x = torch.randn(4, D)
     for op, backward in (
         (lib.activation_forward, lib.activation_backward),
         (lib.activation_inverse, lib.activation_inverse_backward),
     ):
-        opcheck(op.default, (x.clone().requires_grad_(), slopes, *FIXED, logabsdet))
-        opcheck(backward.default, (x, torch.randn(4) if logabsdet else None, x, slopes, *FIXED))
+        opcheck(op.default, (x.clone().requires_grad_(), *activation, logabsdet))
+        opcheck(backward.default, (x, torch.randn(4) if logabsdet else None, x, *activation))
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -45,7 +52,7 @@ def test_layer(rows: int, save: bool, stacked: bool) -> None:
     t = layer(rows, stacked)
     permutation = None if stacked else torch.randperm(D)
     for name in ("layer_forward", "layer_inverse"):
-        arguments = (t["x"], t["lu"], t["sign"], permutation, t["bias"], None, *FIXED, True, save)
+        arguments = (t["x"], t["lu"], t["sign"], permutation, t["bias"], *FIXED, True, save)
         # Autograd saves h and A whatever `save` says, so their shapes are checked where it is true.
         for each in (t["x"], t["lu"], t["bias"]):
             each.requires_grad_(save)
@@ -60,22 +67,20 @@ def test_layer(rows: int, save: bool, stacked: bool) -> None:
 def test_layer_backward(rows: int, stacked: bool) -> None:
     t = layer(rows, stacked)
     y, logabsdet, h, weight = lib.layer_forward(
-        t["x"], t["lu"], t["sign"], None, t["bias"], None, *FIXED, True, True
+        t["x"], t["lu"], t["sign"], None, t["bias"], *FIXED, True, True
     )
-    matrix = (t["lu"], t["sign"], None)
-    family = (t["bias"], None, *FIXED)
-    opcheck(lib.layer_backward.default, (y, logabsdet, t["x"], h, weight, *matrix, *family, True, True, True))
-    opcheck(lib.layer_backward.default, (y, None, t["x"], h, weight, *matrix, *family, False, False, False))
+    values = (t["lu"], t["sign"], None, t["bias"], *FIXED)
+    opcheck(lib.layer_backward.default, (y, logabsdet, t["x"], h, weight, *values, True, True, True))
+    opcheck(lib.layer_backward.default, (y, None, t["x"], h, weight, *values, False, False, False))
     # A forward that Triton did saves A alone, and may not have saved h.
-    saved = lib.layer_backward(y, None, t["x"], h, weight, *matrix, *family, True, True, True)
+    saved = lib.layer_backward(y, None, t["x"], h, weight, *values, True, True, True)
     if not stacked:
         weight = reference.lu_weight(t["lu"], t["sign"])
-    again = lib.layer_backward(y, None, t["x"], h.new_empty(0), weight, *matrix, *family, True, True, True)
+    again = lib.layer_backward(y, None, t["x"], h.new_empty(0), weight, *values, True, True, True)
     torch.testing.assert_close(again, saved)
-    matrix = (*matrix, None, *FIXED)
-    x, logabsdet, h = lib.layer_inverse(y, t["lu"], t["sign"], None, t["bias"], None, *FIXED, True, True)
-    opcheck(lib.layer_inverse_backward.default, (y, logabsdet, x, h, *matrix, True, True))
-    opcheck(lib.layer_inverse_backward.default, (y, None, x, h, *matrix, False, False))
+    x, logabsdet, h = lib.layer_inverse(y, *values, True, True)
+    opcheck(lib.layer_inverse_backward.default, (y, logabsdet, x, h, *values, True, True, True))
+    opcheck(lib.layer_inverse_backward.default, (y, None, x, h, *values, False, False, False))
 
 
 def test_operation_called_directly_has_gradients() -> None:
@@ -83,10 +88,10 @@ def test_operation_called_directly_has_gradients() -> None:
     t = {name: v.double().requires_grad_(name != "sign") for name, v in layer(7).items()}
 
     def forward(x: Tensor, lu: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return lib.layer_forward(x, lu, t["sign"], None, bias, None, *FIXED, True, False)[:2]
+        return lib.layer_forward(x, lu, t["sign"], None, bias, *FIXED, True, False)[:2]
 
     def inverse(y: Tensor, lu: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return lib.layer_inverse(y, lu, t["sign"], None, bias, None, *FIXED, True, False)[:2]
+        return lib.layer_inverse(y, lu, t["sign"], None, bias, *FIXED, True, False)[:2]
 
     for function in (forward, inverse):
         assert torch.autograd.gradcheck(function, (t["x"], t["lu"], t["bias"]))
@@ -112,9 +117,9 @@ def test_exported_program_trains() -> None:
 def test_autocast_does_not_lower_the_precision_inside() -> None:
     """W is formed, and triangles are solved, in float32 under bfloat16 autocast."""
     t = layer(50)
-    expected = lib.layer_inverse(t["x"], t["lu"], t["sign"], None, t["bias"], None, *FIXED, True, False)
+    expected = lib.layer_inverse(t["x"], t["lu"], t["sign"], None, t["bias"], *FIXED, True, False)
     with torch.autocast("cpu", torch.bfloat16):
-        found = lib.layer_inverse(t["x"], t["lu"], t["sign"], None, t["bias"], None, *FIXED, True, False)
+        found = lib.layer_inverse(t["x"], t["lu"], t["sign"], None, t["bias"], *FIXED, True, False)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -145,7 +150,8 @@ def test_net_in_pytorch(inverse: bool) -> None:
     leaves = [x, lu.detach().requires_grad_(), bias.detach().requires_grad_()]
 
     def run(x: Tensor, lu: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-        return functional.net(x, lu, bias, sign=sign, slopes=(0.1, 0.9, 1.0), inverse=inverse, logabsdet=True)
+        matrix, activation = Matrix(lu, sign, None, bias), functional.activation_of((0.1, 0.9, 1.0))
+        return functional.net(x, matrix, activation, inverse=inverse, logabsdet=True)
 
     expected = (net.inverse_and_logabsdet if inverse else net.forward_and_logabsdet)(x)
     torch.testing.assert_close(run(*leaves), expected)

@@ -14,7 +14,8 @@ from torch import nn
 
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.model.config import TrainConfig
-from lunet_fast.recsys.model.network import MLPModel, RatingModel, perceptron
+from lunet_fast.recsys.model.mlp import MLPModel, perceptron
+from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.training import train
 from lunet_fast.training.seeding import seeded
 from tests.recsys.synthetic import latent_ratings, quick_config

@@ -17,7 +17,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lunet_fast.recsys.data.ratings import IdMap, Int64Array, Ratings
+from lunet_fast.recsys.data.ids import IdMap, Int64Array
+from lunet_fast.recsys.data.ratings import Ratings
 
 __all__ = [
     "Split",

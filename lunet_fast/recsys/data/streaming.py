@@ -5,16 +5,7 @@ keeps what a model needs of them: the ids, the scale, and means and counts of th
 items) numbers. Every later pass reads the files again. No pass holds more than a buffer of rows, however many
 there are.
 
-Which rows are tested is no draw but a property of the pair. With 64-bit arithmetic and the finaliser of
-SplitMix64,
-
-    mix(z) = z4, where z1 = z + 0x9E3779B97F4A7C15, z2 = (z1 ^ (z1 >> 30)) 0xBF58476D1CE4E5B9,
-                       z3 = (z2 ^ (z2 >> 27)) 0x94D049BB133111EB, z4 = z3 ^ (z3 >> 31),
-
-the row of user u and item i is tested if mix(mix(h(u) ^ 1) ^ mix(h(i) ^ 2) ^ mix(seed)) < test_share 2^64. h
-of an id that is a plain 64-bit integer, also as a text, is that integer, and of another text the first 8
-bytes of its BLAKE2b, little-endian. So the split needs no memory and depends neither on the order of the
-rows, nor on how they are spread over files, nor on the other rows.
+Which rows are tested is no draw but a property of the pair, defined in :mod:`~.pair_hash`.
 
 A pair that is rated twice cannot be noticed without remembering every pair: both its rows are used, in the
 same part. :func:`~.ratings.read_ratings` refuses such a file.
@@ -22,19 +13,15 @@ same part. :func:`~.ratings.read_ratings` refuses such a file.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import math
-import mmap
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,47 +29,33 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lunet_fast.recsys.data.ratings import (
-    MAX_FIELD,
-    IdMap,
-    Int64Array,
-    RatingFileError,
-    Ratings,
-    brief,
-    check_sizes,
-    from_frame,
+from lunet_fast.recsys.data.first_pass import FirstPass, Index, Int32Array, Progress
+from lunet_fast.recsys.data.ids import IdMap, Int64Array
+from lunet_fast.recsys.data.pair_hash import is_tested
+from lunet_fast.recsys.data.parquet_pieces import (
+    Float32Array,
+    PieceFile,
+    column_of,
+    damaged,
+    find_files,
+    ratings_of,
+    record_batches,
 )
+from lunet_fast.recsys.data.parquet_table import require_pyarrow
+from lunet_fast.recsys.data.ratings import Ratings, from_frame
+from lunet_fast.recsys.data.table import by_role
 
 __all__ = ["RatingStream"]
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Users and items, int64 ``[b]``, and ratings, float32 ``[b]``."""
 
-Progress = Callable[[int, int], None]
-"""Is called with the rows read so far and the rows there are."""
-
 BUFFER_ROWS = 1 << 20
 """Training rows that are shuffled together."""
 
-PIECE_ROWS = 1 << 17
-"""Rows decoded at a time."""
+_Rows = tuple[Int32Array, Int32Array, Float32Array]
 
-READ_BYTES = 1 << 20
-"""Bytes of a column read at a time; without it pyarrow reads a row group's columns whole."""
-
-MOST_LEVELS = 100
-"""Different ratings that are counted one by one."""
-
-_Int32 = npt.NDArray[np.int32]
-_UInt64 = npt.NDArray[np.uint64]
-_Float32 = npt.NDArray[np.float32]
-_Rows = tuple[_Int32, _Int32, _Float32]
-
-_USER, _ITEM = 1, 2
 _ORDER, _BUFFER = 5, 6  # streams of a seed; splits has 0 to 3
-# A table over the range of the integer ids is faster than a search, and small where the ids are dense.
-_TABLE_CELLS_AN_ID = 4
-_COMPACT_AT = 1 << 18
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,12 +93,12 @@ class RatingStream:
     seed: int
     buffer_rows: int
     _columns: dict[str, str | None] = field(repr=False)
-    _files: list[_File] = field(repr=False)
+    _files: list[PieceFile] = field(repr=False)
     # By row group, those of all files one after the other: (file, group of the file), and training rows.
     _groups: list[tuple[int, int]] = field(repr=False)
     _group_rows: Int64Array = field(repr=False)
-    _user_index: _Index = field(repr=False)
-    _item_index: _Index = field(repr=False)
+    _user_index: Index = field(repr=False)
+    _item_index: Index = field(repr=False)
 
     @classmethod
     def open(
@@ -158,51 +131,27 @@ class RatingStream:
         characters. FileNotFoundError where there is no file, ImportError without pyarrow,
         ValueError for a wrong argument and where no row is left to train on.
         """
-        _require_pyarrow(path)
+        require_pyarrow(f"{path}: reading Parquet")
         _check_whole("seed", seed, 0)
         _check_whole("buffer_rows", buffer_rows, 1)
         if isinstance(test_share, bool) or not 0 <= test_share < 1:
             raise ValueError(f"test_share must be a share of at least 0 and below 1, got {test_share!r}")
-        columns = {"user": user, "item": item, "rating": rating, "timestamp": timestamp}
-        names = [name for name in columns.values() if name is not None]
-        for role, name in columns.items():
-            if names.count(name or "") > 1:
-                raise ValueError(
-                    f"user, item, rating and timestamp must be different columns, got {role}={name!r} twice"
-                )
+        columns = by_role(user=user, item=item, rating=rating, timestamp=timestamp)
         place = Path(path)
-        files, text_roles = _find_files(place, columns)
-        total = sum(sum(file.rows) for file in files)
-        first = _FirstPass(
-            _Ids("user", "user" in text_roles),
-            _Ids("item", "item" in text_roles),
-            _threshold(test_share),
-            _seed_hash(seed),
-        )
-        groups = [(n, group) for n, file in enumerate(files) for group in range(len(file.rows))]
-        group_rows = np.zeros(len(groups), dtype=np.int64)
-        done = group_start = 0
-        for file in files:
-            ends = np.cumsum(file.rows)
-            row = 0
-            for batch in _record_batches(file, range(len(file.rows)), columns):
-                training = first.add(file, row, batch, columns)
-                _count_by_group(training, row, ends, group_rows[group_start:])
-                row += len(training)
-                done += len(training)
-                if progress is not None:
-                    progress(done, total)
-            group_start += len(file.rows)
-        _release_memory()
-
-        n_rows = int(group_rows.sum())
+        files = find_files(place, columns)
+        first = FirstPass.over(files, columns, test_share, seed, progress)
+        group_rows = np.concatenate(first.group_rows)
+        total, n_rows = sum(sum(file.rows) for file in files), int(group_rows.sum())
         if n_rows == 0:
             raise ValueError(
                 f"{place}: test_share={test_share} leaves none of the {total} rows to train on: lower it"
             )
         users, user_index, user_count, user_sum = first.users.finish()
         items, item_index, item_count, item_sum = first.items.finish()
-        levels = sorted(first.levels) if first.levels is not None else None
+        levels = level_count = None
+        if first.levels is not None:
+            levels = torch.tensor(sorted(first.levels), dtype=torch.float32)
+            level_count = torch.tensor([first.levels[level] for level in sorted(first.levels)])
         return cls(
             name=place.name,
             source=str(place),
@@ -216,17 +165,15 @@ class RatingStream:
             user_count=torch.from_numpy(user_count),
             item_sum=torch.from_numpy(item_sum),
             item_count=torch.from_numpy(item_count),
-            levels=None if levels is None else torch.tensor(levels, dtype=torch.float32),
-            level_count=None
-            if levels is None
-            else torch.tensor([(first.levels or {})[level] for level in levels]),
+            levels=levels,
+            level_count=level_count,
             fingerprint=f"{first.fingerprint:016x}",
             test_share=float(test_share),
             seed=int(seed),
             buffer_rows=int(buffer_rows),
             _columns=columns,
             _files=files,
-            _groups=groups,
+            _groups=[(n, group) for n, file in enumerate(files) for group in range(len(file.rows))],
             _group_rows=group_rows,
             _user_index=user_index,
             _item_index=item_index,
@@ -311,11 +258,11 @@ class RatingStream:
         for file in self._files:
             file.check()
             try:
-                with parquet.ParquetFile(file.path, read_dictionary=file.texts) as content:
+                with parquet.ParquetFile(file.path, read_dictionary=list(file.texts.values())) as content:
                     present = [name for name in wanted if name in content.schema_arrow.names]
                     frames.append(content.read(columns=present).to_pandas(ignore_metadata=True))
             except Exception as error:
-                _damaged(file.path, error)
+                damaged(file.path, error)
         scale = self.scale if self.scale[0] < self.scale[1] else None
         ratings = from_frame(
             pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0],
@@ -429,10 +376,10 @@ class RatingStream:
         done = 0
         for n, run in groupby((self._groups[group] for group in groups), key=lambda place: place[0]):
             file = self._files[n]
-            for batch in _record_batches(file, [group for _, group in run], self._columns):
-                user = self._user_index(_column(batch, self._columns["user"]))
-                item = self._item_index(_column(batch, self._columns["item"]))
-                rating = _ratings(batch, self._columns["rating"])
+            for batch in record_batches(file, [group for _, group in run], self._columns):
+                user = self._user_index(column_of(batch, self._columns["user"]))
+                item = self._item_index(column_of(batch, self._columns["item"]))
+                rating = ratings_of(batch, self._columns["rating"])
                 kept = self._is_test(user, item) == test
                 if wanted is not None:
                     kept &= wanted[user]
@@ -442,425 +389,8 @@ class RatingStream:
                     progress(done, len(self))
 
     def _is_test(self, user: npt.NDArray[Any], item: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        pair = self._user_index.hashes[user] ^ self._item_index.hashes[item] ^ _seed_hash(self.seed)
-        return _mix(pair) < _threshold(self.test_share)
-
-
-# The first pass ---------------------------------------------------------------------------------------------
-
-
-class _FirstPass:
-    """What is known of the rows read so far."""
-
-    def __init__(self, users: _Ids, items: _Ids, threshold: np.uint64, seed_hash: np.uint64) -> None:
-        self.users, self.items = users, items
-        self.threshold, self.seed_hash = threshold, seed_hash
-        self.low, self.high, self.total = math.inf, -math.inf, 0.0
-        self.levels: dict[float, int] | None = {}
-        self.fingerprint = 0
-
-    def add(self, file: _File, row: int, batch: Any, columns: dict[str, str | None]) -> npt.NDArray[np.bool_]:
-        """Takes in a batch that starts at ``row`` of the file (from 0); which of its rows are to train on."""
-        coded = []
-        for ids in (self.users, self.items):
-            column = _column(batch, columns[ids.role])
-            if column.null_count:
-                _wrong_row(file, row + _first_null(column), f"{ids.role} id is empty: give every row one")
-            coded.append(ids.encode(file, row, column))
-        column = None if columns["rating"] is None else _column(batch, columns["rating"])
-        if column is not None and column.null_count:
-            _wrong_row(file, row + _first_null(column), "rating is missing: give every row a number")
-        rating = _ratings(batch, columns["rating"])
-        finite = np.isfinite(rating)
-        if not finite.all():
-            wrong = int(np.argmin(finite))
-            shown = column[wrong].as_py() if column is not None else rating[wrong]
-            _wrong_row(
-                file,
-                row + wrong,
-                f"rating {shown} is not a finite number (as float32): correct or remove the row",
-            )
-        (user, user_keys, user_hashes), (item, item_keys, item_hashes) = coded
-        pair = user_hashes[user] ^ item_hashes[item]
-        training = _mix(pair ^ self.seed_hash) >= self.threshold
-
-        # The sum of hashes of rows does not depend on their order.
-        bits = rating.view(np.uint32).astype(np.uint64) << np.uint64(16)
-        self.fingerprint = (self.fingerprint + int(_mix(pair ^ bits).sum())) % 2**64
-        self.low, self.high = min(self.low, float(rating.min())), max(self.high, float(rating.max()))
-        rating = rating[training]
-        self.total += float(rating.sum(dtype=np.float64))
-        self._count_levels(rating)
-        self.users.tally.add(user_keys, user[training], rating)
-        self.items.tally.add(item_keys, item[training], rating)
-        return training
-
-    def _count_levels(self, rating: _Float32) -> None:
-        if self.levels is None:
-            return
-        codes, values = pd.factorize(rating)
-        if len(values) > MOST_LEVELS:
-            self.levels = None
-            return
-        for value, count in zip(values.tolist(), np.bincount(codes).tolist(), strict=False):
-            self.levels[value] = self.levels.get(value, 0) + count
-        if len(self.levels) > MOST_LEVELS:
-            self.levels = None
-
-
-class _Ids:
-    """The ids of users or of items met so far.
-
-    Each has a key, an int64: the id itself, or in columns of texts its number in the order of appearance.
-    """
-
-    def __init__(self, role: str, as_text: bool) -> None:
-        self.role, self.as_text = role, as_text
-        self.salt = _USER if role == "user" else _ITEM
-        self.tally = _Tally()
-        self.key: dict[str, int] = {}
-        self.hash: list[int] = []
-
-    def encode(self, file: _File, row: int, column: Any) -> tuple[Int64Array, Int64Array, _UInt64]:
-        """Codes ``[n]`` of the ids of a column, and by code the key and the mixed hash."""
-        if not self.as_text:
-            codes, keys = pd.factorize(_integers(column))
-            return codes, keys, _salted(keys.view(np.uint64), self.salt)
-        codes, texts = _texts(file, self.role, column)
-        if "" in texts:
-            wrong = int(np.argmax(codes == texts.index("")))
-            _wrong_row(file, row + wrong, f"{self.role} id is empty: give every row one")
-        for text in texts:
-            if text not in self.key:
-                self.key[text] = len(self.hash)
-                self.hash.append(_text_hash(text))
-        keys = np.array([self.key[text] for text in texts], dtype=np.int64)
-        hashes = np.array([self.hash[key] for key in keys], dtype=np.uint64)
-        return codes, keys, _salted(hashes, self.salt)
-
-    def finish(self) -> tuple[IdMap, _Index, Int64Array, npt.NDArray[np.float64]]:
-        """The map of all ids, the way to their indices, and by index the count and sum of the ratings."""
-        keys, counts, sums = self.tally.result()
-        if not self.as_text:
-            ids = IdMap(keys)
-            return ids, _Index.of_integers(keys, _salted(keys.view(np.uint64), self.salt)), counts, sums
-        texts = list(self.key)
-        ids = IdMap.of(texts)
-        index = ids.index(texts)  # of each key; every key is in the tally
-        by_index = np.argsort(index)
-        hashes = _salted(np.array(self.hash, dtype=np.uint64), self.salt)[by_index]
-        table = dict(zip(texts, index.tolist(), strict=True))
-        return ids, _Index(hashes, texts=table), counts[by_index], sums[by_index]
-
-
-class _Tally:
-    """Counts and sums of ratings by key, in O(keys) memory: sorted ones, and what came since."""
-
-    def __init__(self) -> None:
-        self.parts: list[tuple[Int64Array, Int64Array, npt.NDArray[np.float64]]] = []
-        self.pending = self.compacted = 0
-
-    def add(self, keys: Int64Array, codes: Int64Array, ratings: _Float32) -> None:
-        """Takes ratings ``[n]`` in; row r is of key ``keys[codes[r]]``, and keys without a row are kept."""
-        counts = np.bincount(codes, minlength=len(keys))
-        sums: npt.NDArray[Any] = np.bincount(codes, ratings, len(keys))
-        self.parts.append((keys, counts, sums))
-        self.pending += len(keys)
-        if self.pending > max(_COMPACT_AT, self.compacted):
-            self.result()
-
-    def result(self) -> tuple[Int64Array, Int64Array, npt.NDArray[np.float64]]:
-        """The different keys, ascending, with their counts and sums."""
-        if len(self.parts) > 1 or self.pending:
-            keys, place = np.unique(np.concatenate([part[0] for part in self.parts]), return_inverse=True)
-            # Not as weights, which are float64: a count stays exact in any case.
-            counts = np.zeros(len(keys), dtype=np.int64)
-            np.add.at(counts, place, np.concatenate([part[1] for part in self.parts]))
-            sums: npt.NDArray[Any] = np.bincount(
-                place, np.concatenate([part[2] for part in self.parts]), len(keys)
-            )
-            self.parts = [(keys, counts, sums)]
-            self.pending, self.compacted = 0, len(keys)
-        return self.parts[0]
-
-
-class _Index:
-    """From the ids of a column to their indices, for ids that are all known; and hashes by index."""
-
-    def __init__(
-        self,
-        hashes: _UInt64,
-        *,
-        texts: dict[str, int] | None = None,
-        ids: Int64Array | None = None,
-        table: _Int32 | None = None,
-        low: int = 0,
-    ) -> None:
-        self.hashes, self.texts, self.ids, self.table, self.low = hashes, texts, ids, table, low
-
-    @classmethod
-    def of_integers(cls, ids: Int64Array, hashes: _UInt64) -> _Index:
-        low, high = int(ids[0]), int(ids[-1])
-        if high - low >= _TABLE_CELLS_AN_ID * len(ids):
-            return cls(hashes, ids=ids)
-        table = np.zeros(high - low + 1, dtype=np.int32)
-        table[ids - low] = np.arange(len(ids), dtype=np.int32)
-        return cls(hashes, table=table, low=low)
-
-    def __call__(self, column: Any) -> _Int32:
-        if self.texts is not None:
-            codes, texts = _texts(None, "", column)
-            return np.array([self.texts[text] for text in texts], dtype=np.int32)[codes]
-        values = _integers(column)
-        if self.table is not None:
-            return self.table[values - self.low] if self.low else self.table[values]
-        return np.searchsorted(self.ids, values).astype(np.int32)  # type: ignore[arg-type]
-
-
-def _count_by_group(
-    training: npt.NDArray[np.bool_], row: int, ends: Int64Array, group_rows: Int64Array
-) -> None:
-    """Adds the training rows of a batch that starts at ``row`` to those of the row groups it lies in."""
-    group, at = int(np.searchsorted(ends, row, side="right")), 0
-    while at < len(training):
-        stop = min(len(training), int(ends[group]) - row)
-        group_rows[group] += np.count_nonzero(training[at:stop])
-        group, at = group + 1, stop
-
-
-# Hashes -----------------------------------------------------------------------------------------------------
-
-
-def _mix(z: _UInt64) -> _UInt64:
-    """The finaliser of SplitMix64, of each number."""
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return z
-
-
-def _salted(hashes: _UInt64, salt: int) -> _UInt64:
-    return _mix(hashes ^ np.uint64(salt))
-
-
-def _seed_hash(seed: int) -> np.uint64:
-    return _mix(np.array([seed % 2**64], dtype=np.uint64))[0]
-
-
-def _threshold(test_share: float) -> np.uint64:
-    return np.uint64(int(test_share * 2.0**64))
-
-
-def _text_hash(text: str) -> int:
-    """h of an id, see the module."""
-    # A plain integer is what Python writes it as: no "007", no "+5", no digits of other scripts.
-    if text[-1].isdigit() and len(text) <= 20:
-        with contextlib.suppress(ValueError):
-            number = int(text)
-            if str(number) == text and -(2**63) <= number < 2**63:
-                return number % 2**64
-    return int.from_bytes(hashlib.blake2b(text.encode()).digest()[:8], "little")
-
-
-# Parquet ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    rows: list[int]  # of each row group
-    size: int
-    changed: int  # st_mtime_ns
-    texts: list[str]  # columns of texts: a page can name one of a megabyte a million times
-
-    def check(self) -> None:
-        """RatingFileError where the file is not the one that was opened."""
-        try:
-            now = self.path.stat()
-        except OSError as error:
-            raise RatingFileError(f"{self.path}: cannot be read any more ({error})") from error
-        if (now.st_size, now.st_mtime_ns) != (self.size, self.changed):
-            raise RatingFileError(f"{self.path}: has changed since it was opened: open the stream again")
-
-
-def _require_pyarrow(path: object) -> None:
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
-
-
-def _find_files(path: Path, columns: dict[str, str | None]) -> tuple[list[_File], set[str]]:
-    """The files of a path, their columns checked, and for which of user and item any file has texts."""
-    from pyarrow import parquet, types
-
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() == ".parquet" and p.is_file())
-        if not found:
-            raise RatingFileError(f"{path}: there is no .parquet file in this folder")
-    elif not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    elif path.suffix.lower() != ".parquet":
-        raise RatingFileError(
-            f"{path}: ratings are streamed from Parquet alone, and the extension is {path.suffix!r}: convert "
-            "the file, or read it whole with read_ratings"
-        )
-    else:
-        found = [path]
-    files, text_roles = [], set()
-    for file in found:
-        state = file.stat()
-        if state.st_size == 0:
-            raise RatingFileError(f"{file}: the file is empty")
-        try:
-            with parquet.ParquetFile(file) as content:
-                schema, metadata = content.schema_arrow, content.metadata
-                rows = [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
-        except Exception as error:  # pyarrow reports damage by errors of a dozen types
-            _damaged(file, error)
-        names = list(schema.names)
-        texts: list[str] = []
-        for role, name in columns.items():
-            if name is None or (role == "timestamp" and name not in names):
-                continue
-            if names.count(name) != 1:
-                listed = ", ".join(repr(n) for n in names[:30])
-                raise RatingFileError(
-                    f"{file}: there are {names.count(name)} columns {name!r} for the {role}; the columns are "
-                    f"{listed}: name the right one with {role}=..., on the command line --{role}-column"
-                )
-            kind = schema.field(name).type
-            kind = kind.value_type if types.is_dictionary(kind) else kind
-            is_text = (
-                types.is_string(kind)
-                or types.is_large_string(kind)
-                or types.is_binary(kind)
-                or types.is_large_binary(kind)
-                or (hasattr(types, "is_string_view") and types.is_string_view(kind))
-            )
-            is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
-            if is_text:
-                texts.append(name)
-            if role in ("user", "item") and is_text:
-                text_roles.add(role)
-            elif role in ("user", "item") and not types.is_integer(kind):
-                raise RatingFileError(
-                    f"{file}: the {role} column {name!r} has values of type {kind}: store ids as integers or "
-                    "strings"
-                )
-            elif role == "rating" and not is_number:
-                raise RatingFileError(
-                    f"{file}: the rating column {name!r} has values of type {kind}: store numbers"
-                )
-        used = [
-            names.index(name) for role, name in columns.items() if name is not None and role != "timestamp"
-        ]
-        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if check_sizes(file, data, used, streamed=True) != sum(rows):
-                raise RatingFileError(f"{file}: the Parquet file is damaged: its numbers of rows differ")
-        files.append(_File(file, rows, state.st_size, state.st_mtime_ns, texts))
-    if not any(sum(file.rows) for file in files):
-        raise RatingFileError(f"{path}: there is no row")
-    return files, text_roles
-
-
-def _record_batches(file: _File, groups: Sequence[int], columns: dict[str, str | None]) -> Iterator[Any]:
-    """The columns that are used, PIECE_ROWS rows at a time, of some row groups in that order."""
-    from pyarrow import parquet
-
-    wanted = [name for role, name in columns.items() if name is not None and role != "timestamp"]
-    file.check()
-    try:
-        # Nothing is read before it is needed, and no threads: memory must not grow with a row group.
-        with parquet.ParquetFile(
-            file.path, buffer_size=READ_BYTES, pre_buffer=False, read_dictionary=file.texts
-        ) as content:
-            for batch in content.iter_batches(
-                PIECE_ROWS, row_groups=list(groups), columns=wanted, use_threads=False
-            ):
-                if len(batch):
-                    yield batch
-    except RatingFileError:
-        raise
-    except Exception as error:
-        _damaged(file.path, error)
-
-
-def _column(batch: Any, name: str | None) -> Any:
-    return batch.column(batch.schema.get_field_index(name))
-
-
-def _integers(column: Any) -> Int64Array:
-    import pyarrow as pa
-
-    return _decoded(column).cast(pa.int64()).to_numpy(zero_copy_only=False)
-
-
-def _texts(file: _File | None, role: str, column: Any) -> tuple[Int64Array, list[str]]:
-    """Codes ``[n]`` of a column of texts, and by code the text; each is there once before it is stripped.
-
-    RatingFileError, where ``file`` is given, for one of more than MAX_FIELD characters.
-    """
-    import pyarrow as pa
-    from pyarrow import types
-
-    encoded = column if types.is_dictionary(column.type) else column.dictionary_encode()
-    # A dictionary is a row group's, and a text that no row of this piece names may be in no row at all.
-    used, codes = np.unique(encoded.indices.to_numpy(zero_copy_only=False), return_inverse=True)
-    texts = [text or "" for text in encoded.dictionary.take(pa.array(used)).cast(pa.string()).to_pylist()]
-    longest = max(texts, key=len)
-    if file is not None and len(longest) > MAX_FIELD:
-        raise RatingFileError(
-            f"{file.path}: {role} {brief(longest)} has more than {MAX_FIELD:,} characters: give it a shorter "
-            "one"
-        )
-    return codes.reshape(-1), [text.strip() for text in texts]
-
-
-def _decoded(column: Any) -> Any:
-    from pyarrow import types
-
-    return column.dictionary_decode() if types.is_dictionary(column.type) else column
-
-
-def _ratings(batch: Any, name: str | None) -> _Float32:
-    """Ratings ``[n]``, infinite where float32 cannot hold one."""
-    import pyarrow as pa
-    from pyarrow import types
-
-    if name is None:
-        return np.ones(len(batch), dtype=np.float32)
-    column = _decoded(_column(batch, name))
-    if not types.is_float32(column.type):
-        column = column.cast(pa.float64(), safe=False)
-    with np.errstate(over="ignore"):
-        return column.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-
-
-def _first_null(column: Any) -> int:
-    return int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
-
-
-def _wrong_row(file: _File, row: int, problem: str) -> NoReturn:
-    group = int(np.searchsorted(np.cumsum(file.rows), row, side="right"))
-    raise RatingFileError(f"{file.path}, row {row + 1} (row group {group}): {problem}")
-
-
-def _damaged(path: Path, error: Exception) -> NoReturn:
-    raise RatingFileError(f"{path}: the Parquet file is damaged or cut short ({error})") from error
-
-
-def _release_memory() -> None:
-    """Gives what pyarrow keeps for later back to the system."""
-    import pyarrow as pa
-
-    pa.default_memory_pool().release_unused()
-
-
-# ------------------------------------------------------------------------------------------------------------
+        pair = self._user_index.hashes[user] ^ self._item_index.hashes[item]
+        return is_tested(pair, self.test_share, self.seed)
 
 
 def _tensors(parts: Sequence[_Rows]) -> Batch:

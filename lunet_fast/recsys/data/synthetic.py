@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lunet_fast.recsys.data.parquet_table import require_pyarrow
 from lunet_fast.training.files import write_atomically
 
 ROW_GROUP = 1 << 17
@@ -87,11 +88,10 @@ def synthesize(
 def _write(
     path: Path, users: int, items: int, ratings: int, seed: int, progress: Callable[[int], None] | None
 ) -> dict[str, Any]:
-    try:
-        import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
-        from pyarrow import parquet  # type: ignore[import-untyped,unused-ignore]
-    except ImportError as error:
-        raise ImportError(f"{path}: writing Parquet needs pyarrow: pip install pyarrow") from error
+    require_pyarrow(f"{path}: writing Parquet")
+    import pyarrow as pa
+    from pyarrow import parquet
+
     rng = np.random.default_rng((seed, 0))
     counts = _activity(rng, users, max(1, items // 2), ratings)
     weight = (np.arange(items) + 1.0 + POPULARITY_SHIFT * items) ** -POPULARITY

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lunet_fast.layers.lunet import LUNet
 from lunet_fast.recsys.evaluation.ranking import CHUNK
-from lunet_fast.recsys.model.network import Histories, RatingModel
+from lunet_fast.recsys.model.embeddings import Histories
+from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.serving.scoring import ranking_readout, training_pairs
 
 SPACES = ("latent", "input")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lunet_fast.recsys.evaluation import metrics
-from lunet_fast.recsys.model.network import MLPModel, RatingModel
+from lunet_fast.recsys.model.mlp import MLPModel
+from lunet_fast.recsys.model.network import RatingModel
 
 CHUNK = 8192
 """Pairs a pass: bounds the memory of an evaluation, whatever the number of pairs."""

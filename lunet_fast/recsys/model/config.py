@@ -1,71 +1,68 @@
-"""Every setting of a training in one flat frozen dataclass, and the two recipes."""
+"""Every setting of a training, declared once, and the two recipes."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-RECIPES = ("paper", "best")
-SPLITS = ("random", "per-user", "leave-one-out", "joint")
-READOUTS = ("linear", "pair")
-SCHEDULES = ("constant", "linear")
-LOSSES = ("mse", "huber", "ordinal", "bpr")
-NEGATIVE_SAMPLINGS = ("uniform", "popularity")
-NEGATIVES_OUTSIDE = ("known", "training")
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
-_LARGEST = sys.float_info.max
+from lunet_fast.training.schema import Count, NotNegative, Positive, Seed, Settings, Threads
+
+Recipe = Literal["paper", "best"]
+RECIPES: tuple[str, ...] = get_args(Recipe)
+
+Width = Annotated[int, Field(ge=1, le=1 << 14)]
+"""Of a vector: a matrix of the network has 4 times its square, and 4 GiB at the bound."""
+Several = Annotated[int, Field(ge=1, le=1000)]
+Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Settings of one training: the model, its regularisation, the optimiser, the seed and the split.
 
     The defaults are recipe ``best`` for data of ML-100K's size; :func:`recipe` gives either recipe for any
     size. A value that cannot work raises ``ValueError`` naming the field, the value and what is allowed.
     """
 
-    recipe: str = "best"
+    recipe: Recipe = "best"
     """Name of the recipe that the settings started from; a label that changes nothing."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the split, the initial weights, the order of the batches and dropout."""
-    split: str = "random"
-    """``random``: 80 % of all ratings train; ``per-user``: 80 % of each user's. ``leave-one-out``: each
-    user's most recent one is held out for ranking; ``joint``: that, and 80 % of the rest train. ``files``:
-    both parts are given; ``stream``: 80 % train by a rule on the ids (:mod:`~.streaming`); ``none``: all
-    ratings train and nothing is tested."""
+    split: Literal["random", "per-user", "leave-one-out", "joint", "files", "stream", "none"] = "random"
+    """What is held out for the test. ``random``: 20 % of all ratings; ``per-user``: 20 % of each user's.
+    ``leave-one-out``: each user's most recent one, for ranking; ``joint``: that, and 20 % of the rest.
+    ``files``: both parts are given; ``stream``: 20 % by a rule on the ids; ``none``: nothing is tested."""
 
-    gamma: float = 1.0
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """γ of (2.11), the weight of the ratings' loss; the interactions' has 1 - γ. 1 trains ratings alone, 0
-    interactions alone."""
-    loss: str = "mse"
+    interactions alone, which need no ratings. Below 1 the model learns to rank as well."""
+    loss: Literal["mse", "huber", "ordinal", "bpr"] = "mse"
     """``mse``: squared error (2.12) and cross-entropy (2.13). ``huber``: Huber's loss with delta 1 instead of
     the square. ``ordinal``: ratings by the proportional-odds model, bounded to the scale. ``bpr``:
     interactions by Bayesian personalised ranking instead of cross-entropy."""
-    negatives: int = 4
+    negatives: Annotated[int, Field(ge=1, le=100_000)] = 4
     """Items without interaction drawn for each training rating."""
-    negative_sampling: str = "uniform"
-    """``uniform``, or ``popularity``: with probability proportional to count^0.75."""
-    negatives_outside: str = "training"
+    negative_sampling: Literal["uniform", "popularity"] = "uniform"
+    """How they are drawn: ``uniform``, or ``popularity``: with probability proportional to count^0.75."""
+    negatives_outside: Literal["known", "training"] = "training"
     """Which of a user's pairs are never drawn: those of ``training`` alone, as if nothing else were known, or
     ``known``, of any part of the data. The second tells the model what is held out, by what is never a
     negative: on ML-100K it raises HR@10 by 0.03."""
-    interaction_share: float = 0.5
+    interaction_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of each half of z whose product is the interactions'; the rest is the ratings'. Without effect
     where gamma is 0 or 1."""
 
-    members: int = 16
+    members: Several = 16
     """Independent models trained side by side; the prediction is the mean of theirs."""
-    embedding_size: int = 16
+    embedding_size: Width = 16
     """k, the size of a user's and of an item's vector. The network works in D = 2k dimensions."""
-    layers: int = 2
+    layers: Several = 2
     """M, the number of LU layers. The last one has no activation (2.7)."""
-    alpha: float = 0.1
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Slope of LeakySoftplus (2.6) on the far left, 0 < alpha < 1."""
-    readout: str = "pair"
+    readout: Literal["linear", "pair"] = "pair"
     """``linear``: w.z; ``pair``: w.z + z_u.z_i, with z_u and z_i the two halves of z."""
     biases: bool = True
     """Add a bias for each user and each item to the read-out."""
@@ -76,93 +73,62 @@ class TrainConfig:
     side_features: bool = True
     """Add to each half a vector for what is known of the user (age, gender, occupation) and of the item
     (genres), where the data set says it."""
-    history_power: float = 0.4
+    history_power: NotNegative = 0.4
     """A history of n entries is divided by n to this power: 1 is the mean, 0.5 SVD++'s."""
-    embedding_std: float = 0.1
+    embedding_std: NotNegative = 0.1
     """Standard deviation of the initial embeddings."""
 
-    dropout: float = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of x's coordinates set to zero while training (the rest are scaled up)."""
-    l2_latent: float = 0.04
+    l2_latent: NotNegative = 0.04
     """Weight of |z|^2, the mean over the batch, in the loss."""
-    l2_embedding: float = 0.0
+    l2_embedding: NotNegative = 0.0
     """Weight of |x|^2 in the loss."""
-    l2_bias: float = 0.005
+    l2_bias: NotNegative = 0.005
     """Weight of the squared biases in the loss."""
-    l2_interaction_latent: float = 0.0
+    l2_interaction_latent: NotNegative = 0.0
     """As ``l2_latent``, for the interactions' part of z, in their loss."""
-    l2_interaction_embedding: float = 0.0
+    l2_interaction_embedding: NotNegative = 0.0
     """As ``l2_embedding``, for the interactions' part of x."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Adam's own L2 on the embedding tables (each whole table, at each step)."""
-    net_weight_decay: float = 0.0
+    net_weight_decay: NotNegative = 0.0
     """The same on the LU layers, which it draws towards the identity."""
 
-    epochs: int = 12
-    batch_size: int = 1024
-    learning_rate: float = 5e-3
+    epochs: Epochs = 12
+    """Passes over the training ratings."""
+    batch_size: Count = 1024
+    """Ratings a step."""
+    learning_rate: Positive = 5e-3
     """Adam's rate for everything but the network."""
-    net_learning_rate: float = 3e-4
+    net_learning_rate: Positive = 3e-4
     """Adam's rate for the LU layers."""
-    schedule: str = "linear"
+    schedule: Literal["constant", "linear"] = "linear"
     """``constant``, or ``linear``: both rates fall to zero at the last step."""
 
-    threads: int = 1
-    """CPU threads. The matrices are too small for more to pay, and with a fixed number the result does not
-    depend on how many cores there are."""
+    threads: Threads = 1
+    """CPU threads. The matrices are too small for more to pay, and another number may change the last digits of
+    the result."""
 
     mlp: bool = True
     """Train the MLP control of table 2 too, where gamma is 1. It has the budget of recipe ``paper``."""
-    mlp_embedding_size: int = 16
-    mlp_hidden: tuple[int, ...] = (64, 32)
+    mlp_embedding_size: Width = 16
+    """Size of the control's vectors."""
+    mlp_hidden: Annotated[tuple[Width, ...], Field(strict=False, min_length=1)] = (64, 32)
     """Sizes of the hidden layers; the last one is the latent layer whose decoder is measured."""
-    mlp_epochs: int = 50
+    mlp_epochs: Epochs = 50
     """Epochs of the control, and of its decoder after it."""
-    mlp_batch_size: int = 128
-    mlp_learning_rate: float = 1e-3
+    mlp_batch_size: Count = 128
+    """Ratings a step of the control."""
+    mlp_learning_rate: Positive = 1e-3
     """Constant, Adam."""
-    mlp_weight_decay: float = 1e-2
+    mlp_weight_decay: NotNegative = 1e-2
     """Adam's L2 on the control's embeddings."""
-    mlp_net_weight_decay: float = 1e-3
+    mlp_net_weight_decay: NotNegative = 1e-3
     """Adam's L2 on its layers."""
 
-    def __post_init__(self) -> None:
-        for field, allowed in (
-            ("recipe", RECIPES),
-            ("readout", READOUTS),
-            ("schedule", SCHEDULES),
-            ("split", (*SPLITS, "files", "stream", "none")),
-            ("loss", LOSSES),
-            ("negative_sampling", NEGATIVE_SAMPLINGS),
-            ("negatives_outside", NEGATIVES_OUTSIDE),
-        ):
-            value = getattr(self, field)
-            if value not in allowed:
-                raise ValueError(f"{field}={value!r} is unknown: choose one of {', '.join(allowed)}")
-        sizes = ("members", "embedding_size", "layers", "epochs", "batch_size", "negatives")
-        for field in (*sizes, "mlp_embedding_size", "mlp_epochs", "mlp_batch_size"):
-            _require(self, field, int, lambda v: v >= 1, "a whole number of at least 1")
-        # As many would be started, and a model file from elsewhere may ask for any number.
-        _require(self, "threads", int, lambda v: 1 <= v <= 1024, "a whole number from 1 to 1024")
-        _require(self, "seed", int, lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")
-        for field in ("biases", "user_history", "item_history", "side_features", "mlp"):
-            _require(self, field, bool, lambda v: True, "true or false")
-        for field in ("learning_rate", "net_learning_rate", "mlp_learning_rate"):
-            _require(self, field, float, lambda v: v > 0, "a positive number, such as 1e-3")
-        penalties = (
-            *("l2_latent", "l2_embedding", "l2_bias", "l2_interaction_latent", "l2_interaction_embedding"),
-            *("weight_decay", "net_weight_decay"),
-        )
-        for field in (
-            *penalties,
-            "mlp_weight_decay",
-            "mlp_net_weight_decay",
-            "embedding_std",
-            "history_power",
-        ):
-            _require(self, field, float, lambda v: v >= 0, "a number of at least 0")
-        _require(self, "gamma", float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
-        _require(self, "interaction_share", float, lambda v: 0 < v < 1, "a share between 0 and 1")
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
         if self.loss == "bpr" and self.gamma == 1:
             raise ValueError("loss='bpr' is a loss of interactions, which gamma=1.0 leaves out: lower gamma")
         if self.loss in ("huber", "ordinal") and self.gamma == 0:
@@ -174,17 +140,7 @@ class TrainConfig:
                 f"embedding_size={self.embedding_size} cannot be shared by ratings and interactions: "
                 "give at least 2, or gamma=0 or 1"
             )
-        _require(self, "dropout", float, lambda v: 0 <= v < 1, "a share of at least 0 and below 1")
-        _require(self, "alpha", float, lambda v: 0 < v < 1, "a slope between 0 and 1, both excluded")
-        hidden = self.mlp_hidden
-        sequence = isinstance(hidden, Iterable) and not isinstance(hidden, (str, bytes))
-        object.__setattr__(self, "mlp_hidden", tuple(hidden) if sequence else ())
-        if not self.mlp_hidden or not all(
-            isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in self.mlp_hidden
-        ):
-            raise ValueError(
-                f"mlp_hidden={hidden!r} must be the sizes of one or more layers, such as (64, 32)"
-            )
+        return self
 
     @property
     def interaction_size(self) -> int:
@@ -192,50 +148,6 @@ class TrainConfig:
         if self.gamma in (0, 1):
             return 0 if self.gamma == 1 else self.embedding_size
         return min(max(round(self.embedding_size * self.interaction_share), 1), self.embedding_size - 1)
-
-    def replace(self, **changes: Any) -> TrainConfig:
-        """A copy with some settings changed; an unknown name raises ``ValueError`` listing the known ones."""
-        _check_names(changes)
-        return dataclasses.replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values, in the order of the fields."""
-        return {**dataclasses.asdict(self), "mlp_hidden": list(self.mlp_hidden)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of :meth:`to_dict`. Fields that are absent take their defaults."""
-        if not isinstance(values, dict):
-            raise ValueError(f"the settings must be a JSON object, got a {type(values).__name__}")
-        _check_names(values)
-        return cls(**values)
-
-
-def _require(config: TrainConfig, field: str, kind: type, valid: Any, wanted: str) -> None:
-    value = getattr(config, field)
-    kinds = (int, float) if kind is float else (kind,)
-    wrong_kind = not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool))
-    # An integer may be too large for a float, of which math.isfinite would not say whether it is finite.
-    infinite = isinstance(value, float) and not math.isfinite(value)
-    if wrong_kind or infinite or not valid(value) or (kind is float and abs(value) > _LARGEST):
-        raise ValueError(f"{field}={_shown(value)} must be {wanted}")
-    if kind is float:
-        # 1 and 1.0 are the same setting and must be written the same way in config.json.
-        object.__setattr__(config, field, float(value))
-
-
-def _shown(value: Any) -> str:
-    """The value for a message; an integer from a file may have more digits than Python prints."""
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"a number of {value.bit_length()} bits"
-    return repr(value)
-
-
-def _check_names(values: dict[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(TrainConfig)]
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        raise ValueError(f"unknown setting {unknown[0]!r}: the settings are {', '.join(known)}")
 
 
 # The paper prints Adam, 1e-3, batch 128, 50 epochs and the final linear layer; the rest is ours to choose and

@@ -63,8 +63,8 @@ def load_model(path: Path) -> TrainedModel:
 
     Files of every version of the format are read. A file may come from anybody: nothing in it is executed,
     its header has to fit :data:`~lunet_fast.recsys.model.schema.HEADERS`, and the names, dtypes and shapes of
-    its
-    tensors the settings, before anything is allocated for these. What it predicts is its maker's word alone.
+    its tensors the settings, before anything is allocated for these. What it predicts is its maker's word
+    alone.
     """
     tensors, header = read_tensors(path, MODEL_FORMAT, HEADERS[MODEL_FORMAT])
     try:

@@ -1,11 +1,8 @@
-"""The recommender: embeddings -> x -> LU-Net -> z -> rating, interaction; and the MLP it is compared with."""
+"""The recommender: embeddings -> x -> LU-Net -> z -> rating, interaction."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,149 +14,12 @@ from lunet_fast.layers.activations import LeakySoftplus
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.layers.lunet import LUNet
 from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.embeddings import Embeddings, Histories
+from lunet_fast.recsys.model.interactions import Interactions
 from lunet_fast.training.distributed import Workers
-from lunet_fast.training.sharding import draw_own_rows_
-
-
-class Interactions(nn.Module):
-    """Which user rated which item in the training part: a set of pairs, kept as a sparse 0/1 matrix S.
-
-    ``users``, ``items``: int64 ``[N]``, duplicates allowed. Buffers: ``indptr`` int64 ``[n_users + 1]`` and
-    ``indices`` int32 ``[nnz]`` (rows are users, sorted), which are all that is saved.
-
-    With :meth:`of_counts` no pair is kept, for data with more of them than memory has room for: ``indptr``
-    and ``indices`` are those of an empty matrix, and ``user_counts`` and ``item_counts`` are saved too.
-    """
-
-    indptr: Tensor
-    indices: Tensor
-    item_indptr: Tensor
-    item_indices: Tensor
-    user_counts: Tensor
-    item_counts: Tensor
-    pairs: Tensor
-
-    def __init__(self, users: Tensor, items: Tensor, n_users: int, n_items: int) -> None:
-        super().__init__()
-        pairs = torch.unique(users * n_items + items)
-        rows = torch.div(pairs, n_items, rounding_mode="floor")
-        indptr = F.pad(torch.bincount(rows, minlength=n_users).cumsum(0), (1, 0))
-        self._set(indptr, (pairs - rows * n_items).int(), n_items)
-
-    @classmethod
-    def from_csr(cls, indptr: Tensor, indices: Tensor, n_items: int) -> Interactions:
-        """From the two saved buffers; ``ValueError`` where they are not a sorted sparse 0/1 matrix."""
-        valid = (
-            (indptr.ndim, indices.ndim) == (1, 1)
-            and not (indptr.is_floating_point() or indices.is_floating_point())
-            and len(indptr) > 0
-            and int(indptr[0]) == 0
-            and int(indptr[-1]) == len(indices)
-            and bool((indptr.diff() >= 0).all())
-            and bool(((indices >= 0) & (indices < n_items)).all())
-        )
-        made = None
-        if valid:
-            counts = indptr.diff()
-            rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
-            made = cls(rows, indices.long(), len(counts), n_items)
-        # Sorting changes nothing of what is sorted, and a set leaves nothing out.
-        if made is None or not torch.equal(made.indices.to(indices.dtype), indices):
-            raise ValueError("interactions: indptr and indices are not a sparse matrix of users by items")
-        return made
-
-    @classmethod
-    def of_counts(cls, user_counts: Tensor, item_counts: Tensor) -> Interactions:
-        """Without the pairs: how many each user ``[n_users]`` and each item ``[n_items]`` has, both int64."""
-        none = torch.zeros(0, dtype=torch.int64)
-        interactions = cls(none, none, len(user_counts), len(item_counts))
-        for name, counts in (("user_counts", user_counts), ("item_counts", item_counts)):
-            if counts.ndim != 1 or counts.dtype != torch.int64 or bool((counts < 0).any()):
-                raise ValueError(f"interactions: {name} must be int64 numbers of at least 0 in one dimension")
-            interactions.register_buffer(name, counts.clone())
-        return interactions
-
-    def _set(self, indptr: Tensor, indices: Tensor, n_items: int) -> None:
-        n_users = len(indptr) - 1
-        counts = indptr.diff()
-        rows = torch.repeat_interleave(torch.arange(n_users, device=indptr.device), counts)
-        self.n_users, self.n_items = n_users, n_items
-        self.register_buffer("indptr", indptr)
-        self.register_buffer("indices", indices)
-        # Derived: the transposed matrix for the other side's history and for both gradients.
-        order = torch.argsort(indices, stable=True)
-        item_counts = torch.bincount(indices, minlength=n_items)
-        self.register_buffer("item_indptr", F.pad(item_counts.cumsum(0), (1, 0)), persistent=False)
-        self.register_buffer("item_indices", rows[order].int(), persistent=False)
-        self.register_buffer("user_counts", counts, persistent=False)
-        self.register_buffer("item_counts", item_counts, persistent=False)
-        self.register_buffer("pairs", rows * n_items + indices, persistent=False)
-
-    def contains(self, users: Tensor, items: Tensor) -> Tensor:
-        """bool ``[B]``: whether the pair was rated in the training part; O(B log nnz)."""
-        wanted = users * self.n_items + items
-        if len(self.pairs) == 0:
-            return torch.zeros_like(wanted, dtype=torch.bool)
-        place = torch.searchsorted(self.pairs, wanted).clamp_(max=len(self.pairs) - 1)
-        return self.pairs[place] == wanted
-
-    def sum_over_items(self, table: Tensor) -> Tensor:
-        """S table: the sum of the rows of each user's items; ``[n_items, C]`` -> ``[n_users, C]``."""
-        out: Tensor = _SparseSum.apply(table, self._rows(table), self._columns(table))
-        return out
-
-    def sum_over_users(self, table: Tensor) -> Tensor:
-        """S^T table: the sum of the rows of each item's users; ``[n_users, C]`` -> ``[n_items, C]``."""
-        out: Tensor = _SparseSum.apply(table, self._columns(table), self._rows(table))
-        return out
-
-    def _rows(self, like: Tensor) -> Tensor:
-        return _csr(self.indptr, self.indices, (self.n_users, self.n_items), like.dtype)
-
-    def _columns(self, like: Tensor) -> Tensor:
-        return _csr(self.item_indptr, self.item_indices, (self.n_items, self.n_users), like.dtype)
-
-
-def _csr(indptr: Tensor, indices: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    ones = torch.ones(len(indices), dtype=dtype, device=indices.device)
-    return torch.sparse_csr_tensor(indptr.int(), indices, ones, size, check_invariants=False)
-
-
-# PyTorch warns once a process that sparse CSR is in beta; the two products used here are tested. That is over
-# after this line, since warnings.catch_warnings around each use would change the filters of all threads.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", UserWarning)
-    _csr(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), (0, 0), torch.float32)
-
-
-class _SparseSum(torch.autograd.Function):
-    """matrix @ table, whose gradient takes the transposed matrix that PyTorch would rebuild at each step."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, matrix: Tensor, transposed: Tensor) -> Tensor:
-        ctx.transposed = transposed
-        return matrix @ table
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return ctx.transposed @ grad.contiguous(), None, None
-
 
 MOST_LEVELS = 20
 """Different ratings that loss ``ordinal`` takes: it has a threshold between every two."""
-
-
-class Histories(NamedTuple):
-    """What :meth:`RatingModel.histories` computes for all users and items at once; None for what is not."""
-
-    user: Tensor | None
-    """``[n_users, K k]``: sums of the vectors of each user's items."""
-    item: Tensor | None
-    """``[n_items, K k]``: sums of the vectors of each item's users."""
-    user_features: Tensor | None = None
-    """``[n_users, K k]``: what the side features add to each user's half."""
-    item_features: Tensor | None = None
-    """``[n_items, K k]``"""
 
 
 class Output(NamedTuple):
@@ -177,7 +37,7 @@ class Output(NamedTuple):
     """``[K, B, 2]`` the biases of user and item in ``score``, where the model has them."""
 
 
-class RatingModel(nn.Module):
+class RatingModel(Embeddings):
     """Model of the paper with two read-outs: x = [user vector; item vector], z = f(x) by LU-Net, and from the
     one z a rating (2.12) and the logit of an interaction (2.14).
 
@@ -214,8 +74,6 @@ class RatingModel(nn.Module):
     user_deviation: Tensor
     item_deviation: Tensor
     levels: Tensor | None
-    user_features: Tensor | None
-    item_features: Tensor | None
 
     def __init__(
         self,
@@ -345,20 +203,7 @@ class RatingModel(nn.Module):
         self.interactions = interactions
         n_users, n_items = interactions.n_users, interactions.n_items
         members, size = config.members, config.embedding_size
-        self.user_embedding = _table(n_users, members * size, workers)
-        self.item_embedding = _table(n_items, members * size, workers)
-        # One vector for each item as part of a user's history, and the other way round.
-        self.user_history = nn.Embedding(n_items, members * size) if config.user_history else None
-        self.item_history = nn.Embedding(n_users, members * size) if config.item_history else None
-        self.register_buffer("user_features", user_features)
-        self.register_buffer("item_features", item_features)
-        # One vector for each feature, as many as the buffer has columns.
-        self.user_feature = (
-            None if user_features is None else nn.Embedding(user_features.shape[1], members * size)
-        )
-        self.item_feature = (
-            None if item_features is None else nn.Embedding(item_features.shape[1], members * size)
-        )
+        self._build_tables(user_features, item_features, workers)
         rates, interacts = config.gamma > 0, config.gamma < 1
         biased = rates and config.biases
         own_users, own_items = len(self.user_embedding.weight), len(self.item_embedding.weight)
@@ -381,12 +226,7 @@ class RatingModel(nn.Module):
         self.register_buffer("user_deviation", torch.zeros(n_users))
         self.register_buffer("item_deviation", torch.zeros(n_items))
         with torch.no_grad():
-            if workers is None:
-                for table in self.tables():
-                    table.weight.normal_(std=config.embedding_std)
-            else:
-                for table, rows in ((self.user_embedding, n_users), (self.item_embedding, n_items)):
-                    draw_own_rows_(table.weight, rows, config.embedding_std, workers)
+            self._draw_tables(workers)
             if config.readout == "linear":
                 for weight in (self.weight, self.interaction_weight):
                     if weight is not None:
@@ -400,32 +240,6 @@ class RatingModel(nn.Module):
         if self.user_bias is not None:
             rows |= {"user_bias": n_users, "item_bias": n_items}
         return rows
-
-    def tables(self) -> list[nn.Embedding]:
-        """The embedding tables, each ``[users, items or features, K k]``."""
-        tables = (self.user_embedding, self.item_embedding, self.user_history, self.item_history)
-        features = (self.user_feature, self.item_feature)
-        return [table for table in (*tables, *features) if table is not None]
-
-    def histories(self) -> Histories:
-        """The sums over all histories and features: compute them once for many passes without a change.
-
-        O(K k (nnz + users F + items G)).
-        """
-        user = item = None
-        if self.user_history is not None:
-            user = self.interactions.sum_over_items(self.user_history.weight)
-        if self.item_history is not None:
-            item = self.interactions.sum_over_users(self.item_history.weight)
-        features = (
-            (self.user_features, self.user_feature),
-            (self.item_features, self.item_feature),
-        )
-        return Histories(
-            user,
-            item,
-            *(None if t is None or values is None else values @ t.weight for values, t in features),
-        )
 
     def output(
         self,
@@ -572,53 +386,6 @@ class RatingModel(nn.Module):
         """``[n_items]``: log of (n + 1) / (users - n + 1), n the users who chose the item in training."""
         return _log_odds(self.interactions.item_counts, self.interactions.n_users)
 
-    def embed(
-        self, users: Tensor, items: Tensor, histories: Histories, observed: bool | Tensor | None
-    ) -> Tensor:
-        """x ``[K, B, D]``, the network's input: the user's half, then the item's.
-
-        ``observed`` says of the pairs, of all or bool ``[B]``, whether they are training ratings, whose own
-        entry is left out of both histories; None looks each up. Without a pair's own entry the user's half
-        does not depend on the item, nor the item's on the user.
-        """
-        seen = self.interactions
-        own = seen.contains(users, items) if observed is None else observed
-        user, item = self.user_embedding(users), self.item_embedding(items)
-        if histories.user_features is not None:
-            user = user + F.embedding(users, histories.user_features)
-        if histories.item_features is not None:
-            item = item + F.embedding(items, histories.item_features)
-        if self.user_history is not None and histories.user is not None:
-            entry = self.user_history(items)
-            user = user + self._history(histories.user, users, entry, own, seen.user_counts)
-        if self.item_history is not None and histories.item is not None:
-            entry = self.item_history(users)
-            item = item + self._history(histories.item, items, entry, own, seen.item_counts)
-        members = self.config.members
-        x = torch.cat([half.unflatten(-1, (members, -1)) for half in (user, item)], dim=-1)
-        return x.transpose(0, 1)
-
-    def _history(
-        self, sums: Tensor, rows: Tensor, entry: Tensor, own: Tensor | bool, counts: Tensor
-    ) -> Tensor:
-        """Normalised histories ``[B, K k]`` of the rows, less the pair's own entry where it has one."""
-        rest, count = F.embedding(rows, sums), counts[rows]
-        if isinstance(own, Tensor):
-            rest, count = rest - entry * own.unsqueeze(-1), count - own.long()
-        elif own:
-            rest, count = rest - entry, count - 1
-        scale = count.clamp(min=1).to(sums.dtype).pow(-self.config.history_power)
-        return rest * scale.unsqueeze(-1)
-
-
-def _table(rows: int, width: int, workers: Workers | None) -> nn.Embedding:
-    """A table with PyTorch's initial values, or this process's rows of it."""
-    if workers is None:
-        return nn.Embedding(rows, width)
-    own = torch.empty(len(range(workers.rank, rows, workers.world_size)), width)
-    draw_own_rows_(own, rows, 1.0, workers)
-    return nn.Embedding(len(own), width, _weight=own)
-
 
 def _check_levels(config: TrainConfig, levels: Tensor | None) -> None:
     if (levels is None) == (config.loss == "ordinal"):
@@ -648,54 +415,3 @@ def _check_same_tensors(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> 
 def _log_odds(count: Tensor | int, total: int) -> Tensor:
     share = torch.as_tensor(count, dtype=torch.float32)
     return torch.log((share + 1) / (total - share + 1))
-
-
-class MLPModel(nn.Module):
-    """The classic control of table 2: embeddings -> x = [user; item] -> Linear, ReLU, ... -> rating.
-
-    Same embeddings as the paper's recipe; ``latent`` is the last hidden layer, from which :func:`decoder` has
-    to rebuild x. A pair whose user or item has no training rating is predicted like any other.
-    """
-
-    mean: Tensor
-
-    def __init__(
-        self,
-        n_users: int,
-        n_items: int,
-        embedding_size: int,
-        hidden: tuple[int, ...],
-        mean: float,
-        std: float,
-    ) -> None:
-        super().__init__()
-        self.user_embedding = nn.Embedding(n_users, embedding_size)
-        self.item_embedding = nn.Embedding(n_items, embedding_size)
-        self.hidden = perceptron((2 * embedding_size, *hidden), last=nn.ReLU)
-        self.readout = nn.Linear(hidden[-1], 1)
-        self.register_buffer("mean", torch.tensor(mean))
-        with torch.no_grad():
-            self.user_embedding.weight.normal_(std=std)
-            self.item_embedding.weight.normal_(std=std)
-
-    def latent(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        """``(x, h)``: the input ``[B, 2k]`` and the last hidden layer ``[B, hidden[-1]]``."""
-        x = torch.cat((self.user_embedding(users), self.item_embedding(items)), dim=-1)
-        return x, self.hidden(x)
-
-    def forward(self, users: Tensor, items: Tensor) -> Tensor:
-        """Ratings ``[B]``, not clipped."""
-        h: Tensor = self.readout(self.latent(users, items)[1])
-        return self.mean + h.squeeze(-1)
-
-
-def perceptron(sizes: tuple[int, ...], last: Callable[[], nn.Module] | None = None) -> nn.Sequential:
-    """Linear layers of the given sizes with ReLU between them, and ``last`` after the final one."""
-    modules: list[nn.Module] = []
-    for i, (size_in, size_out) in enumerate(pairwise(sizes)):
-        modules.append(nn.Linear(size_in, size_out))
-        if i < len(sizes) - 2:
-            modules.append(nn.ReLU())
-        elif last is not None:
-            modules.append(last())
-    return nn.Sequential(*modules)

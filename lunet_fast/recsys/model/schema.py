@@ -1,69 +1,67 @@
 """What the files of :mod:`~lunet_fast.recsys.model.model_files` hold, in the format of
 :mod:`lunet_fast.training.schema`.
 
-``python -m lunet_fast.recsys.model.schema`` prints the schemas of the headers.
+``python -m lunet_fast.recsys.model.schema`` prints the JSON Schemas of the headers.
 
 Tensors of a model file, little-endian: ``model.<name>``, the ``state_dict`` of
 :class:`~lunet_fast.recsys.model.network.RatingModel`; ``users.ids`` and ``items.ids`` int64 ``[n]``, or where
-ids are
-strings, ``users.ids.text`` uint8, all of them in UTF-8 one after another, and ``users.ids.offsets`` int64
-``[n + 1]``, where each begins and the last ends; ``items.title`` and ``items.genres`` likewise, if any.
+ids are strings, ``users.ids.text`` uint8, all of them in UTF-8 one after another, and ``users.ids.offsets``
+int64 ``[n + 1]``, where each begins and the last ends; ``items.title`` and ``items.genres`` likewise, if any.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from typing import Annotated, Literal, get_args
 
-from lunet_fast.recsys.model import config
-from lunet_fast.training.schema import CHECKPOINT_FORMAT, CHECKPOINT_HEADER, Schema, header_schema
+from pydantic import AfterValidator, Field
+
+from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.training.schema import CHECKPOINT_FORMAT, CheckpointHeader, Header, Schema
 
 MODEL_FORMAT = "lunet-fast model"
 CANDIDATES_FORMAT = "lunet-fast candidates"
 
-TEXT_COLUMNS = ("title", "genres")
+TextColumn = Literal["title", "genres"]
+TEXT_COLUMNS: tuple[str, ...] = get_args(TextColumn)
 """What a model file can say of items."""
 
-_FIELD_TYPES: dict[str, Schema] = {
-    "str": {"type": "string"},
-    "int": {"type": "integer"},
-    "float": {"type": "number"},
-    "bool": {"type": "boolean"},
-    "tuple[int, ...]": {"type": "array", "items": {"type": "integer"}},
-}
+Total = Annotated[int, Field(ge=0)]
 
 
-def _config_schema() -> Schema:
-    """The fields of ``TrainConfig``, whose own checks say which values are allowed; none has to be there."""
-    fields = dataclasses.fields(config.TrainConfig)
-    return {
-        "type": "object",
-        "properties": {field.name: _FIELD_TYPES[str(field.type)] for field in fields},
-        "additionalProperties": False,
-    }
+def _each_once(names: list[TextColumn]) -> list[TextColumn]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"item_info={names} must not repeat an entry")
+    return names
 
 
-#: Format → the schema of its files' header.
+class ModelHeader(Header):
+    """A trained model: its settings, the scale of its ratings, and how many ids and texts there are."""
+
+    format: Literal["lunet-fast model"]
+    config: TrainConfig
+    scale: Annotated[list[float], Field(min_length=2, max_length=2)]
+    n_users: Total
+    n_items: Total
+    item_info: Annotated[
+        list[TextColumn], AfterValidator(_each_once), Field(json_schema_extra={"uniqueItems": True})
+    ]
+
+
+class CandidatesHeader(Header):
+    """What ranking was measured on."""
+
+    format: Literal["lunet-fast candidates"]
+    dataset: str
+
+
+#: Format → the header of its files.
 HEADERS: dict[str, Schema] = {
-    MODEL_FORMAT: header_schema(
-        MODEL_FORMAT,
-        "A trained model: its settings, the scale of its ratings, and how many ids and texts there are.",
-        config=_config_schema(),
-        scale={"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
-        n_users={"type": "integer", "minimum": 0},
-        n_items={"type": "integer", "minimum": 0},
-        item_info={
-            "type": "array",
-            "items": {"type": "string", "enum": list(TEXT_COLUMNS)},
-            "uniqueItems": True,
-        },
-    ),
-    CHECKPOINT_FORMAT: CHECKPOINT_HEADER,
-    CANDIDATES_FORMAT: header_schema(
-        CANDIDATES_FORMAT, "What ranking was measured on.", dataset={"type": "string"}
-    ),
+    MODEL_FORMAT: ModelHeader,
+    CHECKPOINT_FORMAT: CheckpointHeader,
+    CANDIDATES_FORMAT: CandidatesHeader,
 }
 
 
 if __name__ == "__main__":
-    print(json.dumps(HEADERS, indent=2))
+    print(json.dumps({kind: header.model_json_schema() for kind, header in HEADERS.items()}, indent=2))

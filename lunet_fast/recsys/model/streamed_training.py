@@ -7,7 +7,6 @@ and one shuffle buffer; the number of ratings is not in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lunet_fast.recsys import report
 from lunet_fast.recsys.data.streaming import RatingStream
 from lunet_fast.recsys.evaluation.ranking import full_ranking
 from lunet_fast.recsys.model.config import TrainConfig
@@ -25,15 +23,18 @@ from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.schema import HEADERS, MODEL_FORMAT
 from lunet_fast.recsys.model.training import (
     TrainResult,
+    described,
     error_limit,
     first_overflow,
     rating_objective,
-    versions,
 )
+from lunet_fast.recsys.report import dataset_title
 from lunet_fast.recsys.serving.scoring import ItemScorer
 from lunet_fast.training.distributed import Workers, existing_device
-from lunet_fast.training.files import RunFolder, read_json, read_tensors, write_json
-from lunet_fast.training.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, cpu_threads, fit
+from lunet_fast.training.figures import save_loss_figure
+from lunet_fast.training.files import read_json, read_tensors, write_json
+from lunet_fast.training.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, cpu_threads
+from lunet_fast.training.run import Run
 from lunet_fast.training.seeding import seeded
 from lunet_fast.training.sharding import DealtTables, pull
 
@@ -132,19 +133,24 @@ def train_stream(
     Each of several ``workers`` reads all rows and computes with its share. With ``shard_tables`` each holds,
     of the tables of users and items and of their moments, every N-th row, and fetches those of a batch from
     the others (:mod:`lunet_fast.training.sharding`): the result is the same up to rounding, and so are the
-    files,
-    which any number of processes resumes, with or without it. ``trained`` is then read from the folder's file
-    as needed at process 0, and has no values (device ``meta``) at the others; ``out`` must be given.
+    files, which any number of processes resumes, with or without it. ``trained`` is then read from the
+    folder's file as needed at process 0, and has no values (device ``meta``) at the others; ``out`` must be
+    given.
     """
-    workers = workers or Workers(device=existing_device(device))
     for name, value in STREAM_SETTINGS.items():
         if getattr(config, name) != value:
             raise ValueError(f"{name}={getattr(config, name)!r}: training on a stream needs {name}={value!r}")
     if shard_tables and out is None:
         raise ValueError("shard_tables=True needs out=: no process can hold the trained model but in a file")
-    folder = None if out is None or not workers.is_first else RunFolder(Path(out))
-    if folder is not None:
-        folder.prepare(resume=resume, overwrite=overwrite)
+    run = Run(
+        out,
+        workers or Workers(device=existing_device(device)),
+        resume=resume,
+        overwrite=overwrite,
+        checkpoint_seconds=checkpoint_seconds,
+        progress=progress,
+        stop=stop,
+    )
     recorded = {
         "dataset": stream.name,
         "source": stream.source,
@@ -156,105 +162,88 @@ def train_stream(
         "buffer_rows": stream.buffer_rows,
         **config.to_dict(),
     }
-    if workers.of_first(int(resume and folder is not None and folder.is_finished())):
-        if folder is None:
-            raise ValueError("the training is finished already: there is nothing to do for this process")
-        folder.check(recorded)
-        return TrainResult(load_model(folder.model), read_json(folder.metrics), Curve())
-    with nullcontext() if folder is None else folder.locked(), cpu_threads(config.threads):
-        if folder is not None:
-            folder.begin(recorded, resume=resume)
-        with seeded(config.seed):
-            sums = (stream.user_sum, stream.user_count), (stream.item_sum, stream.item_count)
-            # One process alone has every row.
-            dealt_to = workers if shard_tables and workers.world_size > 1 else None
-            model = RatingModel.of_statistics(config, stream.mean, *sums, dealt_to).to(workers.device)
-        dealt = None if dealt_to is None else DealtTables(workers, model.rows())
-        step = _Step(model)
+    stored = run.finished(recorded)
+    if stored is not None:
+        return TrainResult(load_model(stored.model), read_json(stored.metrics), Curve())
+    with run.begun(recorded), cpu_threads(config.threads):
+        return _trained(stream, config, run, shard_tables=shard_tables)
 
-        def objective(batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            if dealt is None:
-                return step(batch, share, generator)
-            users, items, ratings = batch
-            rows, own_users, own_items = _fetched(model, workers, users[share], items[share])
-            # Only the share is looked at; the draws are for all.
-            places = torch.zeros_like(users), torch.zeros_like(items)
-            places[0][share], places[1][share] = own_users, own_items
-            return functional_call(
-                step,
-                {f"model.{name}": tensor for name, tensor in rows.items()},
-                ((*places, ratings), share, generator),
-            )
 
-        optimizer = streamed_optimizer(model)
-        if dealt is not None:
-            for table in model.tables():
-                table.sparse = False  # the rows that are fetched are few, and all of them used
-        phase = Phase(
-            name="LU-Net",
-            module=model,
-            optimizer=optimizer,
-            batches=StreamedRows(stream, config.batch_size, config.seed, workers.device),
-            epochs=config.epochs,
-            seed=config.seed,
-            objective=objective,
-            rate=("learning_rate", config.learning_rate),
-            test_loss=(lambda: streamed_error(model, stream, workers, dealt)) if stream.n_test else None,
-            error_limit=error_limit(stream.scale),
-            linear_decay=config.schedule == "linear",
-            sparse=[bias for bias in (model.user_bias, model.item_bias) if bias is not None and not dealt],
-            dealt=dealt,
-            # Which would need rows of others, who are not asked.
-            locate=None if dealt else lambda batch: first_overflow(model, *batch[:2]),
-        )
-        curve = fit(
-            phase,
-            file=None if folder is None else folder.checkpoints / "lu-net.safetensors",
-            resume=resume,
-            checkpoint_seconds=checkpoint_seconds,
-            workers=workers,
-            stop=stop,
-            progress=progress,
-        )
-        for table in model.tables():
-            table.sparse = False
-        trained = TrainedModel(model, stream.users, stream.items, stream.scale)
+def _trained(stream: RatingStream, config: TrainConfig, run: Run, *, shard_tables: bool) -> TrainResult:
+    """What :func:`train_stream` does within its folder."""
+    workers, folder = run.workers, run.folder
+    with seeded(config.seed):
+        sums = (stream.user_sum, stream.user_count), (stream.item_sum, stream.item_count)
+        # One process alone has every row.
+        dealt_to = workers if shard_tables and workers.world_size > 1 else None
+        model = RatingModel.of_statistics(config, stream.mean, *sums, dealt_to).to(workers.device)
+    dealt = None if dealt_to is None else DealtTables(workers, model.rows())
+    # The phase goes with this line, and with it the optimiser's moments.
+    curve = run.fit(_phase(stream, model, workers, dealt))
+    for table in model.tables():
+        table.sparse = False
+    trained = TrainedModel(model, stream.users, stream.items, stream.scale)
+    if dealt is None:
+        model.to("cpu")
+    else:
+        save_model(None if folder is None else folder.model, trained, dealt)
+        _take_whole_tables(model, dealt, None if folder is None else folder.model)
+    if not workers.is_first:
+        return TrainResult(trained, {}, curve)
+    values: dict[str, Any] = {}
+    if stream.n_test:
+        values["test_mse"] = curve.test[-1]
+        values["test_rmse"] = curve.test[-1] ** 0.5
+        values |= ranking_of_some(model, stream, config.seed)
+    values |= described(stream.name, model, curve, (stream.n_rows, stream.n_test, 0), workers)
+    if folder is not None:
         if dealt is None:
-            model.to("cpu")
-        else:
-            del phase, optimizer  # and the moments with them
-            save_model(None if folder is None else folder.model, trained, dealt)
-            _take_whole_tables(model, dealt, None if folder is None else folder.model)
-        if not workers.is_first:
-            return TrainResult(trained, {}, curve)
-        values: dict[str, Any] = {}
-        if stream.n_test:
-            values["test_mse"] = curve.test[-1]
-            values["test_rmse"] = curve.test[-1] ** 0.5
-            values |= ranking_of_some(model, stream, config.seed)
-        values |= {
-            "dataset": stream.name,
-            "recipe": config.recipe,
-            "split": config.split,
-            "seed": config.seed,
-            "epochs": config.epochs,
-            "train_seconds": round(curve.seconds, 3),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "train_ratings": stream.n_rows,
-            "test_ratings": stream.n_test,
-            "held_out_ratings": 0,
-            "gamma": config.gamma,
-            "world_size": workers.world_size,
-            "global_batch": config.batch_size,
-            **versions(),
-        }
-        if folder is not None:
-            if dealt is None:
-                save_model(folder.model, trained)
-            title = f"{report.dataset_title(stream.name)}, recipe {config.recipe}, streamed"
-            report.save_loss_figure(folder.loss, title, curve.train, curve.test, "mean squared error")
-            write_json(folder.metrics, values)
+            save_model(folder.model, trained)
+        title = f"{dataset_title(stream.name)}, recipe {config.recipe}, streamed"
+        save_loss_figure(folder.loss, title, curve.train, curve.test, "mean squared error")
+        write_json(folder.metrics, values)
     return TrainResult(trained, values, curve)
+
+
+def _phase(stream: RatingStream, model: RatingModel, workers: Workers, dealt: DealtTables | None) -> Phase:
+    """What the loop trains; from here on the model's tables have sparse gradients, unless they are dealt."""
+    config, step = model.config, _Step(model)
+
+    def objective(batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if dealt is None:
+            return step(batch, share, generator)
+        users, items, ratings = batch
+        rows, own_users, own_items = _fetched(model, workers, users[share], items[share])
+        # Only the share is looked at; the draws are for all.
+        places = torch.zeros_like(users), torch.zeros_like(items)
+        places[0][share], places[1][share] = own_users, own_items
+        return functional_call(
+            step,
+            {f"model.{name}": tensor for name, tensor in rows.items()},
+            ((*places, ratings), share, generator),
+        )
+
+    optimizer = streamed_optimizer(model)
+    if dealt is not None:
+        for table in model.tables():
+            table.sparse = False  # the rows that are fetched are few, and all of them used
+    return Phase(
+        name="LU-Net",
+        module=model,
+        optimizer=optimizer,
+        batches=StreamedRows(stream, config.batch_size, config.seed, workers.device),
+        epochs=config.epochs,
+        seed=config.seed,
+        objective=objective,
+        rate=("learning_rate", config.learning_rate),
+        test_loss=(lambda: streamed_error(model, stream, workers, dealt)) if stream.n_test else None,
+        error_limit=error_limit(stream.scale),
+        linear_decay=config.schedule == "linear",
+        sparse=[bias for bias in (model.user_bias, model.item_bias) if bias is not None and not dealt],
+        dealt=dealt,
+        # Which would need rows of others, who are not asked.
+        locate=None if dealt else lambda batch: first_overflow(model, *batch[:2]),
+    )
 
 
 class _Step(nn.Module):

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import lunet_fast
 from lunet_fast.layers.lunet import LUNet
-from lunet_fast.recsys import report
 from lunet_fast.recsys.data.features import side_features
 from lunet_fast.recsys.data.negatives import NegativeSampler
 from lunet_fast.recsys.data.ratings import Ratings
@@ -27,11 +21,14 @@ from lunet_fast.recsys.evaluation.protocols import Parts, Ranking, evaluate_rank
 from lunet_fast.recsys.evaluation.ranking import decode, predict_ratings, reconstruct
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.losses import Losses, hybrid_loss
+from lunet_fast.recsys.model.mlp import MLPModel, perceptron
 from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_candidates, save_model
-from lunet_fast.recsys.model.network import MLPModel, RatingModel, perceptron
+from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.report import dataset_title
 from lunet_fast.recsys.serving.scoring import ItemScorer
 from lunet_fast.training.distributed import Workers, existing_device
-from lunet_fast.training.files import RunFolder, read_json, write_json
+from lunet_fast.training.figures import save_loss_figure
+from lunet_fast.training.files import read_json, write_json
 from lunet_fast.training.loop import (
     CHECKPOINT_SECONDS,
     Batch,
@@ -41,8 +38,9 @@ from lunet_fast.training.loop import (
     ShuffledRows,
     Stop,
     cpu_threads,
-    fit,
 )
+from lunet_fast.training.machine import flat_versions
+from lunet_fast.training.run import Run
 from lunet_fast.training.seeding import seeded
 
 
@@ -86,88 +84,85 @@ def train(
     :class:`~lunet_fast.training.loop.Interrupted` is raised.
 
     ``workers`` are the processes that train together (:mod:`lunet_fast.training.distributed`): all call this
-    with the
-    same arguments and get the same weights, process 0 alone writes and evaluates, and ``metrics`` are empty
-    for the others. ``config.batch_size`` rows a step are shared by all; a training may be resumed by another
-    number of processes.
+    with the same arguments and get the same weights, process 0 alone writes and evaluates, and ``metrics``
+    are empty for the others. ``config.batch_size`` rows a step are shared by all; a training may be resumed
+    by another number of processes.
 
     Raises :class:`~lunet_fast.training.loop.DivergenceError` when the loss is not finite or absurd,
     ``RunFolderError`` for an unusable folder, ``CheckpointError`` for a damaged checkpoint, ``OSError`` for a
     file that cannot be written, ``ValueError`` for data that cannot be trained on.
     """
-    workers = workers or Workers(device=existing_device(device))
-    device = workers.device
-    folder = None if out is None or not workers.is_first else RunFolder(Path(out))
-    if folder is not None:
-        folder.prepare(resume=resume, overwrite=overwrite)
+    run = Run(
+        out,
+        workers or Workers(device=existing_device(device)),
+        resume=resume,
+        overwrite=overwrite,
+        checkpoint_seconds=checkpoint_seconds,
+        progress=progress,
+        stop=stop,
+    )
     if test is not None:
         config = config.replace(split="files")
     parts = Parts.of(ratings, config) if test is None else Parts(ratings, test, None, None)
-    training, test = parts.training, parts.test
-    for part, rows in (("training", training), ("test", test)):
+    for part, rows in (("training", parts.training), ("test", parts.test)):
         if rows is not None:
             _check_ratings(part, rows)
-    if workers.of_first(int(resume and folder is not None and folder.is_finished())):
-        if folder is None:
-            raise ValueError("the training is finished already: there is nothing to do for this process")
-        folder.check(_resolved(config, parts))
-        return TrainResult(load_model(folder.model), read_json(folder.metrics), Curve())
+    recorded = {} if run.folder is None else _resolved(config, parts)
+    stored = run.finished(recorded)
+    if stored is not None:
+        return TrainResult(load_model(stored.model), read_json(stored.metrics), Curve())
+    with run.begun(recorded):
+        return _trained(config, parts, run)
 
-    with nullcontext() if folder is None else folder.locked():
-        if folder is not None:
-            folder.begin(_resolved(config, parts), resume=resume)
-        run = _Run(
-            config=config,
-            training=_Part.of(training, device),
-            test=None if test is None else _Part.of(test, device),
-            known=parts.known_pairs().to(device),
-            scale=training.scale,
-            shape=(training.n_users, training.n_items),
-            features=side_features(training) if config.side_features else (None, None),
-            workers=workers,
-            checkpoints=None if folder is None else folder.checkpoints,
-            resume=resume,
-            checkpoint_seconds=checkpoint_seconds,
-            stop=stop or Stop(),
-            progress=progress or Progress(),
-        )
-        with cpu_threads(config.threads):
-            model, curve = run.lu_net()
-            values: dict[str, Any] = {}
-            if workers.is_first:
-                values = evaluate(model, parts, device).metrics
-            if config.mlp and config.gamma == 1:
-                values |= run.control()
-        trained = TrainedModel(
-            model.to("cpu"), training.users, training.items, training.scale, training.item_info
-        )
-        if not workers.is_first:
-            return TrainResult(trained, {}, curve)
-        values |= {
-            "dataset": training.name,
-            "recipe": config.recipe,
-            "split": config.split,
-            "seed": config.seed,
-            "epochs": config.epochs,
-            "train_seconds": round(curve.seconds, 3),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "train_ratings": len(training),
-            "test_ratings": 0 if test is None else len(test),
-            "held_out_ratings": 0 if parts.held_out is None else len(parts.held_out),
-            "gamma": config.gamma,
-            "world_size": workers.world_size,
-            "global_batch": config.batch_size,
-            **versions(),
-        }
-        if folder is not None:
-            save_model(folder.model, trained)
-            if parts.candidates is not None:
-                save_candidates(folder.candidates, parts)
-            title = f"{report.dataset_title(training.name)}, recipe {config.recipe}"
-            ylabel = "mean squared error" if config.gamma > 0 else "loss of interactions"
-            report.save_loss_figure(folder.loss, title, curve.train, curve.test, ylabel)
-            write_json(folder.metrics, values)
+
+def _trained(config: TrainConfig, parts: Parts, run: Run) -> TrainResult:
+    """What :func:`train` does within its folder."""
+    phases = _Phases(config, parts, run)
+    training, is_first = parts.training, run.workers.is_first
+    values: dict[str, Any] = {}
+    with cpu_threads(config.threads):
+        model, curve = phases.lu_net()
+        if is_first:
+            values = evaluate(model, parts, run.workers.device).metrics
+        if config.mlp and config.gamma == 1:
+            values |= phases.control()
+    trained = TrainedModel(
+        model.to("cpu"), training.users, training.items, training.scale, training.item_info
+    )
+    if not is_first:
+        return TrainResult(trained, {}, curve)
+    rows = tuple(0 if part is None else len(part) for part in (training, parts.test, parts.held_out))
+    values |= described(training.name, model, curve, rows, run.workers)
+    if run.folder is not None:
+        save_model(run.folder.model, trained)
+        if parts.candidates is not None:
+            save_candidates(run.folder.candidates, parts)
+        title = f"{dataset_title(training.name)}, recipe {config.recipe}"
+        ylabel = "mean squared error" if config.gamma > 0 else "loss of interactions"
+        save_loss_figure(run.folder.loss, title, curve.train, curve.test, ylabel)
+        write_json(run.folder.metrics, values)
     return TrainResult(trained, values, curve)
+
+
+def described(
+    dataset: str, model: RatingModel, curve: Curve, rows: tuple[int, ...], workers: Workers
+) -> dict[str, Any]:
+    """What ``metrics.json`` says of a training beside its errors; ``rows``: of training, test, held out."""
+    config = model.config
+    return {
+        "dataset": dataset,
+        "recipe": config.recipe,
+        "split": config.split,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "train_seconds": round(curve.seconds, 3),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **dict(zip(("train_ratings", "test_ratings", "held_out_ratings"), rows, strict=True)),
+        "gamma": config.gamma,
+        "world_size": workers.world_size,
+        "global_batch": config.batch_size,
+        **flat_versions("pandas"),
+    }
 
 
 def _check_ratings(part: str, rows: Ratings) -> None:
@@ -188,17 +183,6 @@ def _check_ratings(part: str, rows: Ratings) -> None:
                 f"the {part} part of {rows.name} has {side} indices from {low} to {high}, and there are "
                 f"{count} {side}s: an index is from 0 to {count - 1}"
             )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes the result, as flat keys."""
-    return {
-        "version_lunet_fast": lunet_fast.__version__,
-        "version_python": platform.python_version(),
-        "version_torch": torch.__version__,
-        "version_numpy": np.__version__,
-        "version_pandas": pd.__version__,
-    }
 
 
 @torch.no_grad()
@@ -342,23 +326,18 @@ class _Part:
         return len(self.rating)
 
 
-@dataclass
-class _Run:
+class _Phases:
     """The phases of one training and what they share."""
 
-    config: TrainConfig
-    training: _Part
-    test: _Part | None
-    known: Tensor
-    scale: tuple[float, float]
-    shape: tuple[int, int]
-    features: tuple[Tensor | None, Tensor | None]
-    workers: Workers
-    checkpoints: Path | None
-    resume: bool
-    checkpoint_seconds: float
-    stop: Stop
-    progress: Progress
+    def __init__(self, config: TrainConfig, parts: Parts, run: Run) -> None:
+        self.config, self.run, self.device = config, run, run.workers.device
+        training, test = parts.training, parts.test
+        self.training = _Part.of(training, self.device)
+        self.test = None if test is None else _Part.of(test, self.device)
+        self.known = parts.known_pairs().to(self.device)
+        self.scale = training.scale
+        self.shape = training.n_users, training.n_items
+        self.features = side_features(training) if config.side_features else (None, None)
 
     def lu_net(self) -> tuple[RatingModel, Curve]:
         """Train the recommender."""
@@ -369,7 +348,7 @@ class _Run:
             model = RatingModel(
                 config, *triple, *self.shape, user_features=user_features, item_features=item_features
             )
-        model.to(self.workers.device)
+        model.to(self.device)
         sampler = NegativeSampler.of(model, self.known) if config.gamma < 1 else None
 
         def objective(batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -390,7 +369,7 @@ class _Run:
             linear_decay=config.schedule == "linear",
             locate=lambda batch: first_overflow(model, *batch[:2]),
         )
-        return model, self._fit(phase)
+        return model, self.run.fit(phase)
 
     def control(self) -> dict[str, Any]:
         """Train the MLP of table 2, then a decoder from its last hidden layer to x, and evaluate both."""
@@ -401,8 +380,8 @@ class _Run:
             model = MLPModel(*self.shape, size, hidden, mean, config.embedding_std)
             # The mirror image of the network that it has to undo.
             decoder = perceptron((*reversed(hidden), 2 * size))
-        model.to(self.workers.device)
-        decoder.to(self.workers.device)
+        model.to(self.device)
+        decoder.to(self.device)
 
         def objective(batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             users, items, ratings = (column[share] for column in batch)
@@ -422,7 +401,7 @@ class _Run:
             "seed": config.seed,
             "rate": ("mlp_learning_rate", config.mlp_learning_rate),
         }
-        curve = self._fit(
+        curve = self.run.fit(
             Phase(
                 name="MLP",
                 module=model,
@@ -436,7 +415,7 @@ class _Run:
         if self.test is None:
             return {}
         decoder_rates = [{"params": list(decoder.parameters()), "lr": config.mlp_learning_rate}]
-        self._fit(
+        self.run.fit(
             Phase(
                 name="decoder",
                 module=decoder,
@@ -445,7 +424,7 @@ class _Run:
                 **common,
             )
         )
-        if not self.workers.is_first:
+        if not self.run.workers.is_first:
             return {}
         prediction = predict_ratings(model, self.test.user, self.test.item, self.scale)
         reconstruction = decode(model, decoder, self.test.user, self.test.item)
@@ -462,18 +441,6 @@ class _Run:
         if test is None:
             return None
         return lambda: metrics.mse(predict_ratings(model, test.user, test.item, self.scale), test.rating)
-
-    def _fit(self, phase: Phase) -> Curve:
-        file = None if self.checkpoints is None else self.checkpoints / f"{phase.name.lower()}.safetensors"
-        return fit(
-            phase,
-            file=file,
-            resume=self.resume,
-            checkpoint_seconds=self.checkpoint_seconds,
-            workers=self.workers,
-            stop=self.stop,
-            progress=self.progress,
-        )
 
 
 def error_limit(scale: tuple[float, float]) -> float:

@@ -1,9 +1,9 @@
 """Tables, figures and reports made from results. Nothing here trains.
 
-``run``: the table and the figure of a single training. ``reproduction``: what the report on all experiments
+``run``: the table of a single training. ``reproduction``: what the report on all experiments
 says. ``document``: the parts of a report, and as Markdown. ``html``: as a page. ``chart``: its pictures.
 """
 
-from lunet_fast.recsys.report.run import TABLE_2, dataset_title, save_loss_figure, table_2
+from lunet_fast.recsys.report.run import TABLE_2, dataset_title, table_2
 
-__all__ = ["TABLE_2", "dataset_title", "save_loss_figure", "table_2"]
+__all__ = ["TABLE_2", "dataset_title", "table_2"]

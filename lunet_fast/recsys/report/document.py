@@ -1,4 +1,4 @@
-"""The parts of a report, and how they are written as Markdown.
+"""The parts of a report; ``render`` writes them as a page and as Markdown.
 
 Texts are a small part of Markdown: ``**bold**``, ```code```, and a backslash before a character that is to be
 taken as it is. Whatever comes from data goes through :func:`literal`.
@@ -7,7 +7,7 @@ taken as it is. Whatever comes from data goes through :func:`literal`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -49,9 +49,19 @@ class Column:
     number: bool = True
     """Numbers stand at the right."""
     best: Literal["", "lowest", "highest"] = ""
-    """Which cell is set in bold."""
+    """Which cells are set in bold, whosever they are."""
     group: str = ""
     """What stands above this column and its neighbours of the same group."""
+
+
+def numbers(*titles: str, best: Literal["", "lowest", "highest"] = "", group: str = "") -> list[Column]:
+    """Columns of figures."""
+    return [Column(title, best=best, group=group) for title in titles]
+
+
+def texts(*titles: str) -> list[Column]:
+    """Columns of words."""
+    return [Column(title, number=False) for title in titles]
 
 
 @dataclass(frozen=True)
@@ -62,9 +72,14 @@ class Row:
     ours: bool = False
 
 
+def row(*cells: Cell | str, ours: bool = False) -> Row:
+    """A row whose texts are cells that do not take part in any choice."""
+    return Row([cell if isinstance(cell, Cell) else Cell(cell) for cell in cells], ours)
+
+
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under columns, with a title and a remark below."""
+    """Rows of cells under columns, with a title that names units and ±, and a remark below."""
 
     caption: str
     columns: Sequence[Column]
@@ -115,7 +130,7 @@ class Code:
 
 @dataclass(frozen=True)
 class NotMeasured:
-    """Stands for a part that there are no results of."""
+    """Stands for a part that the folder of results has nothing of."""
 
     what: str
     command: str
@@ -228,84 +243,16 @@ class Document:
     sections: Sequence[Section] = field(default_factory=tuple)
 
 
-# Markdown ---------------------------------------------------------------------------------------------------
-
-
-def markdown(document: Document) -> str:
-    """The report as Markdown; of figures, the values at a few epochs."""
-    lines = [f"# {document.title}", "", document.subtitle, ""]
-    lines += [f"- **{h.value}** {h.what}; {h.beside}" for h in document.highlights]
-    lines += ["", *_lines(document.reading)]
-    lines += [f"- [{s.title}](#{s.anchor})" for s in document.sections]
-    for section in document.sections:
-        lines += ["", f"## {section.title}", "", *_lines(section.blocks)]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
-
-
-def _lines(blocks: Sequence[Block]) -> Iterator[str]:
-    for block in blocks:
-        match block:
-            case Paragraph(text):
-                yield text
-            case Heading(text):
-                yield f"### {text}"
-            case Bullets(items):
-                yield from (f"- {item}" for item in items)
-            case Code(text):
-                yield from ("```", text, "```")
-            case NotMeasured(what, command):
-                yield f"{what}: not measured here: run `{command}`."
-            case Warned(text):
-                yield f"> {text}"
-            case Table():
-                yield from _table_lines(block)
-            case Panels():
-                yield from _table_lines(epochs_table(block))
-            case Dots():
-                continue  # the table beside it has the numbers
-            case Picture(_, alt, file):
-                yield f"![{literal(alt)}]({file})"
-            case Details(summary, inner):
-                yield f"**{summary}**"
-                yield ""
-                yield from _lines(inner)
-        yield ""
-
-
-def _table_lines(table: Table) -> Iterator[str]:
-    if table.caption:
-        yield f"**{table.caption}**"
-        yield ""
-    titles = [f"{c.group}: {c.title}" if c.group else c.title for c in table.columns]
-    yield "| " + " | ".join(_piped(title) for title in titles) + " |"
-    yield "|" + "|".join("---:" if column.number else "---" for column in table.columns) + "|"
-    for r, row in enumerate(table.rows):
-        cells = [
-            f"**{_piped(cell.text)}**" if cell.text and table.bold(r, c) else _piped(cell.text)
-            for c, cell in enumerate(row.cells)
-        ]
-        yield "| " + " | ".join(cells) + " |"
-    if table.note:
-        yield ""
-        yield table.note
-
-
-def _piped(text: str) -> str:
-    return re.sub(r"(?<!\\)\|", r"\\|", text)
-
-
 def epochs_table(figure: Panels) -> Table:
     """The values of a figure's curves at the first, the last and a few epochs in between."""
     longest = max((len(c.values) for panel in figure.panels for c in panel.curves), default=0)
     shown = [e for e in (1, 2, 3, 5, 8, 12, 20, 30, 50, 100, 200) if e < longest] + [longest]
-    columns = [Column("", number=False), *(Column(f"epoch {epoch}") for epoch in shown), Column("last")]
+    columns = [*texts(""), *numbers(*(f"epoch {epoch}" for epoch in shown), "last")]
     rows = [
-        Row(
-            [
-                Cell(f"{panel.title}, {curve.name}"),
-                *(Cell(f"{curve.values[e - 1]:.4f}" if e <= len(curve.values) else "") for e in shown),
-                Cell(f"{curve.values[-1]:.4f}"),
-            ]
+        row(
+            f"{panel.title}, {curve.name}",
+            *(f"{curve.values[e - 1]:.4f}" if e <= len(curve.values) else "" for e in shown),
+            f"{curve.values[-1]:.4f}",
         )
         for panel in figure.panels
         for curve in panel.curves
@@ -361,18 +308,18 @@ def _table(lines: Sequence[str]) -> Table:
     ]
     width = len(found[0])
     filled = []
-    for row in found:
+    for line in found:
         # Too many cells: the bars of an |x| in the first one.
-        more = max(0, len(row) - width)
-        cells = ["|".join(row[: more + 1]), *row[more + 1 :], *[""] * (width - len(row))]
+        more = max(0, len(line) - width)
+        cells = ["|".join(line[: more + 1]), *line[more + 1 :], *[""] * (width - len(line))]
         filled.append([_plain(cell.strip()) for cell in cells])
     head, *body = filled
 
     def is_number(column: int) -> bool:
-        cells = [row[column].strip("*") for row in body if row[column]]
+        cells = [line[column].strip("*") for line in body if line[column]]
         # A cell may hold several, one a seed.
         found = [_NUMBER.fullmatch(cell) or all(map(_NUMBER.fullmatch, cell.split())) for cell in cells]
         return bool(cells) and column > 0 and all(found)
 
     columns = [Column(title, number=is_number(c)) for c, title in enumerate(head)]
-    return Table("", columns, [Row([Cell(cell) for cell in row]) for row in body])
+    return Table("", columns, [row(*cells) for cells in body])

@@ -16,13 +16,14 @@ from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.evaluation.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig, recipe
 from lunet_fast.recsys.model.training import TrainResult, train
-from lunet_fast.recsys.report.document import Document, markdown
-from lunet_fast.recsys.report.html import page
-from lunet_fast.recsys.report.reproduction import Committed, Losses, Reproduction, Run, document
+from lunet_fast.recsys.report.document import Document
+from lunet_fast.recsys.report.render import markdown, page
+from lunet_fast.recsys.report.reproduction import document
+from lunet_fast.recsys.report.results import Committed, Losses, Reproduction, Run
 from lunet_fast.recsys.serving.scoring import ItemScorer
 from lunet_fast.training.files import RunFolder, read_json, read_tensors, write_atomically, write_json
 from lunet_fast.training.loop import Progress, cpu_threads
-from lunet_fast.training.schema import CHECKPOINT_FORMAT, CHECKPOINT_HEADER
+from lunet_fast.training.schema import CHECKPOINT_FORMAT, CheckpointHeader
 
 DATASETS = tuple(movielens.DATASETS)
 
@@ -104,7 +105,8 @@ def reproduce(
 ) -> Document:
     """Train everything of :func:`plan` and write ``report.html`` and ``report.md`` into ``out``.
 
-    The run folders lie below ``out``. A finished training there is used as it is, an interrupted one goes on
+    Beside them ``reproduction.json``, from which :func:`write_report` writes them again. The run folders lie
+    below ``out``. A finished training there is used as it is, an interrupted one goes on
     (:func:`~.training.train` with ``resume``); one with other settings is refused by ``RunFolderError``.
 
     Args:
@@ -136,14 +138,17 @@ def reproduce(
                 watcher.begins(number, len(planned), one, folder.is_finished())
                 runs.append(_run(one, folder, ratings, changes, device, watcher))
     found = Reproduction(runs, described, Committed(results), machine, command, trial=epochs is not None)
+    found.save(out)
+    return write_report(out, found)
+
+
+def write_report(out: Path, found: Reproduction) -> Document:
+    """Write ``report.html`` and ``report.md`` into ``out``."""
     report = document(found)
     for name, text in (("report.html", page(report)), ("report.md", markdown(report))):
-        write_atomically(out / name, lambda path, text=text: _write(path, text))  # type: ignore[misc]
+        data = text.encode("utf-8")
+        write_atomically(out / name, lambda path, data=data: path.write_bytes(data) and None)  # type: ignore[misc]
     return report
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _described(ratings: Ratings) -> dict[str, Any]:
@@ -200,7 +205,7 @@ def _losses(folder: RunFolder) -> dict[str, Losses]:
     """By phase; from the checkpoints, since a finished training that is read again has no curve with it."""
     found = {}
     for file in sorted(folder.checkpoints.glob("*.safetensors")):
-        _, header = read_tensors(file, CHECKPOINT_FORMAT, CHECKPOINT_HEADER)
+        _, header = read_tensors(file, CHECKPOINT_FORMAT, CheckpointHeader)
         state = header["state"]
         found[state["phase"]] = Losses(state["train_loss"], state["test_loss"])
     return found

@@ -1,12 +1,9 @@
-"""The table and the figure of a single training."""
+"""The table of a single training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
-
-from lunet_fast.training.files import write_figure
 
 TABLE_2 = (
     ("paper: classic MLP", "ML-100K", 0.9200, 0.0050),
@@ -14,6 +11,9 @@ TABLE_2 = (
     ("paper: invertible model", "ML-1M", 0.7955, 0.0000),
 )
 """The paper's table 2: model, data, test MSE, embedding reconstruction error."""
+
+PRINTED = {data: mse for model, data, mse, _ in TABLE_2 if "invertible" in model}
+"""The test MSE that the paper prints for its invertible model, by data set."""
 
 _TITLES = {"ml-100k": "ML-100K", "ml-1m": "ML-1M"}
 
@@ -38,55 +38,3 @@ def table_2(values: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         error = f"{values['reconstruction_error']:.1e}"
         rows.append((f"ours: LU-Net, recipe {values['recipe']}", data, f"{values['test_mse']:.4f}", error))
     return rows
-
-
-def save_loss_figure(
-    path: Path,
-    title: str,
-    train: Sequence[float],
-    test: Sequence[float],
-    ylabel: str = "mean squared error",
-    *,
-    held_out: str = "test",
-    unit: str = "epoch",
-) -> None:
-    """Draw training and test loss by epoch, as figures 3 and 4 of the paper, into a PNG file.
-
-    ``train`` and ``test`` have a number an epoch, of what ``ylabel`` says; ``test`` may be empty.
-    ``held_out`` and ``unit`` are what the test part and an epoch are called. Needs matplotlib, of the extra
-    ``lunet-fast[train]``; no display.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    epochs = range(1, len(train) + 1)
-    # Few epochs are told apart by markers, which would run into each other for many.
-    style: dict[str, Any] = {"linewidth": 2, "marker": "o" if len(train) <= 25 else "", "markersize": 4}
-    for label, values, colour in (("training", train, "#1f5f99"), (held_out, test, "#d1662b")):
-        if values:
-            axes.plot(epochs, values, color=colour, label=label, **style)
-            # Above the upper curve's end and below the lower one's, so that near ends keep apart.
-            upper = values[-1] >= max(train[-1], test[-1] if test else train[-1])
-            axes.annotate(
-                f"{values[-1]:.3f}",
-                (len(values), values[-1]),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="bottom" if upper else "top",
-                color=colour,
-            )
-    axes.set_title(title, loc="left", fontsize=12)
-    axes.set_xlabel(unit)
-    axes.set_ylabel(ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    axes.margins(x=0.06)
-    axes.grid(axis="y", color="#dddddd")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.legend(frameon=False)
-    write_figure(path, figure)

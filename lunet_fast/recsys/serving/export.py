@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lunet_fast.recsys.data.ratings import IdMap
-from lunet_fast.recsys.model.network import Histories, RatingModel
+from lunet_fast.recsys.data.ids import IdMap
+from lunet_fast.recsys.data.parquet_table import require_pyarrow
+from lunet_fast.recsys.model.embeddings import Histories
+from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from lunet_fast.training.files import write_atomically
 
-__all__ = ["Written", "export_vectors", "item_vectors", "require_pyarrow", "user_vectors"]
+__all__ = ["Written", "export_vectors", "item_vectors", "user_vectors"]
 
 ROWS = 1 << 16
 """Vectors that are computed and written at a time: a row group of the file."""
@@ -52,7 +54,7 @@ def export_vectors(recommender: LUNetRecommender, directory: Path | str) -> list
 
     ``ImportError`` without pyarrow, ``OSError`` where the folder cannot be written.
     """
-    require_pyarrow()
+    require_pyarrow("writing Parquet")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     trained = recommender.trained
@@ -92,14 +94,6 @@ def _halves(
     k = model.config.embedding_size
     half = x[..., k:] if item else x[..., :k]
     return half.transpose(0, 1).flatten(1)
-
-
-def require_pyarrow() -> None:
-    """``ImportError`` saying what to install where pyarrow is missing."""
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise ImportError("writing Parquet needs pyarrow: pip install pyarrow") from error
 
 
 def _write(

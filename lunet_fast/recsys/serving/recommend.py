@@ -12,11 +12,13 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from lunet_fast.recsys.data.ratings import IdMap, Ratings, from_frame, read_ratings
+from lunet_fast.recsys.data.ids import IdMap
+from lunet_fast.recsys.data.ratings import Ratings, from_frame, read_ratings
 from lunet_fast.recsys.evaluation.ranking import CHUNK
 from lunet_fast.recsys.model.config import TrainConfig, recipe
+from lunet_fast.recsys.model.embeddings import Histories
 from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_model
-from lunet_fast.recsys.model.network import Histories, RatingModel
+from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.training import train
 from lunet_fast.recsys.serving.fold_in import METHODS, FoldIn, given_items
 from lunet_fast.recsys.serving.scoring import ItemScorer, ranking_readout, training_pairs

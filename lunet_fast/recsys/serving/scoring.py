@@ -24,7 +24,8 @@ from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.layers.lunet import LUNet
 from lunet_fast.ops import dispatch
 from lunet_fast.ops.reference import Slopes
-from lunet_fast.recsys.model.network import Histories, RatingModel
+from lunet_fast.recsys.model.embeddings import Histories
+from lunet_fast.recsys.model.network import RatingModel
 
 BLOCK = 1 << 18
 """Numbers in a block of pairs × D, the most that is computed at once in PyTorch; a few fit in a cache."""

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from harness import guarded, random_lu
 from lunet_fast.ops import triton
+from lunet_fast.ops.reference import family
+from lunet_fast.ops.values import Activation, Matrix
 
 #: Rows and features: below, at and beyond tiles, and on either side of N = D and D = 128.
 SIZES = [(1, 1), (3, 5), (37, 5), (17, 33), (40, 33), (66, 65), (5, 130)]
@@ -67,8 +69,7 @@ def inputs(N: int, D: int, dtype: torch.dtype, *, learnt: bool, seed: int = 0) -
     """What the operations take: rows x and their gradients g and ld, a layer, and a net of LAYERS."""
     torch.manual_seed(seed)
     lu = random_lu(D).to(dtype)
-    slopes = torch.tensor([0.1, 0.9, 1.0]) if learnt else None
-    family = (slopes, 1.0, 0.0, 1.0) if learnt else (None, 0.1, 0.9, 1.0)
+    slopes = torch.tensor([0.1, 0.9, 1.0])
     given: Given = {
         "x": torch.randn(N, D).to(dtype),
         "g": torch.randn(N, D).to(dtype),
@@ -77,66 +78,61 @@ def inputs(N: int, D: int, dtype: torch.dtype, *, learnt: bool, seed: int = 0) -
         "sign": (torch.randint(0, 2, (D,)) * 2.0 - 1.0).to(dtype),
         "order": torch.randperm(D),
         "bias": torch.randn(D).to(dtype),
-        "slopes": slopes,
-        "family": family[1:],
+        "activation": family(slopes if learnt else (0.1, 0.9, 1.0)),
         "nets": random_lu(D, K=LAYERS).to(dtype),
         "net_sign": torch.ones(LAYERS, D, dtype=dtype),
         "net_bias": torch.randn(LAYERS, D).to(dtype),
-        "net_slopes": slopes.repeat(LAYERS - 1, 1) if learnt else None,
+        "net_activation": family(slopes.repeat(LAYERS - 1, 1) if learnt else (0.1, 0.9, 1.0)),
     }
     # What the forwards leave for the backwards; what nobody is to read, poisoned.
     y, _, h, weight = layer_forward(given)
     given |= {"y": y, "h": h, "weight": weight if N > D else torch.full_like(weight, math.nan)}
     given["start"], _, given["start_h"] = layer_inverse(given)
-    given["z"] = triton.net(*net_arguments(given, given["x"]), False, True)[0]
+    given["z"] = triton.net_forward(*net_arguments(given, given["x"]), True)[0]
     return given
 
 
-def family_of(given: Given) -> tuple[Any, ...]:
-    return given["slopes"], *given["family"]
-
-
-def matrix_of(given: Given) -> tuple[Any, ...]:
-    return given["lu"], given["sign"], given["order"]
+def layer_of(given: Given) -> tuple[Matrix, Activation]:
+    return Matrix(given["lu"], given["sign"], given["order"], given["bias"]), given["activation"]
 
 
 def net_arguments(given: Given, x: Tensor) -> tuple[Any, ...]:
-    return x, given["nets"], given["net_sign"], given["net_bias"], given["net_slopes"], *given["family"]
+    matrix = Matrix(given["nets"], given["net_sign"], None, given["net_bias"])
+    return x, matrix, given["net_activation"]
 
 
 def layer_forward(given: Given) -> tuple[Tensor, ...]:
-    return triton.layer_forward(given["x"], *matrix_of(given), given["bias"], *family_of(given), True, True)
+    return triton.layer_forward(given["x"], *layer_of(given), True, True)
 
 
 def layer_inverse(given: Given) -> tuple[Tensor, ...]:
-    return triton.layer_inverse(given["y"], *matrix_of(given), given["bias"], *family_of(given), True, True)
+    return triton.layer_inverse(given["y"], *layer_of(given), True, True)
 
 
 def layer_backward(given: Given) -> tuple[Tensor, ...]:
     return triton.layer_backward(
-        *(given["g"], given["ld"], given["x"], given["h"], given["weight"], *matrix_of(given)),
-        *(given["bias"], *family_of(given), True, True, True),
+        *(given["g"], given["ld"], given["x"], given["h"], given["weight"]),
+        *(*layer_of(given), True, True, True),
     )
 
 
 def layer_inverse_backward(given: Given) -> tuple[Tensor, ...]:
     return triton.layer_inverse_backward(
-        *(given["g"], given["ld"], given["start"], given["start_h"], *matrix_of(given)),
-        *(*family_of(given), True, True),
+        *(given["g"], given["ld"], given["start"], given["start_h"]),
+        *(*layer_of(given), True, True, True),
     )
 
 
 def net_backward(given: Given, inverse: bool) -> tuple[Tensor, ...]:
     # Of an inverse the result is kept, of a forward the rows that went in: x either way.
-    return triton.net_backward(
-        given["g"], given["ld"], *net_arguments(given, given["x"]), inverse, True, True, True
-    )
+    backward = triton.net_inverse_backward if inverse else triton.net_backward
+    return backward(given["g"], given["ld"], *net_arguments(given, given["x"]), True, True, True)
 
 
 def activation(name: str, *rows: str) -> Callable[[Given], tuple[Tensor, ...]]:
     function = getattr(triton, name)
     last = () if "backward" in name else (True,)
-    return lambda given: function(*(given[row] for row in rows), *family_of(given), *last)
+    return lambda given: function(*(given[row] for row in rows), given["activation"], *last)
 
 
 #: Operation → how it is called, and how many of its results, from the first, have a row a sample.
@@ -149,10 +145,10 @@ OPERATIONS: dict[str, tuple[Callable[[Given], tuple[Tensor, ...]], int]] = {
     "layer_inverse": (layer_inverse, 3),
     "layer_backward": (layer_backward, 1),
     "layer_inverse_backward": (layer_inverse_backward, 1),
-    "net": (lambda given: triton.net(*net_arguments(given, given["x"]), False, True), 2),
-    "net inverse": (lambda given: triton.net(*net_arguments(given, given["z"]), True, True), 2),
+    "net_forward": (lambda given: triton.net_forward(*net_arguments(given, given["x"]), True), 2),
+    "net_inverse": (lambda given: triton.net_inverse(*net_arguments(given, given["z"]), True), 2),
     "net_backward": (lambda given: net_backward(given, False), 1),
-    "net_backward inverse": (lambda given: net_backward(given, True), 1),
+    "net_inverse_backward": (lambda given: net_backward(given, True), 1),
 }
 
 operations = pytest.mark.parametrize("name", OPERATIONS)

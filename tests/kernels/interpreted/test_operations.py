@@ -120,7 +120,7 @@ def test_a_net_is_one_operation_and_its_layers_agree_with_it() -> None:
 
     with Names(), torch.no_grad():
         y, total = net.forward_and_logabsdet(x)
-    assert [name for name in called if "lunet_fast" in name] == ["lunet_fast.net.default"]
+    assert [name for name in called if "lunet_fast" in name] == ["lunet_fast.net_forward.default"]
     net.layers[1].register_forward_hook(lambda *_: None)  # who hooks a layer wants it called
     with Names(), torch.no_grad():
         z, share = net.forward_and_logabsdet(x)
@@ -205,32 +205,38 @@ def test_gradcheck_in_float32() -> None:
 
 def test_operations_keep_their_schemas() -> None:
     x, lu, bias = torch.randn(6, 5), torch.randn(5, 5) * 0.2, torch.randn(5)
-    fixed = (0.1, 0.9, 1.0)
+    fixed = ("leaky_softplus", None, (0.1, 0.9, 1.0))
     leaf = [t.clone().requires_grad_() for t in (x, lu, bias)]
     for name in ("layer_forward", "layer_inverse"):
         opcheck(
             getattr(lib, name).default,
-            (leaf[0], leaf[1], None, None, leaf[2], None, *fixed, True, True),
+            (leaf[0], leaf[1], None, None, leaf[2], *fixed, True, True),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
     for name in ("activation_forward", "activation_inverse"):
-        opcheck(getattr(lib, name).default, (leaf[0], None, *fixed, True))
+        opcheck(getattr(lib, name).default, (leaf[0], *fixed, True))
     nets = torch.stack([lu, lu])
-    for inverse in (False, True):
-        opcheck(lib.net.default, (x, nets, None, torch.stack([bias, bias]), None, *fixed, inverse, True))
+    learnt = ("leaky_softplus", torch.rand(1, 3), ())
+    for forward, backward in (
+        (lib.net_forward, lib.net_backward),
+        (lib.net_inverse, lib.net_inverse_backward),
+    ):
+        opcheck(forward.default, (x, nets, None, None, torch.stack([bias, bias]), *fixed, True))
         opcheck(
-            lib.net_backward.default,
-            (x, torch.randn(6), x, nets, None, None, torch.rand(1, 3), *fixed, inverse, True, True, False),
+            backward.default,
+            (x, torch.randn(6), x, nets, None, None, None, *learnt, True, True, False),
         )
-    y, total, h, weight = lib.layer_forward(x, lu, None, None, bias, None, *fixed, True, True)
+    y, total, h, weight = lib.layer_forward(x, lu, None, None, bias, *fixed, True, True)
     assert h.numel() == 0  # computed again by the kernel
-    family = (None, *fixed)
     opcheck(
         lib.layer_backward.default,
-        (y, total, x, h, weight, lu, None, None, bias, *family, True, True, True),
+        (y, total, x, h, weight, lu, None, None, bias, *fixed, True, True, True),
     )
-    start, total, h = lib.layer_inverse(y, lu, None, None, bias, None, *fixed, True, True)
-    opcheck(lib.layer_inverse_backward.default, (y, total, start, h, lu, None, None, *family, True, True))
+    start, total, h = lib.layer_inverse(y, lu, None, None, bias, *fixed, True, True)
+    opcheck(
+        lib.layer_inverse_backward.default,
+        (y, total, start, h, lu, None, None, bias, *fixed, True, True, True),
+    )
 
 
 @pytest.mark.parametrize("build", [lambda: LUDense(6, activation=LeakySoftplus(0.1)), lambda: LUNet(6, 3)])

@@ -33,7 +33,9 @@ from lunet_fast.kernels.substitution import (
     layer_inverse_backward,
     prepare_inverse,
 )
-from lunet_fast.ops import cpu, reference
+from lunet_fast.ops import reference
+from lunet_fast.ops.cpu.matrix import Packed, compose_backward
+from lunet_fast.ops.values import Matrix
 
 PRECISIONS = ["ieee", "tf32x3"]
 
@@ -92,7 +94,7 @@ class Case:
             y.double() if self.exact is None else reference.leaky_softplus_inverse(y.double(), self.exact)
         )
         self.x = stacked(
-            lambda h, m, b, s: reference.affine_inverse(h, m, b, s, self.permutation),
+            lambda h, m, b, s: reference.affine_inverse(h, Matrix(m, s, self.permutation, b)),
             self.h,
             lu.double(),
             None if bias is None else bias.double(),
@@ -407,15 +409,15 @@ def test_gradients(case: Case, with_logabsdet: bool, precision: str) -> None:
 
 
 def test_the_matrix_gradient_follows() -> None:
-    """−g_rᵀ x is the gradient of W, by which ``blocked`` and autograd agree on that of lu."""
+    """−g_rᵀ x is the gradient of W, by which ``ops.cpu`` and autograd agree on that of lu."""
     case = Case(1, 12, 20, (FAMILIES[0], FAMILIES[0]), signed=False, has_bias=False)
     grad_x = torch.randn(1, 12, 20)
     grad_right, _, _ = case.gradients(grad_x, None)
     lu = case.lu[0].double().requires_grad_()
     x = reference.lu_dense_inverse(case.y[0].double(), lu, slopes=case.exact)
     (exact,) = torch.autograd.grad((x * grad_x[0].double()).sum(), lu)
-    packed = cpu.Packed.of(case.lu[0].double(), None, None)
-    grad_lu = cpu.compose_backward(-grad_right[0].double().T @ case.x[0], packed)
+    packed = Packed.of(Matrix(case.lu[0].double()))
+    grad_lu = compose_backward(-grad_right[0].double().T @ case.x[0], packed)
     grad_lu.diagonal().mul_(packed.diagonal)
     assert normwise(grad_lu, exact) <= LIMIT * case.kappa
 

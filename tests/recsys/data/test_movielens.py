@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lunet_fast.recsys.data import movielens
+from lunet_fast.recsys.data import archives, datasets, fetching, movielens
 from lunet_fast.recsys.data.movielens import DataNotFoundError, load, locate, read_like
 from lunet_fast.recsys.data.ratings import RatingFileError, Ratings
 from lunet_fast.recsys.data.splits import join
@@ -102,19 +102,19 @@ def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         dataclasses.replace(
             spec_1m,
             sha256={name: sha256(data) for name, data in FILES_1M.items()},
-            counts=movielens.Counts(2, 2, {3.0: 1, 4.0: 1, 5.0: 1}),
+            counts=datasets.Counts(2, 2, {3.0: 1, 4.0: 1, 5.0: 1}),
         ),
     )
     monkeypatch.delenv("LUNET_FAST_DATA", raising=False)
     monkeypatch.setenv("LUNET_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(movielens, "_download", refuse("the network is down"))
-    monkeypatch.setattr(movielens, "_pip_download", refuse("pip is down"))
+    monkeypatch.setattr(fetching, "download", refuse("the network is down"))
+    monkeypatch.setattr(fetching, "pip_download", refuse("pip is down"))
     return tmp_path / "cache"
 
 
 def refuse(reason: str) -> Callable[..., bytes]:
     def fetch(*_: object) -> bytes:
-        raise movielens._Unavailable(reason)
+        raise archives.Unavailable(reason)
 
     return fetch
 
@@ -214,7 +214,7 @@ def test_the_order_of_sources(made_up: Path, tmp_path: Path, monkeypatch: pytest
         return fetch
 
     # From the last source to the first: each one, once there, is preferred to those after it.
-    monkeypatch.setattr(movielens, "_pip_download", network("wheel", WHEEL))
+    monkeypatch.setattr(fetching, "pip_download", network("wheel", WHEEL))
     assert locate("ml-100k").source == "the wheel recbole==1.2.1 by pip"
     cached = made_up / "recbole-1.2.1-py3-none-any.whl"
     assert cached.read_bytes() == WHEEL
@@ -222,7 +222,7 @@ def test_the_order_of_sources(made_up: Path, tmp_path: Path, monkeypatch: pytest
     assert fetched == ["wheel"]
 
     cached.unlink()
-    monkeypatch.setattr(movielens, "_download", network("zip", ZIP))
+    monkeypatch.setattr(fetching, "download", network("zip", ZIP))
     assert locate("ml-100k").source == "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
     assert fetched == ["wheel", "zip"]
     put(cached, WHEEL)
@@ -301,17 +301,17 @@ def test_without_pooch(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "pooch", None)
     with pytest.raises(
-        movielens._Unavailable, match=r"pooch is not installed: pip install 'lunet-fast\[train\]'"
+        archives.Unavailable, match=r"pooch is not installed: pip install 'lunet-fast\[train\]'"
     ):
-        movielens._download("https://localhost/x.zip", "0" * 32)
+        fetching.download("https://localhost/x.zip", "0" * 32)
     monkeypatch.delenv("LUNET_FAST_CACHE", raising=False)
     assert movielens.cache_folder().name == "lunet-fast"
 
 
 def test_an_unreachable_server_is_a_reason() -> None:
     pytest.importorskip("pooch")
-    with pytest.raises(movielens._Unavailable, match="ConnectionError: .*localhost"):
-        movielens._download("https://localhost:9/x.zip", "0" * 32)
+    with pytest.raises(archives.Unavailable, match="ConnectionError: .*localhost"):
+        fetching.download("https://localhost:9/x.zip", "0" * 32)
 
 
 def test_the_download_is_checked_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,9 +328,9 @@ def test_the_download_is_checked_and_leaves_nothing(tmp_path: Path, monkeypatch:
             Path(output_file).write_bytes(ZIP)
 
     monkeypatch.setattr(pooch, "HTTPDownloader", Local)
-    assert movielens._download("https://localhost/x.zip", hashlib.md5(ZIP).hexdigest()) == ZIP
-    with pytest.raises(movielens._Unavailable, match="ValueError: MD5 hash of downloaded file"):
-        movielens._download("https://localhost/x.zip", "0" * 32)
+    assert fetching.download("https://localhost/x.zip", hashlib.md5(ZIP).hexdigest()) == ZIP
+    with pytest.raises(archives.Unavailable, match="ValueError: MD5 hash of downloaded file"):
+        fetching.download("https://localhost/x.zip", "0" * 32)
     assert timeouts == [(10, 30)] * 2
     assert list(tmp_path.iterdir()) == []
 
@@ -347,7 +347,7 @@ def test_pip_is_asked_for_the_pinned_wheel(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.delenv("PIP_DEFAULT_TIMEOUT", raising=False)
-    assert movielens._pip_download(wheel) == WHEEL
+    assert fetching.pip_download(wheel) == WHEEL
     command = seen["command"]
     assert isinstance(command, list)
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
@@ -358,7 +358,7 @@ def test_pip_is_asked_for_the_pinned_wheel(tmp_path: Path, monkeypatch: pytest.M
     assert isinstance(environment, dict)
     assert environment["PIP_DEFAULT_TIMEOUT"] == "15"
     monkeypatch.setenv("PIP_DEFAULT_TIMEOUT", "99")
-    movielens._pip_download(wheel)
+    fetching.pip_download(wheel)
     environment = seen["env"]
     assert isinstance(environment, dict)
     assert environment["PIP_DEFAULT_TIMEOUT"] == "99"
@@ -369,15 +369,15 @@ def test_pip_is_asked_for_the_pinned_wheel(tmp_path: Path, monkeypatch: pytest.M
         )
 
     monkeypatch.setattr(subprocess, "run", fail)
-    with pytest.raises(movielens._Unavailable, match="pip download failed: ERROR: No matching distribution$"):
-        movielens._pip_download(wheel)
+    with pytest.raises(archives.Unavailable, match="pip download failed: ERROR: No matching distribution$"):
+        fetching.pip_download(wheel)
 
     def hang(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         raise subprocess.TimeoutExpired(command, 1)
 
     monkeypatch.setattr(subprocess, "run", hang)
-    with pytest.raises(movielens._Unavailable, match="did not end within"):
-        movielens._pip_download(wheel)
+    with pytest.raises(archives.Unavailable, match="did not end within"):
+        fetching.pip_download(wheel)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
     monkeypatch.undo()
 
@@ -454,8 +454,8 @@ def test_every_damaged_byte_is_noticed(made_up: Path) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of zipfile, on a name that now occurs twice
-                files = movielens._read_zip(spec, damaged)
-        except movielens._Unavailable:
+                files = archives.read_zip(spec, damaged)
+        except archives.Unavailable:
             reasons += 1
         else:
             assert files["u.data"] == U_DATA
@@ -464,7 +464,7 @@ def test_every_damaged_byte_is_noticed(made_up: Path) -> None:
 
 
 def test_zip_bombs_are_refused(made_up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(movielens, "MAX_MEMBER_BYTES", 1 << 16)
+    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 1 << 16)
     honest = zipped({**FILES, "u.data": bytes(1 << 20)})
     put(tmp_path / "ml-100k.zip", honest)
     with pytest.raises(
@@ -477,7 +477,7 @@ def test_zip_bombs_are_refused(made_up: Path, tmp_path: Path, monkeypatch: pytes
     put(tmp_path / "ml-100k.zip", lying)
     with pytest.raises(DataNotFoundError, match="u.data"):
         load("ml-100k", tmp_path)
-    monkeypatch.setattr(movielens, "MAX_ARCHIVE_BYTES", 100)
+    monkeypatch.setattr(archives, "MAX_ARCHIVE_BYTES", 100)
     with pytest.raises(DataNotFoundError, match="more than 100 bytes"):
         load("ml-100k", tmp_path)
 
@@ -526,7 +526,7 @@ def test_a_zip_of_many_names_is_refused_before_they_are_read(
 ) -> None:
     put(tmp_path / "ml-100k.zip", zipped({**FILES, **{f"{n}": b"" for n in range(8)}}))
     assert_the_made_up(load("ml-100k", tmp_path))
-    monkeypatch.setattr(movielens, "MAX_MEMBERS", 10)
+    monkeypatch.setattr(archives, "MAX_MEMBERS", 10)
     monkeypatch.setattr(zipfile, "ZipFile", None)
     with pytest.raises(DataNotFoundError, match="more than 10 members: refused"):
         load("ml-100k", tmp_path)
@@ -544,20 +544,20 @@ def test_a_bad_file_in_the_cache_is_removed(
         load("ml-100k")
     assert not cached.exists()
     put(cached, ZIP[: len(ZIP) // 2])
-    monkeypatch.setattr(movielens, "_download", lambda *_: ZIP)
+    monkeypatch.setattr(fetching, "download", lambda *_: ZIP)
     assert_the_made_up(load("ml-100k"))
     assert cached.read_bytes() == ZIP
     bad_wheel = put(made_up / "recbole-1.2.1-py3-none-any.whl", WHEEL + b" ")
     cached.unlink()
-    monkeypatch.setattr(movielens, "_download", refuse("down"))
+    monkeypatch.setattr(fetching, "download", refuse("down"))
     with pytest.raises(DataNotFoundError, match="has the SHA-256"):
         load("ml-100k")
     assert not bad_wheel.exists()
 
 
 def test_a_bad_download_is_not_cached(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(movielens, "_download", lambda *_: zipped({**FILES, "u.data": U_DATA[:-1]}))
-    monkeypatch.setattr(movielens, "_pip_download", lambda *_: WHEEL[:-1])
+    monkeypatch.setattr(fetching, "download", lambda *_: zipped({**FILES, "u.data": U_DATA[:-1]}))
+    monkeypatch.setattr(fetching, "pip_download", lambda *_: WHEEL[:-1])
     with pytest.raises(DataNotFoundError, match=r"(?s)u.data is not GroupLens' file.*has the SHA-256"):
         load("ml-100k")
     assert not made_up.exists() or list(made_up.iterdir()) == []
@@ -570,7 +570,7 @@ def test_a_failed_write_leaves_no_file(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(movielens, "_download", lambda *_: ZIP)
+    monkeypatch.setattr(fetching, "download", lambda *_: ZIP)
     monkeypatch.setattr(os, step, full)
     assert_the_made_up(load("ml-100k"))
     assert list(made_up.iterdir()) == []
@@ -579,14 +579,14 @@ def test_a_failed_write_leaves_no_file(
 
 def test_a_cache_that_cannot_be_made(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(made_up, b"a file where the folder should be")
-    monkeypatch.setattr(movielens, "_download", lambda *_: ZIP)
+    monkeypatch.setattr(fetching, "download", lambda *_: ZIP)
     assert_the_made_up(load("ml-100k"))
 
 
 FETCHER = """
 import dataclasses, hashlib, logging, os, sys, time
 from pathlib import Path
-from lunet_fast.recsys.data import movielens
+from lunet_fast.recsys.data import fetching, movielens
 
 folder, me, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 data = (folder / "source.zip").read_bytes()
@@ -611,7 +611,7 @@ class Collect(logging.Handler):
     def emit(self, record):
         problems.append(record.getMessage())
 
-movielens._download, os.fsync = download, slow_fsync
+fetching.download, os.fsync = download, slow_fsync
 logging.getLogger("lunet_fast").addHandler(Collect(logging.WARNING))
 (folder / me).touch()
 limit = time.monotonic() + 60
@@ -765,7 +765,7 @@ def test_the_u1_fold(tmp_path: Path) -> None:
 def test_the_real_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LUNET_FAST_DATA", raising=False)
     monkeypatch.setenv("LUNET_FAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(movielens, "_download", refuse("left out"))
+    monkeypatch.setattr(fetching, "download", refuse("left out"))
     ratings = load("ml-100k")
     assert ratings.source == "the wheel recbole==1.2.1 by pip"
     assert load("ml-100k").source == str(tmp_path / "recbole-1.2.1-py3-none-any.whl")

@@ -86,6 +86,16 @@ class TestOpen:
         with pytest.raises(RatingFileError, match=rf"x\.parquet.*{message}"):
             RatingStream.open(tmp_path / "x.parquet")
 
+    @pytest.mark.parametrize("wrong", [2**64 - 1, b"\xff"])
+    def test_an_id_that_cannot_be_read(self, tmp_path: Path, wrong: object) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        ids = pa.array([wrong], pa.uint64() if isinstance(wrong, int) else pa.binary())
+        parquet.write_table(pa.table({"user": ids, "item": [1], "rating": [1.0]}), tmp_path / "x.parquet")
+        with pytest.raises(RatingFileError, match=r"x\.parquet, rows 1 to 1: a user id cannot be read"):
+            RatingStream.open(tmp_path / "x.parquet", test_share=0.0)
+
     def test_a_file_that_is_no_parquet(self, tmp_path: Path) -> None:
         (tmp_path / "x.parquet").write_bytes(b"PAR1 but not really")
         with pytest.raises(RatingFileError, match=r"x\.parquet"):
@@ -154,9 +164,9 @@ class TestBatches:
         monkeypatch.setattr(synthetic, "ROW_GROUP", 8192)
         program = """
 import sys
-from lunet_fast.recsys.data import streaming
+from lunet_fast.recsys.data import parquet_pieces
 from lunet_fast.recsys.data.streaming import RatingStream
-streaming.PIECE_ROWS = 8192
+parquet_pieces.PIECE_ROWS = 8192
 stream = RatingStream.open(sys.argv[1], buffer_rows=30_000)
 rows = sum(len(batch[0]) for batch in stream.batches(0, 1000))
 # Not getrusage, whose peak has the parent's in it.

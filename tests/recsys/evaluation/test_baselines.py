@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lunet_fast.recsys.data.ratings import IdMap, Ratings
-from lunet_fast.recsys.evaluation import baselines
+from lunet_fast.recsys.evaluation import fitted as fitting
 from lunet_fast.recsys.evaluation.baselines import BASELINES, SIZES, Fitted, missing
 
 RATING = [key for key, baseline in BASELINES.items() if "rating" in baseline.kinds]
@@ -257,7 +257,7 @@ def test_scoring_in_parts(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     training = small()
     users = torch.arange(30)
     whole = BASELINES[key].fit(training, 0, "ml-100k").score_items(users)
-    monkeypatch.setattr(baselines, "CHUNK", 1)
+    monkeypatch.setattr(fitting, "CHUNK", 1)
     parts = BASELINES[key].fit(training, 0, "ml-100k").score_items(users)
     torch.testing.assert_close(parts, whole)
 

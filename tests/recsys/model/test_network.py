@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from lunet_fast.recsys.evaluation.ranking import reconstruct
-from lunet_fast.recsys.model.network import Interactions, MLPModel, RatingModel
+from lunet_fast.recsys.model.interactions import Interactions
+from lunet_fast.recsys.model.mlp import MLPModel
+from lunet_fast.recsys.model.network import RatingModel
 from tests.recsys.synthetic import latent_ratings, quick_config
 
 N_USERS, N_ITEMS = 7, 5

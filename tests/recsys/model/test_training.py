@@ -310,18 +310,18 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("setting", "value", "message"),
         [
-            ("epochs", 0, "epochs=0 must be a whole number of at least 1"),
+            ("epochs", 0, "epochs=0 must be a whole number from 1 to 1000000"),
             ("epochs", 1.5, "epochs=1.5"),
             ("layers", True, "layers=True"),
             ("dropout", 1.0, "below 1"),
             ("alpha", 1.0, "between 0 and 1"),
-            ("learning_rate", float("nan"), "learning_rate=nan must be a positive number"),
+            ("learning_rate", float("nan"), "learning_rate=nan must be a number above 0"),
             ("l2_latent", -0.1, "at least 0"),
             ("seed", -1, "seed=-1"),
             ("biases", 1, "true or false"),
             ("readout", "sum", "choose one of linear, pair"),
             ("split", "time", "choose one of random, per-user"),
-            ("mlp_hidden", (), "sizes of one or more layers"),
+            ("mlp_hidden", (), "must be a list of 1 entries or more"),
             ("learn_rate", 0.1, "unknown setting 'learn_rate': the settings are recipe, seed"),
         ],
     )

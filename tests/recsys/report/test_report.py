@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from lunet_fast.recsys.report import save_loss_figure, table_2
-from lunet_fast.recsys.report.chart import ticks
+from lunet_fast.recsys.report import table_2
 from lunet_fast.recsys.report.document import (
     Block,
     Bullets,
@@ -35,9 +34,9 @@ from lunet_fast.recsys.report.document import (
     Warned,
     from_markdown,
     literal,
-    markdown,
 )
-from lunet_fast.recsys.report.html import page, spans
+from lunet_fast.recsys.report.render import markdown, page, spans
+from lunet_fast.training.figures import save_loss_figure
 
 METRICS = {
     "dataset": "ml-100k",
@@ -227,13 +226,6 @@ class TestPage:
         text = page(document(Panels("f", [Panel("p", [Curve("c", values, 0)])])))
         assert "nan" not in checked(text).text
         assert "inf" not in text[text.index("<svg") :]
-
-    @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.7823, 1.2), (1, 50), (-0.02, 0.02), (3.0, 3.0)])
-    def test_ticks_cover_the_values(self, low: float, high: float) -> None:
-        found = ticks(low, high)
-        assert found[0] <= low + 1e-9
-        assert found[-1] >= high - 1e-9
-        assert 1 <= len(found) <= 12
 
 
 class TestMarkdown:

@@ -12,11 +12,11 @@ import pytest
 
 from lunet_fast.recsys.data import movielens
 from lunet_fast.recsys.data.ratings import Ratings, from_frame
-from lunet_fast.recsys.model import training
 from lunet_fast.recsys.report.document import Document
 from lunet_fast.recsys.report.reproduce import EXPERIMENTS, Planned, Watcher, command_of, plan, reproduce
 from lunet_fast.training.files import RunFolderError
 from lunet_fast.training.loop import Progress
+from lunet_fast.training.run import Run
 from tests.recsys.report.test_report import NASTY, Page, checked
 from tests.recsys.synthetic import latent_frame
 
@@ -238,7 +238,7 @@ class TestResume:
         def refuse(*_: object) -> None:
             raise AssertionError("trained again")
 
-        monkeypatch.setattr(training._Run, "_fit", refuse)
+        monkeypatch.setattr(Run, "fit", refuse)
         before = {name: (made / "out" / name).read_bytes() for name in ("report.html", "report.md")}
         make(made / "out", made / "results")
         assert {name: (made / "out" / name).read_bytes() for name in before} == before

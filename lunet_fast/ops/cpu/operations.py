@@ -1,0 +1,222 @@
+"""The registered operations in PyTorch: any leading shape to rows, the computation, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lunet_fast.ops import dispatch
+from lunet_fast.ops.by_layers import net_backward_by_layers, net_by_layers
+from lunet_fast.ops.cpu import layer, leaky_softplus  # noqa: F401  (importing a kind is what registers it)
+from lunet_fast.ops.cpu.elementwise import elementwise
+from lunet_fast.ops.cpu.layer import Gradients, Needs, keeps_factors
+from lunet_fast.ops.cpu.matrix import Packed, composes
+from lunet_fast.ops.dispatch import implements
+from lunet_fast.ops.values import Activation, Matrix, gradient_of, row_values, rows, rows_of, shaped
+
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@implements("pytorch")
+def kept(x: Tensor, matrix: Matrix) -> tuple[bool, bool]:
+    return True, keeps_factors(x, matrix.lu)
+
+
+def _flat(grad_logabsdet: Tensor | None) -> Tensor | None:
+    return None if grad_logabsdet is None else grad_logabsdet.reshape(-1).contiguous()
+
+
+def _parameters_gradient(activation: Activation, gradient: Tensor | None, x: Tensor) -> Tensor:
+    if activation.parameters is None:
+        return x.new_empty(0)
+    return gradient_of(activation.parameters, gradient)
+
+
+def _results(gradients: Gradients, x: Tensor, matrix: Matrix, activation: Activation) -> Four:
+    lu = matrix.lu
+    return (
+        shaped(gradients.x, x),
+        shaped(None if gradients.lu is None else gradients.lu.to(lu.dtype), lu),
+        shaped(None if gradients.bias is None else gradients.bias.to(lu.dtype), lu, lu.shape[:-1]),
+        _parameters_gradient(activation, gradients.parameters, x),
+    )
+
+
+# --- activation -----------------------------------------------------------------------------------------
+
+
+@implements("pytorch")
+def activation_forward(x: Tensor, activation: Activation, logabsdet: bool) -> tuple[Tensor, Tensor]:
+    phi, h = elementwise(activation, x.dtype), rows(x)
+    assert phi is not None
+    return shaped(phi.activate(h), x), row_values(phi.log_derivative_sum(h) if logabsdet else None, x)
+
+
+@implements("pytorch")
+def activation_inverse(x: Tensor, activation: Activation, logabsdet: bool) -> tuple[Tensor, Tensor]:
+    phi = elementwise(activation, x.dtype)
+    assert phi is not None
+    h = phi.inverse(rows(x))
+    return shaped(h, x), row_values(phi.log_derivative_sum(h).neg_() if logabsdet else None, x)
+
+
+@implements("pytorch")
+def activation_backward(
+    grad: Tensor, grad_logabsdet: Tensor | None, x: Tensor, activation: Activation, *, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    phi = elementwise(activation, x.dtype)
+    assert phi is not None
+    backward = phi.inverse_backward if inverse else phi.backward
+    grad_x, totals = backward(rows(grad), _flat(grad_logabsdet), rows(x))
+    return shaped(grad_x, x), _parameters_gradient(activation, totals, x)
+
+
+@implements("pytorch")
+def activation_inverse_backward(
+    grad: Tensor, grad_logabsdet: Tensor | None, x: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    return activation_backward(grad, grad_logabsdet, x, activation, inverse=True)
+
+
+# --- layer ----------------------------------------------------------------------------------------------
+
+
+@implements("pytorch")
+def layer_forward(x: Tensor, matrix: Matrix, activation: Activation, logabsdet: bool, save: bool) -> Four:
+    """(y, log|det J| per row, h, A). The last two are for backward: h is empty without an activation, and
+    A holds nothing meaningful when it was not formed (``composes``). Where U and L − I are kept too, they are
+    what ``factored_forward`` keeps instead: s·h, and [3, D, D]."""
+    keeps_h, factored = dispatch.kept(x, matrix) if save else (False, False)
+    packed, phi = Packed.of(matrix), elementwise(activation, x.dtype)
+    weight: Tensor | None
+    if factored:
+        y, total, h, weight = layer.factored_forward(rows(x), packed, matrix.bias, phi, logabsdet=logabsdet)
+    else:
+        forward: Any = layer.stacked_forward if matrix.stacked else layer.layer_forward
+        y, total, h, weight = forward(
+            rows_of(x, matrix.lu), packed, matrix.bias, phi, logabsdet=logabsdet, save=save
+        )
+    y, total = shaped(y, x), row_values(total, x)
+    if not save:
+        return y, total, x.new_empty(0), x.new_empty(0)
+    if weight is None:
+        weight = torch.empty_like(matrix.lu, dtype=x.dtype)
+    return y, total, shaped(h if keeps_h else None, x), weight
+
+
+@implements("pytorch")
+def layer_backward(
+    grad: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    matrix: Matrix,
+    activation: Activation,
+    *needs: bool,
+) -> Four:
+    phi, lu = elementwise(activation, x.dtype), matrix.lu
+    x_rows, grad_rows = rows_of(x, lu), rows_of(grad, lu)
+    if weight.dim() > lu.dim():
+        h_rows = None if phi is None else rows(h)
+        gradients = layer.factored_backward(
+            *(grad_rows, _flat(grad_logabsdet), x_rows, h_rows, weight, lu, matrix.permutation, phi),
+            Needs(*needs),
+        )
+        return _results(gradients, x, matrix, activation)
+    packed, h_rows = Packed.of(matrix), None
+    if phi is not None:
+        # A forward that Triton did may not have saved h.
+        h_rows = rows_of(h, lu) if h.numel() == x.numel() else _preactivation(x_rows, packed, matrix)
+    backward: Any = layer.stacked_backward if matrix.stacked else layer.layer_backward
+    gradients = backward(
+        grad_rows,
+        None if grad_logabsdet is None else grad_logabsdet.reshape(x_rows.shape[:-1]).contiguous(),
+        x_rows,
+        h_rows,
+        weight if matrix.stacked or composes(*x_rows.shape) else None,
+        packed,
+        phi,
+        Needs(*needs),
+    )
+    return _results(gradients, x, matrix, activation)
+
+
+def _preactivation(x_rows: Tensor, packed: Packed, matrix: Matrix) -> Tensor:
+    """h = A x + b."""
+    forward: Any = layer.stacked_forward if matrix.stacked else layer.layer_forward
+    return forward(x_rows, packed, matrix.bias, None, logabsdet=False, save=False)[0]
+
+
+@implements("pytorch")
+def layer_inverse(
+    x: Tensor, matrix: Matrix, activation: Activation, logabsdet: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the layer's x, the inverse's log-determinant per row, h for backward)."""
+    if matrix.stacked:
+        members = [
+            layer_inverse(x[k], matrix.member(k), activation, logabsdet, save)
+            for k in range(matrix.lu.shape[0])
+        ]
+        result, total, h = (torch.stack(results) for results in zip(*members, strict=True))
+        kept_h = save and not activation.linear
+        return result, total if logabsdet else total.flatten(), h if kept_h else h.flatten()
+    phi = elementwise(activation, x.dtype)
+    result, logs, kept_h_ = layer.layer_inverse(
+        rows(x), Packed.of(matrix), matrix.bias, phi, logabsdet=logabsdet, save=save
+    )
+    return shaped(result, x), row_values(logs, x), shaped(kept_h_, x)
+
+
+@implements("pytorch")
+def layer_inverse_backward(
+    grad: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    h: Tensor,
+    matrix: Matrix,
+    activation: Activation,
+    *needs: bool,
+) -> Four:
+    if matrix.stacked:
+        members = [
+            layer_inverse_backward(
+                *(grad[k], None if grad_logabsdet is None else grad_logabsdet[k], x[k]),
+                *(h[k] if h.dim() > 1 else h, matrix.member(k), activation, *needs),
+            )
+            for k in range(matrix.lu.shape[0])
+        ]
+        stacked = [torch.stack(parts) for parts in zip(*members, strict=True)]
+        wanted = [part if need else part.flatten() for part, need in zip(stacked[:3], needs, strict=True)]
+        return wanted[0], wanted[1], wanted[2], stacked[3].sum(0)
+    phi = elementwise(activation, x.dtype)
+    gradients = layer.layer_inverse_backward(
+        *(rows(grad), _flat(grad_logabsdet), rows(x), None if phi is None else rows(h)),
+        *(Packed.of(matrix), phi, Needs(*needs)),
+    )
+    return _results(gradients if needs[0] else gradients._replace(x=None), x, matrix, activation)
+
+
+# --- net ------------------------------------------------------------------------------------------------
+
+
+@implements("pytorch")
+def net_forward(x: Tensor, matrix: Matrix, activation: Activation, logabsdet: bool) -> tuple[Tensor, Tensor]:
+    return net_by_layers(layer_forward, x, matrix, activation, logabsdet, inverse=False)
+
+
+@implements("pytorch")
+def net_inverse(x: Tensor, matrix: Matrix, activation: Activation, logabsdet: bool) -> tuple[Tensor, Tensor]:
+    return net_by_layers(layer_inverse, x, matrix, activation, logabsdet, inverse=True)
+
+
+@implements("pytorch")
+def net_backward(grad: Tensor, *args: Any) -> Four:
+    return net_backward_by_layers(layer_forward, layer_backward, grad, *args, inverse=False)
+
+
+@implements("pytorch")
+def net_inverse_backward(grad: Tensor, *args: Any) -> Four:
+    return net_backward_by_layers(layer_forward, layer_inverse_backward, grad, *args, inverse=True)

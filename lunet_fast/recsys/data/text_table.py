@@ -1,0 +1,188 @@
+"""Rows of text with separators as a table.
+
+Fields are cut by libraries: pandas' C parser, or where there are quotes Python's csv module. Around them is
+by hand what neither they nor pyarrow tell: the line that a row stands on, past blank lines and line ends in
+quotes; rows of too few fields, which pandas fills up; and where text is not UTF-8.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lunet_fast.recsys.data.errors import RatingFileError, cause
+from lunet_fast.recsys.data.ids import Int64Array
+from lunet_fast.recsys.data.table import Column, Table, used_columns
+from lunet_fast.recsys.data.values import NUMBER
+
+# Stands for a separator of several bytes ("::") while the C parser, which takes one byte, reads the file.
+_ONE_BYTE_SEPARATOR = b"\x1f"
+
+
+class _Rows(NamedTuple):
+    """All rows of a text, the header's too, that are not blank."""
+
+    head: list[str]
+    """The fields of the first."""
+    counts: Int64Array
+    """The number of fields of each."""
+    places: Int64Array
+    """The line that each starts on, from 1."""
+    cells: list[list[str]] | bytes
+    """The fields where there are quotes; otherwise the text, a line a row."""
+
+
+def read_text(
+    source: str,
+    data: bytes,
+    sep: str,
+    columns: Mapping[str, str | None],
+    *,
+    names: list[str] | None = None,
+    quoted: bool = True,
+    strip_types: bool = False,
+) -> Table:
+    """The columns of text; with ``names`` there is no header line. ``source`` stands in messages.
+
+    A field may be ``quoted`` where ``sep`` is one byte; ``strip_types`` takes ``:type`` off names of the
+    header. RatingFileError.
+    """
+    data = _utf8(source, data)
+    if b"\r" in data:
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    separator = sep
+    if len(sep.encode()) > 1:
+        if _ONE_BYTE_SEPARATOR in data:
+            line = data.count(b"\n", 0, data.index(_ONE_BYTE_SEPARATOR)) + 1
+            raise RatingFileError(f"{source}, line {line}: contains the control character 0x1f")
+        data = data.replace(sep.encode(), _ONE_BYTE_SEPARATOR)
+        separator, quoted = _ONE_BYTE_SEPARATOR.decode(), False
+    rows = _quoted(source, data, separator) if quoted and b'"' in data else _plain(data, separator)
+    del data  # the rows have a copy
+    if not len(rows.places):
+        raise RatingFileError(f"{source}: the file is empty")
+    if names is None:
+        names = [name.strip() for name in rows.head]
+        if strip_types:
+            names = [name.split(":")[0] for name in names]
+        used = used_columns(source, names, columns, hint=_header_hint(names))
+        if len(rows.places) == 1:
+            raise RatingFileError(f"{source}: there is a header, line {rows.places[0]}, but no row after it")
+        skip = 1
+    else:
+        used, skip = used_columns(source, names, columns), 0
+    _check_counts(source, rows, len(names), sep)
+    cells = _cells(rows, separator, len(names), sorted(set(used.values())), skip)
+    found = {role: Column.of(names[k], cells[k]) for role, k in used.items()}
+    return Table(source, found, rows.places[skip:], "line")
+
+
+def _check_counts(source: str, rows: _Rows, wanted: int, sep: str) -> None:
+    ragged = np.flatnonzero(rows.counts != wanted)
+    if len(ragged):
+        shown = sep if sep.isprintable() and sep != " " else repr(sep)
+        more = f" ({len(ragged)} such lines in all)" if len(ragged) > 1 else ""
+        raise RatingFileError(
+            f"{source}, line {rows.places[ragged[0]]}: the number of fields is {rows.counts[ragged[0]]}, "
+            f"expected {wanted}, separated by {shown}{more}"
+        )
+
+
+def _cells(rows: _Rows, separator: str, width: int, wanted: list[int], skip: int) -> Mapping[int, Any]:
+    """The fields of each column ``wanted``, from row ``skip`` on."""
+    if not isinstance(rows.cells, bytes):
+        body = rows.cells[skip:]
+        return {k: [row[k] for row in body] for k in wanted}
+    # The parser takes a byte order mark off its first field, even where that is not the file's first.
+    frame = pd.read_csv(
+        io.BytesIO(rows.cells if skip else b"\n" + rows.cells),
+        skiprows=1,
+        sep=separator,
+        header=None,
+        names=list(range(width)),
+        usecols=wanted,
+        dtype=object,  # not "category", whose texts pandas may turn into numbers: "007" into 7
+        na_filter=False,
+        quoting=csv.QUOTE_NONE,
+        skip_blank_lines=False,
+        lineterminator="\n",
+        low_memory=False,
+    )
+    return {k: frame[k] for k in wanted}
+
+
+def _plain(data: bytes, separator: str) -> _Rows:
+    """Rows without quotes, none of them cut yet."""
+    data, places = _without_blank_lines(data)
+    buffer = np.frombuffer(data, dtype=np.uint8)
+    ends = np.flatnonzero(buffer == ord("\n"))
+    before = np.searchsorted(np.flatnonzero(buffer == ord(separator)), ends)
+    counts = np.diff(before, prepend=0).astype(np.int64) + 1
+    return _Rows(data[: data.find(b"\n")].decode().split(separator), counts, places, data)
+
+
+def _quoted(source: str, data: bytes, separator: str) -> _Rows:
+    """Rows of text that has quotes. Slower than the C parser, but it knows each row's line."""
+    reader = csv.reader(io.StringIO(data.decode(), newline="\n"), delimiter=separator, strict=True)
+    rows, places = [], []
+    start = 1
+    try:
+        for row in reader:
+            blank = (len(row) <= 1 or separator in " \t") and not any(field.strip(" \t") for field in row)
+            if not blank:
+                rows.append(row)
+                places.append(start)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise RatingFileError(
+            f"{source}, line {start}: the quotes do not match, or a field is too long ({cause(error)})"
+        ) from error
+    counts = np.array([len(row) for row in rows], dtype=np.int64)
+    return _Rows(rows[0] if rows else [], counts, np.array(places, dtype=np.int64), rows)
+
+
+def _utf8(source: str, data: bytes) -> bytes:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise RatingFileError(
+            f"{source}, line 1: the text is UTF-16 (byte order mark at byte 0): save it as UTF-8"
+        )
+    try:
+        if not data.isascii():
+            data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RatingFileError(
+            f"{source}, line {line}: the text is not UTF-8 (byte 0x{data[error.start]:02x} at offset "
+            f"{error.start}): save it as UTF-8"
+        ) from error
+    zero = data.find(b"\0")
+    if zero >= 0:
+        line = data.count(b"\n", 0, zero) + 1
+        raise RatingFileError(f"{source}, line {line}: a zero byte at offset {zero}: this is not a text file")
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
+def _without_blank_lines(data: bytes) -> tuple[bytes, Int64Array]:
+    """The text without lines of spaces and tabs alone, every line ended; the numbers of the lines kept."""
+    if not data.endswith(b"\n"):
+        data += b"\n"
+    starts_blank = data[:1] in b" \t\n" or re.search(rb"\n[ \t\n]", data) is not None
+    if not starts_blank:
+        return data, np.arange(1, data.count(b"\n") + 1, dtype=np.int64)
+    lines = data.split(b"\n")[:-1]
+    kept = [k for k, line in enumerate(lines) if line.strip(b" \t")]
+    return b"".join(lines[k] + b"\n" for k in kept), np.array(kept, dtype=np.int64) + 1
+
+
+def _header_hint(names: Sequence[str]) -> str:
+    if len(names) == 1 and (other := [s for s in (",", "\t", ";", "|", "::") if s in names[0]]):
+        return f"; the separator may be another one: sep={other[-1]!r}"
+    if all(NUMBER.fullmatch(name) for name in names):
+        return "; the first line holds numbers: put a header such as user,item,rating,timestamp before it"
+    return ""

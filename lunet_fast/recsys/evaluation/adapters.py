@@ -1,0 +1,323 @@
+"""Baselines that other packages implement: cornac, surprise, implicit and myFM behind one interface.
+
+Each adapter hands the training part to its package and gives back a :class:`~.fitted.Fitted` that speaks of
+users and items by our indices. The packages are imported on use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.evaluation.fitted import (
+    NEGATIVES,
+    Fitted,
+    biased_product,
+    count_parameters,
+    interactions_of,
+    labelled_batches,
+    over_all_items,
+    product,
+    rated_rows,
+    shape_of,
+    zero_unrated,
+)
+
+#: Matrix factorisation: factors, rate, L2 and epochs by the size.
+MF = {"ml-100k": (100, 0.005, 0.08, 100), "ml-1m": (200, 0.01, 0.05, 30)}
+
+#: Bayesian factorisation machines: rank and Gibbs samples.
+GIBBS = (10, 200)
+
+
+def import_package(name: str) -> Any:
+    if name == "myfm":
+        with _without_pkg_resources():
+            return importlib.import_module(name)
+    return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _without_pkg_resources() -> Iterator[None]:
+    """Inside, myFM can be imported: it imports two names of ``pkg_resources``, which setuptools has given up,
+    and uses neither."""
+    name = "pkg_resources"
+    if name in sys.modules or importlib.util.find_spec(name) is not None:
+        yield
+        return
+    stand_in: Any = types.ModuleType(name)
+    stand_in.DistributionNotFound = stand_in.get_distribution = None
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, nothing is printed or warned of; the global generators, and the default dtype that cornac sets,
+    are at the end what they were."""
+    state, dtype = np.random.get_state(), torch.get_default_dtype()  # noqa: NPY002
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=[]),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+        torch.set_default_dtype(dtype)
+
+
+# --- cornac ---------------------------------------------------------------------------------------------
+
+
+def matrix_factorisation(training: Ratings, seed: int, size: str, threads: int = 1) -> Fitted:
+    """cornac's MF with biases, by SGD: what the baseline ``mf`` trains, there with one thread.
+
+    With more it is not reproducible, and takes no seed. ImportError without cornac.
+    """
+    k, rate, l2, epochs = MF[size]
+    way = {"seed": seed} if threads == 1 else {"num_threads": threads}
+    model = import_package("cornac.models").MF(
+        k=k, learning_rate=rate, lambda_reg=l2, max_iter=epochs, use_bias=True, **way
+    )
+    model.fit(_cornac_data(training, seed))
+    return biased_product(
+        training.rating.double().mean(),
+        torch.from_numpy(model.u_biases),
+        torch.from_numpy(model.i_biases),
+        zero_unrated(model.u_factors, training.user),
+        zero_unrated(model.i_factors, training.item),
+    )
+
+
+def bpr(training: Ratings, seed: int, size: str) -> Fitted:
+    """Matrix factorisation with item biases, trained to put what a user rated before a drawn item."""
+    k, rate, l2, epochs = {"ml-100k": (50, 0.02, 0.01, 200), "ml-1m": (50, 0.02, 0.01, 100)}[size]
+    model = import_package("cornac.models").BPR(
+        k=k, learning_rate=rate, lambda_reg=l2, max_iter=epochs, use_bias=True, seed=seed
+    )
+    model.fit(_cornac_data(training, seed))
+    # Items without ratings were drawn as the worse ones, so they have learned vectors; such users have not.
+    return product(
+        zero_unrated(model.u_factors, training.user),
+        torch.from_numpy(model.i_factors),
+        torch.from_numpy(model.i_biases),
+    )
+
+
+def neumf(training: Ratings, seed: int, size: str) -> Fitted:
+    """A product of embeddings beside an MLP of embeddings, by cross-entropy.
+
+    cornac trains it, but on batches of ours: its own loop over single draws takes most of the time.
+    """
+    epochs, batch = {"ml-100k": (20, 1024), "ml-1m": (10, 4096)}[size]
+    data = _cornac_data(training, seed)
+    epoch = labelled_batches(training, batch, seed)
+
+    def batches(*_: Any, **__: Any) -> Iterator[list[Any]]:
+        for columns in epoch():
+            yield [column.numpy() for column in columns]
+
+    data.uir_iter = batches
+    model = import_package("cornac.models").NeuMF(
+        num_factors=8,
+        layers=[64, 32, 16, 8],
+        num_epochs=epochs,
+        batch_size=batch,
+        num_neg=NEGATIVES,
+        lr=3e-3,
+        backend="pytorch",
+        verbose=False,
+        seed=seed,
+    )
+    model.fit(data)
+    net = model.model.cpu()
+
+    def logits(users: Tensor, items: Tensor) -> Tensor:
+        # Without the sigmoid of its own forward, which makes equal what is nearly certain.
+        found: Tensor = net.logit(torch.cat((net.gmf.h(users, items), net.mlp.h(users, items)), -1))
+        return found.squeeze(-1)
+
+    return Fitted(count_parameters(net), score_items=over_all_items(logits, training.n_items, 256))
+
+
+def autoencoder(training: Ratings, seed: int, size: str) -> Fitted:
+    """Variational autoencoder of a user's interactions with a multinomial likelihood (Liang et al. 2018)."""
+    k, hidden, beta, epochs = {"ml-100k": (50, 200, 0.2, 50), "ml-1m": (100, 400, 0.2, 50)}[size]
+    model = import_package("cornac.models").VAECF(
+        k=k,
+        autoencoder_structure=[hidden],
+        act_fn="tanh",
+        likelihood="mult",
+        n_epochs=epochs,
+        batch_size=100,
+        learning_rate=0.001,
+        beta=beta,
+        seed=seed,
+    )
+    model.fit(_cornac_data(training, seed))
+    vae, seen = model.vae, interactions_of(training)
+
+    @torch.no_grad()
+    def score_items(users: Tensor) -> Tensor:
+        # Without the softmax of its own decode, in which the small ones become equal.
+        scores: Tensor = vae.decoder(vae.encode(rated_rows(seen, users))[0])
+        return scores
+
+    return Fitted(count_parameters(vae), score_items=score_items)
+
+
+def _cornac_data(training: Ratings, seed: int) -> Any:
+    """cornac's data set under our indices: its own builders would number users and items anew."""
+    columns = tuple(column.numpy() for column in (training.user, training.item, training.rating.double()))
+    maps = [{index: index for index in range(n)} for n in shape_of(training)]
+    return import_package("cornac.data").Dataset(*shape_of(training), *maps, columns, seed=seed)
+
+
+# --- surprise -------------------------------------------------------------------------------------------
+
+
+def svdpp(training: Ratings, seed: int, size: str) -> Fitted:
+    """SVD++: biased factors, and the user's vector has a share of each item that the user rated."""
+    k, rate, l2, epochs = {"ml-100k": (20, 0.01, 0.08, 30), "ml-1m": (20, 0.01, 0.08, 20)}[size]
+    model = import_package("surprise").SVDpp(
+        n_factors=k,
+        n_epochs=epochs,
+        lr_all=rate,
+        reg_all=l2,
+        # An item's share is decayed once for each rating of each user who rated it: l2 would leave nothing.
+        reg_yj=0.003,
+        init_std_dev=0.01,
+        random_state=seed,
+        cache_ratings=True,
+    )
+    trainset = _surprise_data(training)
+    model.fit(trainset)
+    users = torch.tensor([trainset.to_raw_uid(u) for u in trainset.all_users()])
+    items = torch.tensor([trainset.to_raw_iid(i) for i in trainset.all_items()])
+
+    def ours(learned: Any, rows: Tensor, n: int) -> Tensor:
+        """Its table under our indices, zero where there were no ratings."""
+        learned = torch.from_numpy(learned)
+        return torch.zeros(n, *learned.shape[1:], dtype=learned.dtype).index_copy_(0, rows, learned)
+
+    n_users, n_items = shape_of(training)
+    seen = interactions_of(training)
+    share = seen.user_counts.clamp(min=1).double().rsqrt().unsqueeze(1)
+    user_vectors = ours(model.pu, users, n_users)
+    user_vectors += seen.sum_over_items(ours(model.yj, items, n_items)) * share
+    fitted = biased_product(
+        training.rating.double().mean(),
+        ours(model.bu, users, n_users),
+        ours(model.bi, items, n_items),
+        user_vectors,
+        ours(model.qi, items, n_items),
+    )
+    return Fitted(fitted.parameters + model.yj.size, predict=fitted.predict)
+
+
+def knn(training: Ratings, seed: int, size: str) -> Fitted:
+    """The user's deviations from the biases on the most similar items; O(n_items^2) memory."""
+    model = import_package("surprise").KNNBaseline(
+        k=40, sim_options={"name": "pearson_baseline", "user_based": False}, verbose=False
+    )
+    model.fit(_surprise_data(training))
+
+    def predict(users: Tensor, items: Tensor) -> Tensor:
+        pairs = zip(users.tolist(), items.tolist(), strict=True)
+        found = [model.predict(u, i, clip=False).est for u, i in pairs]
+        return torch.tensor(found, dtype=torch.float32)
+
+    n = len(model.bi)
+    return Fitted(1 + len(model.bu) + n + n * (n - 1) // 2, predict=predict)
+
+
+def _surprise_data(training: Ratings) -> Any:
+    surprise, pandas = import_package("surprise"), import_package("pandas")
+    columns = {"user": training.user, "item": training.item, "rating": training.rating.double()}
+    frame = pandas.DataFrame({name: column.numpy() for name, column in columns.items()})
+    reader = surprise.Reader(rating_scale=training.scale)
+    return surprise.Dataset.load_from_df(frame, reader).build_full_trainset()
+
+
+# --- implicit -------------------------------------------------------------------------------------------
+
+
+def als(training: Ratings, seed: int, size: str) -> Fitted:
+    """Factors of the 0/1 matrix by alternating least squares, a 1 weighing ``alpha`` times as much as a 0."""
+    f, l2, alpha, sweeps = {"ml-100k": (64, 30.0, 10.0, 15), "ml-1m": (64, 30.0, 10.0, 15)}[size]
+    model = import_package("implicit.cpu.als").AlternatingLeastSquares(
+        factors=f, regularization=l2, alpha=alpha, iterations=sweeps, num_threads=1, random_state=seed
+    )
+    model.fit(_sparse(training).astype(np.float32), show_progress=False)
+    return product(torch.from_numpy(model.user_factors), torch.from_numpy(model.item_factors))
+
+
+# --- myFM -----------------------------------------------------------------------------------------------
+
+
+def bayesian_fm(training: Ratings, seed: int, size: str) -> Fitted:
+    """Bayesian factorisation machine on user and item, the mean over Gibbs samples."""
+    return _myfm(training, seed, implicit=False)
+
+
+def bayesian_svdpp(training: Ratings, seed: int, size: str) -> Fitted:
+    """The same with who rated what as further features of both (Rendle, Zhang and Koren 2019)."""
+    return _myfm(training, seed, implicit=True)
+
+
+def _myfm(training: Ratings, seed: int, *, implicit: bool) -> Fitted:
+    myfm, sparse = import_package("myfm"), import_package("scipy.sparse")
+    rank, samples = GIBBS
+    shape = shape_of(training)
+    sides = [sparse.identity(n, format="csr") for n in shape]
+    groups = list(shape)
+    if implicit:
+        seen = _sparse(training)
+        others = [_normalised(seen), _normalised(seen.T.tocsr())]
+        sides = [sparse.hstack(pair, format="csr") for pair in zip(sides, others, strict=True)]
+        groups = [shape[0], shape[1], shape[1], shape[0]]
+
+    def blocks(users: Tensor, items: Tensor) -> list[Any]:
+        indices = (users.tolist(), items.tolist())
+        return [myfm.RelationBlock(rows, side) for rows, side in zip(indices, sides, strict=True)]
+
+    model = myfm.MyFMRegressor(rank=rank, random_seed=seed)
+    known = blocks(training.user, training.item)
+    model.fit(None, training.rating.double().numpy(), X_rel=known, n_iter=samples, group_shapes=groups)
+
+    def predict(users: Tensor, items: Tensor) -> Tensor:
+        return torch.from_numpy(model.predict(None, blocks(users, items), n_workers=1)).float()
+
+    return Fitted(1 + sum(groups) * (1 + rank), predict=predict)
+
+
+def _normalised(seen: Any) -> Any:
+    """Rows divided by the root of their number of entries."""
+    counts = np.maximum(seen.getnnz(axis=1), 1)
+    return seen.multiply(1.0 / np.sqrt(counts)[:, None]).tocsr()
+
+
+def _sparse(training: Ratings) -> Any:
+    """The 0/1 matrix of interactions [n_users, n_items], SciPy's CSR in float64."""
+    seen = interactions_of(training)
+    columns = (np.ones(len(seen.indices)), seen.indices.numpy(), seen.indptr.numpy())
+    return import_package("scipy.sparse").csr_matrix(columns, shape=shape_of(training))
