@@ -1,20 +1,20 @@
-"""The paper's two bijective activations, one family: φ(x) = a·x + (c/κ)·softplus(κ·x).
-
-φ is increasing and convex with φ′ between a and a + c, so it is onto ℝ and its inverse is unique. Fixed
-parameters are kept as Python floats. Learnable ones are stored unconstrained and mapped into a bounded
-range by a sigmoid, so that no optimiser step can make the activation singular.
-"""
+"""Bijective activations: what one is, and the paper's two, φ(x) = a·x + (c/κ)·softplus(κ·x)."""
 
 from __future__ import annotations
 
+import functools
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 
 from lunet_fast import functional
+from lunet_fast.ops import reference
+from lunet_fast.ops.precision import wide
 from lunet_fast.ops.reference import Slopes
+from lunet_fast.ops.values import Activation
 
 #: A learnable α of (2.6) stays strictly between these.
 SLOPE_RANGE = (1e-3, 1.0 - 1e-3)
@@ -32,17 +32,137 @@ def _check_inside(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"a learnable {name} must start strictly between {low} and {high}, got {value}")
 
 
-class BijectiveActivation(nn.Module):
-    """An elementwise bijection of the family, with its inverse and log-determinants.
+class BijectiveActivation(nn.Module, ABC):
+    """φ, an increasing bijection of ℝ, applied to each coordinate of x [..., D].
+
+    A subclass defines ``forward``, ``inverse`` and ``log_derivative`` in PyTorch, with parameters, if any,
+    that are scalars or [D]. It then works in every layer, net and flow, with gradients by autograd. What else
+    may be defined: ``reset_parameters``, which sets what is learnt back to where it started;
+    ``derivative_range`` and ``tangent_at_zero``, where more is known than a look at φ tells; and ``fused``,
+    for an activation that is computed inside the layer's operation.
 
     Every method takes [..., D] and keeps shape and dtype; log-determinants sum over the last dimension,
-    have shape [...] and are float32 or wider. Cost: O(1) transcendentals an element forward, two or three
-    times that for the inverse (see ``functional.leaky_softplus_inverse``).
+    have shape [...] and are float32 or wider.
+
+    Raises:
+        TypeError: the subclass lacks one of the three methods.
     """
 
     @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """φ(x)."""
+
+    @abstractmethod
+    def inverse(self, y: Tensor) -> Tensor:
+        """φ⁻¹(y)."""
+
+    @abstractmethod
+    def log_derivative(self, x: Tensor) -> Tensor:
+        """log φ′(x), elementwise."""
+
+    def forward_and_logabsdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(φ(x), Σ log φ′(x))."""
+        phi = fused_of(self)
+        if phi is not None:
+            return functional.activation(x, phi, inverse=False, logabsdet=True)  # type: ignore[return-value]
+        return self(x), self.log_derivative(x.to(wide(x.dtype))).sum(-1)
+
+    def inverse_and_logabsdet(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(φ⁻¹(y), the log-determinant of φ⁻¹ at y)."""
+        phi = fused_of(self)
+        if phi is not None:
+            return functional.activation(y, phi, inverse=True, logabsdet=True)  # type: ignore[return-value]
+        x = self.inverse(y)
+        return x, -self.log_derivative(x.to(wide(x.dtype))).sum(-1)
+
+    def fused(self) -> Activation | None:
+        """φ as the operations of a layer know it, or None if they do not: then a layer calls φ itself."""
+        return None
+
     def reset_parameters(self) -> None:
-        """Set what is learnt back to where it started."""
+        """Set what is learnt back to where it started; by default nothing changes."""
+
+    def derivative_range(self, features: int) -> tuple[float, float]:
+        """(least, greatest) φ′; by default of x from −1000 to 1000 in every coordinate."""
+        like = next(self.parameters(), torch.empty(0))
+        grid = torch.logspace(-3, 3, 200, dtype=torch.float64, device=like.device)
+        grid = torch.cat([-grid, grid.new_zeros(1), grid]).to(wide(like.dtype))
+        with torch.no_grad():
+            low, high = self.log_derivative(grid.unsqueeze(-1).expand(-1, features)).aminmax()
+        return math.exp(low), math.exp(high)
+
+    def tangent_at_zero(self, features: int) -> tuple[Tensor | float, Tensor | float]:
+        """(φ(0), φ′(0)), each [D] or a number: what a following layer undoes to start near the identity."""
+        like = next(self.parameters(), torch.empty(0))
+        zeros = torch.zeros(features, device=like.device, dtype=like.dtype)
+        with torch.no_grad():
+            return self.forward(zeros), self.log_derivative(zeros).exp()
+
+
+def call(
+    activation: BijectiveActivation, x: Tensor, *, inverse: bool, logabsdet: bool
+) -> tuple[Tensor, Tensor | None]:
+    """φ or its inverse at x by the module's own methods, and its log-determinant if asked for."""
+    if logabsdet:
+        return (activation.inverse_and_logabsdet if inverse else activation.forward_and_logabsdet)(x)
+    return activation.inverse(x) if inverse else activation(x), None
+
+
+def fused_of(activation: BijectiveActivation) -> Activation | None:
+    """``activation.fused()``, or None where the module has to be called: a subclass or a patch replaced one
+    of its methods, or hooks hang on it."""
+    if is_replaced(activation, _described_by(type(activation))):
+        return None
+    return activation.fused()
+
+
+@functools.cache
+def _described_by(cls: type[BijectiveActivation]) -> type:
+    """The class in which ``fused`` was defined last, for which it speaks."""
+    return next(each for each in cls.__mro__ if "fused" in vars(each))
+
+
+#: What of a layer or an activation can be replaced.
+_METHODS = ("forward", "inverse", "log_derivative", "forward_and_logabsdet", "inverse_and_logabsdet")
+
+
+@functools.cache
+def _overrides(cls: type, base: type) -> bool:
+    return any(getattr(cls, name, None) is not getattr(base, name, None) for name in _METHODS)
+
+
+def is_replaced(module: nn.Module, base: type, *, hooks: bool = True) -> bool:
+    """Whether calling the module may do anything else than what ``base`` computes.
+
+    So it is where a subclass or a patch replaced a method and, if ``hooks``, where hooks hang on it or on all
+    modules.
+    """
+    own = module.__dict__
+    if _overrides(type(module), base) or any(name in own for name in _METHODS):
+        return True
+    return hooks and bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or all_modules._global_forward_hooks
+        or all_modules._global_forward_pre_hooks
+        or all_modules._global_backward_hooks
+        or all_modules._global_backward_pre_hooks
+    )
+
+
+# --- the paper's ----------------------------------------------------------------------------------------
+
+
+class SoftplusFamily(BijectiveActivation):
+    """φ(x) = a·x + (c/κ)·softplus(κ·x): increasing and convex with φ′ between a and a + c.
+
+    So it is onto ℝ and its inverse is unique. Fixed a, c and κ are kept as Python floats. Learnable ones are
+    stored unconstrained and mapped into a bounded range by a sigmoid, so that no optimiser step can make the
+    activation singular. Cost: O(1) transcendentals an element forward, two or three times that for the
+    inverse (see ``functional.leaky_softplus_inverse``).
+    """
 
     @abstractmethod
     def slopes(self) -> Slopes:
@@ -52,6 +172,9 @@ class BijectiveActivation(nn.Module):
     def starting_slopes(self) -> tuple[float, float, float]:
         """(a, c, κ) as the activation was made with, of every coordinate."""
 
+    def fused(self) -> Activation:
+        return functional.activation_of(self.slopes())
+
     def forward(self, x: Tensor) -> Tensor:
         """φ(x)."""
         return functional.leaky_softplus(x, self.slopes())
@@ -60,21 +183,17 @@ class BijectiveActivation(nn.Module):
         """φ⁻¹(y); ±inf and NaN pass through."""
         return functional.leaky_softplus_inverse(y, self.slopes())
 
-    def forward_and_logabsdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(φ(x), Σ log φ′(x))."""
-        return functional.leaky_softplus_and_logabsdet(x, self.slopes())
+    def log_derivative(self, x: Tensor) -> Tensor:
+        """log φ′(x), elementwise."""
+        return reference.leaky_softplus_derivative(x, self.slopes()).log()
 
-    def inverse_and_logabsdet(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(φ⁻¹(y), the log-determinant of φ⁻¹ at y)."""
-        return functional.leaky_softplus_inverse_and_logabsdet(y, self.slopes())
+    def derivative_range(self, features: int) -> tuple[float, float]:
+        """(least a, greatest a + c)."""
+        a, c, _ = torch.as_tensor(self.slopes(), dtype=torch.float64).detach()
+        return float(a.min()), float((a + c).max())
 
-    def slope_values(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(a, c, κ) as they are now, float64, each a scalar or [D]; no gradient."""
-        a, c, kappa = torch.as_tensor(self.slopes(), dtype=torch.float64).detach()
-        return a, c, kappa
-
-    def tangent_at_zero(self) -> tuple[float, float]:
-        """(φ(0), φ′(0)) of a fresh activation: what a following layer undoes to start near the identity."""
+    def tangent_at_zero(self, features: int) -> tuple[float, float]:
+        """(φ(0), φ′(0)) of a fresh activation."""
         a, c, kappa = self.starting_slopes()
         return c / kappa * math.log(2.0), a + 0.5 * c
 
@@ -99,7 +218,7 @@ def _shown(raw: Tensor | None, start: float, value: float | Tensor) -> str:
     return f"{low:.4g}" if low == high else f"{low:.4g}…{high:.4g}"
 
 
-class LeakySoftplus(BijectiveActivation):
+class LeakySoftplus(SoftplusFamily):
     """φ(x) = α·x + (1 − α)·softplus(x), (2.6): slope α on the far left, 1 on the far right.
 
     Args:
@@ -151,7 +270,7 @@ class LeakySoftplus(BijectiveActivation):
         return f"alpha={_shown(self.raw_alpha, self._alpha, self.alpha)}, learnable={self.learnable}"
 
 
-class GeneralizedLeakySoftplus(BijectiveActivation):
+class GeneralizedLeakySoftplus(SoftplusFamily):
     """φ(x) = (1/α)·softplus(α·x) + β·x, (2.9): slope β on the far left, 1 + β on the far right.
 
     Args:

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lunet_fast import functional
+from lunet_fast.layers.activations import BijectiveActivation, call
 from lunet_fast.ops.autograd import records
 from lunet_fast.ops.precision import without_autocast
-from lunet_fast.ops.reference import Slopes
+from lunet_fast.ops.values import IDENTITY, Activation, Matrix
 
 #: Rows of each layer's input that are kept for the guard, evenly spaced; all of them in smaller batches.
 SAMPLED = 32
@@ -39,26 +40,48 @@ DTYPES = (torch.float32, torch.float64)
 
 
 class Layer(NamedTuple):
-    """The arguments of one layer: lu [D, D], bias [D], (a, c, κ), sign [D] and permutation [D]."""
+    """A layer as the tensors that it depends on and what is computed of them."""
 
-    lu: Tensor
-    bias: Tensor | None
-    slopes: Slopes | None
-    sign: Tensor | None
-    permutation: Tensor | None
+    matrix: Matrix
+    activation: Activation | BijectiveActivation
+    """A value if the layer is one operation, a module if it has to be called."""
 
-    def __call__(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
-        """The layer or its inverse at x [..., D], and that direction's log-determinant [...] if asked for."""
-        options: dict[str, Any] = {
-            "sign": self.sign,
-            "permutation": self.permutation,
-            "slopes": self.slopes,
-        }
-        if logabsdet:
-            both = functional.lu_dense_inverse_and_logabsdet if inverse else functional.lu_dense_and_logabsdet
-            return both(x, self.lu, self.bias, **options)
-        one = functional.lu_dense_inverse if inverse else functional.lu_dense
-        return one(x, self.lu, self.bias, **options), None
+    def tensors(self) -> list[Tensor | None]:
+        """What gradients may be wanted of, and the rest of the matrix."""
+        if isinstance(self.activation, Activation):
+            return [*self.matrix, self.activation.parameters]
+        return [*self.matrix, *self.activation.parameters()]
+
+    def run(
+        self, tensors: Sequence[Tensor | None], x: Tensor, *, inverse: bool, logabsdet: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """With these in the places of ``tensors()``: the layer or its inverse at x [..., D], and that
+        direction's log-determinant [...] if asked for."""
+        matrix = Matrix(*tensors[:4])  # type: ignore[arg-type]
+        if isinstance(self.activation, Activation):
+            phi = self.activation._replace(parameters=tensors[4])
+            return functional.layer(x, matrix, phi, inverse=inverse, logabsdet=logabsdet)
+        names = (f"module.{name}" for name, _ in self.activation.named_parameters())
+        given = dict(zip(names, tensors[4:], strict=True))
+        total = None
+        if not inverse:
+            x, total = functional.layer(x, matrix, IDENTITY, inverse=False, logabsdet=logabsdet)
+        module = _Call(self.activation)
+        x, share = torch.func.functional_call(module, given, (x, inverse, logabsdet))  # type: ignore[arg-type]
+        if inverse:
+            x, total = functional.layer(x, matrix, IDENTITY, inverse=True, logabsdet=logabsdet)
+        return x, None if total is None else total + share
+
+
+class _Call(nn.Module):
+    """An activation's methods as one that ``functional_call`` can call."""
+
+    def __init__(self, module: BijectiveActivation) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
+        return call(self.module, x, inverse=inverse, logabsdet=logabsdet)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -75,7 +98,7 @@ def applies(x: Tensor, layers: Sequence[Layer]) -> bool:
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
     if traced or torch._C._are_functorch_transforms_active():
         return False
-    tensors = [x, *(t for t in chain.from_iterable(layers) if isinstance(t, Tensor))]
+    tensors = [x, *(t for layer in layers for t in layer.tensors() if t is not None)]
     return (
         records(*tensors)
         and x.numel() > 0
@@ -94,39 +117,37 @@ def run(
     Kept for backward: the result [..., D], and M·min(N, ``SAMPLED``)·D numbers for the guard. Backward
     raises RuntimeError if a layer's input cannot be recovered to ``tolerance``.
     """
-    results = _Run.apply(inverse, logabsdet, x, *chain.from_iterable(layers))
+    results = _Run.apply(layers, inverse, logabsdet, x, *(t for layer in layers for t in layer.tensors()))
     return results if logabsdet else (results, None)
 
 
 class _Run(torch.autograd.Function):
-    """``run``, the layers' fields spread out so that autograd sees every tensor."""
+    """``run``, with the layers' tensors spread out so that autograd sees every one."""
 
     @staticmethod
     def forward(
-        ctx: Any, inverse: bool, logabsdet: bool, x: Tensor, *fields: Any
+        ctx: Any, layers: Sequence[Layer], inverse: bool, logabsdet: bool, x: Tensor, *tensors: Tensor | None
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        ctx.inverse = inverse
+        ctx.layers, ctx.inverse = layers, inverse
         ctx.set_materialize_grads(False)
-        layers = [Layer(*each) for each in _by_layer(fields)]
+        parts = list(zip(layers, _by_layer(layers, tensors), strict=True))
         samples, total = [], None
-        for layer in reversed(layers) if inverse else layers:
+        for layer, own in reversed(parts) if inverse else parts:
             samples.append(_sample(x))
-            x, share = layer(x, inverse=inverse, logabsdet=logabsdet)
+            x, share = layer.run(own, x, inverse=inverse, logabsdet=logabsdet)
             if share is not None:
                 total = share if total is None else total + share
-        tensors = [field if isinstance(field, Tensor) else None for field in fields]
         ctx.save_for_backward(x, torch.stack(samples), *tensors)
-        ctx.constants = [None if isinstance(field, Tensor) else field for field in fields]
         return (x, total) if logabsdet else x
 
     @staticmethod
     def backward(ctx: Any, grad: Any, grad_logabsdet: Any = None) -> tuple[Tensor | None, ...]:
         x, samples, *tensors = ctx.saved_tensors
-        fields = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
-        layers = [Layer(*each) for each in _by_layer(fields)]
-        _, _, needs_x, *needed = ctx.needs_input_grad
-        needs = _by_layer(needed)
-        gradients: list[Sequence[Tensor | None]] = [(None,) * len(layer) for layer in layers]
+        layers: Sequence[Layer] = ctx.layers
+        own = _by_layer(layers, tensors)
+        needs_x, *needed = ctx.needs_input_grad[3:]
+        needs = _by_layer(layers, needed)
+        gradients: list[Sequence[Tensor | None]] = [(None,) * len(each) for each in own]
         order = list(range(len(layers)))[:: -1 if ctx.inverse else 1]
         # What lies before the first layer that a gradient is wanted of need not be walked.
         first = 0 if needs_x else next(step for step, index in enumerate(order) if any(needs[index]))
@@ -135,29 +156,34 @@ class _Run(torch.autograd.Function):
         recovered = []
         with without_autocast(x):
             for step in walk:
-                layer = layers[order[step]]
-                x, _ = layer(x, inverse=not ctx.inverse, logabsdet=False)
+                index = order[step]
+                x, _ = layers[index].run(own[index], x, inverse=not ctx.inverse, logabsdet=False)
                 recovered.append(_sample(x))
-                grad, gradients[order[step]] = _layer_gradients(
-                    *(layer, x, grad, grad_logabsdet),
+                grad, gradients[index] = _layer_gradients(
+                    *(layers[index], own[index], x, grad, grad_logabsdet),
                     inverse=ctx.inverse,
                     needs_x=needs_x or step > first,
-                    needed=needs[order[step]],
+                    needed=needs[index],
                 )
         errors = _errors(torch.stack(recovered), samples[first:].flip(0)).tolist()
         for step, error in zip(walk, errors, strict=True):
             _check(order[step], error, x.dtype)
-        return (None, None, grad, *chain.from_iterable(gradients))
+        return (None, None, None, grad, *chain.from_iterable(gradients))
 
 
-def _by_layer(values: Sequence[Any]) -> list[Sequence[Any]]:
-    """One value for each field of each layer, in order, split into those of each layer."""
-    width = len(Layer._fields)
-    return [values[start : start + width] for start in range(0, len(values), width)]
+def _by_layer(layers: Sequence[Layer], values: Sequence[Any]) -> list[Sequence[Any]]:
+    """One value for each tensor of each layer, in order, split into those of each layer."""
+    parts, start = [], 0
+    for layer in layers:
+        stop = start + len(layer.tensors())
+        parts.append(values[start:stop])
+        start = stop
+    return parts
 
 
 def _layer_gradients(
     layer: Layer,
+    tensors: Sequence[Tensor | None],
     x: Tensor,
     grad: Tensor,
     grad_logabsdet: Tensor | None,
@@ -166,7 +192,7 @@ def _layer_gradients(
     needs_x: bool,
     needed: Sequence[bool],
 ) -> tuple[Any, list[Tensor | None]]:
-    """Gradients of x and of the layer's fields, None where not needed, by recomputing the layer; recorded
+    """Gradients of x and of the layer's tensors, None where not needed, by recomputing the layer; recorded
     themselves if grad mode is on."""
     recorded = torch.is_grad_enabled()
 
@@ -178,12 +204,12 @@ def _layer_gradients(
         return tensor.view_as(tensor) if recorded else tensor.detach().requires_grad_()
 
     x = separate(x, needs_x)
-    layer = Layer(*map(separate, layer, needed))
+    tensors = list(map(separate, tensors, needed))
     with torch.enable_grad():
-        result, share = layer(x, inverse=inverse, logabsdet=grad_logabsdet is not None)
+        result, share = layer.run(tensors, x, inverse=inverse, logabsdet=grad_logabsdet is not None)
     outputs: Any = (result,) if share is None else (result, share)
     cotangents: Any = (grad,) if share is None else (grad, grad_logabsdet)
-    wanted: Any = [t for t, wants in zip((x, *layer), (needs_x, *needed), strict=True) if wants]
+    wanted: Any = [t for t, wants in zip((x, *tensors), (needs_x, *needed), strict=True) if wants]
     found = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=recorded))
     return next(found) if needs_x else None, [next(found) if wants else None for wants in needed]
 

@@ -13,7 +13,7 @@ An activation by itself has None for the matrix, and only a layer heeds ``save``
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -235,8 +235,7 @@ def _whole(
 
 def _function(operation: Operation) -> type[torch.autograd.Function]:
     """The Function of an operation: its results, the first differentiable and those kept for backward not."""
-    name, backward_name = operation.name, operation.backward
-    inverse, kept = operation.inverse, operation.kept
+    name, inverse, kept = operation.name, operation.inverse, operation.kept
 
     def forward(
         x: Tensor,
@@ -259,64 +258,73 @@ def _function(operation: Operation) -> type[torch.autograd.Function]:
         ctx.save_for_backward(*inputs[:TENSORS], output[0] if inverse else None, *output[2:])
 
     def backward(ctx: Any, grad: Any, grad_logabsdet: Any, *_: Any) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        x, lu, bias, parameters, sign, permutation = saved[:TENSORS]
-        grad, grad_logabsdet = _whole(grad, grad_logabsdet, x, ctx.logabsdet)
-        if torch.is_grad_enabled():
-            pair = _pair(operation, ctx.kind, ctx.constants, ctx.logabsdet)
-
-            def differentiated(*tensors: Tensor | None) -> Outputs:
-                return pair(*tensors, sign, permutation)
-
-            gradients = _vjp(differentiated, (x, lu, bias, parameters), (grad, grad_logabsdet))
-            return (*gradients, *(None,) * 6)
-        start = saved[TENSORS] if inverse else x
-        values = _values(lu, bias, parameters, sign, permutation, ctx.kind, ctx.constants)
-        needs_x, needs_lu, needs_bias, needs_parameters = _needed(ctx)
-        needs_bias = needs_bias and bias is not None
-        needs = () if lu is None else (needs_x, needs_lu, needs_bias)
-        arguments = (grad, grad_logabsdet if ctx.logabsdet else None, start, *saved[TENSORS + 1 :], *values)
-        grad_x, *grad_matrix, grad_parameters = _run(backward_name, *arguments, *needs)
-        grad_lu, grad_bias = grad_matrix or (None, None)
-        return (
-            grad_x if needs_x else None,
-            grad_lu if needs_lu else None,
-            grad_bias if needs_bias else None,
-            grad_parameters if parameters is not None and needs_parameters else None,
-            *(None,) * 6,
-        )
+        return (*_gradients(operation, ctx, grad, grad_logabsdet), *(None,) * 6)
 
     def tangent(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors[:TENSORS]
-        pair = _pair(operation, ctx.kind, ctx.constants, ctx.logabsdet)
-        directions = (*tangents[:DIFFERENTIATED], None, None)
-        fixed = tensors[DIFFERENTIATED:]
-        differentiated = lambda *given: pair(*given, *fixed)  # noqa: E731
-        return (*_jvp(differentiated, tensors[:DIFFERENTIATED], directions[:DIFFERENTIATED]), *(None,) * kept)
+        pair, tensors = _of_differentiated(operation, ctx)
+        return (*_jvp(pair, tensors, tangents[:DIFFERENTIATED]), *(None,) * kept)
 
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        tensors, dims = args[:TENSORS], in_dims[:TENSORS]
-        kind, constants, logabsdet, save = args[TENSORS:]
-        eager = _EAGER[name]
-        if kept:
-            native = _batched_natively(info.batch_size, dims, tensors)
-            if native is not None:
-                # A batched tensor does not tell whether what it wraps requires a gradient; here it is
-                # unwrapped.
-                save = save or records(*native)
-                outputs = eager.apply(*native, kind, constants, logabsdet, save)
-                h_dim = 0 if save and kind != "identity" else None
-                weight_dim = 0 if save and native[1] is not None and native[1].dim() == 3 else None
-                return outputs, (0, 0 if logabsdet else None, h_dim, weight_dim)[: 2 + kept]
-        elif tensors[1] is not None and all(d is None for d in dims[1:]):
-            outputs = eager.apply(tensors[0].movedim(dims[0], 0), *args[1:])  # more rows of a net
-            return outputs, (0, 0 if logabsdet else None)
-        outputs = _vmap(_pair(operation, kind, constants, logabsdet), tensors, dims)
-        return (*outputs, *(_none_of(tensors[0]) for _ in range(kept))), (0, 0, *(None,) * kept)
+        return _batched(operation, info.batch_size, in_dims, args)
 
     members = (forward, setup_context, backward, tangent, vmap)
     title = name.title().replace("_", "")
     return type(title, (torch.autograd.Function,), {f.__name__: staticmethod(f) for f in members})
+
+
+def _of_differentiated(operation: Operation, ctx: Any) -> tuple[Callable[..., Outputs], tuple[Any, ...]]:
+    """The formula of what a Function's context describes, and the tensors that it is a function of."""
+    tensors = ctx.saved_tensors[:TENSORS]
+    pair, fixed = _pair(operation, ctx.kind, ctx.constants, ctx.logabsdet), tensors[DIFFERENTIATED:]
+
+    def of_differentiated(*given: Tensor | None) -> Outputs:
+        return pair(*given, *fixed)
+
+    return of_differentiated, tensors[:DIFFERENTIATED]
+
+
+def _gradients(operation: Operation, ctx: Any, grad: Any, grad_logabsdet: Any) -> Sequence[Tensor | None]:
+    """Gradients of (x, lu, bias, parameters) from those of the results, None where not needed."""
+    saved = ctx.saved_tensors
+    x, lu, bias, parameters, sign, permutation = saved[:TENSORS]
+    grad, grad_logabsdet = _whole(grad, grad_logabsdet, x, ctx.logabsdet)
+    if torch.is_grad_enabled():
+        return _vjp(*_of_differentiated(operation, ctx), (grad, grad_logabsdet))
+    start = saved[TENSORS] if operation.inverse else x
+    values = _values(lu, bias, parameters, sign, permutation, ctx.kind, ctx.constants)
+    needs_x, needs_lu, needs_bias, needs_parameters = _needed(ctx)
+    needs_bias = needs_bias and bias is not None
+    needs = () if lu is None else (needs_x, needs_lu, needs_bias)
+    arguments = (grad, grad_logabsdet if ctx.logabsdet else None, start, *saved[TENSORS + 1 :], *values)
+    grad_x, *grad_matrix, grad_parameters = _run(operation.backward, *arguments, *needs)
+    grad_lu, grad_bias = grad_matrix or (None, None)
+    return (
+        grad_x if needs_x else None,
+        grad_lu if needs_lu else None,
+        grad_bias if needs_bias else None,
+        grad_parameters if parameters is not None and needs_parameters else None,
+    )
+
+
+def _batched(operation: Operation, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    """A Function's results under vmap, and where their new dimension is."""
+    tensors, dims, kept = args[:TENSORS], in_dims[:TENSORS], operation.kept
+    kind, constants, logabsdet, save = args[TENSORS:]
+    eager = _EAGER[operation.name]
+    if kept:
+        native = _batched_natively(size, dims, tensors)
+        if native is not None:
+            # A batched tensor does not tell whether what it wraps requires a gradient; here it is unwrapped.
+            save = save or records(*native)
+            outputs = eager.apply(*native, kind, constants, logabsdet, save)
+            h_dim = 0 if save and kind != "identity" else None
+            weight_dim = 0 if save and native[1] is not None and native[1].dim() == 3 else None
+            return outputs, (0, 0 if logabsdet else None, h_dim, weight_dim)[: 2 + kept]
+    elif tensors[1] is not None and all(d is None for d in dims[1:]):
+        outputs = eager.apply(tensors[0].movedim(dims[0], 0), *args[1:])  # more rows of a net
+        return outputs, (0, 0 if logabsdet else None)
+    outputs = _vmap(_pair(operation, kind, constants, logabsdet), tensors, dims)
+    return (*outputs, *(_none_of(tensors[0]) for _ in range(kept))), (0, 0, *(None,) * kept)
 
 
 def _eager(traceable: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
