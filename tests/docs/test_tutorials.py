@@ -6,25 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lunet_fast import BijectiveActivation
 from tests.docs.pages import FENCE, ROOT, run_page
 
 PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if FENCE.search(page.read_text())]
 
-open_protocol = pytest.mark.xfail(
-    not hasattr(BijectiveActivation, "log_derivative"),
-    reason="activations of one's own are not open yet",
-    strict=True,
-)
 
-
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, id=page.stem, marks=open_protocol if page.stem == "activation" else ())
-        for page in PAGES
-    ],
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("typer")
     monkeypatch.chdir(tmp_path)
