@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from lunet_fast import GeneralizedLeakySoftplus, LUNet
 from lunet_fast.recsys.data import movielens
 from lunet_fast.recsys.data.features import side_features
-from lunet_fast.recsys.data.negatives import NegativeSampler
-from lunet_fast.recsys.evaluation import metrics
-from lunet_fast.recsys.evaluation.protocols import Parts, evaluate_ranking
+from lunet_fast.recsys.measures import metrics
+from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig, recipe
+from lunet_fast.recsys.model.negatives import NegativeSampler
 from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.model.scoring import ItemScorer
 from lunet_fast.recsys.model.training import rating_objective, rating_optimizer
-from lunet_fast.recsys.serving.scoring import ItemScorer
 from lunet_fast.training.loop import descend
 from machine import open_results, parser
 
@@ -323,8 +323,8 @@ def run(table: str, rows: list[Row], data_dir: str | None, seeds: tuple[int, ...
         found, seconds = [], []
         for seed in seeds:
             config = recipe("best", len(ratings), **{**common, "seed": seed, **row.settings})
-            rest = Parts.of(ratings, config).training
-            parts = Parts.of(rest, config)
+            rest = Parts.of(ratings, config.split, config.seed).training
+            parts = Parts.of(rest, config.split, config.seed)
             began = time.perf_counter()
             found.append(measured(predictors(row, config, parts), config, parts))
             seconds.append(time.perf_counter() - began)

@@ -34,7 +34,7 @@ from lunet_fast.density.training import fit_flow
 from lunet_fast.recsys.data import movielens
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.evaluation.inversion import item_vectors, risk_coverage
-from lunet_fast.recsys.evaluation.protocols import Parts
+from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.training.seeding import seeded
@@ -149,7 +149,7 @@ def mean_error(index: Tensor, error: Tensor, size: int) -> tuple[Tensor, Tensor]
 
 def measured(ratings: Ratings, seed: int) -> dict[str, Any]:
     config = recipe("best", len(ratings), seed=seed, split="random", mlp=False)
-    parts = Parts.of(ratings, config)
+    parts = Parts.of(ratings, config.split, config.seed)
     training, cold_user = with_cold_users(parts.training, seed)
     test = parts.test
     assert test is not None

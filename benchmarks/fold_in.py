@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lunet_fast.recsys.data import movielens
 from lunet_fast.recsys.data.ratings import Ratings
-from lunet_fast.recsys.evaluation import metrics
+from lunet_fast.recsys.measures import metrics
 from lunet_fast.recsys.serving.fold_in import METHODS
 from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from machine import open_results, parser

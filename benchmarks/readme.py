@@ -88,7 +88,7 @@ def table2() -> list[str]:
     lines: list[str] = []
     for name in DATASETS.values():
         lines += [*table(head, [row for row in rows if row[1] == name], {"test MSE": min}), ""]
-    note = "One LU layer: the same script with `--affine`; MLP and recipe `paper` on ML-1M: single runs."
+    note = "One LU layer: with `--affine`. MLP and recipe `paper` on ML-1M: with `--large`, single runs."
     return [*lines, measured(result, "python benchmarks/table2.py") + " " + note]
 
 
@@ -253,7 +253,7 @@ def sharding() -> list[str]:
         seconds, mse = f"{row['train_seconds']:.0f}", f"{row['test_mse']:.6f}"
         rows.append([str(row["processes"]), peaks[0], ", ".join(peaks[1:]), seconds, mse])
     head = ["processes", "peak memory of the first, GiB", "of the others, GiB", "training, s", "test MSE"]
-    return [*table(head, rows, {}), "", measured(result, "python benchmarks/sharding.py")]
+    return [*table(head, rows, {}), "", measured(result, "python benchmarks/sharding.py --steps --memory")]
 
 
 # --- the ten figures of the README ----------------------------------------------------------------------

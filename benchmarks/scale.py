@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import sharding
-from lunet_fast.training.figures import new_figure
+from lunet_fast.training.figures import BLUE, new_figure, plain
 from lunet_fast.training.files import write_figure
 from machine import RESULTS, ROOT, open_results, parser, write_text
 
@@ -206,7 +206,7 @@ def _extrapolation(row: dict[str, Any]) -> list[str]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    figure = new_figure(13, 6, dpi=110)
+    figure = new_figure(9.2, 4.6)
     axes = figure.subplots(2, len(CONTRASTS), sharey="row")
     for column, contrast in enumerate(CONTRASTS):
         rows = [row for row in result["rows"] if row["contrast"] == contrast]
@@ -218,13 +218,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
             )
         ):
             axis = axes[line][column]
-            axis.plot(x, values, "o-")
+            axis.plot(x, values, "o-", color=BLUE)
             axis.set_xscale("log")
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
+            plain(axis)
             axis.set_xlabel(contrast)
             if column == 0:
                 axis.set_ylabel(label)
+    # After all are drawn: the panels of a line share their limits.
+    for axis in axes[:, 0]:
+        axis.set_ylim(bottom=0)
     write_figure(path, figure)
 
 

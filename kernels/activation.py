@@ -110,7 +110,8 @@ def _log1p(z, FAST: tl.constexpr):
 
 # --- the activation as kernels see it -------------------------------------------------------------------
 #
-# Kernels hand on an ``Activation`` and what ``load_family`` read of it, and look into neither: this file alone
+# Kernels hand on an ``Activation`` and what ``load_family`` read of it, and look into neither: this file
+# alone
 # knows what an activation is made of. A jitted function returns no constants, which is why there are two.
 
 
@@ -308,7 +309,8 @@ def activation_kernel(
 
 @triton.jit
 def store_sums(sums_ptr, sums, cols, D, COLUMN_SUMS: tl.constexpr, SLOPE_SUMS: tl.constexpr):
-    """These columns of a column's sum and of those of the slopes' terms, those there are, below each other."""
+    """These columns of a column's sum and of those of the slopes' terms, those there are, below each
+    other."""
     if COLUMN_SUMS:
         tl.store(sums_ptr + cols, sums[0], mask=cols < D)
     if SLOPE_SUMS:
@@ -545,7 +547,8 @@ def row_gradients(
 
 
 def memory_for_sums(x: Tensor, programs: int, column_sums: bool, slope_sums: bool) -> Tensor | None:
-    """For the sums over rows x [K, N, D] that ``programs`` store with ``store_sums``; None if there are none."""
+    """For the sums over rows x [K, N, D] that ``programs`` store with ``store_sums``; None if there are
+    none."""
     K, _, D = x.shape
     if not (column_sums or slope_sums):
         return None

@@ -60,7 +60,8 @@ def _gradient_of_h(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """g_h [ROWS, COLUMNS], zero outside; to ``sums`` are added those over its rows and of the slopes' terms."""
+    """g_h [ROWS, COLUMNS], zero outside; to ``sums`` are added those over its rows and of the slopes'
+    terms."""
     rows = tl.arange(0, ROWS)
     inner = tl.arange(0, INNER)
     here = rows[:, None] < left

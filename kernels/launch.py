@@ -1,5 +1,6 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
-"""What the kernels share: the checks of a launcher's arguments, how a kernel starts, and the product of tiles.
+"""What the kernels share: the checks of a launcher's arguments, how a kernel starts, and the product of
+tiles.
 
 Launchers take tensors that are contiguous and refuse others: they never copy behind one's back. K stacked
 layers are one launch: x is [K, N, D] and every parameter has a leading K. A launch covers the members with

@@ -18,10 +18,10 @@ from lunet_fast.bench.contenders import Unavailable
 from lunet_fast.recsys.data.movielens import load
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.data.splits import random_split
-from lunet_fast.recsys.evaluation import metrics
 from lunet_fast.recsys.evaluation.adapters import GIBBS, MF, matrix_factorisation
 from lunet_fast.recsys.evaluation.baselines import BASELINES, missing
 from lunet_fast.recsys.evaluation.fitted import Fitted
+from lunet_fast.recsys.measures import metrics
 from lunet_fast.recsys.model.config import TrainConfig, nearest_dataset, recipe
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.training import train

@@ -26,6 +26,7 @@ from lunet_fast.bench.contenders import InverseTable, Unavailable, leaky, requir
 from lunet_fast.bench.contest import Contest, Run, Spec
 from lunet_fast.bench.machine import relative_error
 from lunet_fast.ops import reference
+from lunet_fast.ops.values import Activation
 
 SUITE = "stacks"
 
@@ -98,11 +99,9 @@ class _Plain(Ours):
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(len(x))
         for layer in cast("list[LUDense]", list(self.flow.net.layers)):
-            slopes = None if layer.activation is None else layer.activation.slopes()
-            x, share = reference.lu_dense_and_logabsdet(
-                x, layer.lu, layer.bias, sign=layer.sign, slopes=slopes
-            )
-            total = total + share
+            phi = cast(Activation, layer._fused())
+            x, share = reference.layer(x, layer._matrix(), phi, inverse=False, logabsdet=True)
+            total = total + cast(Tensor, share)
         return x, total
 
     def log_prob(self, x: Tensor) -> Tensor:

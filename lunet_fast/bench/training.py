@@ -1,4 +1,4 @@
-"""Suite ``training``: a step of the recommender, and the time to a test error beside other recommenders.
+"""Suite ``training``: a step of the recommender.
 
 A step is what the trainer does with a batch: gather, loss, backward, Adam, by the trainer's own functions.
 Data is drawn, as many ratings as 80 % of MovieLens 100K, so that no file is needed. ``nn.Linear MLP`` is the
@@ -27,6 +27,7 @@ from lunet_fast.bench.contenders import Unavailable
 from lunet_fast.bench.contest import Contest, Row, Run, Spec
 from lunet_fast.bench.machine import relative_error
 from lunet_fast.ops import reference
+from lunet_fast.ops.values import Activation
 from lunet_fast.recsys.data.ratings import IdMap, Ratings
 from lunet_fast.recsys.model.config import RECIPES, TrainConfig, recipe
 from lunet_fast.recsys.model.mlp import MLPModel
@@ -373,8 +374,8 @@ def _plain_network(model: RatingModel, member: int, x: Tensor) -> Tensor:
     """z [B, D] of one member."""
     if not isinstance(model, LinearRatingModel):
         for layer in cast("list[LUDense]", list(cast(LUNet, model.nets[member]).layers)):
-            slopes = None if layer.activation is None else layer.activation.slopes()
-            x = reference.lu_dense(x, layer.lu, layer.bias, sign=layer.sign, slopes=slopes)
+            phi = cast(Activation, layer._fused())
+            x, _ = reference.layer(x, layer._matrix(), phi, inverse=False, logabsdet=False)
         return x
     for module in cast(nn.Sequential, model.nets[0]):
         if isinstance(module, StackedLinear):

@@ -204,9 +204,9 @@ def _words(outcome: dict[str, Any]) -> str:
 
 
 def _show(console: Console, result: Comparison) -> None:
+    from lunet_fast.recsys.data.datasets import dataset_title
     from lunet_fast.recsys.evaluation import comparison
     from lunet_fast.recsys.evaluation.compare import METHODS
-    from lunet_fast.recsys.report import dataset_title
 
     title = printable(dataset_title(result.dataset))
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)

@@ -14,8 +14,8 @@ from lunet_fast.cli.options import DATA
 from lunet_fast.cli.output import errors_told
 
 if TYPE_CHECKING:
-    from lunet_fast.recsys.evaluation.protocols import Parts
-    from lunet_fast.recsys.evaluation.ranking import ActivityGroup
+    from lunet_fast.recsys.measures.protocols import Parts
+    from lunet_fast.recsys.measures.ranking import ActivityGroup
     from lunet_fast.recsys.serving.recommend import LUNetRecommender
 
 
@@ -102,7 +102,7 @@ def _parts(
 ) -> Parts:
     """The parts that the run was trained and tested on."""
     from lunet_fast.recsys.data import movielens
-    from lunet_fast.recsys.evaluation.protocols import Parts
+    from lunet_fast.recsys.measures.protocols import Parts
     from lunet_fast.recsys.model.training import ratings_digest
     from lunet_fast.training.files import RunFolder, read_json
 
@@ -117,7 +117,7 @@ def _parts(
         name = str(recorded.get("source", name))
     if config.gamma == 0 and name not in movielens.DATASETS:
         columns = {**columns, "rating": None}
-    parts = Parts.of(options.read_dataset("--dataset", name, data_dir, columns), config)
+    parts = Parts.of(options.read_dataset("--dataset", name, data_dir, columns), config.split, config.seed)
     if ratings_digest(parts) != recorded.get("ratings_sha256"):
         raise ValueError(
             f"--dataset {name}: these are not the ratings that {run} was trained on: name the right file, or "
@@ -131,7 +131,7 @@ def _on_file(recommender: LUNetRecommender, file: Path, columns: dict[str, Any])
     import torch
 
     from lunet_fast.recsys.data.ratings import read_ratings
-    from lunet_fast.recsys.evaluation import metrics
+    from lunet_fast.recsys.measures import metrics
 
     ratings = read_ratings(file, **columns)
     users, items = ratings.users.ids[ratings.user], ratings.items.ids[ratings.item]

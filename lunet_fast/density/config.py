@@ -47,7 +47,8 @@ class DensityConfig(Settings):
     batch_size: Count = 256
     """Rows a step."""
     learning_rate: Positive | None = None
-    """Adam's, falling linearly to 0 at the last step; by default 5e-3, and in more than 64 dimensions 0.32/D."""
+    """Adam's, falling linearly to 0 at the last step. By default 5e-3, and in more than 64 dimensions
+    0.32/D."""
     weight_decay: NotNegative = 0.2
     """Of the matrices (decoupled, as in AdamW), which it draws towards the identity."""
     clip: Positive = 5.0
@@ -61,8 +62,8 @@ class DensityConfig(Settings):
     def _learnable(self) -> Self:
         if self.slopes != "fixed" and not 1e-3 < self.alpha < 1 - 1e-3:
             raise ValueError(
-                f"alpha={self.alpha} must be a number above 0.001 and below 0.999 where it is learnt: move it, "
-                "or choose slopes='fixed'"
+                f"alpha={self.alpha} must be a number above 0.001 and below 0.999 where it is learnt: move "
+                "it, or choose slopes='fixed'"
             )
         return self
 

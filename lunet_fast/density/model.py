@@ -29,7 +29,14 @@ def build_flow(config: DensityConfig, features: int, classes: int = 0) -> LUFlow
         learnable=config.slopes != "fixed",
         features=features if config.slopes == "coordinate" else None,
     )
-    net: Any = LUNet(features, config.layers, activation, permutation=config.permutation, signs=config.signs)
+    net: Any = LUNet(
+        features,
+        config.layers,
+        activation,
+        permutation=config.permutation,
+        signs=config.signs,
+        structure_seed=config.seed,
+    )
     if config.conditional:
         if classes < 1:
             raise ValueError("conditional=True needs labels, and the data has none: set it to False")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,13 @@ from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.training.distributed import Workers, existing_device
 from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, write_json
-from lunet_fast.training.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, cpu_threads
+from lunet_fast.training.loop import Batch, Curve, Phase, cpu_threads
 from lunet_fast.training.machine import flat_versions
-from lunet_fast.training.run import Run
+from lunet_fast.training.run import Options, Run
 from lunet_fast.training.seeding import seeded
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 VALIDATION_DRAWS = 4
 """Draws of the noise in a look at the validation part, the same at each look."""
@@ -42,22 +44,14 @@ def train_density(
     rows: Rows,
     config: DensityConfig,
     *,
-    out: Path | str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
-    checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    stop: Stop | None = None,
+    **options: Unpack[Options],
 ) -> DensityResult:
     """Train a flow on 70 % of the rows, choose its weights by 10 %, evaluate it on 20 %.
 
-    ``out`` is the run folder. There, ``resume`` goes on from the last checkpoint to the weights that the
-    uninterrupted training would have given, bit for bit on a CPU, and returns the stored result (without its
-    curve) where the training is finished; a folder with another training is refused unless ``overwrite``.
-    Checkpoints are written at the end of each round, within one ``checkpoint_seconds`` after the last, and
-    when ``stop`` is asked for one, before :class:`~lunet_fast.training.loop.Interrupted` is raised.
-    ``device`` is where it is trained; the result is on the CPU.
+    ``options`` are :class:`~lunet_fast.training.run.Options`: the run folder ``out``, ``resume``,
+    ``overwrite``, ``checkpoint_seconds``, ``progress`` and ``stop``. ``device`` is where it is trained; the
+    result is on the CPU.
 
     Raises :class:`~lunet_fast.training.loop.DivergenceError` when the loss is not finite, ``RunFolderError``
     for an unusable folder, ``CheckpointError`` for a damaged checkpoint, ``ValueError`` for data without a
@@ -66,15 +60,7 @@ def train_density(
     workers = Workers(device=existing_device(device))
     parts = split(rows, config.seed)
     config = config.replace(learning_rate=config.rate(rows.features))
-    run = Run(
-        out,
-        workers,
-        resume=resume,
-        overwrite=overwrite,
-        checkpoint_seconds=checkpoint_seconds,
-        progress=progress,
-        stop=stop,
-    )
+    run = Run(workers, **options)
     recorded = {"dataset": rows.name, "source": rows.source, "rows": len(rows), **config.to_dict()}
     stored = run.finished(recorded)
     if stored is not None:

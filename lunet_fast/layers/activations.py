@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from lunet_fast import functional
+from lunet_fast.layers.arguments import check_tensor, checked_size
 from lunet_fast.ops import reference
 from lunet_fast.ops.precision import wide
 from lunet_fast.ops.reference import Slopes
@@ -62,6 +63,7 @@ class BijectiveActivation(nn.Module, ABC):
 
     def forward_and_logabsdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(φ(x), Σ log φ′(x))."""
+        check_tensor("x", x)
         phi = fused_of(self)
         if phi is not None:
             return functional.activation(x, phi, inverse=False, logabsdet=True)  # type: ignore[return-value]
@@ -69,6 +71,7 @@ class BijectiveActivation(nn.Module, ABC):
 
     def inverse_and_logabsdet(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """(φ⁻¹(y), the log-determinant of φ⁻¹ at y)."""
+        check_tensor("y", y)
         phi = fused_of(self)
         if phi is not None:
             return functional.activation(y, phi, inverse=True, logabsdet=True)  # type: ignore[return-value]
@@ -127,7 +130,7 @@ _METHODS = ("forward", "inverse", "log_derivative", "forward_and_logabsdet", "in
 
 
 @functools.cache
-def _overrides(cls: type, base: type) -> bool:
+def _overrides(cls: Any, base: Any) -> bool:
     return any(getattr(cls, name, None) is not getattr(base, name, None) for name in _METHODS)
 
 
@@ -177,10 +180,12 @@ class SoftplusFamily(BijectiveActivation):
 
     def forward(self, x: Tensor) -> Tensor:
         """φ(x)."""
+        check_tensor("x", x)
         return functional.leaky_softplus(x, self.slopes())
 
     def inverse(self, y: Tensor) -> Tensor:
         """φ⁻¹(y); ±inf and NaN pass through."""
+        check_tensor("y", y)
         return functional.leaky_softplus_inverse(y, self.slopes())
 
     def log_derivative(self, x: Tensor) -> Tensor:
@@ -205,8 +210,8 @@ def _starting(features: int | None, learnable: bool, count: int) -> list[nn.Para
             f"features={features} asks for a slope for each coordinate, which fixed ones do not have: give "
             "learnable=True with it"
         )
-    if features is not None and features < 1:
-        raise ValueError(f"features must be at least 1, got {features}")
+    if features is not None:
+        features = checked_size("features", features)
     return [nn.Parameter(torch.empty(features or 1)) if learnable else None for _ in range(count)]
 
 

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lunet_fast import functional
+from lunet_fast.layers.activations import is_replaced
+from lunet_fast.layers.arguments import check_tensor, checked_size
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.layers.lunet import LUNet
 from lunet_fast.layers.transforms import InvertibleTransform
+from lunet_fast.ops.values import IDENTITY
 
 SCALE_LIMIT = 3.0
 """A context moves log u_ii by less than this, whatever the conditioner says."""
@@ -30,26 +33,24 @@ class ConditionalLUNet(nn.Module):
 
     Raises:
         ValueError: C < 1.
+        TypeError: net is no LUNet, or conditioner neither a module nor an int.
 
     Cost for N rows: that of the net, one pass over [N, D] more in each layer, and the conditioner.
     """
 
     def __init__(self, net: LUNet, conditioner: int | nn.Module) -> None:
         super().__init__()
+        if not isinstance(net, LUNet):
+            raise TypeError(f"net must be an LUNet, got {type(net).__name__}")
         self.net = net
         self.features = net.features
-        if isinstance(conditioner, int):
-            if conditioner < 1:
-                raise ValueError(
-                    f"conditioner must be a module or the number of context features, at least 1, got "
-                    f"{conditioner}"
-                )
-            like = next(net.parameters())
-            conditioner = nn.Linear(
+        if not isinstance(conditioner, nn.Module):
+            what = "conditioner, a module or the number of context features,"
+            conditioner = checked_size(what, conditioner)
+            like = cast(LUDense, net.layers[0]).lu
+            conditioner = _ZeroLinear(
                 conditioner, 2 * len(net.layers) * net.features, device=like.device, dtype=like.dtype
             )
-            nn.init.zeros_(conditioner.weight)
-            nn.init.zeros_(conditioner.bias)
         self.conditioner = conditioner
 
     def given(self, context: Tensor) -> GivenContext:
@@ -65,6 +66,15 @@ class ConditionalLUNet(nn.Module):
             )
         delta, beta = moved.unflatten(-1, (2, len(self.net.layers), self.features)).unbind(-3)
         return GivenContext(self.net, SCALE_LIMIT * torch.tanh(delta / SCALE_LIMIT), beta)
+
+
+class _ZeroLinear(nn.Linear):
+    """A linear map that starts at 0, also when it is reset."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class GivenContext:
@@ -86,45 +96,67 @@ class GivenContext:
         return self.delta[0].shape[:-1]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.forward_and_logabsdet(x)[0]
+        return self._forward(x, logabsdet=False)[0]
 
     def inverse(self, y: Tensor) -> Tensor:
         """The x [..., D] with f(x; c) = y."""
-        return self.inverse_and_logabsdet(y)[0]
+        return self._inverse(y, logabsdet=False)[0]
 
     def forward_and_logabsdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(f(x; c), log|det ∂f/∂x| [...])."""
-        total = x.new_zeros(())
-        for layer, delta, beta in zip(self._layers(), self.delta, self.beta, strict=True):
-            h = functional.lu_dense(x, layer.lu, layer.bias, sign=layer.sign, permutation=layer.permutation)
-            x = torch.addcmul(beta, delta.exp(), h)
-            total = total + layer.logabsdet() + delta.sum(-1)
-            if layer.activation is not None:
-                x, share = layer.activation.forward_and_logabsdet(x)
-                total = total + share
-        return x, total.expand(x.shape[:-1])
+        return self._forward(x, logabsdet=True)
 
     def inverse_and_logabsdet(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """(f⁻¹(y; c), the inverse's log|det| at y [...])."""
+        return self._inverse(y, logabsdet=True)
+
+    def _forward(self, x: Tensor, *, logabsdet: bool) -> tuple[Tensor, Tensor]:
+        check_tensor("x", x)
+        total = x.new_zeros(())
+        for layer, delta, beta in zip(self._layers(), self.delta, self.beta, strict=True):
+            h, _ = functional.layer(x, layer._matrix(), IDENTITY, inverse=False, logabsdet=False)
+            x = torch.addcmul(beta, delta.exp(), h)
+            total = total + layer.logabsdet() + delta.sum(-1)
+            if layer.activation is None:
+                continue
+            if logabsdet:
+                x, share = layer.activation.forward_and_logabsdet(x)
+                total = total + share
+            else:
+                x = layer.activation(x)
+        return x, _written_out(total, x.shape[:-1])
+
+    def _inverse(self, y: Tensor, *, logabsdet: bool) -> tuple[Tensor, Tensor]:
+        check_tensor("y", y)
         total = y.new_zeros(())
         parts = list(zip(self._layers(), self.delta, self.beta, strict=True))
         for layer, delta, beta in reversed(parts):
-            if layer.activation is not None:
+            if layer.activation is not None and logabsdet:
                 y, share = layer.activation.inverse_and_logabsdet(y)
                 total = total + share
-            y = functional.lu_dense_inverse(
-                (y - beta) * (-delta).exp(),
-                layer.lu,
-                layer.bias,
-                sign=layer.sign,
-                permutation=layer.permutation,
-            )
+            elif layer.activation is not None:
+                y = layer.activation.inverse(y)
+            h = (y - beta) * (-delta).exp()
+            y, _ = functional.layer(h, layer._matrix(), IDENTITY, inverse=True, logabsdet=False)
             total = total - layer.logabsdet() - delta.sum(-1)
-        return y, total.expand(y.shape[:-1])
+        return y, _written_out(total, y.shape[:-1])
 
     def as_transform(self) -> InvertibleTransform:
         """f(·; c) as a ``torch.distributions`` transform of vectors [D]."""
         return InvertibleTransform(self)
 
     def _layers(self) -> list[LUDense]:
-        return cast("list[LUDense]", list(self.net.layers))
+        layers = cast("list[LUDense]", list(self.net.layers))
+        for index, layer in enumerate(layers):
+            # A context works between a layer's matrix and its activation, where no method of it is called.
+            if is_replaced(layer, LUDense, hooks=False):
+                raise TypeError(
+                    f"layers.{index} has a method of its own in place of LUDense's, which a ConditionalLUNet "
+                    "does not call: replace the activation's, or use a LUNet"
+                )
+        return layers
+
+
+def _written_out(total: Tensor, shape: torch.Size) -> Tensor:
+    """``total`` in this shape, each number in memory of its own, so that it may be added to in place."""
+    return total if total.shape == shape else total.expand(shape).clone()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
 
+from lunet_fast.layers.arguments import check_dtype, check_tensor, checked_size
 from lunet_fast.layers.conditional import ConditionalLUNet, GivenContext
+from lunet_fast.layers.lu_dense import LUDense
+from lunet_fast.layers.lunet import LUNet
 from lunet_fast.layers.transforms import InvertibleTransform
 from lunet_fast.ops.precision import wide
 
@@ -22,6 +24,10 @@ class StandardNormal(nn.Module):
     Args:
         features: D.
         device, dtype: as in ``nn.Linear``.
+
+    Raises:
+        ValueError: features below 1.
+        TypeError: features is not an int, or dtype not a real one.
     """
 
     like: Tensor
@@ -30,7 +36,8 @@ class StandardNormal(nn.Module):
         self, features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.features = features
+        check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
+        self.features = checked_size("features", features)
         # Holds no numbers, only the dtype and device to draw in.
         self.register_buffer("like", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
@@ -39,9 +46,23 @@ class StandardNormal(nn.Module):
         z = z.to(wide(z.dtype))
         return -0.5 * (z.square().sum(-1) + self.features * math.log(2.0 * math.pi))
 
-    def sample(self, shape: Sequence[int]) -> Tensor:
-        """[*shape, D] draws, by PyTorch's global generator."""
-        return torch.randn(*shape, self.features, device=self.like.device, dtype=self.like.dtype)
+    def sample(self, shape: int | Sequence[int] = ()) -> Tensor:
+        """[*shape, D] draws, [n, D] for a number n, by PyTorch's global generator."""
+        return torch.randn(*_shape(shape), self.features, device=self.like.device, dtype=self.like.dtype)
+
+    def rsample(self, shape: int | Sequence[int] = ()) -> Tensor:
+        """``sample``: there are no parameters to give gradients to."""
+        return self.sample(shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self.like.is_meta:
+            # Without numbers there is nothing to materialise, so .to("cpu") need not refuse.
+            try:
+                self.like = fn(self.like)
+            except NotImplementedError:
+                self.like = fn(torch.empty(0, dtype=self.like.dtype, device="cpu"))
+            return self
+        return super()._apply(fn, recurse=recurse)
 
 
 class NormalMixture(nn.Module):
@@ -57,6 +78,7 @@ class NormalMixture(nn.Module):
 
     Raises:
         ValueError: features or components below 1, or spread below 0.
+        TypeError: features or components is not an int, or dtype not a real one.
     """
 
     def __init__(
@@ -68,11 +90,10 @@ class NormalMixture(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if features < 1 or components < 1 or not spread >= 0.0:
-            raise ValueError(
-                "features and components must be at least 1 and spread at least 0, got "
-                f"{features}, {components} and {spread}"
-            )
+        features, components = checked_size("features", features), checked_size("components", components)
+        check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
+        if not spread >= 0.0:
+            raise ValueError(f"spread must be at least 0, got {spread}")
         self.features, self.components, self.spread = features, components, spread
         self.mean = nn.Parameter(torch.empty(components, features, device=device, dtype=dtype))
         self.log_scale = nn.Parameter(torch.empty(components, features, device=device, dtype=dtype))
@@ -112,8 +133,9 @@ class NormalMixture(nn.Module):
         components = Independent(Normal(self.mean, self.log_scale.exp()), 1)
         return MixtureSameFamily(Categorical(logits=self.logits), components)
 
-    def sample(self, shape: Sequence[int]) -> Tensor:
-        """[*shape, D] draws, by PyTorch's global generator."""
+    def sample(self, shape: int | Sequence[int] = ()) -> Tensor:
+        """[*shape, D] draws, [n, D] for a number n, by PyTorch's global generator. No gradient."""
+        shape = _shape(shape)
         # torch.distributions draws from every component and keeps one.
         with torch.no_grad():
             count = math.prod(shape)
@@ -133,14 +155,20 @@ class LUFlow(nn.Module):
     Args:
         net: maps data to the latent space; an ``LUNet``, a ``ConditionalLUNet`` or anything with their
             methods.
-        base: the latent density, with ``log_prob(z)`` and ``sample(shape)``: a module (it then follows
-            ``.to()``) or a ``torch.distributions`` distribution with event shape [D]; a standard normal if
-            None.
+        base: the latent density, of vectors [D]: a standard normal if None, a module (it then follows
+            ``.to()``) or a ``torch.distributions`` distribution with event shape [D]. It has ``log_prob(z)``
+            and ``sample(shape)`` or, as in nflows and normflows, ``sample(n)`` for a number n.
 
     With a ``ConditionalLUNet`` the density is p(x | context), and every method takes the contexts [..., C],
     one a row or one for all; without, none.
 
     Cost for N points: log_prob one forward pass of net, samples one inverse pass.
+
+    Raises:
+        ValueError: base has an event shape other than [D], or a batch shape; later, its log-probabilities or
+            draws come in a shape that no density of vectors [D] has.
+        TypeError: x is no tensor, n neither an int nor ints, or base computes in another dtype or on another
+            device than the net.
     """
 
     def __init__(self, net: Any, base: Any = None) -> None:
@@ -149,7 +177,26 @@ class LUFlow(nn.Module):
         if base is None:
             parameter = next(net.parameters())
             base = StandardNormal(net.features, device=parameter.device, dtype=parameter.dtype)
+        self._check_event(base)
         self.base = base
+
+    def _check_event(self, base: Any) -> None:
+        event, features = getattr(base, "event_shape", None), getattr(self.net, "features", None)
+        if event is None or features is None:
+            return
+        event, batch = tuple(event), tuple(getattr(base, "batch_shape", ()))
+        if event == (features,) and not batch:
+            return
+        if (*batch, *event) == (features,):
+            fix = "use Independent(base, 1), which sums over the coordinates"
+        elif not batch and not event:
+            fix = f"use Independent(base.expand([{features}]), 1)"
+        else:
+            fix = f"give a distribution of vectors [{features}]"
+        raise ValueError(
+            f"base must have event_shape [{features}] and batch_shape [], got {type(base).__name__} with "
+            f"event_shape {list(event)} and batch_shape {list(batch)}: {fix}"
+        )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``log_prob``, so that wrappers that call a module, as data parallel does, train a flow."""
@@ -157,17 +204,96 @@ class LUFlow(nn.Module):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x) or log p(x | context) [...], natural logarithm, for x [..., D]."""
+        check_tensor("x", x)
         z, logabsdet = self._map(context).forward_and_logabsdet(x)
-        return self.base.log_prob(z) + logabsdet
+        return self._base_log_prob(z) + logabsdet
+
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        try:
+            found = self.base.log_prob(z)
+        except RuntimeError as error:
+            self._check_follows(z, error)
+            raise
+        if found.shape != z.shape[:-1]:
+            raise ValueError(
+                f"base must give one log-probability a row: for z of shape {list(z.shape)} it gave shape "
+                f"{list(found.shape)}, not {list(z.shape[:-1])}; {type(self.base).__name__} must have "
+                "vectors [D] for events, as Independent(base, 1) of torch.distributions has"
+            )
+        return found
+
+    def _check_follows(self, z: Tensor, error: RuntimeError) -> None:
+        """Raise ``TypeError`` from ``error`` where the base computes in another dtype or place than z is."""
+        with torch.no_grad():
+            drawn = self._draw((), reparametrised=False)
+        if (drawn.dtype, drawn.device) != (z.dtype, z.device):
+            raise self._does_not_follow(drawn, z.dtype, z.device) from error
+
+    def _does_not_follow(self, drawn: Tensor, dtype: torch.dtype, device: torch.device) -> TypeError:
+        return TypeError(
+            f"base draws {drawn.dtype} on {drawn.device} and the net computes in {dtype} on {device}: "
+            f"{type(self.base).__name__} did not follow the flow's .to(); make LUFlow(net, base) with a base "
+            "of that dtype and device, or with one that is an nn.Module"
+        )
+
+    def _draw(self, shape: Sequence[int], *, reparametrised: bool) -> Tensor:
+        """[*shape, D] draws of the base."""
+        name = "rsample" if reparametrised else "sample"
+        base, shape = self.base, torch.Size(shape)
+        has = getattr(base, "has_rsample", hasattr(base, "rsample"))
+        if reparametrised and not (has and hasattr(base, "rsample")):
+            raise NotImplementedError(
+                f"base must have rsample, and {type(base).__name__} has none: a draw that picks a component, "
+                "for one, is no differentiable function of the parameters; use a StandardNormal or a "
+                "distribution with has_rsample, or sample() without gradients"
+            )
+        draw = getattr(base, name)
+        if isinstance(base, (StandardNormal, NormalMixture, Distribution)):
+            return draw(shape)
+        try:
+            return draw(shape)
+        except TypeError as error:
+            # The habit of nflows and normflows: a number of draws, at least 1.
+            count = math.prod(shape)
+            try:
+                rows = draw(max(count, 1))
+            except TypeError:
+                raise error from None
+        return rows[:count].reshape(*shape, *rows.shape[1:])
+
+    def _latent(self, net: Any, n: int | Sequence[int], *, reparametrised: bool = False) -> Tensor:
+        """Draws z of the base, as many as the arguments of ``sample`` say."""
+        shape = _shape(n) + _leading(net)
+        like = self._parameter()
+        if like is not None and isinstance(self.base, StandardNormal) and self.base.like.is_meta:
+            # load_state_dict(assign=True) materialises all but what has no numbers.
+            self.base.to_empty(device=like.device)
+        z = self._draw(shape, reparametrised=reparametrised)
+        features = getattr(self.net, "features", None)
+        if features is not None and z.shape != (*shape, features):
+            raise ValueError(
+                f"base must draw vectors [{features}]: for shape {list(shape)} it drew {list(z.shape)}; see "
+                "Independent(base, 1) of torch.distributions"
+            )
+        if like is not None and (z.dtype, z.device) != (like.dtype, like.device):
+            autocast = torch.amp.is_autocast_available(z.device.type)
+            if z.device != like.device or not (autocast and torch.is_autocast_enabled(z.device.type)):
+                raise self._does_not_follow(z, like.dtype, like.device)
+        return z
+
+    def _parameter(self) -> Tensor | None:
+        """A parameter of an LUNet, which says what it computes in; None of other nets."""
+        net = self.net.net if isinstance(self.net, ConditionalLUNet) else self.net
+        return cast(LUDense, net.layers[0]).lu if isinstance(net, LUNet) else None
 
     def sample(self, n: int | Sequence[int] = (), context: Tensor | None = None) -> Tensor:
         """n draws [n, D], or [*n, D] for a shape; with contexts [..., C], [*n, ..., D].
 
-        Drawn with PyTorch's global generator. No gradient.
+        Drawn with PyTorch's global generator. No gradient: see ``rsample``.
         """
         with torch.no_grad():
             net = self._map(context)
-            return net.inverse(self.base.sample(_shape(n) + _leading(net)))
+            return net.inverse(self._latent(net, n))
 
     def sample_and_log_prob(
         self, n: int | Sequence[int] = (), context: Tensor | None = None
@@ -175,9 +301,30 @@ class LUFlow(nn.Module):
         """(draws x as ``sample`` gives them, log p of each) in the one pass of ``sample``. No gradient."""
         with torch.no_grad():
             net = self._map(context)
-            z = self.base.sample(_shape(n) + _leading(net))
+            z = self._latent(net, n)
             x, logabsdet = net.inverse_and_logabsdet(z)
-            return x, self.base.log_prob(z) - logabsdet
+            return x, self._base_log_prob(z) - logabsdet
+
+    def rsample(self, n: int | Sequence[int] = (), context: Tensor | None = None) -> Tensor:
+        """``sample``, differentiable: draws as functions of the parameters of net, base and context.
+
+        So that E f(x) can be trained by the gradient of f at the draws. Raises ``NotImplementedError`` where
+        the base cannot do so, as ``NormalMixture``, whose draws pick a component.
+        """
+        net = self._map(context)
+        return net.inverse(self._latent(net, n, reparametrised=True))
+
+    def rsample_and_log_prob(
+        self, n: int | Sequence[int] = (), context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(draws x as ``rsample`` gives them, log p of each) in one pass, both differentiable.
+
+        For training by reverse Kullback-Leibler divergence: ``(log_p - target.log_prob(x)).mean()``.
+        """
+        net = self._map(context)
+        z = self._latent(net, n, reparametrised=True)
+        x, logabsdet = net.inverse_and_logabsdet(z)
+        return x, self._base_log_prob(z) - logabsdet
 
     def _map(self, context: Tensor | None) -> Any:
         """What takes data to the latent space, for these contexts."""
@@ -199,4 +346,6 @@ def _leading(net: Any) -> torch.Size:
 
 
 def _shape(n: int | Sequence[int]) -> torch.Size:
-    return torch.Size(n) if isinstance(n, Sequence) else torch.Size([operator.index(n)])
+    """The shape of draws; ``TypeError`` where n is neither an int nor ints, ``ValueError`` below 0."""
+    sizes = n if isinstance(n, Sequence) and not isinstance(n, str) else [n]
+    return torch.Size([checked_size("n, the number of draws,", size, 0) for size in sizes])

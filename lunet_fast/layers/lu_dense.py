@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lunet_fast import functional
-from lunet_fast.layers.activations import BijectiveActivation
+from lunet_fast.layers.activations import BijectiveActivation, call, fused_of
+from lunet_fast.layers.arguments import check_dtype, check_tensor, checked_size
+from lunet_fast.layers.readonly import ReadOnlyTensor, read_only
+from lunet_fast.layers.structure import StructuredLayer
 from lunet_fast.layers.transforms import InvertibleTransform
 from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND, wide
-from lunet_fast.ops.reference import Slopes
+from lunet_fast.ops.values import IDENTITY, Activation, Matrix
 
 
-class LUDense(nn.Module):
+class Weight(ReadOnlyTensor):  # type: ignore[metaclass]
+    """``LUDense.weight``."""
+
+    advice = (
+        "LUDense.weight is formed from lu at each access, and what is written to it is lost. Write to lu, or "
+        "convert a linear layer that has the weight with LUDense.from_linear; weight.clone() may be changed"
+    )
+
+
+class LUDense(StructuredLayer):
     """y = φ(A x + b) with A = Pᵀ L U, (2.1): a drop-in for a square ``nn.Linear`` that can be inverted.
 
     It has as many numbers as ``nn.Linear``: one parameter ``lu`` [D, D] (strict lower triangle L, strict
-    upper triangle U, diagonal s with u_ii = sign_i·exp(s_i)) and ``bias`` [D]. The signs and the row
-    permutation P are buffers. u_ii cannot reach zero: exp is positive, and |s_i| beyond 80 (700 in
+    upper triangle U, diagonal s with u_ii = sign_i·exp(s_i)) and ``bias`` [D]. The signs ``sign`` [D] and the
+    row permutation ``permutation`` [D] are buffers; see ``lunet_fast.structure`` for what averaging can do to
+    them. u_ii cannot reach zero: exp is positive, and |s_i| beyond 80 (700 in
     float64, 9 in float16) counts as that bound. The exponential makes log|det A| = Σ s_i linear in the
     parameters, and weight decay pulls A towards the identity instead of towards a singular matrix.
 
@@ -31,7 +45,7 @@ class LUDense(nn.Module):
         out_features: D again, if given: only square layers are invertible.
         bias: learn an additive b.
         device, dtype: as in ``nn.Linear``.
-        activation: a ``LeakySoftplus``, a ``GeneralizedLeakySoftplus``, or None for an affine layer.
+        activation: a ``BijectiveActivation``, or None for an affine layer.
         permutation: [D] int64, the rows of P: (P A)[i] = A[permutation[i]]; None for no permutation.
 
     Shapes: every method takes [..., D] with any leading shape, none and empty ones included.
@@ -43,13 +57,19 @@ class LUDense(nn.Module):
     Cost for N rows: forward and inverse 2·N·D² flops (plus 2·D³/3 when N > D), log-determinant O(D) a row.
 
     Raises:
-        ValueError: out_features differs from in_features, D < 1, or permutation is not one of 0..D−1.
-        TypeError: activation is not of the two kinds above.
+        ValueError: out_features differs from in_features, D < 1, or permutation is not one of 0..D−1; later,
+            where the layer is used, signs other than ±1 or a permutation that is none were written to it, as
+            by a mean of layers with different ones.
+        TypeError: in_features is not an int, activation is no ``BijectiveActivation``, or dtype is not one of
+            float64, float32, bfloat16 and float16.
     """
 
     lu: nn.Parameter
-    sign: Tensor
-    permutation: Tensor | None
+
+    # How reset_parameters starts, other than from the identity: the signs, and (φ(0), φ′(0)) of an activation
+    # before this layer that it undoes. An LUNet sets them.
+    _start_sign: Tensor | None = None
+    _start_after: tuple[Tensor | float, Tensor | float] | None = None
 
     def __init__(
         self,
@@ -63,17 +83,17 @@ class LUDense(nn.Module):
         permutation: Tensor | None = None,
     ) -> None:
         super().__init__()
+        in_features = checked_size("in_features", in_features)
         if out_features is not None and out_features != in_features:
             raise ValueError(
                 f"out_features must equal in_features for an invertible layer, got {in_features} and "
                 f"{out_features}; use nn.Linear where the width changes"
             )
-        if in_features < 1:
-            raise ValueError(f"in_features must be at least 1, got {in_features}")
+        check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         if activation is not None and not isinstance(activation, BijectiveActivation):
             raise TypeError(
-                "activation must be LeakySoftplus, GeneralizedLeakySoftplus or None, got "
-                f"{type(activation).__name__}; another function may not be invertible"
+                f"activation must be a BijectiveActivation or None, got {type(activation).__name__}; another "
+                "function may not be invertible"
             )
         self.in_features = in_features
         self.out_features = in_features
@@ -84,48 +104,95 @@ class LUDense(nn.Module):
             )
         else:
             self.register_parameter("bias", None)
-        self.register_buffer("sign", torch.ones(in_features, device=device, dtype=dtype))
-        self.register_buffer("permutation", None)
+        self._make_structure(device, dtype, permutation)
         self.activation = activation
         self.reset_parameters()
-        if permutation is not None:
-            self.permutation = _checked_permutation(permutation, in_features).to(device=self.lu.device)
 
     def reset_parameters(self) -> None:
-        """Start near the identity: off-diagonals N(0, (0.1/√D)²), u_ii = 1, b = 0. P is kept."""
-        with torch.no_grad():
-            self.lu.normal_(0.0, 0.1 / math.sqrt(self.in_features))
-            self.lu.fill_diagonal_(0.0)
-            self.sign.fill_(1.0)
-            if self.bias is not None:
-                self.bias.zero_()
+        """Start near the identity: off-diagonals N(0, (0.1/√D)²), u_ii = 1, b = 0. P is kept.
 
-    def _slopes(self) -> Slopes | None:
-        return None if self.activation is None else self.activation.slopes()
+        A layer of an ``LUNet`` starts as the net does: with its signs, and undoing the activation before it.
+        So the net and its layers may be reset in any order, also after ``to_empty``. An activation has a
+        ``reset_parameters`` of its own. With parameters that are DTensors, those of FSDP2, every process must
+        call this: they take the numbers of the mesh's first one.
+        """
+        features = self.in_features
+        with torch.no_grad():
+            lu = torch.empty(features, features, device=self.lu.device, dtype=self.lu.dtype)
+            lu.normal_(0.0, 0.1 / math.sqrt(features)).fill_diagonal_(0.0)
+            self._reset_structure(self._start_sign)
+            bias = torch.zeros(features, device=lu.device, dtype=lu.dtype)
+            if self._start_after is not None:
+                value, slope = (torch.as_tensor(t).to(lu).expand(features) for t in self._start_after)
+                lu = lu.tril(-1) + lu.triu(1) / slope + torch.diag(-slope.log())
+                bias = -functional.lu_weight(lu, *self._structure()) @ value
+            self._write("lu", lu)
+            if self.bias is not None:
+                self._write("bias", bias)
+
+    def _write(self, name: str, value: Tensor) -> None:
+        """Give the parameter of this name a value; under ``torch.no_grad``.
+
+        Raises ``ValueError`` where it is parametrised and a parametrisation has no ``right_inverse``.
+        """
+        parameter = getattr(self, name)
+        if parametrize.is_parametrized(self, name):
+            self._check_writable(name)
+            setattr(self, name, value.to(parameter.dtype))
+            return
+        if hasattr(parameter, "placements"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = value.to(parameter.dtype)
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        parameter.copy_(value)
+
+    def _check_writable(self, name: str) -> None:
+        if not parametrize.is_parametrized(self, name):
+            return
+        for each in self.parametrizations[name]:  # type: ignore[union-attr, index]
+            if not hasattr(each, "right_inverse"):
+                raise ValueError(
+                    f"{name} is parametrised by {type(each).__name__}, which has no right_inverse, so that a "
+                    f"value written to {name} would be lost: give it one, or write before parametrising"
+                )
+
+    def _matrix(self) -> Matrix:
+        return Matrix(self.lu, *self._structure(), self.bias)
+
+    def _fused(self) -> Activation | None:
+        """The activation as the layer's operation takes it, or None if it has to be called."""
+        return IDENTITY if self.activation is None else fused_of(self.activation)
+
+    def _run(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Any]:
+        """The layer or its inverse at x, and that direction's log-determinant or None."""
+        check_tensor("y" if inverse else "x", x)
+        phi = self._fused()
+        if phi is not None:
+            return functional.layer(x, self._matrix(), phi, inverse=inverse, logabsdet=logabsdet)
+        activation, share = cast(BijectiveActivation, self.activation), None
+        if inverse:
+            x, share = call(activation, x, inverse=True, logabsdet=logabsdet)
+        x, total = functional.layer(x, self._matrix(), IDENTITY, inverse=inverse, logabsdet=logabsdet)
+        if not inverse:
+            x, share = call(activation, x, inverse=False, logabsdet=logabsdet)
+        return x, None if total is None or share is None else total + share
 
     def forward(self, x: Tensor) -> Tensor:
         """φ(A x + b) [..., D]."""
-        return functional.lu_dense(
-            x, self.lu, self.bias, sign=self.sign, permutation=self.permutation, slopes=self._slopes()
-        )
+        return self._run(x, inverse=False, logabsdet=False)[0]
 
     def inverse(self, y: Tensor) -> Tensor:
         """The x [..., D] with forward(x) = y, by φ⁻¹ and triangular substitution."""
-        return functional.lu_dense_inverse(
-            y, self.lu, self.bias, sign=self.sign, permutation=self.permutation, slopes=self._slopes()
-        )
+        return self._run(y, inverse=True, logabsdet=False)[0]
 
     def forward_and_logabsdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(forward(x), log|det of its Jacobian at x| [...])."""
-        return functional.lu_dense_and_logabsdet(
-            x, self.lu, self.bias, sign=self.sign, permutation=self.permutation, slopes=self._slopes()
-        )
+        return self._run(x, inverse=False, logabsdet=True)
 
     def inverse_and_logabsdet(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """(inverse(y), log|det of the inverse's Jacobian at y| [...])."""
-        return functional.lu_dense_inverse_and_logabsdet(
-            y, self.lu, self.bias, sign=self.sign, permutation=self.permutation, slopes=self._slopes()
-        )
+        return self._run(y, inverse=True, logabsdet=True)
 
     def logabsdet(self) -> Tensor:
         """log|det A| = Σ log|u_ii|, a scalar, O(D); the activation's share depends on x and is not in it."""
@@ -133,8 +200,12 @@ class LUDense(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A = Pᵀ L U [D, D], formed anew at each access and differentiable; read-only. O(D³)."""
-        return functional.lu_weight(self.lu, self.sign, self.permutation)
+        """A = Pᵀ L U [D, D], formed anew at each access and differentiable. O(D³).
+
+        Read-only: a write to it, to its ``.data`` or to its rows would be lost and raises ``RuntimeError``;
+        not within ``torch.compile``, tracing and ``torch.func``, where it is a plain tensor.
+        """
+        return read_only(functional.lu_weight(self.lu, *self._structure()), Weight)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, activation: BijectiveActivation | None = None) -> LUDense:
@@ -145,7 +216,7 @@ class LUDense(nn.Module):
         Cost O(D³), once.
 
         Raises:
-            TypeError: not an ``nn.Linear``.
+            TypeError: not an ``nn.Linear``, or of a dtype that this layer does not have, as complex64.
             ValueError: the weight is not square, not finite, or singular to working precision
                 (min|u_ii| ≤ D·eps·max|u_ii|), or u_ii lies outside what the layer can hold.
         """
@@ -155,6 +226,7 @@ class LUDense(nn.Module):
             raise ValueError(
                 "linear is on the meta device and has no numbers to factorise; materialise it first"
             )
+        check_dtype("linear.weight", linear.weight.dtype)
         weight = linear.weight.detach()
         rows, columns = weight.shape
         if rows != columns:
@@ -187,7 +259,7 @@ class LUDense(nn.Module):
         with torch.no_grad():
             layer.lu.copy_(packed)
             layer.lu.diagonal().copy_(magnitude.log())
-            layer.sign.copy_(diagonal.sign())
+            layer.sign = diagonal.sign().to(weight.dtype)
             # lu_unpack gives A = M L U, so P = Mᵀ and row i of P A is the row of A where column i of M is 1.
             permutation = pivot_matrix.argmax(0)
             if not bool((permutation == torch.arange(rows, device=permutation.device)).all()):
@@ -219,7 +291,7 @@ class LUDense(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        permuted = "" if self.permutation is None else ", permuted"
+        permuted = "" if self._buffers["permutation"] is None else ", permuted"
         return f"{sizes}, bias={self.bias is not None}{permuted}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -230,31 +302,6 @@ class LUDense(nn.Module):
                 "into an nn.Linear and convert that with LUDense.from_linear(linear)"
             )
             state_dict = {k: v for k, v in state_dict.items() if k != prefix + "weight"}
-        # P is there only for layers that have one, so a whole layer's state may bring one or take it away.
-        given = state_dict.get(prefix + "permutation")
-        if given is not None:
-            try:
-                self.permutation = _checked_permutation(given, self.in_features).to(self.lu.device, copy=True)
-            except ValueError as error:
-                error_msgs.append(f"{prefix}permutation: {error}")
-                state_dict = {k: v for k, v in state_dict.items() if k != prefix + "permutation"}
-        elif prefix + "lu" in state_dict:
-            self.permutation = None
         super()._load_from_state_dict(state_dict, prefix, *args)
         if error_msgs and prefix + "lu" in missing_keys:
             missing_keys.remove(prefix + "lu")
-
-
-def _checked_permutation(permutation: Tensor, features: int) -> Tensor:
-    if permutation.shape != (features,) or permutation.dtype.is_floating_point:
-        raise ValueError(
-            f"permutation must be {features} integers, got {permutation.dtype} of shape "
-            f"{tuple(permutation.shape)}"
-        )
-    if not permutation.is_meta:
-        expected = torch.arange(features, device=permutation.device)
-        if not bool((permutation.sort().values == expected).all()):
-            raise ValueError(
-                f"permutation must hold each of 0..{features - 1} once, got {permutation.tolist()}"
-            )
-    return permutation.to(torch.int64)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from lunet_fast import functional
 from lunet_fast.layers import reversible, small
-from lunet_fast.layers.activations import BijectiveActivation, LeakySoftplus
+from lunet_fast.layers.activations import BijectiveActivation, LeakySoftplus, is_replaced
+from lunet_fast.layers.arguments import check_tensor, checked_size
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.layers.transforms import InvertibleTransform
 from lunet_fast.ops import dispatch, reference
 from lunet_fast.ops.precision import autocast_enabled, without_autocast
-from lunet_fast.ops.reference import Slopes
-from lunet_fast.ops.values import Matrix
+from lunet_fast.ops.values import Activation, Matrix
 
 #: What ``LUNet`` keeps for backward: every layer's input, or only the result.
 MEMORY = ("saved", "reversible")
@@ -47,15 +47,18 @@ class LUNet(nn.Module):
         bias, device, dtype: as in ``LUDense``.
         memory: "saved" or "reversible", see below; the attribute of that name may be set at any time.
         permutation: the order in which each layer but the last gives its coordinates to the next: "reverse",
-            "random" (drawn here, by PyTorch's global generator), or None for their own. f then starts near
-            the product of the permutations.
+            "random" (drawn from ``structure_seed``), or None for their own. f then starts near the product of
+            the permutations.
         signs: of the diagonals of U, which training keeps: "positive"; "negative" in every layer, so that
             each layer turns its coordinates round and the activations, which are convex, bend them to
             alternate sides; "random", drawn for each coordinate of each layer. f then starts near a diagonal
             matrix of signs. As a flow on digits, "negative" is worth 0.05 bits a dimension.
+        structure_seed: what random permutations and signs are drawn from, and nothing else is, so that nets
+            made in several processes, each with a seed of its own for the weights, are of one structure.
 
     Raises:
         ValueError: features or layers below 1, or memory, permutation or signs is not one of its values.
+        TypeError: features, layers or structure_seed is not an int.
 
     Shapes: every method takes [..., D]. Cost for N rows: M times that of ``LUDense``. NaN and infinities pass
     as through ``LUDense``.
@@ -73,6 +76,10 @@ class LUNet(nn.Module):
     "reversible" computes in float32 or float64, under autocast too; bfloat16 or float16 parameters raise
     TypeError. Under ``torch.compile`` and ``torch.func``, in forward mode, and where a layer has hooks of
     its own (those of FSDP, for one) or is not a plain ``LUDense``, layers are called one by one, as "saved".
+
+    What is replaced in a layer or in its activation, a method in a subclass or on the object, is called, and
+    so are hooks on them and on all modules: then layers are called one by one too. Hooks see what PyTorch
+    shows them: the call ``layer(x)``, which is the forward pass without a log-determinant.
     """
 
     def __init__(
@@ -87,10 +94,10 @@ class LUNet(nn.Module):
         memory: str = "saved",
         permutation: str | None = None,
         signs: str = "positive",
+        structure_seed: int = 0,
     ) -> None:
         super().__init__()
-        if layers < 1:
-            raise ValueError(f"layers must be at least 1, got {layers}")
+        features, layers = checked_size("features", features), checked_size("layers", layers)
         if permutation is not None and permutation not in PERMUTATIONS:
             raise ValueError(
                 f"permutation must be one of {', '.join(PERMUTATIONS)} or None, got {permutation!r}"
@@ -101,40 +108,38 @@ class LUNet(nn.Module):
             raise ValueError(f"signs must be one of {', '.join(SIGNS)}, got {signs!r}")
         self.signs = signs
         activation = LeakySoftplus(0.1) if activation is None else activation
+        # By a generator of its own, on the CPU, whatever the net's device.
+        generator = torch.Generator("cpu").manual_seed(checked_size("structure_seed", structure_seed, 0))
+        self.structure_seed = structure_seed
+        orders: list[Tensor | None] = [None] * layers
+        if permutation == "reverse":
+            orders[:-1] = [torch.arange(features - 1, -1, -1, device="cpu") for _ in orders[:-1]]
+        elif permutation == "random":
+            orders[:-1] = [torch.randperm(features, generator=generator, device="cpu") for _ in orders[:-1]]
         own = [copy.deepcopy(activation).to(device=device, dtype=dtype) for _ in range(layers - 1)]
         self.layers = nn.ModuleList(
-            LUDense(features, bias=bias, device=device, dtype=dtype, activation=each) for each in [*own, None]
+            LUDense(features, bias=bias, device=device, dtype=dtype, activation=each, permutation=order)
+            for each, order in zip([*own, None], orders, strict=True)
         )
-        if permutation is not None:
-            for layer in self._layers()[:-1]:
-                order = torch.arange(features - 1, -1, -1)
-                order = order if permutation == "reverse" else torch.randperm(features)
-                layer.permutation = order.to(device=layer.lu.device)
+        before: BijectiveActivation | None = None
+        for layer in self._layers():
+            if signs != "positive":
+                drawn = torch.randint(2, (features,), generator=generator, device="cpu")
+                layer._start_sign = -torch.ones_like(drawn) if signs == "negative" else 2 * drawn - 1
+            layer._start_after = None if before is None else before.tangent_at_zero(features)
+            before = layer.activation
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Start near the identity: u_ii = 1/φ′(0) and b = −A φ(0)·1 after an activation, so that f(0) = 0.
 
-        With other signs, near a diagonal matrix of them; random ones are drawn anew. Learnable slopes go
-        back to where they started.
+        With other signs, near a diagonal matrix of them, those that the net was made with. Learnable slopes
+        go back to where they started. Same as ``reset_parameters`` of each layer and each activation.
         """
-        before: BijectiveActivation | None = None
         for layer in self._layers():
             layer.reset_parameters()
-            if self.signs == "negative":
-                layer.sign.neg_()
-            elif self.signs == "random":
-                layer.sign.copy_(2.0 * torch.randint(2, layer.sign.shape) - 1.0)
             if layer.activation is not None:
                 layer.activation.reset_parameters()
-            if before is not None and not layer.lu.is_meta:
-                value, slope = before.tangent_at_zero()
-                with torch.no_grad():
-                    layer.lu.copy_(layer.lu.tril(-1) + layer.lu.triu(1) / slope)
-                    layer.lu.fill_diagonal_(-math.log(slope))
-                    if layer.bias is not None:
-                        layer.bias.copy_(-value * layer.weight.sum(-1))
-            before = layer.activation
 
     def whiten(self, x: Tensor) -> None:
         """Set every A and b so that on the rows of x [..., D] each layer's h = A x + b is white.
@@ -150,8 +155,9 @@ class LUNet(nn.Module):
 
         Raises:
             ValueError: x has fewer than two rows, another last dimension than D, or values that are not
-                finite; a layer has no bias.
+                finite; a layer has no bias, or one with a parametrisation that has no ``right_inverse``.
         """
+        check_tensor("x", x)
         layers = self._layers()
         if x.dim() == 0 or x.shape[-1] != self.features:
             raise ValueError(
@@ -162,6 +168,9 @@ class LUNet(nn.Module):
             raise ValueError(f"x must have at least 2 rows, all finite, got shape {tuple(x.shape)}")
         if any(layer.bias is None for layer in layers):
             raise ValueError("whiten needs layers with a bias: make the net with bias=True")
+        for layer in layers:
+            layer._check_writable("lu")
+            layer._check_writable("bias")
         rows = rows.to(layers[0].lu.device, torch.float64)
         with torch.no_grad(), without_autocast(rows):
             for layer in layers:
@@ -201,6 +210,7 @@ class LUNet(nn.Module):
 
     def _run(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
         """f or its inverse at x, and its log-determinant if asked for: here it is decided how."""
+        check_tensor("y" if inverse else "x", x)
         if self.memory == "saved":
             layers = self._layers()
             if all(map(_is_plain, self.layers)):
@@ -210,16 +220,18 @@ class LUNet(nn.Module):
                     found = small.inverse_net(x, layers, logabsdet=logabsdet)
                     if found is not None:
                         return found
-            slopes = self._common_slopes() if dispatch.fuses_net(x) else None
-            if slopes is not None:
-                return self._run_as_one(x, slopes, inverse=inverse, logabsdet=logabsdet)
+            phi = self._common_activation() if dispatch.fuses_net(x) else None
+            if phi is not None:
+                return self._run_as_one(x, phi, inverse=inverse, logabsdet=logabsdet)
             return self._run_each(x, inverse=inverse, logabsdet=logabsdet)
         # What is computed must not depend on whether a gradient is recorded: one precision for all.
         x = self._invertible(x)
         with without_autocast(x):
             if all(map(_is_plain, self.layers)):
                 parts = [
-                    reversible.Layer(layer.lu, layer.bias, layer._slopes(), layer.sign, layer.permutation)
+                    reversible.Layer(
+                        layer._matrix(), layer._fused() or cast(BijectiveActivation, layer.activation)
+                    )
                     for layer in self._layers()
                 ]
                 if reversible.applies(x, parts):
@@ -237,9 +249,9 @@ class LUNet(nn.Module):
                 x = layer.inverse(x) if inverse else layer(x)
         return x, total
 
-    def _common_slopes(self) -> Slopes | None:
-        """The slopes of all active layers as ``functional.net`` takes them, or None if it does not take
-        these layers: what it computes, they compute."""
+    def _common_activation(self) -> Activation | None:
+        """That of all active layers as ``functional.net`` takes it, or None if it does not take these layers:
+        what it computes, they compute."""
         layers = self._layers()
         if len(layers) < 2 or not all(map(_is_plain, layers)) or layers[-1].activation is not None:
             return None
@@ -251,33 +263,28 @@ class LUNet(nn.Module):
             and (layer.bias is None) == (first.bias is None)
             for layer in layers
         )
-        slopes = [layer._slopes() for layer in layers[:-1]]
-        learnt = [each for each in slopes if isinstance(each, Tensor)]
-        if not alike or slopes[0] is None:
+        given = [layer._fused() for layer in layers[:-1]]
+        described = [phi for phi in given if phi is not None and not phi.linear]
+        if not alike or len(described) < len(given):
             return None
-        if not learnt:
-            return slopes[0] if all(each == slopes[0] for each in slopes) else None
-        same = len(learnt) == len(slopes) and all(each.shape == learnt[0].shape for each in learnt)
-        return torch.stack(learnt) if same else None
+        fixed = {phi._replace(parameters=None) for phi in described}
+        shapes = {None if phi.parameters is None else phi.parameters.shape for phi in described}
+        if len(fixed) > 1 or len(shapes) > 1:
+            return None
+        learnt = [phi.parameters for phi in described if phi.parameters is not None]
+        return described[0]._replace(parameters=torch.stack(learnt) if learnt else None)
 
     def _run_as_one(
-        self, x: Tensor, slopes: Slopes, *, inverse: bool, logabsdet: bool
+        self, x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool
     ) -> tuple[Tensor, Tensor | None]:
         """All layers in one operation, which keeps nothing between them."""
-        layers = self._layers()
-        matrix = Matrix(
-            torch.stack([layer.lu for layer in layers]),
-            torch.stack([layer.sign for layer in layers]),
-            None,
-            None if layers[0].bias is None else torch.stack([cast(Tensor, layer.bias) for layer in layers]),
-        )
-        return functional.net(
-            x, matrix, functional.activation_of(slopes), inverse=inverse, logabsdet=logabsdet
-        )
+        parts = zip(*(layer._matrix() for layer in self._layers()), strict=True)
+        stacked = [None if part[0] is None else torch.stack(part) for part in parts]
+        return functional.net(x, Matrix(*stacked), phi, inverse=inverse, logabsdet=logabsdet)  # type: ignore
 
     def _invertible(self, x: Tensor) -> Tensor:
         """x in a dtype that inversion can be trusted in; low precision from autocast is widened."""
-        dtype = next(self.parameters()).dtype
+        dtype = self._layers()[0].lu.dtype  # a replica of DataParallel has no parameters()
         if dtype not in reversible.DTYPES:
             raise TypeError(
                 f"memory='reversible' needs float32 or float64 parameters, got {dtype}, in which inversion "
@@ -310,12 +317,11 @@ class LUNet(nn.Module):
                 lower, upper = (t.double() for t in reference.factors(layer.lu, layer.sign))
                 slope = (1.0, 1.0)
                 if layer.activation is not None:
-                    a, c, kappa = layer.activation.slope_values()
-                    low, high = a, a + c
+                    slope = layer.activation.derivative_range(self.features)
                     if x is not None and x.numel():
-                        h = reference.affine(x, Matrix(layer.lu, layer.sign, layer.permutation, layer.bias))
-                        low = high = a + c * torch.sigmoid(kappa * h.double())
-                    slope = (float(low.min()), float(high.max()))
+                        h = reference.affine(x, layer._matrix())
+                        low, high = layer.activation.log_derivative(h.double()).aminmax()
+                        slope = (math.exp(low), math.exp(high))
                 report.append(LayerCondition(f"layers.{index}", _kappa_1(lower), _kappa_1(upper), *slope))
                 if x is not None:
                     x = layer(x)
@@ -355,11 +361,9 @@ class LUNet(nn.Module):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling the layer does nothing but compute an ``LUDense``."""
-    hooked = (
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
-    return isinstance(layer, LUDense) and type(layer).forward is LUDense.forward and not hooked
+    """Whether calling the layer does nothing but compute an ``LUDense``: no method of it is replaced, and
+    nothing hangs on it."""
+    return isinstance(layer, LUDense) and not is_replaced(layer, LUDense)
 
 
 def _whiten(layer: LUDense, x: Tensor) -> Tensor:
@@ -379,12 +383,14 @@ def _whiten(layer: LUDense, x: Tensor) -> Tensor:
     signs = layer.sign.to(x.dtype)
     unit_lower = signs.unsqueeze(-1) * (root / diagonal) * signs
     upper = (signs * diagonal).unsqueeze(-1) * root.mT
-    layer.lu.copy_(unit_lower.tril(-1) + upper.triu(1) + torch.diag(2.0 * diagonal.log()))
-    weight = reference.lu_weight(layer.lu.double(), layer.sign.double(), layer.permutation)
-    cast(Tensor, layer.bias).copy_(-(weight @ mean))
+    packed = unit_lower.tril(-1) + upper.triu(1) + torch.diag(2.0 * diagonal.log())
+    layer._write("lu", packed)
+    # The next layer sees what this one computes, with lu as its dtype holds it.
+    held = packed.to(layer.lu.dtype).double()
+    weight = reference.lu_weight(held, layer.sign.double(), layer.permutation)
+    layer._write("bias", -(weight @ mean))
     h = (x - mean) @ weight.mT
-    slopes = layer._slopes()
-    return h if slopes is None else reference.leaky_softplus(h, slopes)
+    return h if layer.activation is None else layer.activation(h)
 
 
 def _kappa_1(triangle: Tensor) -> float:

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lunet_fast import functional
-from lunet_fast.layers.activations import BijectiveActivation, LeakySoftplus
+from lunet_fast.layers.activations import LeakySoftplus, call
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.ops import dispatch, reference
 from lunet_fast.ops.cpu import matrix
@@ -57,10 +56,11 @@ def net(x: Tensor, layers: Sequence[LUDense], *, logabsdet: bool) -> tuple[Tenso
     Cost: 2·M·D³ flops to form the matrices and 2·M·N·D² for N rows, in about 15 + 4·M calls.
     """
     weights, logs = _matrices(layers)
-    z, total = x, logs.sum().expand(x.shape[:-1]) if logabsdet else None
+    # Written out, not expanded: the caller may add to it in place.
+    z, total = x, logs.sum() + logs.new_zeros(x.shape[:-1]) if logabsdet else None
     for layer, weight in zip(layers, weights.unbind(), strict=True):
         h = F.linear(z, weight, layer.bias)
-        z, share = _activate(h, layer.activation, logabsdet)
+        z, share = _activate(h, layer, logabsdet)
         if share is not None and total is not None:
             total = total + share
     return z, total
@@ -93,13 +93,12 @@ def inverse_net(
     inverses = matrix.inverse_of_factors(below + torch.eye(y.shape[-1], dtype=y.dtype), upper)
     if inverses is None:
         return None
-    x, total = y, -logs.sum().expand(y.shape[:-1]) if logabsdet else None
+    x, total = y, logs.new_zeros(y.shape[:-1]) - logs.sum() if logabsdet else None
     for layer, inverse in zip(reversed(layers), reversed(inverses.unbind()), strict=True):
         if layer.activation is not None:
-            slopes = layer.activation.slopes()
-            x = functional.leaky_softplus_inverse(x, slopes)
-            if total is not None:
-                total = total - reference.log_derivative_sum(x, slopes)
+            x, share = call(layer.activation, x, inverse=True, logabsdet=logabsdet)
+            if share is not None and total is not None:
+                total = total + share
         if layer.permutation is not None:
             inverse = inverse[:, layer.permutation.argsort()]
         x = F.linear(x, inverse, None if layer.bias is None else -(inverse @ layer.bias))
@@ -121,7 +120,7 @@ def stacked_net(x: Tensor, members: Sequence[Sequence[LUDense]]) -> Tensor:
         else:
             bias = torch.stack([cast(Tensor, layer.bias) for layer in column])
             h = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
-        x = _activate(h, column[0].activation, False)[0]
+        x = _activate(h, column[0], False)[0]
     return x
 
 
@@ -146,25 +145,23 @@ def _factors(layers: Sequence[LUDense]) -> tuple[Tensor, Tensor, Tensor]:
     return lu.tril(-1), lu.triu(1) + torch.diag_embed(diagonal), logs
 
 
-def _activate(
-    h: Tensor, activation: BijectiveActivation | None, logabsdet: bool
-) -> tuple[Tensor, Tensor | None]:
+def _activate(h: Tensor, layer: LUDense, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
     """(φ(h), Σ log φ′(h) over the last dimension or None)."""
+    activation, phi = layer.activation, layer._fused()
     if activation is None:
         return h, None
-    slopes = activation.slopes()
-    if not isinstance(slopes, Tensor):
-        a, c, kappa = slopes
+    if phi is None:
+        return call(activation, h, inverse=False, logabsdet=logabsdet)
+    if phi.kind == "leaky_softplus" and phi.parameters is None:
+        a, c, kappa = phi.constants
         soft = F.softplus(h, kappa, 40.0)
         if kappa == 1.0 and a + c == 1.0 and a <= 0.5:
             y = torch.lerp(soft, h, a)  # beyond, it would add a rounding of the difference
         else:
             y = torch.add(soft if c == 1.0 else soft * c, h, alpha=a)
-        return y, reference.log_derivative_sum(h, slopes) if logabsdet else None
-    if not isinstance(activation, LeakySoftplus):
-        return reference.leaky_softplus(h, slopes), (
-            reference.log_derivative_sum(h, slopes) if logabsdet else None
-        )
+        return y, reference.log_derivative_sum(h, phi.constants) if logabsdet else None
+    if type(activation) is not LeakySoftplus or "slopes" in vars(activation):
+        return reference.activation(h, phi, inverse=False, logabsdet=logabsdet)
     # α alone is learnt, where the general formulas would give a gradient to each of (a, c, κ).
     alpha = cast(Tensor, activation.alpha)
     y = torch.lerp(F.softplus(h, 1.0, 40.0), h, alpha)

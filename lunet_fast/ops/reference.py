@@ -267,40 +267,57 @@ def net(
     return x, total
 
 
-def lu_dense(x: Tensor, lu: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    """φ(A x + b), (2.1). ``options`` as in ``functional.lu_dense``, here and in the three functions below."""
-    return _lu_dense(x, lu, bias, **options)[0]
-
-
-def lu_dense_and_logabsdet(
-    x: Tensor, lu: Tensor, bias: Tensor | None = None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """(φ(A x + b), log|det J| at x)."""
-    return _lu_dense(x, lu, bias, logabsdet=True, **options)
-
-
-def lu_dense_inverse(y: Tensor, lu: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    """A⁻¹ (φ⁻¹(y) − b)."""
-    return _lu_dense(y, lu, bias, inverse=True, **options)[0]
-
-
-def lu_dense_inverse_and_logabsdet(
-    y: Tensor, lu: Tensor, bias: Tensor | None = None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """(A⁻¹ (φ⁻¹(y) − b), the log-determinant of the inverse at y)."""
-    return _lu_dense(y, lu, bias, inverse=True, logabsdet=True, **options)
-
-
-def _lu_dense(
+def lu_dense(
     x: Tensor,
     lu: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     *,
     sign: Tensor | None = None,
     permutation: Tensor | None = None,
     slopes: Slopes | None = None,
-    inverse: bool = False,
-    logabsdet: bool = False,
-) -> tuple[Tensor, Any]:
+) -> Tensor:
+    """φ(A x + b), (2.1)."""
     matrix = Matrix(lu, sign, permutation, bias)
-    return layer(x, matrix, family(slopes), inverse=inverse, logabsdet=logabsdet)
+    return layer(x, matrix, family(slopes), inverse=False, logabsdet=False)[0]
+
+
+def lu_dense_and_logabsdet(
+    x: Tensor,
+    lu: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sign: Tensor | None = None,
+    permutation: Tensor | None = None,
+    slopes: Slopes | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(φ(A x + b), log|det J| at x)."""
+    matrix = Matrix(lu, sign, permutation, bias)
+    return layer(x, matrix, family(slopes), inverse=False, logabsdet=True)  # type: ignore[return-value]
+
+
+def lu_dense_inverse(
+    y: Tensor,
+    lu: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sign: Tensor | None = None,
+    permutation: Tensor | None = None,
+    slopes: Slopes | None = None,
+) -> Tensor:
+    """A⁻¹ (φ⁻¹(y) − b)."""
+    matrix = Matrix(lu, sign, permutation, bias)
+    return layer(y, matrix, family(slopes), inverse=True, logabsdet=False)[0]
+
+
+def lu_dense_inverse_and_logabsdet(
+    y: Tensor,
+    lu: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sign: Tensor | None = None,
+    permutation: Tensor | None = None,
+    slopes: Slopes | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(A⁻¹ (φ⁻¹(y) − b), the log-determinant of the inverse at y)."""
+    matrix = Matrix(lu, sign, permutation, bias)
+    return layer(y, matrix, family(slopes), inverse=True, logabsdet=True)  # type: ignore[return-value]

@@ -5,25 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from lunet_fast.training.distributed import Workers
 from lunet_fast.training.files import RunFolder
 from lunet_fast.training.loop import CHECKPOINT_SECONDS, Curve, Phase, Progress, Stop, fit
 
 
+class Options(TypedDict, total=False):
+    """What every training function takes beside its data and settings, by keyword."""
+
+    out: Path | str | None
+    """The run folder to write; without it nothing is written."""
+    resume: bool
+    """Go on from the last checkpoint in ``out`` to the weights that the uninterrupted training would have
+    given, bit for bit on a CPU; from the beginning where there is none. A finished training is not repeated:
+    its stored result is returned, without its curve."""
+    overwrite: bool
+    """Replace another training in ``out``, which is refused otherwise. So is, in any case, a folder that
+    another process is training in."""
+    checkpoint_seconds: float
+    """Checkpoints are written at the end of each epoch, and within one this long after the last; by default
+    ``CHECKPOINT_SECONDS``."""
+    progress: Progress | None
+    """Who is told of epochs and steps."""
+    stop: Stop | None
+    """When it is asked, a checkpoint is written and :class:`~.loop.Interrupted` raised."""
+
+
 class Run:
     """One training: its run folder, its processes, who is told of it and who may stop it.
 
-    ``out`` is the run folder, prepared here; process 0 alone has one, and none does without ``out``. The
-    arguments are those of the training functions, :func:`lunet_fast.recsys.model.training.train` and others.
+    The arguments are :class:`Options`. ``out`` is prepared here; process 0 alone has a folder.
     """
 
     def __init__(
         self,
-        out: Path | str | None = None,
         workers: Workers | None = None,
         *,
+        out: Path | str | None = None,
         resume: bool = False,
         overwrite: bool = False,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,

@@ -1,11 +1,11 @@
 """What settings and files may hold, declared once and checked by pydantic before anything is built from it.
 
-:class:`Settings` is the base of configurations, :class:`Header` that of the headers of files: types, bounds and
-choices of a field are its annotation, its docstring is its description, and both are in its JSON Schema.
+:class:`Settings` is the base of configurations, :class:`Header` that of the headers of files: types, bounds
+and choices of a field are its annotation, its docstring is its description, and both are in its JSON Schema.
 
 A file of :mod:`~lunet_fast.training.files` is safetensors: eight bytes with the length of a JSON object, that
-object (names, dtypes, shapes and places of the tensors), the tensors. Under ``__metadata__`` it has the one key
-``lunet_fast``, a string of JSON: the *header*.
+object (names, dtypes, shapes and places of the tensors), the tensors. Under ``__metadata__`` it has the one
+key ``lunet_fast``, a string of JSON: the *header*.
 
 Version 2 of the format has ``sha256`` in the header: the digest of the rest of the header, as JSON with
 sorted keys and no white space, followed by, for each tensor in the order of their names, the JSON array

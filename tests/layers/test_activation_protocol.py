@@ -1,7 +1,7 @@
 """Every activation, the library's and one that is defined here, through all that takes an activation.
 
-An activation of a user's own is the class ``SinhArcsinh`` below. Another of the library's is one more entry of
-``ACTIVATIONS``.
+An activation of a user's own is the class ``SinhArcsinh`` below. Another of the library's is one more entry
+of ``ACTIVATIONS``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ D = 5
 
 
 class SinhArcsinh(BijectiveActivation):
-    """φ(x) = sinh(δ·asinh(x) + ε), of Jones and Pewsey (2009), with δ = eᵗ and ε learnt for each coordinate."""
+    """φ(x) = sinh(δ·asinh(x) + ε), of Jones and Pewsey (2009), with δ = eᵗ and ε learnt for each
+    coordinate."""
 
     def __init__(self, features: int) -> None:
         super().__init__()

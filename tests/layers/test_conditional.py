@@ -127,3 +127,53 @@ def test_gradients() -> None:
         return conditional.given(context).forward_and_logabsdet(x)
 
     assert torch.autograd.gradcheck(both, (x, context))
+
+
+@pytest.mark.parametrize("method", ["forward_and_logabsdet", "inverse_and_logabsdet"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_log_determinant_may_be_added_to_in_place(method: str, layers: int) -> None:
+    conditional = ConditionalLUNet(LUNet(4, layers), 2)
+    for context in (torch.randn(2), torch.randn(7, 2)):
+        logabsdet = getattr(conditional.given(context), method)(torch.randn(7, 4))[1]
+        expected = logabsdet + torch.arange(7.0)
+        logabsdet += torch.arange(7.0)
+        torch.testing.assert_close(logabsdet, expected)
+
+
+def test_a_reset_starts_at_the_net_in_any_order() -> None:
+    with torch.device("meta"):
+        conditional = ConditionalLUNet(LUNet(4, 3, signs="random", permutation="random"), 2)
+    conditional.to_empty(device="cpu")
+    for module in conditional.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    x = torch.randn(6, 4)
+    torch.testing.assert_close(conditional.given(torch.randn(6, 2))(x), conditional.net(x))
+
+
+def test_replaced_methods_are_called_or_refused() -> None:
+    conditional = ConditionalLUNet(LUNet(4, 2), 2)
+    given, x = conditional.given(torch.randn(2)), torch.randn(6, 4)
+    plain, seen = given(x), []
+    activation = conditional.net.layers[0].activation
+    activation.register_forward_hook(lambda module, inputs, result: seen.append(1))
+    torch.testing.assert_close(given(x), plain)
+    assert seen == [1]
+    layer = conditional.net.layers[1]
+    layer.forward = lambda x: 2.0 * x
+    with pytest.raises(TypeError, match=r"layers.1 has a method of its own"):
+        given(x)
+
+
+def test_wrong_arguments() -> None:
+    for conditioner in (2.0, "2", None):
+        with pytest.raises(
+            TypeError, match="conditioner, a module or the number of context features, must be an int"
+        ):
+            ConditionalLUNet(LUNet(4, 2), conditioner)
+    with pytest.raises(ValueError, match="conditioner, .* must be at least 1, got 0"):
+        ConditionalLUNet(LUNet(4, 2), 0)
+    with pytest.raises(TypeError, match="net must be an LUNet, got Linear"):
+        ConditionalLUNet(nn.Linear(4, 4), 2)
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got numpy"):
+        ConditionalLUNet(LUNet(4, 2), 2).given(torch.randn(2))(torch.zeros(2, 4).numpy())

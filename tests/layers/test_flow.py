@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import pytest
 import torch
 import truth
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import (
     ComposeTransform,
     Independent,
@@ -17,9 +19,19 @@ from torch.distributions import (
     Transform,
     TransformedDistribution,
     constraints,
+    kl_divergence,
 )
 
-from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUFlow, LUNet, NormalMixture
+from lunet_fast import (
+    ConditionalLUNet,
+    GeneralizedLeakySoftplus,
+    LeakySoftplus,
+    LUDense,
+    LUFlow,
+    LUNet,
+    NormalMixture,
+    StandardNormal,
+)
 
 
 def make(d: int, layers: int, seed: int = 0, dtype: torch.dtype = torch.float64, **scales: float) -> LUNet:
@@ -416,3 +428,220 @@ def test_our_flow_with_zukos_coupling_before_it() -> None:
     y, share = coupling.call_and_ladj(x)
     torch.testing.assert_close(both.log_prob(x), flow.log_prob(y) + share, rtol=1e-9, atol=1e-9)
     assert both.sample((4,)).shape == (4, 3)
+
+
+# ---- bases of all habits
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def test_a_base_of_other_events_is_refused() -> None:
+    net = LUNet(4, 2)
+    wrong = {
+        "event_shape \\[\\] and batch_shape \\[4\\]: use Independent\\(base, 1\\)": Normal(
+            torch.zeros(4), torch.ones(4)
+        ),
+        "use Independent\\(base.expand\\(\\[4\\]\\), 1\\)": Normal(0.0, 1.0),
+        "give a distribution of vectors \\[4\\]": MultivariateNormal(torch.zeros(3), torch.eye(3)),
+        "event_shape \\[4\\] and batch_shape \\[2\\]": Independent(Normal(torch.zeros(2, 4), 1.0), 1),
+    }
+    for message, base in wrong.items():
+        with pytest.raises(ValueError, match=f"base must have event_shape .*{message}"):
+            LUFlow(net, base)
+    base = Independent(Normal(torch.zeros(4), torch.ones(4)), 1)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(LUFlow(net, base).log_prob(x), LUFlow(net).log_prob(x))
+
+
+class Bare(nn.Module):
+    """A base that says nothing of its shapes, with a log-probability a coordinate."""
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return Normal(0.0, 1.0).log_prob(z)
+
+    def sample(self, shape: torch.Size) -> Tensor:
+        return torch.randn(shape)
+
+
+def test_a_base_whose_results_have_other_shapes_is_refused() -> None:
+    flow = LUFlow(LUNet(4, 2), Bare())
+    for x in (torch.randn(4), torch.randn(64, 4), torch.randn(4, 4)):
+        with pytest.raises(
+            ValueError, match=r"base must give one log-probability a row.*Independent\(base, 1\)"
+        ):
+            flow.log_prob(x)
+    for n in ((), 3, (4,)):
+        with pytest.raises(ValueError, match=r"base must draw vectors \[4\]"):
+            flow.sample(n)
+
+
+@pytest.mark.parametrize("base", [StandardNormal(3), NormalMixture(3, 2)])
+def test_our_bases_take_a_number_or_a_shape(base: Any) -> None:
+    torch.manual_seed(0)
+    one = base.sample(7)
+    torch.manual_seed(0)
+    assert torch.equal(one, base.sample((7,)))
+    assert base.sample().shape == (3,)
+    assert base.sample([2, 0]).shape == (2, 0, 3)
+
+
+class Counting(nn.Module):
+    """Draws by number alone, as nflows and normflows do."""
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return Independent(Normal(torch.zeros(3), 1.0), 1).log_prob(z)
+
+    def sample(self, num_samples: int) -> Tensor:
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise TypeError("Number of samples must be a positive integer.")
+        return torch.randn(num_samples, 3)
+
+
+def counting_bases() -> list[Any]:
+    bases: list[Any] = [Counting()]
+    with contextlib.suppress(ImportError):
+        from nflows.distributions.normal import StandardNormal as OfNflows
+
+        bases.append(OfNflows([3]))
+    with contextlib.suppress(ImportError):
+        from normflows.distributions import DiagGaussian
+
+        bases.append(DiagGaussian(3))
+    return bases
+
+
+@pytest.mark.parametrize("base", counting_bases(), ids=lambda base: type(base).__module__.split(".")[0])
+def test_bases_that_draw_by_number(base: Any) -> None:
+    flow = LUFlow(LUNet(3, 2), base)
+    for n, shape in (((), ()), (5, (5,)), ((2, 3), (2, 3)), (0, (0,))):
+        assert flow.sample(n).shape == (*shape, 3)
+    x, log_prob = flow.sample_and_log_prob(6)
+    torch.testing.assert_close(log_prob, flow.log_prob(x), rtol=1e-4, atol=1e-4)
+
+
+def test_numbers_of_draws_are_checked() -> None:
+    flow = LUFlow(LUNet(3, 2))
+    for draw in (flow.sample, flow.rsample, flow.base.sample, NormalMixture(3, 2).sample):
+        with pytest.raises(ValueError, match="n, the number of draws, must be at least 0, got -1"):
+            draw(-1)
+        with pytest.raises(TypeError, match="n, the number of draws, must be an int, got 10.0"):
+            draw(10.0)
+        with pytest.raises(TypeError, match="must be an int, got '7'"):
+            draw("7")
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got numpy.ndarray; use torch.from_numpy"):
+        flow.log_prob(torch.zeros(2, 3).numpy())
+    for make_base in (StandardNormal, lambda features: NormalMixture(features, 2)):
+        with pytest.raises(TypeError, match="features must be an int, got 3.0"):
+            make_base(3.0)
+
+
+class Fixed:
+    """Of one dtype: it has products, which do not promote as sums do."""
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return -(z @ torch.eye(3)).square().sum(-1)
+
+    def sample(self, shape: torch.Size) -> Tensor:
+        return torch.randn(*shape, 3)
+
+
+def test_a_base_that_does_not_follow_says_so() -> None:
+    flow = LUFlow(LUNet(3, 2), MultivariateNormal(torch.zeros(3), torch.eye(3))).double()
+    message = (
+        r"base draws torch.float32 on cpu and the net computes in torch.float64.*MultivariateNormal did not"
+    )
+    for call in (flow.sample, flow.rsample):
+        with pytest.raises(TypeError, match=message):
+            call(2)
+    flow = LUFlow(LUNet(3, 2), Fixed()).double()
+    with pytest.raises(TypeError, match=message.replace("MultivariateNormal", "Fixed")):
+        flow.log_prob(normal(2, 3))
+    flow = LUFlow(LUNet(3, 2), NormalMixture(3, 2)).double()
+    assert flow.sample(2).dtype == torch.float64
+
+
+def test_a_flow_made_on_meta_and_loaded_by_assignment() -> None:
+    source = LUFlow(LUNet(4, 2))
+    for materialise in (lambda flow: flow, lambda flow: flow.to("cpu"), lambda flow: flow.double()):
+        with torch.device("meta"):
+            flow = LUFlow(LUNet(4, 2))
+        flow.load_state_dict(source.state_dict(), assign=True)
+        flow = materialise(flow)
+        drawn = flow.sample(3)
+        assert drawn.device.type == "cpu"
+        assert bool(flow.log_prob(drawn).isfinite().all())
+
+
+# ---- reparametrised draws
+
+
+def affine_flow(base: Any = None) -> LUFlow:
+    return LUFlow(make(3, 1), base)
+
+
+@pytest.mark.parametrize("of", ["standard", "torch"])
+def test_reverse_kl_has_the_gradient_of_its_closed_form(of: str) -> None:
+    """One linear layer draws N(μ, Σ), x = A⁻¹(z − b), whose divergence from a Gaussian is known."""
+    torch.manual_seed(0)
+    location, scale = normal(3).requires_grad_(), (0.5 + normal(3).abs()).requires_grad_()
+    base = None if of == "standard" else Independent(Normal(location, scale), 1)
+    flow = affine_flow(base)
+    layer = flow.net.layers[0]
+    target = MultivariateNormal(torch.ones(3, dtype=torch.float64), 0.5 * torch.eye(3, dtype=torch.float64))
+    parameters = [layer.lu, layer.bias, *(() if base is None else (location, scale))]
+    inverse = torch.linalg.inv(layer.weight)
+    mean, root = (0.0, inverse) if base is None else (location, inverse * scale)
+    drawn = MultivariateNormal(inverse @ (mean - layer.bias), root @ root.T)
+    expected = torch.autograd.grad(kl_divergence(drawn, target), parameters)
+    x, log_prob = flow.rsample_and_log_prob(200_000)
+    found = torch.autograd.grad((log_prob - target.log_prob(x)).mean(), parameters)
+    for one, other in zip(found, expected, strict=True):
+        # The mean over draws, each of which is off by about the size of x.
+        assert float((one - other).norm()) < 0.02 * float(1.0 + other.norm())
+    torch.testing.assert_close(log_prob, flow.log_prob(x), rtol=1e-9, atol=1e-9)
+
+
+def test_reparametrised_draws_are_those_of_sample() -> None:
+    for flow in (LUFlow(make(3, 3)), LUFlow(make(3, 2), Independent(Normal(normal(3), 1.0), 1))):
+        for n in ((), 5, (2, 4)):
+            torch.manual_seed(0)
+            expected = flow.sample(n)
+            torch.manual_seed(0)
+            found = flow.rsample(n)
+            torch.testing.assert_close(found, expected)
+            assert found.requires_grad
+            assert not expected.requires_grad
+
+
+def test_a_gradient_of_a_draw() -> None:
+    flow = LUFlow(make(3, 3))
+
+    def draw(*parameters: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        x, log_prob = flow.rsample_and_log_prob(2)
+        return torch.cat([x, log_prob.unsqueeze(-1)], -1)
+
+    assert torch.autograd.gradcheck(draw, tuple(flow.parameters()))
+
+
+def test_bases_without_differentiable_draws_are_refused() -> None:
+    mixture = NormalMixture(3, 2, dtype=torch.float64)
+    for base in (mixture, mixture.as_distribution(), Counting()):
+        flow = LUFlow(make(3, 2), base)
+        for call in (flow.rsample, flow.rsample_and_log_prob):
+            with pytest.raises(
+                NotImplementedError, match=f"base must have rsample, and {type(base).__name__}"
+            ):
+                call(4)
+
+
+def test_reparametrised_draws_given_a_context() -> None:
+    net = ConditionalLUNet(make(3, 2), 2)
+    torch.nn.init.normal_(net.conditioner.weight, std=0.3)
+    flow, context = LUFlow(net), normal(5, 2).requires_grad_()
+    x, log_prob = flow.rsample_and_log_prob((), context)
+    assert x.shape == (5, 3)
+    torch.testing.assert_close(log_prob, flow.log_prob(x, context))
+    assert all(bool(g.any()) for g in torch.autograd.grad(log_prob.sum(), [context, net.conditioner.weight]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ import truth
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense
+from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUNet, functional
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module | None]] = {
     "none": lambda: None,
@@ -809,3 +813,305 @@ def test_inverse_of_many_rows_by_either_way(rows: int) -> None:
     with torch.no_grad():
         found, truth = layer.inverse(y).double(), wide.inverse(y.double())
     assert (found - truth).norm() <= 1e-5 * truth.norm()
+
+
+# ---- structure: signs and permutation under averages, moves and meta
+
+
+def structured(seed: int = 0) -> LUDense:
+    return make(9, "leaky", seed=seed, dtype=torch.float32)
+
+
+def same(a: LUDense, b: LUDense) -> bool:
+    return torch.equal(a.sign, b.sign) and torch.equal(a.permutation, b.permutation)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.95, 0.999, 0.9999])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_averaged_weights_keep_the_structure(decay: float, compiled: bool) -> None:
+    layer, x = structured(), normal(4, 9, dtype=torch.float32)
+    torch.compiler.reset()
+    model = torch.compile(layer, backend="eager") if compiled else layer
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    for _ in range(25):
+        averaged.update_parameters(model)
+    found = averaged(x)  # where compiled, nothing of the layer's own is called before
+    assert torch.equal(found, layer(x))
+    made = averaged.module._orig_mod if compiled else averaged.module
+    assert same(made, layer)
+    torch.testing.assert_close(made.inverse(found), x, rtol=1e-4, atol=1e-4)
+    assert torch.equal(
+        averaged.state_dict()["module." + ("_orig_mod." if compiled else "") + "sign"], layer.sign
+    )
+
+
+@pytest.mark.parametrize("first", ["state_dict", "to", "deepcopy", "pickle"])
+def test_what_an_average_left_is_put_right_wherever_it_is_seen_first(first: str) -> None:
+    layer = structured()
+    averaged = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(5):
+        averaged.update_parameters(layer)
+    made = averaged.module
+    assert not torch.equal(dict(made.named_buffers())["permutation"], layer.permutation)  # it does harm
+    if first == "state_dict":
+        fresh = LUDense(9, activation=LeakySoftplus(0.1))
+        fresh.load_state_dict(made.state_dict())
+        made = fresh
+    elif first == "to":
+        made = made.double().float()
+    elif first == "deepcopy":
+        made = copy.deepcopy(made)
+    else:
+        file = io.BytesIO()
+        torch.save(made, file)
+        file.seek(0)
+        made = torch.load(file, weights_only=False)
+    assert same(made, layer)
+
+
+def test_an_average_of_layers_of_other_structure_raises() -> None:
+    layer, other = structured(), structured(1)
+    for name in ("sign", "permutation"):
+        averaged = AveragedModel(layer, use_buffers=True)
+        averaged.update_parameters(layer)
+        mixed = structured()
+        setattr(mixed, name, getattr(other, name).clone())
+        averaged.update_parameters(mixed)
+        for use in (lambda made: made(torch.zeros(2, 9)), lambda made: made.state_dict()):
+            with pytest.raises(ValueError, match=f"{name} must hold .*average nets of one structure"):
+                use(averaged.module)
+    # Without buffers in the average they are copied, and are those of the layer that came last.
+    averaged = AveragedModel(layer)
+    averaged.update_parameters(layer)
+    averaged.update_parameters(other)
+    assert same(averaged.module, other)
+
+
+def test_merged_state_dicts() -> None:
+    layer, x = structured(), normal(3, 9, dtype=torch.float32)
+    states = [layer.state_dict(), copy.deepcopy(layer).state_dict(), layer.state_dict()]
+    merged = {name: sum(state[name] for state in states) / 3 for name in states[0]}
+    assert merged["permutation"].is_floating_point()
+    fresh = LUDense(9, activation=LeakySoftplus(0.1))
+    fresh.load_state_dict(merged)
+    assert same(fresh, layer)
+    assert fresh.permutation.dtype == torch.int64
+    torch.testing.assert_close(fresh(x), layer(x))
+    states[1] = structured(1).state_dict()
+    merged = {name: sum(state[name] for state in states) / 3 for name in states[0]}
+    with pytest.raises(RuntimeError, match=r"sign must hold 9 signs[^$]*permutation must hold each of"):
+        fresh.load_state_dict(merged)
+    assert same(fresh, layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_structure_survives_dtypes(dtype: torch.dtype) -> None:
+    layer = LUDense(
+        5000, device="meta", permutation=torch.arange(4999, -1, -1)
+    )  # no dtype of 16 bits holds 4999
+    layer.to_empty(device="cpu").to(dtype)
+    assert layer.sign.dtype == dtype
+    assert layer.permutation.tolist() == list(range(4999, -1, -1))
+
+
+def test_signs_and_a_permutation_that_are_written_are_the_layers_own() -> None:
+    layer, other, x = structured(), structured(1), normal(3, 9, dtype=torch.float32)
+    layer.load_state_dict({"lu": other.lu, "bias": other.bias}, strict=False)
+    with torch.no_grad():
+        layer.sign.copy_(other.sign)
+    layer.permutation = other.permutation.clone()
+    assert torch.equal(layer(x), other(x))
+    assert same(layer.double(), other.double())  # not only in its buffers
+    layer.permutation = None
+    assert layer.float().permutation is None
+    layer.permutation = torch.zeros(9, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"permutation must hold each of 0..8 once, got \[0, 0"):
+        layer(x)
+    layer = structured()
+    layer.sign[0] = math.nan
+    with pytest.raises(ValueError, match="sign must hold 9 signs, 1 and -1, got .*nan"):
+        layer(x)
+
+
+def test_buffers_broadcast_by_hand_are_followed() -> None:
+    layer, other = structured(), structured(1)
+    for mine, theirs in zip(layer.buffers(), other.buffers(), strict=True):
+        mine.data.copy_(theirs)  # as dist.broadcast, not counted as a write by PyTorch
+    assert same(layer, other)
+    assert same(layer.double(), other.double())
+
+
+@pytest.mark.parametrize("where", ["made on meta", "moved to meta"])
+def test_to_empty_keeps_the_structure(where: str) -> None:
+    layer = structured()
+    permutation, sign = layer.permutation.clone(), layer.sign.clone()
+    if where == "made on meta":
+        with torch.device("meta"):
+            layer = LUDense(9, permutation=permutation)
+        sign = torch.ones(9)
+    else:
+        layer.to("meta")
+    assert layer.permutation.is_meta
+    layer.to_empty(device="cpu")
+    assert torch.equal(layer.permutation, permutation)
+    assert torch.equal(layer.sign, sign)
+    layer.reset_parameters()
+    assert torch.equal(layer.permutation, permutation)
+    y = layer(normal(4, 9, dtype=torch.float32))
+    assert bool(y.isfinite().all())
+
+
+def test_memory_put_in_place_of_a_buffer_is_filled_by_reset_parameters() -> None:
+    layer = structured()
+    permutation = layer.permutation.clone()
+    layer._buffers["permutation"] = torch.empty(9, dtype=torch.int64)  # as loaders do, without to_empty
+    layer._buffers["sign"] = torch.empty(9)
+    layer.reset_parameters()
+    assert torch.equal(layer.permutation, permutation)
+    assert torch.equal(layer.sign, torch.ones(9))
+
+
+def test_functional_calls_take_the_structure_that_is_given() -> None:
+    layers, x = [structured(seed) for seed in range(3)], normal(5, 9, dtype=torch.float32)
+    for layer in layers:
+        layer.permutation = None
+    parameters, buffers = stack_module_state(layers)
+    base = copy.deepcopy(layers[0]).to("meta")
+    found = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(parameters, buffers)
+    torch.testing.assert_close(found, torch.stack([layer(x) for layer in layers]))
+    one, other = structured(), structured(1)
+    torch.testing.assert_close(functional_call(one, other.state_dict(), (x,)), other(x))
+    assert torch.equal(one(x), structured()(x))
+
+
+# ---- writes to the weight
+
+
+def init_by(name: str) -> Callable[[Tensor], object]:
+    return lambda weight: getattr(nn.init, name)(weight)
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    **{
+        name: init_by(name)
+        for name in ("xavier_uniform_", "kaiming_normal_", "zeros_", "eye_", "orthogonal_")
+    },
+    "normal_": lambda w: w.normal_(),
+    ".data.normal_": lambda w: w.data.normal_(),
+    ".data = ": lambda w: setattr(w, "data", torch.eye(4)),
+    ".detach().copy_": lambda w: w.detach().copy_(torch.eye(4)),
+    "copy_": lambda w: w.copy_(torch.eye(4)),
+    "a row": lambda w: w[0].fill_(0.0),
+    "a part": lambda w: w.T.chunk(2)[1].zero_(),
+    "an index": lambda w: w.__setitem__((0, 0), 1.0),
+    "+=": lambda w: w.__iadd__(1.0),
+    "out=": lambda w: torch.add(torch.eye(4), 1.0, out=w),
+    "_foreach": lambda w: torch._foreach_mul_([w], 2.0),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_to_the_weight_raises(write: str) -> None:
+    layer = LUDense(4)
+    before = layer.lu.detach().clone()
+    for weight in (layer.weight, layer.requires_grad_(False).weight):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"LUDense\.from_linear"):
+            WRITES[write](weight)
+    assert torch.equal(layer.lu, before)
+
+
+def test_the_weight_takes_part_in_computations() -> None:
+    layer, x = structured(), normal(5, 9, dtype=torch.float32)
+    weight = layer.weight
+    assert {type(each) for each in (weight @ x.T, weight + 1.0, weight.clone())} == {Tensor}
+    h = x @ weight.T + layer.bias
+    torch.testing.assert_close(h, layer.activation.inverse(layer(x)), rtol=1e-4, atol=1e-4)
+    (found,) = torch.autograd.grad((layer.weight @ x.T).square().sum(), layer.lu)
+    lu = layer.lu.detach().clone().requires_grad_()
+    plain = functional.lu_weight(lu, layer.sign, layer.permutation)
+    torch.testing.assert_close(found, torch.autograd.grad((plain @ x.T).square().sum(), lu)[0])
+    kept = layer.weight.clone()
+    kept.detach().zero_()  # one's own
+    linear = nn.Linear(9, 9)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+    torch.testing.assert_close(linear.weight, weight)
+    assert weight.detach().numpy().shape == (9, 9)
+    file = io.BytesIO()
+    torch.save(weight.detach(), file)
+    file.seek(0)
+    assert torch.equal(torch.load(file), weight)
+    assert type(copy.deepcopy(weight.detach())) is Tensor
+    assert torch.compile(lambda w: w @ x.T, backend="eager")(layer.weight).shape == (9, 5)
+
+
+# ---- what somebody replaced
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("how", ["instance", "subclass"])
+def test_an_activations_own_methods_are_called(method: str, how: str) -> None:
+    activation = LeakySoftplus(0.3)
+    seen = []
+
+    def mine(self: nn.Module, x: Tensor) -> object:
+        seen.append(method)
+        return getattr(LeakySoftplus, method)(self, x)
+
+    if how == "instance":
+        setattr(activation, method, partial(mine, activation))
+    else:
+        activation = type("Mine", (LeakySoftplus,), {method: mine})(0.3)
+    layer = LUDense(5, activation=activation)
+    plain = LUDense(5, activation=LeakySoftplus(0.3))
+    plain.load_state_dict(layer.state_dict())
+    x = normal(6, 5, dtype=torch.float32)
+    torch.testing.assert_close(getattr(layer, method)(x), getattr(plain, method)(x))
+    assert seen == [method]
+
+
+def test_hooks_on_an_activation_are_called() -> None:
+    layer, seen = LUDense(5, activation=LeakySoftplus(0.3, learnable=True)), []
+    activation, x = layer.activation, normal(6, 5, dtype=torch.float32)
+    plain = layer(x)
+    hooks = [
+        activation.register_forward_pre_hook(lambda m, a: seen.append("pre")),
+        activation.register_forward_hook(lambda m, a, kw, y: seen.append("kwargs"), with_kwargs=True),
+        activation.register_forward_hook(lambda m, a, y: 2.0 * y),
+        activation.register_full_backward_pre_hook(lambda m, g: seen.append("backward pre")),
+        activation.register_full_backward_hook(lambda m, g, h: seen.append("backward")),
+    ]
+    found = layer(x)
+    torch.testing.assert_close(found, 2.0 * plain)
+    found.sum().backward()
+    assert seen == ["pre", "kwargs", "backward pre", "backward"]
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(layer(x), plain)
+
+
+def test_arguments_that_are_no_tensors_or_sizes() -> None:
+    jagged = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
+    for method in METHODS:
+        name = "y" if "inverse" in method else "x"
+        for module in (LUDense(4), LeakySoftplus(0.3), LUNet(4, 2)):
+            with pytest.raises(
+                TypeError, match=rf"{name} must be a torch.Tensor, got numpy.ndarray; use torch.from"
+            ):
+                getattr(module, method)(torch.zeros(2, 4).numpy())
+            with pytest.raises(TypeError, match=f"{name} is a nested tensor"):
+                getattr(module, method)(jagged)
+    cases = {
+        "in_features must be an int, got 4.0": lambda: LUDense(4.0),
+        "layers must be an int, got 2.0": lambda: LUNet(4, 2.0),
+        "features must be an int, got '4'": lambda: LUNet("4", 2),
+        "features must be an int, got 2.5": lambda: LeakySoftplus(0.1, True, 2.5),
+        "dtype is torch.complex64": lambda: LUDense(4, dtype=torch.complex64),
+        "linear.weight is torch.complex64": lambda: LUDense.from_linear(
+            nn.Linear(4, 4, dtype=torch.complex64)
+        ),
+        "dtype is torch.int64": lambda: LUDense(4, dtype=torch.int64),
+    }
+    for message, call in cases.items():
+        with pytest.raises(TypeError, match=message):
+            call()

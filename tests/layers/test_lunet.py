@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import truth
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize
 
 from lunet_fast import ConditionWarning, GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUNet
 
@@ -519,3 +526,281 @@ def test_whiten_refuses() -> None:
         net.whiten(torch.zeros(5, 4))
     with pytest.raises(ValueError, match="bias=True"):
         LUNet(3, 2, bias=False).whiten(torch.randn(5, 3))
+
+
+# ---- structure and starts
+
+
+@pytest.mark.parametrize("options", [{"permutation": "random"}, {"signs": "random"}])
+def test_random_structure_is_drawn_from_its_own_seed(options: dict[str, str]) -> None:
+    made = []
+    for seed in (0, 1):  # seed + rank, as trainers do
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        with torch.device("meta" if seed else "cpu"):
+            made.append(LUNet(8, 4, **options).to_empty(device="cpu"))
+        made[-1].reset_parameters()
+        assert seed or not torch.equal(torch.get_rng_state(), before)
+    one, two = (state_of_structure(net) for net in made)
+    assert one == two
+    assert len(set(one)) > 1  # each layer its own
+    other = LUNet(8, 4, **options, structure_seed=1)
+    assert state_of_structure(other) != one
+    made[0].reset_parameters()
+    assert state_of_structure(made[0]) == one
+    with pytest.raises(TypeError, match="structure_seed must be an int"):
+        LUNet(3, 2, structure_seed=0.5)
+
+
+def state_of_structure(net: LUNet) -> list[tuple[tuple[float, ...], tuple[int, ...] | None]]:
+    return [
+        (
+            tuple(layer.sign.tolist()),
+            None if layer.permutation is None else tuple(layer.permutation.tolist()),
+        )
+        for layer in net.layers
+    ]
+
+
+@pytest.mark.parametrize("order", ["modules", "children first", "layers", "net"])
+def test_a_start_on_meta_is_the_start_of_a_net(order: str) -> None:
+    options = {"permutation": "random", "signs": "random"}
+    torch.manual_seed(0)
+    whole = LUNet(7, 3, LeakySoftplus(0.3, learnable=True), **options)
+    with torch.device("meta"):
+        net = LUNet(7, 3, LeakySoftplus(0.3, learnable=True), **options)
+    net.to_empty(device="cpu")
+    modules = list(net.modules())
+    if order == "children first":
+        modules.reverse()
+    elif order == "layers":
+        modules = [m for m in modules if not isinstance(m, LUNet)]
+    elif order == "net":
+        modules = [net]
+    for module in modules:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert state_of_structure(net) == state_of_structure(whole)
+    for name, value in net.named_parameters():
+        assert bool(value.isfinite().all()), name
+    for layer, like in zip(net.layers, whole.layers, strict=True):
+        torch.testing.assert_close(layer.lu.diagonal(), like.lu.diagonal())
+    zero = torch.zeros(7)
+    torch.testing.assert_close(net(zero), zero, rtol=0, atol=1e-6)
+    x = normal(5, 7, dtype=torch.float32)
+    torch.testing.assert_close(net.inverse(net(x)), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory", ["saved", "reversible"])
+def test_replicas_of_data_parallel(memory: str) -> None:
+    def replica(module: nn.Module) -> nn.Module:  # what torch.nn.parallel.replicate makes
+        made = module._replicate_for_data_parallel()
+        for name, child in module._modules.items():
+            if child is not None:
+                setattr(made, name, replica(child))
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(made, name, parameter.clone())
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                setattr(made, name, buffer.clone())
+        return made
+
+    net = LUNet(6, 3, memory=memory, permutation="random", signs="random")
+    x = normal(5, 6, dtype=torch.float32)
+    for method in ("forward", "inverse"):
+        found = getattr(replica(net), method)(x)
+        torch.testing.assert_close(found, getattr(net, method)(x))
+    found.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+# ---- what somebody replaced
+
+
+@pytest.mark.parametrize("memory", ["saved", "reversible"])
+@pytest.mark.parametrize("what", ["layer", "activation", "class"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_replaced_in_a_layer_is_called(method: str, what: str, memory: str) -> None:
+    plain = LUNet(6, 3, memory=memory)
+    net = copy.deepcopy(plain)
+    seen = []
+    target = net.layers[1].activation if what == "activation" else net.layers[1]
+    original = getattr(type(target), method)
+
+    def mine(self: nn.Module, x: Tensor) -> object:
+        seen.append(method)
+        result = original(self, x)
+        return (2.0 * result[0], *result[1:]) if isinstance(result, tuple) else 2.0 * result
+
+    if what == "class":
+        target.__class__ = type("Mine", (LUDense,), {method: mine})
+    else:
+        setattr(target, method, functools.partial(mine, target))
+    x = normal(9, 6, dtype=torch.float32)
+    found, expected = (getattr(each, method)(x) for each in (net, plain))
+    found, expected = (each[0] if isinstance(each, tuple) else each for each in (found, expected))
+    assert seen == [method]
+    assert not torch.allclose(found, expected)
+    for other in METHODS:
+        if other != method:
+            torch.testing.assert_close(getattr(net, other)(x), getattr(plain, other)(x))
+    assert seen == [method]
+
+
+@pytest.mark.parametrize("memory", ["saved", "reversible"])
+def test_hooks_on_all_modules_see_layers_and_activations(memory: str) -> None:
+    net, seen = LUNet(6, 3, memory=memory), []
+    x = normal(9, 6, dtype=torch.float32).requires_grad_()
+    plain = net(x)
+    hooks = [
+        nn.modules.module.register_module_forward_hook(lambda m, a, y: seen.append(type(m).__name__)),
+        nn.modules.module.register_module_full_backward_hook(lambda m, g, h: seen.append("backward")),
+    ]
+    try:
+        found = net(x)
+        found.sum().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    torch.testing.assert_close(found, plain)
+    assert [name for name in seen if name != "backward"] == ["LeakySoftplus", "LUDense"] * 2 + [
+        "LUDense",
+        "LUNet",
+    ]
+    assert seen.count("backward") == 6
+
+
+def test_another_slope_of_a_subclass_is_taken() -> None:
+    class Half(LeakySoftplus):
+        def slopes(self) -> Tensor:
+            return torch.stack([0.5 * self.alpha, 1.0 - self.alpha, torch.ones_like(self.alpha)])
+
+    net = LUNet(6, 2, Half(0.4, learnable=True))
+    x = normal(9, 6, dtype=torch.float32)
+    one, last = net.layers
+    torch.testing.assert_close(net(x), last(one(x)))
+
+
+def test_offloaded_by_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    net = LUNet(6, 3, LeakySoftplus(0.2, learnable=True), permutation="random", signs="random")
+    x = normal(4, 6, dtype=torch.float32)
+    expected = net(x)
+    for offload_buffers in (False, True):
+        made = accelerate.cpu_offload(copy.deepcopy(net), "cpu", offload_buffers=offload_buffers)
+        torch.testing.assert_close(made(x), expected)
+
+
+class Doubled(nn.Module):
+    def forward(self, t: Tensor) -> Tensor:
+        return 2.0 * t
+
+
+class Halved(Doubled):
+    def right_inverse(self, t: Tensor) -> Tensor:
+        return 0.5 * t
+
+
+def test_whiten_writes_through_a_parametrisation() -> None:
+    x = 3 * normal(4000, 5) @ (torch.eye(5) + 0.3 * normal(5, 5)) + 2
+    net, plain = (LUNet(5, 2, dtype=torch.float64) for _ in range(2))
+    for layer in net.layers:
+        parametrize.register_parametrization(layer, "lu", Halved())
+        parametrize.register_parametrization(layer, "bias", Halved())
+    net.whiten(x)
+    plain.whiten(x)
+    torch.testing.assert_close(net(x), plain(x))
+    net.reset_parameters()
+    torch.testing.assert_close(net(torch.zeros(5, dtype=torch.float64)), torch.zeros(5, dtype=torch.float64))
+
+
+def test_whiten_says_why_it_cannot_write() -> None:
+    net = LUNet(5, 2)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    parametrize.register_parametrization(net.layers[1], "lu", Doubled())
+    with pytest.raises(ValueError, match="lu is parametrised by Doubled, which has no right_inverse"):
+        net.whiten(normal(50, 5, dtype=torch.float32))
+    assert torch.equal(net.layers[0].lu, before["layers.0.lu"])  # before any work
+
+
+@pytest.mark.parametrize("method", ["forward_and_logabsdet", "inverse_and_logabsdet"])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("features", [6, 200])
+def test_a_log_determinant_may_be_added_to_in_place(method: str, layers: int, features: int) -> None:
+    net = LUNet(features, layers)
+    x = normal(70, features, dtype=torch.float32)
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            logabsdet = getattr(net, method)(x)[1]
+            expected = logabsdet + torch.arange(70.0)
+            logabsdet += torch.arange(70.0)
+        torch.testing.assert_close(logabsdet, expected)
+
+
+# ---- two processes
+
+
+def in_two_processes(rank: int, file: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    x = torch.ones(3, 6)
+
+    def same_everywhere(y: Tensor) -> bool:
+        found = [torch.empty_like(y) for _ in range(2)]
+        dist.all_gather(found, y.detach())
+        return torch.equal(*found)
+
+    options = {"permutation": "random", "signs": "random"}
+    torch.manual_seed(rank)
+    net = LUNet(6, 3, **options)
+    fully_shard(net)  # shards the weights of each process as they are, and no buffers
+    assert same_everywhere(net(x))
+
+    # What only the first process has, DistributedDataParallel gives to all.
+    torch.manual_seed(rank)
+    layer = LUDense.from_linear(nn.Linear(6, 6))
+    layer = layer if layer.permutation is not None else LUDense(6, permutation=torch.randperm(6))
+    assert not same_everywhere(layer(x))
+    parallel = nn.parallel.DistributedDataParallel(layer)
+    assert same_everywhere(parallel(x))
+    assert same_everywhere(layer.inverse(x))
+    # So does a broadcast by hand.
+    torch.manual_seed(rank)
+    layer = LUDense(6, permutation=torch.randperm(6))
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        dist.broadcast(tensor.data, 0)
+    assert same_everywhere(layer(x))
+    assert same_everywhere(layer.double()(x.double()))
+
+    # The contract of fully_shard on the meta device: every module is reset, in the order of modules().
+    for whole in (False, True):
+        with torch.device("meta"):
+            net = LUNet(6, 3, LeakySoftplus(0.3, learnable=True), **options)
+        for layer in () if whole else net.layers:
+            fully_shard(layer)
+        fully_shard(net)
+        net.to_empty(device="cpu")
+        torch.manual_seed(rank)
+        for module in net.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        y = net(x)
+        assert same_everywhere(y)
+        torch.testing.assert_close(net(torch.zeros(2, 6)), torch.zeros(2, 6), rtol=0, atol=1e-6)
+        y.sum().backward()
+    net = LUNet(6, 3, **options)
+    fully_shard(net)
+    torch.manual_seed(0)
+    rows = torch.randn(100, 6) * 3 + 1
+    net.whiten(rows)
+    found = net(rows).detach()
+    whole = LUNet(6, 3, **options)
+    whole.whiten(rows)
+    torch.testing.assert_close(found, whole(rows).detach(), rtol=1e-4, atol=1e-4)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_structure_in_two_processes(tmp_path: Path) -> None:
+    mp.spawn(in_two_processes, (str(tmp_path / "meeting"),), 2)

@@ -320,9 +320,11 @@ def test_copies_are_equal_and_independent(kind: str, duplicate: str) -> None:
     before = [v.detach().clone() for m in METHODS for v in as_tuple(getattr(module, m)(x))]
     check_equal([v for m in METHODS for v in as_tuple(getattr(other, m)(x))], before, 1e-15)
     with torch.no_grad():
-        for tensor in [*other.parameters(), *other.buffers()]:
+        for tensor in other.parameters():
+            tensor.add_(0.5)
+        for tensor in other.buffers():
             if tensor.is_floating_point():
-                tensor.add_(0.5)
+                tensor.neg_()
     check_equal([v for m in METHODS for v in as_tuple(getattr(module, m)(x))], before, 1e-15)
     if list(other.parameters()):
         assert not torch.allclose(other(x), module(x))

@@ -1,6 +1,8 @@
-"""What is said of a rating file that cannot be used."""
+"""What is said of a rating file that cannot be used, and of a wrong argument."""
 
 from __future__ import annotations
+
+import numpy as np
 
 
 class RatingFileError(ValueError):
@@ -17,3 +19,9 @@ def brief(value: object, most: int = 80) -> str:
     text = str(value)
     text = text if len(text) <= most else text[: most - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """ValueError unless the argument ``name`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -38,7 +38,7 @@ class IdMap:
 
     def __init__(self, ids: Sequence[int] | Sequence[str] | npt.NDArray[Any]) -> None:
         values = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-        if all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values):
+        if _all_integers(values):
             self.ids: npt.NDArray[Any] = np.array(values, dtype=np.int64)
         elif all(isinstance(v, str) for v in values):
             self.ids = np.empty(len(values), dtype=object)
@@ -104,12 +104,13 @@ class IdMap:
 
 
 def is_int64(text: str) -> bool:
+    """Whether a text is a plain integer of 64 bits, as the rules above have it."""
     return PLAIN_INTEGER.fullmatch(text) is not None and INT64.min <= int(text) <= INT64.max
 
 
 def as_array(values: list[Any]) -> npt.NDArray[Any]:
     """int64 where every value is an integer that fits, otherwise the objects as they are."""
-    if values and all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values):
+    if values and _all_integers(values):
         with contextlib.suppress(OverflowError):
             return np.array(values, dtype=np.int64)
     array = np.empty(len(values), dtype=object)
@@ -117,7 +118,12 @@ def as_array(values: list[Any]) -> npt.NDArray[Any]:
     return array
 
 
+def _all_integers(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values)
+
+
 def id_text(value: Any) -> str:
+    """The text of an id; a whole floating-point number as the integer."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip()

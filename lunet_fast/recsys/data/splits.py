@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from lunet_fast.recsys.data.errors import check_whole
 from lunet_fast.recsys.data.ids import IdMap, Int64Array
 from lunet_fast.recsys.data.ratings import Ratings
 
@@ -104,7 +105,7 @@ def leave_one_out(ratings: Ratings, seed: int) -> Split:
     same pairs are held out whatever the order of the rows. ValueError for a negative seed, and where no user
     has 2 rows. O(N log N).
     """
-    _check_seed(seed)
+    check_whole("seed", seed, 0)
     return _split(len(ratings), "leave-one-out", seed, held_out=_most_recent(ratings, seed))
 
 
@@ -142,9 +143,8 @@ def draw_candidates(ratings: Ratings, held_out: torch.Tensor, seed: int, count: 
     ``count`` below 1, and ``held_out`` that is not a list of rows of ``ratings``. O(N log N + H count² + H
     count log N) time; H count numbers of memory beside the arguments, a few times over.
     """
-    _check_seed(seed)
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-        raise ValueError(f"count must be an integer of at least 1, got {count!r}")
+    check_whole("seed", seed, 0)
+    check_whole("count", count, 1)
     if held_out.dim() != 1 or held_out.dtype != torch.int64:
         raise ValueError(
             f"held_out must be int64 row indices [H], got {held_out.dtype} {list(held_out.shape)}"
@@ -250,13 +250,8 @@ def holdout(index: torch.Tensor, fraction: float, seed: int) -> tuple[torch.Tens
     return torch.from_numpy(np.sort(rows[order[n_part:]])), torch.from_numpy(np.sort(rows[order[:n_part]]))
 
 
-def _check_seed(seed: int) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
-
-
 def _check(seed: int, fraction: float, name: str) -> None:
-    _check_seed(seed)
+    check_whole("seed", seed, 0)
     if not 0 < fraction < 1:
         raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {fraction!r}")
 

@@ -29,6 +29,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lunet_fast.recsys.data.errors import check_whole
 from lunet_fast.recsys.data.first_pass import FirstPass, Index, Int32Array, Progress
 from lunet_fast.recsys.data.ids import IdMap, Int64Array
 from lunet_fast.recsys.data.pair_hash import is_tested
@@ -132,8 +133,8 @@ class RatingStream:
         ValueError for a wrong argument and where no row is left to train on.
         """
         require_pyarrow(f"{path}: reading Parquet")
-        _check_whole("seed", seed, 0)
-        _check_whole("buffer_rows", buffer_rows, 1)
+        check_whole("seed", seed, 0)
+        check_whole("buffer_rows", buffer_rows, 1)
         if isinstance(test_share, bool) or not 0 <= test_share < 1:
             raise ValueError(f"test_share must be a share of at least 0 and below 1, got {test_share!r}")
         columns = by_role(user=user, item=item, rating=rating, timestamp=timestamp)
@@ -220,16 +221,16 @@ class RatingStream:
         go, to end that. Memory: 72 bytes a row of a buffer. Batches are the caller's to keep or to write
         into, but one keeps its buffer in memory. ValueError for a wrong argument, at once.
         """
-        _check_whole("epoch", epoch, 0)
-        _check_whole("batch_size", batch_size, 1)
-        _check_whole("start", start, 0)
+        check_whole("epoch", epoch, 0)
+        check_whole("batch_size", batch_size, 1)
+        check_whole("start", start, 0)
         seed = self.seed if seed is None else seed
-        _check_whole("seed", seed, 0)
+        check_whole("seed", seed, 0)
         return self._batches(int(epoch), int(batch_size), int(start), int(seed))
 
     def test_batches(self, batch_size: int) -> Generator[Batch, None, None]:
         """The test rows in the order of the files: users, items, ratings, as :meth:`batches` gives them."""
-        _check_whole("batch_size", batch_size, 1)
+        check_whole("batch_size", batch_size, 1)
         return self._test_batches(int(batch_size))
 
     def seen(self, users: Tensor, progress: Progress | None = None) -> tuple[Tensor, Tensor]:
@@ -437,8 +438,3 @@ def _ahead(source: Generator[_Rows, None, None]) -> Generator[_Rows, None, None]
         stopped.set()
         wanted.release()
         thread.join()
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -1,1 +1,1 @@
-"""How good a recommender is: metrics, protocols, other methods, what inversion is good for."""
+"""How good a recommender is: beside other methods, by other settings, and what its inversion is good for."""

@@ -1,9 +1,9 @@
 """Other recommenders, tuned and behind one interface, for ``lunet-fast compare``.
 
-Each :class:`Baseline` is one adapter: it takes the training part as :class:`~.ratings.Ratings`, hands it to
-the package that implements the method, and gives back a :class:`Fitted` that speaks of users and items by
-our indices. The packages come with ``pip install "lunet-fast[baselines]"``; the methods whose package is
-"ours" need none.
+Each :class:`Baseline` takes the training part as :class:`~.ratings.Ratings` and gives back a
+:class:`~.fitted.Fitted`, which speaks of users and items by our indices. The methods whose package is "ours"
+are here; the others are in :mod:`~lunet_fast.recsys.evaluation.adapters`, and their packages come with
+``pip install "lunet-fast[baselines]"``.
 
 For the methods that rank, every training rating is an interaction, whatever its value. The settings for
 ``ml-100k`` were chosen on a validation part of its training data. Matrix factorisation, EASE and ALS have
@@ -39,8 +39,6 @@ from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.mlp import MLPModel
 from lunet_fast.recsys.model.training import control_objective, control_optimizer
 from lunet_fast.training.loop import cpu_threads, descend
-
-__all__ = ["BASELINES", "SIZES", "Baseline", "Fitted", "missing"]
 
 #: Number of ratings of the bundled data sets, for which there are settings.
 SIZES = {"ml-100k": 100_000, "ml-1m": 1_000_209}

@@ -30,9 +30,9 @@ import torch
 
 import lunet_fast
 from lunet_fast.recsys.data.ratings import Ratings
-from lunet_fast.recsys.evaluation import metrics
 from lunet_fast.recsys.evaluation.baselines import BASELINES, missing
-from lunet_fast.recsys.evaluation.protocols import Parts, evaluate_ranking
+from lunet_fast.recsys.measures import metrics
+from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig, nearest_dataset, recipe
 from lunet_fast.recsys.model.training import train
 from lunet_fast.training.files import CheckpointError, read_json, write_json
@@ -161,7 +161,7 @@ def compare(
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be one or more distinct numbers of at least 0, got {list(seeds)}")
     for split in sorted({"random" if METHODS[key].kind == "rating" else "leave-one-out" for key in keys}):
-        Parts.of(ratings, recipe("best", len(ratings), split=split, seed=seeds[0]))
+        Parts.of(ratings, split, seeds[0])
 
     machine = {**describe(), "threads": 1}
     inputs = _Inputs(ratings, machine["processor"])
@@ -252,7 +252,7 @@ def measure(ratings: Ratings, key: str, seed: int) -> dict[str, Any]:
     seconds = 0.0
     for kind in baseline.kinds:
         split = "random" if kind == "rating" else "leave-one-out"
-        parts = Parts.of(ratings, recipe("best", len(ratings), split=split, seed=seed))
+        parts = Parts.of(ratings, split, seed)
         before = reset_peak()
         began = time.perf_counter()
         fitted = baseline.fit(parts.training, seed, size)

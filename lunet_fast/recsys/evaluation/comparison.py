@@ -7,9 +7,9 @@ import io
 from pathlib import Path
 from typing import Any
 
+from lunet_fast.recsys.data.datasets import dataset_title
 from lunet_fast.recsys.data.spreadsheet import spreadsheet_safe
 from lunet_fast.recsys.evaluation.compare import FIGURES, LEAKY, METHODS, Comparison
-from lunet_fast.recsys.report import dataset_title
 from lunet_fast.training.figures import BLUE, GREY, INK, new_figure, plain
 from lunet_fast.training.files import write_figure, write_text
 

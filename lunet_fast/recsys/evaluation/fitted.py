@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lunet_fast.recsys.data.negatives import NegativeSampler
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.model.interactions import Interactions
+from lunet_fast.recsys.model.negatives import NegativeSampler
 
 #: Numbers held at once while all items are scored: bounds the memory.
 CHUNK = 2**22

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from lunet_fast.layers.lunet import LUNet
-from lunet_fast.recsys.evaluation.ranking import CHUNK
 from lunet_fast.recsys.model.embeddings import Histories
 from lunet_fast.recsys.model.network import RatingModel
-from lunet_fast.recsys.serving.scoring import ranking_readout, training_pairs
+from lunet_fast.recsys.model.prediction import CHUNK
+from lunet_fast.recsys.model.scoring import ranking_readout, training_pairs
 
 SPACES = ("latent", "input")
 """Where :class:`PairDensity` fits its normal distribution: on z = f(x), or on x itself."""

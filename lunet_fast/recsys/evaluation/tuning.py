@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lunet_fast.recsys.data.ratings import Ratings
-from lunet_fast.recsys.evaluation.protocols import Parts
+from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.training import train
 from lunet_fast.training.loop import DivergenceError
@@ -104,7 +104,7 @@ def tune(
         raise ValueError(f"trials={trials} must be at least 1")
     asked = {"members": MEMBERS, "seed": seed, "mlp": False, **asked}
     base = recipe("best", len(ratings), **asked)
-    rest = Parts.of(ratings, base).training
+    rest = Parts.of(ratings, base.split, base.seed).training
     measure, direction = measure_of(base.gamma)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(

@@ -96,7 +96,7 @@ class TrainConfig(Settings):
     """The same on the LU layers, which it draws towards the identity."""
 
     epochs: Epochs = 12
-    """Passes over the training ratings."""
+    """Passes over the training ratings; the option of the command is that of the MLP control too."""
     batch_size: Count = 1024
     """Ratings a step."""
     learning_rate: Positive = 5e-3
@@ -107,8 +107,8 @@ class TrainConfig(Settings):
     """``constant``, or ``linear``: both rates fall to zero at the last step."""
 
     threads: Threads = 1
-    """CPU threads. The matrices are too small for more to pay, and another number may change the last digits of
-    the result."""
+    """CPU threads. The matrices are too small for more to pay, and another number may change the last digits
+    of the result."""
 
     mlp: bool = True
     """Train the MLP control of table 2 too, where gamma is 1. It has the budget of recipe ``paper``."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lunet_fast.recsys.data.ratings import IdMap
-from lunet_fast.recsys.evaluation.protocols import Parts
+from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.schema import CANDIDATES_FORMAT, HEADERS, MODEL_FORMAT, TEXT_COLUMNS

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lunet_fast import functional
 from lunet_fast.layers import small
-from lunet_fast.layers.activations import LeakySoftplus
+from lunet_fast.layers.activations import LeakySoftplus, SoftplusFamily
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.layers.lunet import LUNet
 from lunet_fast.recsys.model.config import TrainConfig
@@ -320,14 +320,12 @@ class RatingModel(Embeddings):
         if all(small.takes(x, layers) for layers in members):
             return small.stacked_net(x, members)
         for stacked in zip(*members, strict=True):
-            activation = stacked[0].activation
-            x = functional.lu_dense(
-                x,
-                torch.stack([layer.lu for layer in stacked]),
-                torch.stack([cast(Tensor, layer.bias) for layer in stacked]),
-                sign=torch.stack([layer.sign for layer in stacked]),
-                slopes=None if activation is None else activation.slopes(),
+            lu, bias, sign = (
+                torch.stack([getattr(layer, name) for layer in stacked]) for name in ("lu", "bias", "sign")
             )
+            activation = cast("SoftplusFamily | None", stacked[0].activation)
+            slopes = None if activation is None else activation.slopes()
+            x = functional.lu_dense(x, lu, bias, sign=sign, slopes=slopes)
         return x
 
     def latent(

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lunet_fast.recsys.data.datasets import dataset_title
 from lunet_fast.recsys.data.streaming import RatingStream
-from lunet_fast.recsys.evaluation.ranking import full_ranking
+from lunet_fast.recsys.measures.ranking import full_ranking
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_model
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.schema import HEADERS, MODEL_FORMAT
+from lunet_fast.recsys.model.scoring import ItemScorer
 from lunet_fast.recsys.model.training import (
     TrainResult,
     described,
@@ -28,15 +30,16 @@ from lunet_fast.recsys.model.training import (
     first_overflow,
     rating_objective,
 )
-from lunet_fast.recsys.report import dataset_title
-from lunet_fast.recsys.serving.scoring import ItemScorer
 from lunet_fast.training.distributed import Workers, existing_device
 from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, read_tensors, write_json
-from lunet_fast.training.loop import CHECKPOINT_SECONDS, Batch, Curve, Phase, Progress, Stop, cpu_threads
-from lunet_fast.training.run import Run
+from lunet_fast.training.loop import Batch, Curve, Phase, cpu_threads
+from lunet_fast.training.run import Options, Run
 from lunet_fast.training.seeding import seeded
 from lunet_fast.training.sharding import DealtTables, pull
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 RANKED_USERS = 200
 """Users of the test part whose ranking of all items is measured, drawn by ``default_rng((seed, 4))``."""
@@ -112,15 +115,10 @@ def train_stream(
     stream: RatingStream,
     config: TrainConfig,
     *,
-    out: Path | str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
-    checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    stop: Stop | None = None,
     workers: Workers | None = None,
     shard_tables: bool = False,
+    **options: Unpack[Options],
 ) -> TrainResult:
     """Train the recommender on a stream; as :func:`~.training.train` but for what needs all ratings at hand.
 
@@ -140,17 +138,9 @@ def train_stream(
     for name, value in STREAM_SETTINGS.items():
         if getattr(config, name) != value:
             raise ValueError(f"{name}={getattr(config, name)!r}: training on a stream needs {name}={value!r}")
-    if shard_tables and out is None:
+    if shard_tables and options.get("out") is None:
         raise ValueError("shard_tables=True needs out=: no process can hold the trained model but in a file")
-    run = Run(
-        out,
-        workers or Workers(device=existing_device(device)),
-        resume=resume,
-        overwrite=overwrite,
-        checkpoint_seconds=checkpoint_seconds,
-        progress=progress,
-        stop=stop,
-    )
+    run = Run(workers or Workers(device=existing_device(device)), **options)
     recorded = {
         "dataset": stream.name,
         "source": stream.source,

@@ -5,43 +5,42 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lunet_fast.layers.lunet import LUNet
+from lunet_fast.recsys.data.datasets import dataset_title
 from lunet_fast.recsys.data.features import side_features
-from lunet_fast.recsys.data.negatives import NegativeSampler
 from lunet_fast.recsys.data.ratings import Ratings
-from lunet_fast.recsys.evaluation import metrics
-from lunet_fast.recsys.evaluation.protocols import Parts, Ranking, evaluate_ranking
-from lunet_fast.recsys.evaluation.ranking import decode, predict_ratings, reconstruct
+from lunet_fast.recsys.measures import metrics
+from lunet_fast.recsys.measures.protocols import Parts, Ranking, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.losses import Losses, hybrid_loss
 from lunet_fast.recsys.model.mlp import MLPModel, perceptron
 from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_candidates, save_model
+from lunet_fast.recsys.model.negatives import NegativeSampler
 from lunet_fast.recsys.model.network import RatingModel
-from lunet_fast.recsys.report import dataset_title
-from lunet_fast.recsys.serving.scoring import ItemScorer
+from lunet_fast.recsys.model.prediction import decode, predict_ratings, reconstruct
+from lunet_fast.recsys.model.scoring import ItemScorer
 from lunet_fast.training.distributed import Workers, existing_device
 from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, write_json
 from lunet_fast.training.loop import (
-    CHECKPOINT_SECONDS,
     Batch,
     Curve,
     Phase,
-    Progress,
     ShuffledRows,
-    Stop,
     cpu_threads,
 )
 from lunet_fast.training.machine import flat_versions
-from lunet_fast.training.run import Run
+from lunet_fast.training.run import Options, Run
 from lunet_fast.training.seeding import seeded
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -58,30 +57,20 @@ def train(
     config: TrainConfig,
     *,
     test: Ratings | None = None,
-    out: Path | str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
-    checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    stop: Stop | None = None,
     workers: Workers | None = None,
+    **options: Unpack[Options],
 ) -> TrainResult:
     """Train the recommender, with gamma 1 and ``config.mlp`` the MLP control too, and evaluate both.
 
     ``ratings`` is split as ``config.split`` and ``config.seed`` say. With ``test`` given it is the training
     part itself, and the split is called ``files`` (:func:`~lunet_fast.recsys.data.splits.join` gives two
     files one set of ids). Metrics of ranking are those of
-    :func:`~lunet_fast.recsys.evaluation.protocols.evaluate_ranking`. The last epoch's weights are the result:
+    :func:`~lunet_fast.recsys.measures.protocols.evaluate_ranking`. The last epoch's weights are the result:
     the test part is evaluated at each epoch for the loss figure, and nothing decides by it.
 
-    ``out`` is the run folder to write; without it nothing is written. There, ``resume`` goes on from the
-    last checkpoint to the weights that the uninterrupted training would have given, bit for bit on a CPU;
-    it starts from the beginning where there is no checkpoint, and returns the stored result (without its
-    curve) where the training is finished. A folder with another training is refused unless ``overwrite``,
-    and so is one that another process is training in. Checkpoints are written at the end of each epoch, and
-    within one ``checkpoint_seconds`` after the last; and when ``stop`` is asked for one, before
-    :class:`~lunet_fast.training.loop.Interrupted` is raised.
+    ``options`` are :class:`~lunet_fast.training.run.Options`: the run folder ``out``, ``resume``,
+    ``overwrite``, ``checkpoint_seconds``, ``progress`` and ``stop``.
 
     ``workers`` are the processes that train together (:mod:`lunet_fast.training.distributed`): all call this
     with the same arguments and get the same weights, process 0 alone writes and evaluates, and ``metrics``
@@ -92,18 +81,10 @@ def train(
     ``RunFolderError`` for an unusable folder, ``CheckpointError`` for a damaged checkpoint, ``OSError`` for a
     file that cannot be written, ``ValueError`` for data that cannot be trained on.
     """
-    run = Run(
-        out,
-        workers or Workers(device=existing_device(device)),
-        resume=resume,
-        overwrite=overwrite,
-        checkpoint_seconds=checkpoint_seconds,
-        progress=progress,
-        stop=stop,
-    )
+    run = Run(workers or Workers(device=existing_device(device)), **options)
     if test is not None:
         config = config.replace(split="files")
-    parts = Parts.of(ratings, config) if test is None else Parts(ratings, test, None, None)
+    parts = Parts.of(ratings, config.split, config.seed) if test is None else Parts(ratings, test, None, None)
     for part, rows in (("training", parts.training), ("test", parts.test)):
         if rows is not None:
             _check_ratings(part, rows)

@@ -4,6 +4,6 @@
 says. ``document``: the parts of a report, and as Markdown. ``html``: as a page. ``chart``: its pictures.
 """
 
-from lunet_fast.recsys.report.run import TABLE_2, dataset_title, table_2
+from lunet_fast.recsys.report.run import TABLE_2, table_2
 
-__all__ = ["TABLE_2", "dataset_title", "table_2"]
+__all__ = ["TABLE_2", "table_2"]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from lunet_fast.recsys.data.datasets import dataset_title
 from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.report.document import (
     Block,
@@ -29,7 +30,6 @@ from lunet_fast.recsys.report.document import (
     texts,
 )
 from lunet_fast.recsys.report.results import Committed, Findings, finite, is_ours, machine_line
-from lunet_fast.recsys.report.run import dataset_title
 
 Best = Literal["", "lowest", "highest"]
 

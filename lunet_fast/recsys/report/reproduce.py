@@ -13,14 +13,14 @@ import torch
 
 from lunet_fast.recsys.data import movielens
 from lunet_fast.recsys.data.ratings import Ratings
-from lunet_fast.recsys.evaluation.protocols import Parts, evaluate_ranking
+from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig, recipe
+from lunet_fast.recsys.model.scoring import ItemScorer
 from lunet_fast.recsys.model.training import TrainResult, train
 from lunet_fast.recsys.report.document import Document
 from lunet_fast.recsys.report.render import markdown, page
 from lunet_fast.recsys.report.reproduction import document
 from lunet_fast.recsys.report.results import Committed, Losses, Reproduction, Run
-from lunet_fast.recsys.serving.scoring import ItemScorer
 from lunet_fast.training.files import RunFolder, read_json, read_tensors, write_atomically, write_json
 from lunet_fast.training.loop import Progress, cpu_threads
 from lunet_fast.training.schema import CHECKPOINT_FORMAT, CheckpointHeader
@@ -217,7 +217,7 @@ def _groups(
     """Ranking by the users' activity, which ``metrics.json`` lacks: kept in ``activity.json``."""
     file = folder.path / "activity.json"
     if not file.is_file():
-        model, parts = result.trained.model, Parts.of(ratings, config)
+        model, parts = result.trained.model, Parts.of(ratings, config.split, config.seed)
         with torch.no_grad(), cpu_threads(config.threads):
             scorer: Callable[..., torch.Tensor] = ItemScorer(model, model.histories()).scores
             groups = evaluate_ranking(scorer, parts, config.seed).groups

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lunet_fast.recsys.data.datasets import dataset_title
 from lunet_fast.recsys.report import quoted, summary
 from lunet_fast.recsys.report.document import (
     Block,
@@ -43,7 +44,7 @@ from lunet_fast.recsys.report.results import (
     machine_line,
     mean,
 )
-from lunet_fast.recsys.report.run import PRINTED, TABLE_2, dataset_title
+from lunet_fast.recsys.report.run import PRINTED, TABLE_2
 
 TABLE_1: dict[str, dict[str, float]] = {
     "ml-100k": {"users": 943, "items": 1_682, "ratings": 100_000},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lunet_fast.recsys.data.datasets import dataset_title
+
 TABLE_2 = (
     ("paper: classic MLP", "ML-100K", 0.9200, 0.0050),
     ("paper: invertible model", "ML-100K", 0.8880, 0.0000),
@@ -14,13 +16,6 @@ TABLE_2 = (
 
 PRINTED = {data: mse for model, data, mse, _ in TABLE_2 if "invertible" in model}
 """The test MSE that the paper prints for its invertible model, by data set."""
-
-_TITLES = {"ml-100k": "ML-100K", "ml-1m": "ML-1M"}
-
-
-def dataset_title(name: str) -> str:
-    """A data set's name as the literature writes it."""
-    return _TITLES.get(name, name)
 
 
 def table_2(values: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 
+from lunet_fast.recsys.data.datasets import dataset_title
 from lunet_fast.recsys.report.document import Block, Bullets, Highlight, Warned, literal, signed
 from lunet_fast.recsys.report.results import Findings, Reproduction, dagger, finite, mean
-from lunet_fast.recsys.report.run import PRINTED, TABLE_2, dataset_title
+from lunet_fast.recsys.report.run import PRINTED, TABLE_2
 
 
 def highlights(results: Findings) -> list[Highlight]:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lunet_fast.recsys.data.ids import IdMap
-from lunet_fast.recsys.data.negatives import NegativeSampler
 from lunet_fast.recsys.data.ratings import from_frame
 from lunet_fast.recsys.model.embeddings import Histories
 from lunet_fast.recsys.model.interactions import Interactions
 from lunet_fast.recsys.model.losses import hybrid_loss
 from lunet_fast.recsys.model.model_files import TrainedModel
+from lunet_fast.recsys.model.negatives import NegativeSampler
 from lunet_fast.recsys.model.network import RatingModel
 
 METHODS = ("fit", "history")

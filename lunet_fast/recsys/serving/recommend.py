@@ -14,14 +14,14 @@ import torch
 
 from lunet_fast.recsys.data.ids import IdMap
 from lunet_fast.recsys.data.ratings import Ratings, from_frame, read_ratings
-from lunet_fast.recsys.evaluation.ranking import CHUNK
 from lunet_fast.recsys.model.config import TrainConfig, recipe
 from lunet_fast.recsys.model.embeddings import Histories
 from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_model
 from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.model.prediction import CHUNK
+from lunet_fast.recsys.model.scoring import ItemScorer, ranking_readout, training_pairs
 from lunet_fast.recsys.model.training import train
 from lunet_fast.recsys.serving.fold_in import METHODS, FoldIn, given_items
-from lunet_fast.recsys.serving.scoring import ItemScorer, ranking_readout, training_pairs
 from lunet_fast.training.files import RunFolder, write_json
 from lunet_fast.training.loop import Progress
 
@@ -192,7 +192,7 @@ class LUNetRecommender:
         deviation d_item; an unseen item stands where nobody's choice does, or at mean + d_user.
 
         Cost: O(K M D²) for a user and item, on ``device``; what depends on one of them alone is computed
-        once. Memory: :func:`~lunet_fast.recsys.serving.scoring.score_topk`'s for USERS users, and the result.
+        once. Memory: :func:`~lunet_fast.recsys.model.scoring.score_topk`'s for USERS users, and the result.
 
         ``ValueError`` where k is not a whole number of at least 1.
         """

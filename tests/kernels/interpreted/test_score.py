@@ -19,7 +19,7 @@ from lunet_fast.kernels.launch import PRECISIONS
 from lunet_fast.ops import reference
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.network import RatingModel
-from lunet_fast.recsys.serving.scoring import ItemScorer
+from lunet_fast.recsys.model.scoring import ItemScorer
 
 NOWHERE = -torch.inf
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lunet_fast.recsys.data.ratings import IdMap, Ratings
 from lunet_fast.recsys.evaluation import fitted as fitting
-from lunet_fast.recsys.evaluation.baselines import BASELINES, SIZES, Fitted, missing
+from lunet_fast.recsys.evaluation.baselines import BASELINES, SIZES, missing
+from lunet_fast.recsys.evaluation.fitted import Fitted
 
 RATING = [key for key, baseline in BASELINES.items() if "rating" in baseline.kinds]
 RANKING = [key for key, baseline in BASELINES.items() if "ranking" in baseline.kinds]

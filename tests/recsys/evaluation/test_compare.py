@@ -29,7 +29,7 @@ from lunet_fast.recsys.evaluation.compare import (
     measure,
 )
 from lunet_fast.recsys.evaluation.comparison import csv_text, draw, markdown, save
-from lunet_fast.recsys.evaluation.protocols import Parts, evaluate_ranking
+from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.training import train
 from tests.recsys.synthetic import latent_ratings, quick_config
@@ -115,7 +115,7 @@ class TestMeasure:
 
     def test_ratings_by_a_baseline(self) -> None:
         found = measure(RATINGS, "biases", 1)
-        parts = Parts.of(RATINGS, recipe("best", 1200, seed=1))
+        parts = Parts.of(RATINGS, "random", 1)
         assert parts.test is not None
         fitted = BASELINES["biases"].fit(parts.training, 1, "ml-100k")
         prediction = fitted.predict(parts.test.user, parts.test.item)
@@ -129,7 +129,7 @@ class TestMeasure:
 
     def test_rankings_by_a_baseline(self) -> None:
         found = measure(RATINGS, "ease", 2)
-        parts = Parts.of(RATINGS, recipe("best", 1200, split="leave-one-out", seed=2))
+        parts = Parts.of(RATINGS, "leave-one-out", 2)
         fitted = BASELINES["ease"].fit(parts.training, 2, "ml-100k")
         values = evaluate_ranking(fitted.score_items, parts, 2).metrics  # type: ignore[arg-type]
         assert {name: found[name] for name in RANKING_FIGURES} == {n: values[n] for n in RANKING_FIGURES}

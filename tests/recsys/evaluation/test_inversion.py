@@ -15,7 +15,7 @@ from lunet_fast.layers.lunet import LUNet
 from lunet_fast.recsys.evaluation import inversion
 from lunet_fast.recsys.evaluation.inversion import PairDensity, item_vectors, items_for_score, risk_coverage
 from lunet_fast.recsys.model.network import RatingModel
-from lunet_fast.recsys.serving.scoring import training_pairs
+from lunet_fast.recsys.model.scoring import training_pairs
 from tests.recsys.synthetic import latent_ratings, quick_config
 
 N_USERS, N_ITEMS = 60, 40

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lunet_fast.recsys.evaluation.protocols import Parts
 from lunet_fast.recsys.evaluation.tuning import tune
+from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.training import TrainConfig
 from tests.cli.invoke import run
 from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
@@ -50,7 +50,7 @@ def test_a_study_that_goes_on_tries_other_settings(tmp_path: Path) -> None:
 def test_the_test_part_is_never_read() -> None:
     ratings = latent_ratings()
     config = quick_config(gamma=1.0)
-    test = Parts.of(ratings, config).test
+    test = Parts.of(ratings, config.split, config.seed).test
     assert test is not None
     hidden = set((test.user * 40 + test.item).tolist())
     changed = ratings.rating.clone()

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lunet_fast.recsys.evaluation.ranking import reconstruct
 from lunet_fast.recsys.model.interactions import Interactions
 from lunet_fast.recsys.model.mlp import MLPModel
 from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.model.prediction import reconstruct
 from tests.recsys.synthetic import latent_ratings, quick_config
 
 N_USERS, N_ITEMS = 7, 5

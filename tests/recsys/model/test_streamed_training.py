@@ -143,7 +143,7 @@ def test_a_damaged_list_of_counts_is_refused(stream: RatingStream, tmp_path: Pat
 
 def test_evaluation_needs_no_pairs(stream: RatingStream) -> None:
     """A streamed model is measured by the protocols of the others where somebody has the parts."""
-    from lunet_fast.recsys.evaluation.protocols import Parts
+    from lunet_fast.recsys.measures.protocols import Parts
 
     model = train_stream(stream, streamed_config(epochs=1)).trained.model
     training, test = stream.in_memory()

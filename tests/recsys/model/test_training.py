@@ -11,7 +11,7 @@ import torch
 
 from lunet_fast.recsys.data.ratings import Ratings, from_frame
 from lunet_fast.recsys.data.splits import random_split
-from lunet_fast.recsys.evaluation.protocols import Parts
+from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.config import TrainConfig, nearest_dataset, recipe
 from lunet_fast.recsys.model.schema import CANDIDATES_FORMAT
 from lunet_fast.recsys.model.training import TrainResult, train
@@ -161,7 +161,7 @@ class TestHybrid:
     ) -> None:
         """Ratings of the parts that are not trained on change nothing."""
         config = quick_config(gamma=0.5, split="joint", negatives_outside=negatives_outside, mlp=False)
-        parts = Parts.of(ratings, config)
+        parts = Parts.of(ratings, config.split, config.seed)
         outside = torch.ones(len(ratings), dtype=torch.bool)
         key = ratings.user * 40 + ratings.item
         outside[torch.isin(key, parts.training.user * 40 + parts.training.item)] = False
@@ -180,7 +180,7 @@ class TestHybrid:
         config = quick_config(gamma=0.5, split="joint", epochs=1, mlp=False)
         train(ratings, config, out=tmp_path)
         tensors, _ = read_tensors(tmp_path / "candidates.safetensors", CANDIDATES_FORMAT)
-        parts = Parts.of(ratings, config)
+        parts = Parts.of(ratings, config.split, config.seed)
         assert parts.held_out is not None
         assert parts.candidates is not None
         assert torch.equal(tensors["candidates"], parts.candidates)

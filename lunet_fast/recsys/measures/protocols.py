@@ -17,7 +17,7 @@ from lunet_fast.recsys.data.splits import (
     per_user_split,
     random_split,
 )
-from lunet_fast.recsys.evaluation.ranking import (
+from lunet_fast.recsys.measures.ranking import (
     KS,
     ActivityGroup,
     FullRanking,
@@ -25,7 +25,6 @@ from lunet_fast.recsys.evaluation.ranking import (
     full_ranking,
     sampled_ranking,
 )
-from lunet_fast.recsys.model.config import TrainConfig
 
 RANKED_PAIRS = 2**26
 """Pairs that a ranking of all items scores at most: of more users than that allows, a sample is ranked."""
@@ -44,29 +43,29 @@ class Parts:
     """int64 ``[held_out, 100]``: what each held-out item is ranked with, -1 for none."""
 
     @classmethod
-    def of(cls, ratings: Ratings, config: TrainConfig) -> Parts:
-        """As ``config.split`` and ``config.seed`` say."""
-        if config.split == "stream":
+    def of(cls, ratings: Ratings, split: str, seed: int) -> Parts:
+        """Those of a split, named as in the settings of a training; ``ValueError`` where it needs more."""
+        if split == "stream":
             raise ValueError("split='stream' is that of a stream of ratings: choose split='random'")
-        if config.split == "files":
+        if split == "files":
             raise ValueError(
                 "split='files' needs the test part: pass test=, or choose split='random' or 'per-user'"
             )
-        if config.split == "none":
+        if split == "none":
             return cls(ratings, None, None, None)
         divide = {
             "random": random_split,
             "per-user": per_user_split,
             "leave-one-out": leave_one_out,
             "joint": joint_split,
-        }[config.split]
-        split = divide(ratings, config.seed)
+        }[split]
+        divided = divide(ratings, seed)
         held_out = candidates = None
-        if len(split.held_out):
-            held_out = ratings.select(split.held_out)
-            candidates = draw_candidates(ratings, split.held_out, config.seed)
-        test = ratings.select(split.test) if len(split.test) else None
-        return cls(ratings.select(split.train), test, held_out, candidates)
+        if len(divided.held_out):
+            held_out = ratings.select(divided.held_out)
+            candidates = draw_candidates(ratings, divided.held_out, seed)
+        test = ratings.select(divided.test) if len(divided.test) else None
+        return cls(ratings.select(divided.train), test, held_out, candidates)
 
     def known_pairs(self) -> Tensor:
         """``user * n_items + item`` of all parts, int64."""

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lunet_fast.recsys.evaluation import metrics
+from lunet_fast.recsys.measures import metrics
 
 
 def test_known_answers() -> None:

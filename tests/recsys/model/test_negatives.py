@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lunet_fast.recsys.data.negatives import NegativeSampler
+from lunet_fast.recsys.model.negatives import NegativeSampler
 from lunet_fast.recsys.model.network import RatingModel
 from tests.recsys.synthetic import latent_ratings, quick_config
 

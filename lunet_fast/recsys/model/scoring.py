@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lunet_fast import functional
+from lunet_fast.layers.activations import SoftplusFamily
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.layers.lunet import LUNet
 from lunet_fast.ops import dispatch
@@ -179,7 +180,8 @@ def _split(model: RatingModel, which: str) -> tuple[Tensor, Tensor, SplitNet, Te
     weight = torch.stack([torch.stack([layer.weight for layer in net]) for net in nets])
     bias = torch.stack([torch.stack([cast(Tensor, layer.bias) for layer in net]) for net in nets])
     layers = weight.shape[1]
-    activation = nets[0][0].activation  # every layer but the last has the same, and its slopes are fixed
+    # Every layer but the last has the same, and its slopes are fixed.
+    activation = cast("SoftplusFamily | None", nets[0][0].activation)
     slopes: Slopes = (1.0, 1.0, 1.0) if activation is None else activation.slopes()
     own = model.config.embedding_size - model.config.interaction_size
     if which == "rating":

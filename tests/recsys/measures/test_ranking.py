@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lunet_fast.recsys.evaluation import ranking
-from lunet_fast.recsys.evaluation.ranking import FullRanking, full_ranking, sampled_ranking
+from lunet_fast.recsys.measures import ranking
+from lunet_fast.recsys.measures.ranking import FullRanking, full_ranking, sampled_ranking
 
 INF, NAN = math.inf, math.nan
 

@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lunet_fast.recsys.model import scoring
 from lunet_fast.recsys.model.network import RatingModel
-from lunet_fast.recsys.serving import recommend, scoring
-from lunet_fast.recsys.serving.recommend import LUNetRecommender
-from lunet_fast.recsys.serving.scoring import (
+from lunet_fast.recsys.model.scoring import (
     ItemScorer,
     Seen,
     SplitNet,
@@ -26,6 +25,8 @@ from lunet_fast.recsys.serving.scoring import (
     score_topk,
     training_pairs,
 )
+from lunet_fast.recsys.serving import recommend
+from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
 
 N_USERS, N_ITEMS = 60, 40
