@@ -13,7 +13,7 @@ TORCH     := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow fuzz scale lint format bench bench-all bench-compare bench-density kernels-report gpu-check clean
+.PHONY: help train test test-slow docs fuzz scale lint format bench bench-all bench-compare bench-density kernels-report gpu-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,6 +28,10 @@ test: $(VENV)/.dev  ## the test suite, about 5 minutes on 2 cores
 test-slow: $(VENV)/.dev  ## the long tests, thirty kills among them; about 40 minutes
 	$(BIN)/python -m pytest -q -m slow
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/kernels/interpreted
+
+docs: $(VENV)/.dev  ## the documentation into site/, warnings as errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "documentation: site/index.html"
 
 fuzz: $(VENV)/.dev  ## 130,000 broken files; atheris guides them where `pip install '.[fuzz]'` has it
 	$(BIN)/python tests/fuzz/ratings.py --inputs 120000 --archives 5000 --models 5000 --seed 0

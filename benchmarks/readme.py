@@ -1,309 +1,406 @@
-"""Put the committed results into README.md, between its markers.
+"""Put the committed results into README.md and docs/, between their markers.
 
-python benchmarks/readme.py            rewrites README.md
-python benchmarks/readme.py --check    exits with 1 if README.md and the results differ
+A page says where a table belongs by a pair of comments, <!-- NAME --> and <!-- end NAME -->.
+
+python benchmarks/readme.py            rewrites the pages
+python benchmarks/readme.py --check    exits with 1 if a page and the results differ
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from density_report import depth_table, digits_table, plane_table
-from lunet_fast.bench.claims import verdicts
-from lunet_fast.bench.results import Result, seconds_text
-from lunet_fast.bench.training import samples_per_second
-from machine import RESULTS, ROOT, write_text
+from lunet_fast.bench.results import seconds_text
+from machine import ROOT, write_text
+from tables import Cell, deviation, load, measured, number, standard_error, table
+from tables_of_densities import SECTIONS as DENSITY_SECTIONS
+from tables_of_densities import step_times
+from tables_of_layers import SECTIONS as LAYER_SECTIONS
+from tables_of_layers import bench
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DATASETS = {"ml-100k": "ML-100K", "ml-1m": "ML-1M"}
 
 PRINTED = [
-    ("classic MLP, paper, ML-100K", "0.9200", "0.0050", ""),
-    ("invertible model, paper, ML-100K", "0.8880", "0.0000", ""),
-    ("invertible model, paper, ML-1M", "0.7955", "0.0000", ""),
+    ("classic MLP, as printed", "ML-100K", 0.9200, "0.0050"),
+    ("invertible model, as printed", "ML-100K", 0.8880, "0.0000"),
+    ("invertible model, as printed", "ML-1M", 0.7955, "0.0000"),
 ]
+"""Table 2 of Tamim, Radid and Rhofir (2026): model, data, test MSE, reconstruction error."""
 
 
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+# --- the recommender ------------------------------------------------------------------------------------
 
 
-def _machine(result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"torch {machine['torch']}, {machine['date']}"
-    )
+def _seeds(seeds: list[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def table2() -> str:
+def _runs(result: dict[str, Any], dataset: str, recipe: str, key: str) -> list[float]:
+    return [r[key] for r in result["runs"] if (r["dataset"], r["recipe"]) == (dataset, recipe)]
+
+
+def table2() -> list[str]:
     result = load("table2")
-    lines = ["| model | test MSE | reconstruction error | training, s |", "|---|---|---|---|"]
-    lines += [f"| {model} | {mse} | {error} | {seconds} |" for model, mse, error, seconds in PRINTED]
-    names = {"ml-100k": "ML-100K", "ml-1m": "ML-1M"}
-    for row in result["means"]:
-        seeds = f"seed{'s' if len(row['seeds']) > 1 else ''} {', '.join(str(seed) for seed in row['seeds'])}"
-        if row["recipe"] == "paper" and "mlp_test_mse" in row:
-            lines.append(
-                f"| our MLP control, {names[row['dataset']]}, {seeds} | {row['mlp_test_mse']:.4f} | "
-                f"{row['mlp_reconstruction_error']:.2g} | |"
+    rows: list[list[Cell | str]] = [
+        [model, data, number(mse), error, "", ""] for model, data, mse, error in PRINTED
+    ]
+    for mean in result["means"]:
+        dataset, recipe = mean["dataset"], mean["recipe"]
+        name, seeds = DATASETS[dataset], str(len(mean["seeds"]))
+        if recipe == "paper" and "mlp_test_mse" in mean:
+            spread = deviation(_runs(result, dataset, recipe, "mlp_test_mse"))
+            error = f"{mean['mlp_reconstruction_error']:.4f}"
+            rows.append(
+                [
+                    "MLP control, trained here",
+                    name,
+                    number(mean["mlp_test_mse"], spread=spread),
+                    error,
+                    "",
+                    seeds,
+                ]
             )
-        lines.append(
-            f"| **LU-Net, recipe `{row['recipe']}`, {names[row['dataset']]}**, {seeds} | "
-            f"**{row['test_mse']:.4f}** | {row['reconstruction_error']:.1e} "
-            f"(relative {row['reconstruction_error_relative']:.1e}) | {row['train_seconds']:.0f} |"
-        )
-    (affine,) = load("table2-affine")["means"]
-    lines.append(
-        f"| recipe `best` with one layer, so f affine, ML-100K, seeds 0, 1, 2 | {affine['test_mse']:.4f} | "
-        f"{affine['reconstruction_error']:.1e} | {affine['train_seconds']:.0f} |"
-    )
-    commands = "`python benchmarks/table2.py`, last row with `--affine`"
-    return "\n".join([*lines, "", f"{_machine(result)}; {commands}."])
-
-
-def bench(suite: str) -> Result:
-    return Result.load(RESULTS / f"{suite}-cpu.json")
-
-
-def _ratios(result: Result, what: str, sizes: list[tuple[int, int]], names: dict[str, str]) -> list[str]:
-    """A line a size: our time, its distance from the floor, and the others' times as multiples of ours."""
-    lines = ["| D | B | LUDense | times the floor | " + " | ".join(names.values()) + " |"]
-    lines.append("|---" * (4 + len(names)) + "|")
-    for D, B in sizes:
-        ours = result.row(what, D, B, "LUDense")
-        if ours is None:
-            raise SystemExit(f"the results have no {what}, D = {D}, B = {B}: run make bench-all")
-        cells = [str(D), f"{B:,}", seconds_text(ours.median), f"{ours.median / ours.floor:.3g}"]
-        for name in names:
-            row = result.row(what, D, B, name)
-            cells.append("" if row is None else f"{row.ratio:.3g}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def layers() -> str:
-    result = bench("layers")
-    sizes = [(D, B) for B in (8192, 128, 1) for D in (16, 64, 256, 784, 1024)]
-    training = {
-        "nn.Linear + softplus": "nn.Linear",
-        "two triangular products + softplus": "two triangular products",
-        "W formed, torch.compile": "torch.compile",
-        "nflows LULinear + softplus": "nflows",
-        "normflows LULinearPermute + softplus": "normflows",
-        "zuko LULinearTransform + softplus": "zuko",
-        "dense + slogdet + softplus": "dense + slogdet",
-        "original LU-Net's way": "original LU-Net's way",
-    }
-    inverse = {
-        "torch.linalg.solve": "linalg.solve",
-        "dense, torch.linalg.inv": "linalg.inv",
-        "two triangular products": "two solve_triangular",
-        "nflows LULinear": "nflows",
-        "normflows LULinearPermute": "normflows",
-        "zuko LULinearTransform": "zuko",
-        "original LU-Net's way": "original LU-Net's way",
-    }
-    logabsdet = {
-        "torch.linalg.slogdet": "linalg.slogdet",
-        "nflows LULinear": "nflows",
-        "normflows LULinearPermute": "normflows",
-        "zuko LULinearTransform": "zuko",
-        "original LU-Net's way": "original LU-Net's way",
-    }
-    lines = [
-        "Forward and backward, with an activation (ours LeakySoftplus, softplus where none is invertible):",
-        "",
-    ]
-    lines += _ratios(result, "forward + backward", sizes, training)
-    lines += ["", "Inverse of the linear part:", "", *_ratios(result, "inverse, linear part", sizes, inverse)]
-    lines += ["", "Log-determinant of the matrix:", ""]
-    lines += _ratios(result, "log-determinant", [(D, 1) for D in (16, 64, 256, 784, 1024)], logabsdet)
-    lines += ["", "Inverse of the layer, φ⁻¹ included, beside its own forward and the original's:", ""]
-    names = {"its own forward": "its own forward", "original LU-Net's way": "original LU-Net's way"}
-    lines += _ratios(result, "inverse", sizes, names)
-    return "\n".join([*lines, "", f"{result.where()}; `make bench-all`."])
-
-
-def claims() -> str:
-    result = bench("claims")
-    lines = [f"- {verdict}" for verdict in verdicts(result.rows, result.counts)]
-    return "\n".join([*lines, "", f"{result.where()}; `lunet-fast bench claims --scale all`."])
-
-
-def stacks() -> str:
-    result = bench("stacks")
-    names = ["nflows LULinear, LeakyReLU", "zuko RealNVP", "zuko MAF", "original LU-Net's way"]
-    lines = ["| | D | M | B | LUFlow | " + " | ".join(names) + " |", "|---" * 9 + "|"]
-    for spec, rows in result.groups().items():
-        ours = next(row for row in rows if row.ours)
-        found = {row.contender: f"{row.ratio:.3g}" for row in rows}
-        cells = [spec.what, str(spec.features), spec.detail.removeprefix("M = "), str(spec.rows)]
-        cells += [seconds_text(ours.median), *(found.get(name, "") for name in names)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"{result.where()}; `lunet-fast bench stacks --scale all`."])
-
-
-def training() -> str:
-    result = bench("training")
-    names = ["nn.Linear MLP", "MLP control of table 2", "LU-Net, torch.compile"]
-    lines = [
-        "| step of | D | batch | LU-Net | samples a second | " + " | ".join(names) + " |",
-        "|---" * 8 + "|",
-    ]
-    for spec, rows in result.groups().items():
-        ours = next(row for row in rows if row.ours)
-        found = {row.contender: f"{row.ratio:.3g}" for row in rows}
-        cells = [spec.detail, str(spec.features), str(spec.rows), seconds_text(ours.median)]
-        cells += [f"{samples_per_second(ours):,.0f}", *(found.get(name, "") for name in names)]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"{result.where()}, of which a step uses 1; `lunet-fast bench training --scale all`."]
-    quality = load("time-to-quality")
-    lines += ["", "Whole trainings, ML-100K, seed 0:", ""]
-    lines += [
-        "| method | threads | training, s | test MSE | our training had it after, s |",
-        "|---" * 5 + "|",
-    ]
-    for row in quality["trainings"]:
-        if row["missing"]:
-            lines.append(f"| {row['method']} | | {row['missing']} | | |")
-            continue
-        after = row["ours_seconds"]
-        reached = "" if row["curve"] else "never" if after is None else f"{after:.1f}"
-        cells = [row["method"], row["threads"], f"{row['seconds']:.1f}", f"{row['test_mse']:.4f}", reached]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    machine = quality["machine"]
-    lines += [
-        "",
-        f"{machine['processor']}, torch {machine['torch']}, {machine['date']}; "
-        "`python benchmarks/time_to_quality.py`.",
-    ]
-    return "\n".join(lines)
-
-
-def compare() -> str:
+        spread = deviation(_runs(result, dataset, recipe, "test_mse"))
+        mse, seconds = number(mean["test_mse"], spread=spread), f"{mean['train_seconds']:.0f}"
+        error = f"{mean['reconstruction_error']:.1e} ({mean['reconstruction_error_relative']:.1e})"
+        rows.append([f"LU-Net, recipe `{recipe}`", name, mse, error, seconds, seeds])
+    for run in load("ml-1m")["runs"]:
+        name, seconds = DATASETS[run["dataset"]], f"{run['train_seconds']:.0f}"
+        if "mlp_test_mse" in run:
+            error = f"{run['mlp_reconstruction_error']:.4f}"
+            rows.append(["MLP control, trained here", name, number(run["mlp_test_mse"]), error, "", "1"])
+        else:
+            error = f"{run['reconstruction_error']:.1e} ({run['reconstruction_error_relative']:.1e})"
+            mse = number(run["test_mse"])
+            rows.append([f"LU-Net, recipe `{run['recipe']}`", name, mse, error, seconds, "1"])
+    affine = load("table2-affine")
+    (mean,) = affine["means"]
+    spread = deviation([run["test_mse"] for run in affine["runs"]])
+    error = f"{mean['reconstruction_error']:.1e} ({mean['reconstruction_error_relative']:.1e})"
+    cells = [number(mean["test_mse"], spread=spread), error, f"{mean['train_seconds']:.0f}"]
+    rows.append(["one LU layer (f affine), recipe `best`", "ML-100K", *cells, str(len(mean["seeds"]))])
+    head = ["model", "data", "test MSE", "reconstruction error", "training, s", "seeds"]
     lines: list[str] = []
-    for name, title in (("compare-ml-100k", "ML-100K"), ("compare-ml-1m", "ML-1M")):
-        if not (RESULTS / f"{name}.json").is_file():
+    for name in DATASETS.values():
+        lines += [*table(head, [row for row in rows if row[1] == name], {"test MSE": min}), ""]
+    note = "One LU layer: with `--affine`. MLP and recipe `paper` on ML-1M: with `--large`, single runs."
+    return [*lines, measured(result, "python benchmarks/table2.py") + " " + note]
+
+
+PACKAGES = {"lunet_fast": "lunet-fast", "ours": "control"}
+"""Packages of a comparison, where the table calls them otherwise."""
+
+
+def _package(row: dict[str, Any]) -> str:
+    return PACKAGES.get(row["package"], row["package"])
+
+
+def _methods(result: dict[str, Any], figures: list[str], without: str) -> list[list[Cell | str]]:
+    """A row for each method that has all of ``figures``; ``without`` is shown, but never the best."""
+    rows: list[list[Cell | str]] = []
+    for row in result["rows"]:
+        if any(row.get(figure) is None for figure in figures):
             continue
-        result = load(name)
-        seeds = ", ".join(str(seed) for seed in result["seeds"])
-        lines += [
-            f"{title}, seed{'s' if len(result['seeds']) > 1 else ''} {seeds}:",
-            "",
-            "| method | package | MSE | HR@10 | NDCG@10 | NDCG@10, all items | training, s | MB |",
-            "|---" * 8 + "|",
-        ]
-        for row in result["rows"]:
-            why = row.get("missing") or row.get("error")
-            if why:
-                lines.append(f"| {row['method']} | {row['package']} | {why} | | | | | |")
-                continue
-            figures = [row.get(n) for n in ("test_mse", "hr@10", "ndcg@10", "full_ndcg@10")]
-            cells = ["" if figure is None else f"{figure:.4f}" for figure in figures]
-            cells += [f"{row['train_seconds']:.1f}", f"{row['peak_memory_mb']:.0f}"]
-            if row["package"] == "lunet_fast":
-                cells = [f"**{cell}**" if cell else "" for cell in cells]
-            package = "this one" if row["package"] == "lunet_fast" else row["package"]
-            package = "written here" if package == "ours" else package
-            lines.append(f"| {row['method']} | {package} | " + " | ".join(cells) + " |")
-        lines.append("")
-    machine = load("compare-ml-100k")["machine"]
-    where = f"{machine['processor']}, one thread a method, torch {machine['torch']}, {machine['date']}"
-    return "\n".join([*lines, f"{where}; `lunet-fast compare --dataset ml-100k --seeds 0 1 2`."])
+        cells = [number(row[figure], ".4f", row.get(f"{figure}_sd")) for figure in figures]
+        if row["key"] == without:
+            cells = [Cell(cell.text) for cell in cells]
+        seconds, memory = f"{row['train_seconds']:.1f}", f"{row['peak_memory_mb']:.0f}"
+        rows.append([row["method"], _package(row), *cells, seconds, memory])
+    return rows
 
 
-def ablation() -> str:
-    rows = load("ablation-ratings")["rows"]
-    lines = ["| change | | MSE | change of MSE |", "|---" * 4 + "|"]
-    for row in rows:
-        if row["group"] in ("activation", "size × layers", "penalty"):
-            continue
-        error = row["mse_change_error"]
-        change = f"{row['mse_change']:+.4f} ± {error:.4f}" if row["group"] else ""
-        lines.append(f"| {row['group']} | {row['name']} | {row['mse']:.4f} | {change} |")
-    sizes = [row["mse"] for row in rows if row["group"] == "size × layers"]
-    slopes = [row["mse"] for row in rows if row["group"] == "activation"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Embedding size 8 to 32 × 1 to 4 layers: MSE {min(sizes):.4f} to {max(sizes):.4f}. "
-            f"Activations, α and β: {min(slopes):.4f} to {max(slopes):.4f}. Recipe best with 4 members, mean "
-            "of seeds 0, 1 and 2, changes ± standard error; `python benchmarks/ablation.py ratings`.",
-        ]
-    )
+def compare() -> list[str]:
+    lines: list[str] = []
+    for dataset, name in DATASETS.items():
+        result = load(f"compare-{dataset}")
+        tail = ["training, s", "memory, MB"]
+        rated = _methods(result, ["test_mse"], "lunet-both")  # its test ratings are others
+        ratings = table(["method", "package", "test MSE", *tail], rated, {"test MSE": min})
+        names = ["HR@10", "NDCG@10", "NDCG@10, all items"]
+        ranked = _methods(result, ["hr@10", "ndcg@10", "full_ndcg@10"], "lunet-leaky")
+        ranking = table(["method", "package", *names, *tail], ranked, dict.fromkeys(names, max))
+        where = measured(result, result["command"], versions=result["versions"])
+        seeds = _seeds(result["seeds"])
+        lines += [f"### {name}: predicting ratings, {seeds}", "", *ratings, ""]
+        lines += [f"### {name}: ranking, {seeds}", "", *ranking, "", where, ""]
+    return lines[:-1]
 
 
-def density() -> str:
-    result = load("density-digits")
-    lines = ["scikit-learn's digits, 64-D, bits a dimension with all Jacobians, less is better:", ""]
-    results = "benchmarks/results"
-    lines += [
-        *digits_table(),
-        "",
-        f"![digits, samples of LU-Net M, and what lies between two digits]({results}/density-digits.png)",
-        "",
-        "Points of the plane, KL divergence from the truth in nats:",
-        "",
-        *plane_table(),
-        "",
-        f"![densities on the plane: the truth and what was learnt]({results}/density-plane.png)",
-        "",
-        "Depth, on digits:",
-        "",
-        *depth_table(),
+def _changes(name: str, metrics: dict[str, str], best: Callable[..., float]) -> list[str]:
+    """A line a change of an ablation, with its effect on each metric (key → title) and ± its error."""
+    result = load(name)
+    rows: list[list[Cell | str]] = []
+    for row in result["rows"]:
+        cells: list[Cell | str] = [row["group"] or "nothing", row["name"] if row["group"] else ""]
+        for metric in metrics:
+            change, error = row[f"{metric}_change"], row[f"{metric}_change_error"]
+            figure = number(row[metric])
+            cells.append(figure.text if "leaks" in row["name"] else figure)
+            cells.append(number(change, "+.4f", error).text if row["group"] else "")
+        rows.append(cells)
+    titles = [title for name in metrics.values() for title in (name, f"change of {name}")]
+    found = table(["changed", "to", *titles], rows, dict.fromkeys(metrics.values(), best))
+    return [*found, "", measured(result, result["command"])]
+
+
+def ablation_ratings() -> list[str]:
+    return _changes("ablation-ratings", {"mse": "MSE"}, min)
+
+
+def ablation_ranking() -> list[str]:
+    titles = {"hr@10": "HR@10", "ndcg@10": "NDCG@10", "full_ndcg@10": "NDCG@10, all items"}
+    return _changes("ablation-ranking", titles, max)
+
+
+CONFIDENCES = {
+    "spread": "spread of the members' predictions",
+    "user variance": "variance of the user's training ratings",
+    "ends": "nearness of the prediction to an end of the scale",
+    "|z|²": "‖z‖², negative",
+    "log p": "log p: z = f(x) normal, with log\\|det J\\|",
+    "log p, x": "log p: x normal, without f",
+    "flow": "log p: a flow trained for it on x",
+    "plain together": "the measures without a density, fitted together",
+    "plain and flow": "these and the flow, fitted together",
+}
+"""Measures of how sure a prediction is: the name in inversion.json, and in words."""
+
+
+def confidence() -> list[str]:
+    result = load("inversion")
+    ours, identity = (result["mean"][name]["confidence"] for name in ("LU-Net", "identity"))
+    rows = [
+        [words, *(number(found[name]["area"]) if name in found else "" for found in (ours, identity))]
+        for name, words in CONFIDENCES.items()
     ]
-    machine = result["machine"]
-    where = f"{machine['processor']}, one thread, torch {machine['torch']}, {machine['date']}"
-    return "\n".join(
+    head = ["confidence", "area, LU-Net", "area, f = identity"]
+    found = table(head, rows, dict.fromkeys(head[1:], min))
+    return [*found, "", measured(result, result["command"])]
+
+
+def backwards() -> list[str]:
+    result = load("inversion")
+    ours, identity = (result["mean"][name]["choices"] for name in ("LU-Net", "identity"))
+    rows = [[name, number(value, ".3f"), number(identity.get(name), ".3f")] for name, value in ours.items()]
+    # The best choice there is, known from the test ratings, is a bound and no method.
+    rows = [[name, *(Cell(c.text) if name == "the best there is" else c for c in row)] for name, *row in rows]
+    head = ["item put first", "mean rating, LU-Net", "mean rating, f = identity"]
+    return [*table(head, rows, dict.fromkeys(head[1:], max)), "", measured(result, result["command"])]
+
+
+def cold_starts() -> list[str]:
+    result = load("embeddings")
+    names = {
+        "norm": "‖x‖², negative",
+        "normal": "log p, normal distribution",
+        "mixture": "log p, 30 Gaussians",
+        "flow": "log p, LU-Net flow",
+        "counts": "log of the number of training ratings",
+    }
+    mean = result["mean"]
+    rows = [
         [
-            *lines,
-            "",
-            f"{where}; `python benchmarks/density.py`, with every flow tuned on the same budget: "
-            "[density.md](benchmarks/results/density.md).",
+            words,
+            number(mean["pairs"][name]["area"]),
+            *(number(mean[side][name]["auroc_cold"], ".3f") for side in ("users", "items")),
         ]
+        for name, words in names.items()
+    ]
+    head = ["score", "area, pairs", "AUROC, cold users", "AUROC, cold items"]
+    best = {head[1]: min, head[2]: max, head[3]: max}
+    return [*table(head, rows, best), "", measured(result, result["command"], threads=False)]
+
+
+def fold_in() -> list[str]:
+    result = load("fold-in")
+    counts = (1, 5, 10, 20)
+    rows = [
+        [row["way"], *(number(row[f"mse_{n}"]) for n in counts), number(row.get("ms_per_user"), ".2g").text]
+        for row in result["ratings"]
+    ]
+    head = ["way", *(f"MSE, n = {n}" for n in counts), "ms a user"]
+    return [*table(head, rows, dict.fromkeys(head[1:5], min)), "", measured(result, result["command"])]
+
+
+# --- large files ----------------------------------------------------------------------------------------
+
+
+def scale() -> list[str]:
+    result = load("scale")
+    rows = [
+        [
+            row["contrast"],
+            *(f"{row[name]:,}" for name in ("ratings", "users", "items", "D")),
+            number(row["seconds_a_rating"] * 1e6, ".2f").text,
+            f"{row['peak_bytes'] / 2**30:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    head = ["varied", "ratings", "users", "items", "D", "training, µs a rating", "peak memory, GiB"]
+    return [*table(head, rows, {}), "", measured(result, "python benchmarks/scale.py")]
+
+
+def sharding() -> list[str]:
+    result = load("sharding")
+    rows = []
+    for row in result["memory"]:
+        peaks = [f"{peak / 2**30:.2f}" for peak in row["peak_bytes"]]
+        seconds, mse = f"{row['train_seconds']:.0f}", f"{row['test_mse']:.6f}"
+        rows.append([str(row["processes"]), peaks[0], ", ".join(peaks[1:]), seconds, mse])
+    head = ["processes", "peak memory of the first, GiB", "of the others, GiB", "training, s", "test MSE"]
+    return [*table(head, rows, {}), "", measured(result, "python benchmarks/sharding.py --steps --memory")]
+
+
+# --- the ten figures of the README ----------------------------------------------------------------------
+
+
+def _pair(what: str, ours: Cell, rival: str, theirs: Cell, best: Callable[..., float]) -> list[str]:
+    winner = best([ours.value, theirs.value])
+    ours, theirs = (cell.bold if cell.value == winner else cell for cell in (ours, theirs))
+    return [what, ours.text, f"{theirs.text}, {rival}"]
+
+
+def _best_other(result: dict[str, Any], metric: str, best: Callable[..., Any]) -> dict[str, Any]:
+    others = [row for row in result["rows"] if row["package"] != "lunet_fast" and row.get(metric) is not None]
+    return best(others, key=lambda row: row[metric])
+
+
+def _ranked(what: str, result: dict[str, Any], method: str, metric: str, best: Any) -> list[str]:
+    """A method of ours beside the best of the other packages'."""
+    (ours,) = (row for row in result["rows"] if row["key"] == method)
+    rival = _best_other(result, metric, best)
+    cells = [number(row[metric], spread=row.get(f"{metric}_sd")) for row in (ours, rival)]
+    return _pair(what, cells[0], f"{rival['method']} ({_package(rival)})", cells[1], best)
+
+
+def _timed(what: str, D: int, B: int, rival: str, shown: str) -> list[str]:
+    ours, theirs = (bench("layers").row(what, D, B, name) for name in ("LUDense", rival))
+    assert ours is not None
+    assert theirs is not None
+    cells = [Cell(seconds_text(row.median), row.median) for row in (ours, theirs)]
+    titles = {"forward + backward": "Forward and backward", "inverse, linear part": "Inverse"}
+    return _pair(f"{titles[what]} of a layer, D = {D}, batch {B:,}", cells[0], shown, cells[1], min)
+
+
+def figures() -> list[str]:
+    small, large, second = load("compare-ml-100k"), load("compare-ml-1m"), load("table2")
+    (ours_1m,) = (m for m in second["means"] if m["dataset"] == "ml-1m")
+    (plain,) = (r for r in load("ablation-ratings")["rows"] if not r["group"])
+    (identity,) = (
+        r for r in load("ablation-ratings")["rows"] if (r["group"], r["name"]) == ("f", "identity")
     )
+    mf = _best_other(large, "test_mse", min)
+    flows = {(row["family"], row["size"]): row for row in load("density-digits")["rows"]}
+    lu, splines = flows["LU-Net", "L"], flows["LULinear + splines (nflows)", "L"]
+    bits = [number(r["test"], ".4f", standard_error(r["test_std"], len(r["runs"]))) for r in (lu, splines)]
+    times = step_times()
+    draw = [
+        times[row["family"], row["size"], row["tuned"]["chosen"]["components"]]["sample_ms"]
+        for row in (lu, flows["NSF (zuko)", "L"])
+    ]
+    recovery = load("inversion")["mean"]["LU-Net"]["recovery"]
+    rows = [
+        _ranked("ML-100K, test MSE", small, "lunet-ratings", "test_mse", min),
+        _pair(
+            "ML-1M, test MSE",
+            number(ours_1m["test_mse"]),
+            f"{mf['method']} ({mf['package']})",
+            number(mf["test_mse"]),
+            min,
+        ),
+        _ranked("ML-100K, NDCG@10 among 100 candidates", small, "lunet-interactions", "ndcg@10", max),
+        _ranked("ML-1M, NDCG@10 among all items", large, "lunet-interactions", "full_ndcg@10", max),
+        [
+            "ML-100K, validation MSE with f, and with f = identity",
+            number(plain["mse"]).text,
+            f"{identity['mse']:.4f}, so {identity['mse_change']:+.4f} ± {identity['mse_change_error']:.4f}",
+        ],
+        [
+            "Largest relative error of f⁻¹(f(x)), float32, trained model",
+            number(recovery["largest_float32"], ".1e").text,
+            f"{recovery['largest_float64']:.1e} in float64",
+        ],
+        _pair(
+            f"Digits (64-D), bits a dimension, {lu['parameters']:,} parameters",
+            bits[0],
+            f"LU layers with splines, {splines['parameters']:,} (nflows)",
+            bits[1],
+            min,
+        ),
+        _pair(
+            "256 samples of that flow",
+            Cell(f"{draw[0]:.1f} ms", draw[0]),
+            "autoregressive spline flow, L (zuko)",
+            Cell(f"{draw[1]:.0f} ms", draw[1]),
+            min,
+        ),
+        _timed("inverse, linear part", 1024, 1, "torch.linalg.solve", "`torch.linalg.solve`"),
+        _timed("forward + backward", 64, 8192, "nn.Linear + softplus", "`nn.Linear` + softplus"),
+    ]
+    lines = table(["", "lunet-fast", "beside it"], rows, {})
+    machines = [load(n)["machine"] for n in ("compare-ml-100k", "table2", "density-digits", "layers-cpu")]
+    dates = sorted(machine["date"] for machine in machines)
+    (where,) = {f"{m['processor']}, {m['cores']} cores, torch {m['torch']}" for m in machines}
+    note = (
+        "Bold: the better of the two. Lower is better, except for NDCG. ±: standard deviation over three "
+        "seeds; for f = identity the standard error over three, for digits over five. ML-1M: one seed. "
+        f"{where}, {dates[0]} to {dates[-1]}."
+    )
+    return [*lines, "", note]
 
 
-SECTIONS = {
+SECTIONS: dict[str, Callable[[], list[str]]] = {
+    "figures": figures,
     "table2": table2,
     "compare": compare,
-    "ablation": ablation,
-    "claims": claims,
-    "layers": layers,
-    "stacks": stacks,
-    "training": training,
-    "density": density,
+    "ablation-ratings": ablation_ratings,
+    "ablation-ranking": ablation_ranking,
+    "confidence": confidence,
+    "backwards": backwards,
+    "cold-starts": cold_starts,
+    "fold-in": fold_in,
+    "scale": scale,
+    "sharding": sharding,
+    **DENSITY_SECTIONS,
+    **LAYER_SECTIONS,
 }
 
+MARKED = re.compile(r"(<!-- ([a-z0-9-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
-def filled(text: str) -> str:
-    """``text`` with every `<!-- NAME -->` … `<!-- end NAME -->` section made anew."""
-    for name, make in SECTIONS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"README.md has no section <!-- {name} --> … <!-- end {name} -->")
-        section = make()
-        text = pattern.sub(lambda found, section=section: f"{found[1]}{section}\n{found[2]}", text)
-    return text
+
+def filled(text: str) -> tuple[str, set[str]]:
+    """``text`` with every marked section made anew, and the names of these sections."""
+    names = {name for _, name, _ in MARKED.findall(text)}
+    unknown = names - SECTIONS.keys()
+    if unknown:
+        raise SystemExit(f"no table is called {', '.join(sorted(unknown))}")
+    made = {name: "\n".join(SECTIONS[name]()) for name in names}
+    return MARKED.sub(lambda found: f"{found[1]}\n{made[found[2]]}\n\n{found[3]}", text), names
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing, say whether README.md is up to date"
-    )
+    parser.add_argument("--check", action="store_true", help="change nothing, say whether they are right")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = filled(old)
-    if options.check:
-        if new != old:
-            sys.exit("README.md does not say what benchmarks/results/ holds: run python benchmarks/readme.py")
-        return
-    write_text(path, new)
+    stale, shown = [], set()
+    for path in PAGES:
+        old = path.read_text()
+        new, names = filled(old)
+        shown |= names
+        if new == old:
+            continue
+        stale.append(str(path.relative_to(ROOT)))
+        if not options.check:
+            write_text(path, new)
+    if SECTIONS.keys() - shown:
+        sys.exit(f"no page shows {', '.join(sorted(SECTIONS.keys() - shown))}")
+    if stale and options.check:
+        sys.exit(f"{', '.join(stale)}: not what benchmarks/results/ holds; run python benchmarks/readme.py")
 
 
 if __name__ == "__main__":
