@@ -177,6 +177,11 @@ class SoftplusFamily(BijectiveActivation):
     def starting_slopes(self) -> tuple[float, float, float]:
         """(a, c, κ) as the activation was made with, of every coordinate."""
 
+    def slope_values(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(a, c, κ) as they are now, float64, each a scalar or [D]; no gradient."""
+        a, c, kappa = torch.as_tensor(self.slopes(), dtype=torch.float64).detach()
+        return a, c, kappa
+
     def fused(self) -> Activation:
         return functional.activation_of(self.slopes())
 
@@ -198,7 +203,7 @@ class SoftplusFamily(BijectiveActivation):
         """(least a, greatest a + c)."""
         if self._is_other():
             return super().derivative_range(features)
-        a, c, _ = torch.as_tensor(self.slopes(), dtype=torch.float64).detach()
+        a, c, _ = self.slope_values()
         return float(a.min()), float((a + c).max())
 
     def _is_other(self) -> bool:
