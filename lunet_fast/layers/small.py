@@ -89,18 +89,19 @@ def inverse_net(
     All U⁻¹ L⁻¹ are formed at once (``matrix.inverse_of_factors``) and then multiplied with. Cost: 3·M·D³
     flops for the matrices and 2·M·N·D² for N rows.
     """
-    below, upper, logs = _factors(layers)
+    below, upper, logs, permutations = _factors(layers)
     inverses = matrix.inverse_of_factors(below + torch.eye(y.shape[-1], dtype=y.dtype), upper)
     if inverses is None:
         return None
     x, total = y, logs.new_zeros(y.shape[:-1]) - logs.sum() if logabsdet else None
-    for layer, inverse in zip(reversed(layers), reversed(inverses.unbind()), strict=True):
+    backwards = zip(reversed(layers), reversed(permutations), reversed(inverses.unbind()), strict=True)
+    for layer, permutation, inverse in backwards:
         if layer.activation is not None:
             x, share = call(layer.activation, x, inverse=True, logabsdet=logabsdet)
             if share is not None and total is not None:
                 total = total + share
-        if layer.permutation is not None:
-            inverse = inverse[:, layer.permutation.argsort()]
+        if permutation is not None:
+            inverse = inverse[:, permutation.argsort()]
         x = F.linear(x, inverse, None if layer.bias is None else -(inverse @ layer.bias))
     return x, total
 
@@ -126,23 +127,25 @@ def stacked_net(x: Tensor, members: Sequence[Sequence[LUDense]]) -> Tensor:
 
 def _matrices(layers: Sequence[LUDense]) -> tuple[Tensor, Tensor]:
     """(A = Pᵀ L U [M, D, D], formed for all layers at once as Pᵀ (U + (L − I) U); log|u_ii| [M, D])."""
-    below, upper, logs = _factors(layers)
+    below, upper, logs, permutations = _factors(layers)
     weights = torch.baddbmm(upper, below, upper)
-    if any(layer.permutation is not None for layer in layers):
+    if any(each is not None for each in permutations):
         own = torch.arange(upper.shape[-1], device=upper.device)
-        orders = [own if layer.permutation is None else layer.permutation.argsort() for layer in layers]
+        orders = [own if each is None else each.argsort() for each in permutations]
         weights = weights.gather(1, torch.stack(orders).unsqueeze(-1).expand_as(weights))
     return weights, logs
 
 
-def _factors(layers: Sequence[LUDense]) -> tuple[Tensor, Tensor, Tensor]:
-    """(L − I [M, D, D], U [M, D, D], log|u_ii| [M, D])."""
+def _factors(layers: Sequence[LUDense]) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """(L − I [M, D, D], U [M, D, D], log|u_ii| [M, D], the permutations)."""
+    structures = [layer._structure() for layer in layers]
     lu = torch.stack([layer.lu for layer in layers])
     bound = LOG_DIAGONAL_BOUND[lu.dtype]
     # hardtanh is clamp with a derivative in one call, where clamp's takes several.
     logs = F.hardtanh(lu.diagonal(dim1=-2, dim2=-1), -bound, bound)
-    diagonal = logs.exp() * torch.stack([layer.sign for layer in layers])
-    return lu.tril(-1), lu.triu(1) + torch.diag_embed(diagonal), logs
+    diagonal = logs.exp() * torch.stack([sign for sign, _ in structures])
+    permutations = [permutation for _, permutation in structures]
+    return lu.tril(-1), lu.triu(1) + torch.diag_embed(diagonal), logs, permutations
 
 
 def _activate(h: Tensor, layer: LUDense, logabsdet: bool) -> tuple[Tensor, Tensor | None]:

@@ -172,14 +172,16 @@ def _batched_natively(
 
 def _is_watched(*tensors: Any) -> bool:
     """Whether something besides autograd wants to see an operation on these: tracing, a torch.func
-    transform, a forward-mode derivative, a dispatch mode, batched gradients, a tensor subclass."""
+    transform, a forward-mode derivative, a dispatch mode, batched gradients, a tensor subclass, a tensor
+    without data."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
         or any(
-            t is not None and (type(t) not in (Tensor, Parameter) or is_legacy_batchedtensor(t))
+            t is not None
+            and (type(t) not in (Tensor, Parameter) or is_legacy_batchedtensor(t) or t.is_meta)
             for t in tensors
         )
     )
