@@ -328,7 +328,8 @@ def activation_bwd_kernel(
     total_a = tl.zeros([ROWS, COLUMNS], tl.float32)
     total_c = tl.zeros([ROWS, COLUMNS], tl.float32)
     total_kappa = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(program.to(tl.int64) * ROWS, N, programs * ROWS):
+    # 64 bits for the step too: without sums it is N rounded up, which may pass 2³¹ where N does not.
+    for first in range(program.to(tl.int64) * ROWS, N, programs.to(tl.int64) * ROWS):
         base = (member * N + first) * D
         here = rows < N - first
         valid = here[:, None] & (cols[None, :] < D)
