@@ -18,7 +18,7 @@ from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from lunet_fast import ops, reference
+from lunet_fast import ops, reference, tracing
 
 _ops = torch.ops.lunet_fast
 
@@ -650,6 +650,8 @@ def _apply(traceable: Any, eager: Any, args: tuple[Any, ...]) -> Any:
 
 def activation(x: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool) -> Outputs:
     """``Activation`` on its arguments; the operation alone where nothing is recorded."""
+    if tracing.is_recording():
+        return tracing.activation(x, fixed if slopes is None else slopes, logabsdet)
     if not records(x, slopes) and not _is_watched(x):
         return _run("activation_forward", x, slopes, *fixed, logabsdet)
     return _apply(Activation, EagerActivation, (x, slopes, fixed, logabsdet))
@@ -657,6 +659,8 @@ def activation(x: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool) 
 
 def activation_inverse(y: Tensor, slopes: Tensor | None, fixed: Fixed, logabsdet: bool) -> Outputs:
     """``ActivationInverse`` on its arguments; the operation alone where nothing is recorded."""
+    if tracing.is_recording():
+        return tracing.activation_inverse(y, fixed if slopes is None else slopes, logabsdet)
     if not records(y, slopes) and not _is_watched(y):
         return _run("activation_inverse", y, slopes, *fixed, logabsdet)
     return _apply(ActivationInverse, EagerActivationInverse, (y, slopes, fixed, logabsdet))
@@ -673,6 +677,9 @@ def layer(
     logabsdet: bool,
 ) -> Outputs:
     """The first two results of ``Layer``; the operation alone where nothing is recorded."""
+    if tracing.is_recording():
+        own = _slopes_or(slopes, fixed)
+        return tracing.layer(x, lu, bias, own, sign, permutation, logabsdet, inverse=False)
     save = records(x, lu, bias, slopes)
     if not save and not _is_watched(x, lu):
         return _run("layer_forward", x, lu, sign, permutation, bias, slopes, *fixed, logabsdet, False)[:2]
@@ -690,6 +697,9 @@ def layer_inverse(
     logabsdet: bool,
 ) -> Outputs:
     """The first two results of ``LayerInverse``; the operation alone where nothing is recorded."""
+    if tracing.is_recording():
+        own = _slopes_or(slopes, fixed)
+        return tracing.layer(y, lu, bias, own, sign, permutation, logabsdet, inverse=True)
     save = records(y, lu, bias, slopes)
     if not save and not _is_watched(y, lu):
         return _run("layer_inverse", y, lu, sign, permutation, bias, slopes, *fixed, logabsdet, False)[:2]

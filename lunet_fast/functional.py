@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lunet_fast import autograd, reference
+from lunet_fast import autograd, reference, tracing
 from lunet_fast.autograd import Fixed
 from lunet_fast.reference import Slopes
 
@@ -51,7 +51,8 @@ def _split(slopes: Slopes | None, x: Tensor) -> tuple[Tensor | None, Fixed]:
     if slopes is None:
         return None, (1.0, 0.0, 1.0)
     if isinstance(slopes, Tensor):
-        if slopes.shape != (3,) and (x.dim() == 0 or slopes.shape != (3, x.shape[-1])):
+        traced = torch._C._get_tracing_state() is not None  # then a comparison of shapes is one to warn of
+        if not traced and slopes.shape != (3,) and (x.dim() == 0 or slopes.shape != (3, x.shape[-1])):
             raise ValueError(f"slopes must be [3] or [3, D] as a tensor, got shape {tuple(slopes.shape)}")
         return slopes, (1.0, 0.0, 1.0)
     if any(isinstance(value, Tensor) for value in slopes):
@@ -70,6 +71,16 @@ def _check_floating(name: str, x: Tensor) -> None:
 
 
 def _check(
+    name: str, x: Tensor, lu: Tensor, bias: Tensor | None, sign: Tensor | None, permutation: Tensor | None
+) -> None:
+    if torch._C._get_tracing_state() is not None:
+        with tracing.quiet():
+            _check_shapes(name, x, lu, bias, sign, permutation)
+    else:
+        _check_shapes(name, x, lu, bias, sign, permutation)
+
+
+def _check_shapes(
     name: str, x: Tensor, lu: Tensor, bias: Tensor | None, sign: Tensor | None, permutation: Tensor | None
 ) -> None:
     _check_floating(name, x)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lunet_fast import blocked
+from lunet_fast import blocked, tracing
 from lunet_fast.blocked import Family, Packed
 from lunet_fast.kernels import tiles
 from lunet_fast.reference import autocast_enabled, wide
@@ -112,6 +112,7 @@ def is_small(x: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and x.device.type == "cpu"
         and _backend != "triton"
         and x.dtype in (torch.float32, torch.float64)
@@ -659,7 +660,9 @@ def fuses_net(x: Tensor) -> bool:
 
     Decided by what is known while being traced; which kernels the operation launches, it decides itself.
     """
-    return _triton_takes(x) and x.dim() > 0 and x.shape[-1] <= tiles.NET_FEATURES
+    return (
+        _triton_takes(x) and not tracing.is_recording() and x.dim() > 0 and x.shape[-1] <= tiles.NET_FEATURES
+    )
 
 
 # --- shapes without data --------------------------------------------------------------------------------

@@ -44,13 +44,14 @@ def net(x: Tensor, layers: Sequence[LUDense], *, logabsdet: bool) -> tuple[Tenso
 
 def takes_inverse(y: Tensor, layers: Sequence[LUDense]) -> bool:
     """Whether ``inverse_net`` may take these layers on y: without gradients, and rows enough for inverses."""
-    rows = y.numel() // max(1, y.shape[-1]) if y.dim() else 0
+    if not takes(y, layers):
+        return False
+    rows = y.numel() // max(1, y.shape[-1])
     recorded = torch.is_grad_enabled() and (
         y.requires_grad or any(p.requires_grad for layer in layers for p in layer.parameters())
     )
     return (
         not recorded
-        and takes(y, layers)
         and rows >= blocked.least_rows_for_inverse(y.shape[-1])
         # Under vmap no number can be read, and the condition is one.
         and not any(torch._C._functorch.is_functorch_wrapped_tensor(layer.lu) for layer in layers)
