@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -600,6 +601,9 @@ def _eager(traceable: type[torch.autograd.Function], inputs: int) -> type[torch.
     def apply(cls: Any, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super(traceable, cls).apply(*args)
+        return record(cls, *args)
+
+    def record(cls: Any, *args: Any) -> Any:
         alive = (unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args)
         return super(torch.autograd.Function, cls).apply(*alive)  # type: ignore[misc]
 
@@ -628,6 +632,7 @@ def _eager(traceable: type[torch.autograd.Function], inputs: int) -> type[torch.
     members = {"forward": forward, "setup_context": setup_context, "jvp": jvp}
     statics: dict[str, Any] = {name: staticmethod(member) for name, member in members.items()}
     statics["apply"] = classmethod(apply)
+    statics["record"] = classmethod(record)
     return type(f"Eager{traceable.__name__}", (traceable,), statics)
 
 
@@ -728,7 +733,9 @@ def _from_operation(name: str, function: Callable[..., Any]) -> None:
                 "of the layer itself, in eager mode"
             )
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return function(*args)
+            # torch.func has unpacked its own tensors by now: what is left to do is autograd's, a level of it.
+            with enable_single_level_autograd_function():
+                return function(*args)
         with _below_autograd():
             return operation(*args)
 
@@ -752,8 +759,8 @@ def _net_arguments(x: Tensor, lu: Tensor, sign: Any, bias: Any, slopes: Any, *re
     return x, lu, bias, slopes, sign, tuple(fixed), inverse, logabsdet
 
 
-_from_operation("activation_forward", lambda *a: EagerActivation.apply(*_activation_arguments(*a)))
-_from_operation("activation_inverse", lambda *a: EagerActivationInverse.apply(*_activation_arguments(*a)))
-_from_operation("layer_forward", lambda *a: EagerLayer.apply(*_layer_arguments(*a)))
-_from_operation("layer_inverse", lambda *a: EagerLayerInverse.apply(*_layer_arguments(*a)))
-_from_operation("net", lambda *a: EagerNet.apply(*_net_arguments(*a)))
+_from_operation("activation_forward", lambda *a: EagerActivation.record(*_activation_arguments(*a)))
+_from_operation("activation_inverse", lambda *a: EagerActivationInverse.record(*_activation_arguments(*a)))
+_from_operation("layer_forward", lambda *a: EagerLayer.record(*_layer_arguments(*a)))
+_from_operation("layer_inverse", lambda *a: EagerLayerInverse.record(*_layer_arguments(*a)))
+_from_operation("net", lambda *a: EagerNet.record(*_net_arguments(*a)))

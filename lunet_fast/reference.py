@@ -35,6 +35,9 @@ LOG_DIAGONAL_BOUND = {
     torch.float16: 9.0,
 }
 
+#: The devices that torch.compile asks for autocast of.
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia")
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums and matrices are formed for ``dtype``: float32 or wider."""
@@ -44,6 +47,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for x's device; devices without autocast, as meta, never have it on."""
     device = x.device.type
+    if torch.compiler.is_dynamo_compiling():
+        # Which devices have autocast, torch.compile of releases before 2.12 cannot ask.
+        return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
