@@ -521,26 +521,29 @@ def inverse_product_kernel(
 @triton.jit
 def _store_gradients(
     part,
+    ld,
     grad_right_ptr,
     grad_y_ptr,
     h_ptr,
     sums_ptr,
-    ld,
     permutation_ptr,
     slopes,
     j,
     here,
     D,
+    RIGHT: tl.constexpr,
     PER_COLUMN: tl.constexpr,
     FAST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Block j of L⁻ᵀ U⁻ᵀ g to its places in A⁻ᵀ g; through φ⁻¹ to the gradient of y; sums for the slopes."""
+    """Block j of L⁻ᵀ U⁻ᵀ g to its places in A⁻ᵀ g, where RIGHT; through φ⁻¹ to the gradient of y; sums for
+    the slopes."""
     source = _source(permutation_ptr, j, D, BLOCK)
     valid = here & (source[None, :] < D)
     offsets = tl.arange(0, ROWS)[:, None] * D + source[None, :]
-    tl.store(grad_right_ptr + offsets, part.to(grad_right_ptr.dtype.element_ty), mask=valid)
+    if RIGHT:
+        tl.store(grad_right_ptr + offsets, part.to(grad_right_ptr.dtype.element_ty), mask=valid)
     if h_ptr is not None:
         family = load_family(*slopes, source, D, PER_COLUMN)
         h = tl.load(h_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
@@ -602,7 +605,8 @@ def layer_inv_bwd_kernel(
     lower_ptr = inverses_ptr + member * 2 * blocks * BLOCK * BLOCK
     upper_ptr = lower_ptr + blocks * BLOCK * BLOCK
     slopes = (slopes_ptr, a, c, kappa, log_low, log_high)
-    outputs = (grad_right_ptr, grad_y_ptr, h_ptr, sums_ptr, ld, permutation_ptr, slopes)
+    # ld is no member: Triton takes an argument that is None into a tuple, but not a variable set to None.
+    outputs = (grad_right_ptr, grad_y_ptr, h_ptr, sums_ptr, permutation_ptr, slopes)
 
     if BLOCKS > 0:
         parts = ()
@@ -613,8 +617,10 @@ def layer_inv_bwd_kernel(
         parts = _substitute_held(parts, lu_ptr, upper_ptr, D, False, True, PRECISION, ROWS, BLOCK, BLOCKS)
         parts = _substitute_held(parts, lu_ptr, lower_ptr, D, True, True, PRECISION, ROWS, BLOCK, BLOCKS)
         for j in tl.static_range(BLOCKS):
-            _store_gradients(parts[j], *outputs, j, here, D, PER_COLUMN, FAST, ROWS, BLOCK)
+            _store_gradients(parts[j], ld, *outputs, j, here, D, True, PER_COLUMN, FAST, ROWS, BLOCK)
     else:
+        # Where grad_right itself holds the blocks solved so far, it has them already, in their order.
+        RIGHT: tl.constexpr = running_ptr is not None
         if running_ptr is None:
             solved_ptr = grad_right_ptr
         else:
@@ -635,7 +641,7 @@ def layer_inv_bwd_kernel(
                 *(True, PRECISION, ROWS, BLOCK, INNER),
             )
             _store_running(solved_ptr, part, j, here, D, ROWS, BLOCK)
-            _store_gradients(part, *outputs, j, here, D, PER_COLUMN, FAST, ROWS, BLOCK)
+            _store_gradients(part, ld, *outputs, j, here, D, RIGHT, PER_COLUMN, FAST, ROWS, BLOCK)
 
 
 # --- launchers ------------------------------------------------------------------------------------------

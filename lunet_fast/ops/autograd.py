@@ -19,10 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
+from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
+    enable_single_level_autograd_function,
+)
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from lunet_fast.ops import dispatch, reference
+from lunet_fast.ops import dispatch, reference, tracing
 from lunet_fast.ops.precision import wide, without_autocast
 from lunet_fast.ops.values import Activation, Matrix, flatten
 
@@ -180,8 +183,7 @@ def _is_watched(*tensors: Any) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
         or any(
-            t is not None
-            and (type(t) not in (Tensor, Parameter) or is_legacy_batchedtensor(t) or t.is_meta)
+            t is not None and (type(t) not in (Tensor, Parameter) or is_legacy_batchedtensor(t) or t.is_meta)
             for t in tensors
         )
     )
@@ -340,6 +342,9 @@ def _eager(traceable: type[torch.autograd.Function]) -> type[torch.autograd.Func
     def apply(cls: Any, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super(traceable, cls).apply(*args)
+        return record(cls, *args)
+
+    def record(cls: Any, *args: Any) -> Any:
         alive = (unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args)
         return super(torch.autograd.Function, cls).apply(*alive)  # type: ignore[misc]
 
@@ -367,7 +372,7 @@ def _eager(traceable: type[torch.autograd.Function]) -> type[torch.autograd.Func
 
     members = {"forward": forward, "setup_context": setup_context, "jvp": jvp}
     statics: dict[str, Any] = {name: staticmethod(member) for name, member in members.items()}
-    statics["apply"] = classmethod(apply)
+    statics["apply"], statics["record"] = classmethod(apply), classmethod(record)
     return type(f"Eager{traceable.__name__}", (traceable,), statics)
 
 
@@ -385,6 +390,8 @@ _EAGER: dict[str, Any] = {name: _eager(traceable) for name, traceable in _TRACEA
 def apply(name: str, x: Tensor, matrix: Matrix | None, activation: Activation, logabsdet: bool) -> Outputs:
     """The first two results of the operation ``name`` on x, past its Function where nothing is recorded. An
     empty tensor stands for log-determinants that were not asked for."""
+    if tracing.is_recording():
+        return _recorded(name, x, matrix, activation, logabsdet)
     lu, sign, permutation, bias = (None, None, None, None) if matrix is None else matrix
     save = records(x, lu, bias, activation.parameters)
     if not save and not _is_watched(x, lu):
@@ -396,6 +403,18 @@ def apply(name: str, x: Tensor, matrix: Matrix | None, activation: Activation, l
     function = (_TRACEABLE if torch.compiler.is_compiling() else _EAGER)[name]
     arguments = (x, lu, bias, parameters, sign, permutation, kind, constants, logabsdet, save)
     return function.apply(*arguments)[:2]
+
+
+def _recorded(
+    name: str, x: Tensor, matrix: Matrix | None, activation: Activation, logabsdet: bool
+) -> Outputs:
+    """The same in PyTorch's own operations. There are no nets here: ``dispatch.fuses_net`` says no."""
+    options = {"inverse": name.endswith("inverse"), "logabsdet": logabsdet}
+    if matrix is None:
+        y, total = tracing.activation(x, activation, **options)
+    else:
+        y, total = tracing.layer(x, matrix, activation, **options)
+    return y, _none_of(y) if total is None else total
 
 
 # An exported program calls the operations themselves, with parameters that may be trained further: there
@@ -419,7 +438,9 @@ def _from_operation(operation: Operation) -> None:
         x, *values, logabsdet = dispatch.structured(operation.name, args)[: -1 if operation.kept else None]
         lu, sign, permutation, bias = values[0] if len(values) == 2 else (None, None, None, None)
         kind, parameters, constants = values[-1]
-        return eager.apply(x, lu, bias, parameters, sign, permutation, kind, constants, logabsdet, True)
+        # torch.func has unpacked its own tensors by now: what is left to do is autograd's, a level of it.
+        with enable_single_level_autograd_function():
+            return eager.record(x, lu, bias, parameters, sign, permutation, kind, constants, logabsdet, True)
 
     dispatch.library.impl(operation.name, call, "Autograd")
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lunet_fast.ops import tracing
 from lunet_fast.ops.precision import autocast_enabled, wide
 from lunet_fast.ops.values import ACTIVATION_SCHEMA, MATRIX_SCHEMA, Activation, Matrix, structure
 
@@ -150,7 +151,9 @@ def fuses_net(x: Tensor) -> bool:
 
     Decided by what is known while being traced; which kernels the operation launches, it decides itself.
     """
-    return takes_triton(x) and x.dim() > 0 and implementation("triton", "fuses_net")(x)
+    if not takes_triton(x) or tracing.is_recording():
+        return False
+    return x.dim() > 0 and implementation("triton", "fuses_net")(x)
 
 
 # --- registration ---------------------------------------------------------------------------------------

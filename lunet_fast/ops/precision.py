@@ -17,6 +17,10 @@ LOG_DIAGONAL_BOUND = {
 }
 
 
+#: The devices that torch.compile asks for autocast of.
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia")
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums and matrices are formed for ``dtype``: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
@@ -25,6 +29,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for x's device; devices without autocast, as meta, never have it on."""
     device = x.device.type
+    if torch.compiler.is_dynamo_compiling():
+        # Which devices have autocast, torch.compile of releases before 2.12 cannot ask.
+        return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 

@@ -92,6 +92,21 @@ def leaky_softplus_inverse(y: Tensor, slopes: Slopes) -> Tensor:
     return _Inverse.apply(y, None, *slopes)
 
 
+def solve_leaky_softplus(y: Tensor, slopes: Slopes) -> Tensor:
+    """φ⁻¹(y) by Newton's iteration, which is all that is recorded of it."""
+    a, c, _ = unpack(slopes)
+    start = torch.minimum(y / a, y / (a + c))
+    # φ is convex and start is not left of the solution, so Newton falls onto it monotonically: by about 1/κ
+    # a step while eˣ dominates the slope, and quadratically at the end. Slopes in a tensor may be batched by
+    # vmap, when their values cannot be read: they get the steps that 1e-13 needs.
+    ratio = 1e-13 if isinstance(slopes, Tensor) else max(a / c, 1e-300)
+    x = start
+    for _ in range(8 + math.ceil(max(0.0, -math.log(ratio)))):
+        step = (leaky_softplus(x, slopes) - y) / leaky_softplus_derivative(x, slopes)
+        x = torch.where(step.isfinite(), x - step, x)
+    return x
+
+
 class _Inverse(torch.autograd.Function):
     """x = φ⁻¹(y), differentiated through the implicit function theorem.
 
@@ -103,18 +118,7 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, slopes: Tensor | None, *fixed: float) -> Tensor:
-        triple = fixed if slopes is None else slopes
-        a, c, _ = unpack(triple)
-        start = torch.minimum(y / a, y / (a + c))
-        # φ is convex and start is not left of the solution, so Newton falls onto it monotonically: by
-        # about 1/κ a step while eˣ dominates the slope, and quadratically at the end. Slopes in a tensor
-        # may be batched by vmap, when their values cannot be read: they get the steps that 1e-13 needs.
-        ratio = 1e-13 if slopes is not None else max(a / c, 1e-300)
-        x = start
-        for _ in range(8 + math.ceil(max(0.0, -math.log(ratio)))):
-            step = (leaky_softplus(x, triple) - y) / leaky_softplus_derivative(x, triple)
-            x = torch.where(step.isfinite(), x - step, x)
-        return x
+        return solve_leaky_softplus(y, fixed if slopes is None else slopes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -176,6 +180,8 @@ class Formula(NamedTuple):
 
     forward: Callable[[Tensor, Activation], Tensor]
     inverse: Callable[[Tensor, Activation], Tensor]
+    solve: Callable[[Tensor, Activation], Tensor]
+    """The inverse in PyTorch's operations alone, for what records them."""
     log_derivative_sum: Callable[[Tensor, Activation], Tensor]
 
 
@@ -188,6 +194,7 @@ ACTIVATIONS = {
     "leaky_softplus": Formula(
         lambda x, activation: leaky_softplus(x, _slopes_of(activation)),
         lambda y, activation: leaky_softplus_inverse(y, _slopes_of(activation)),
+        lambda y, activation: solve_leaky_softplus(y, _slopes_of(activation)),
         lambda x, activation: log_derivative_sum(x, _slopes_of(activation)),
     )
 }
