@@ -110,8 +110,9 @@ def _log1p(z, FAST: tl.constexpr):
 
 # --- the activation as kernels see it -------------------------------------------------------------------
 #
-# Kernels hand on an ``Activation`` and what ``load_family`` read of it, and look into neither: this file alone
-# knows what an activation is made of. A jitted function returns no constants, which is why there are two.
+# Kernels hand on an ``Activation`` and what ``load_family`` read of it, and look into neither: this file
+# alone knows what an activation is made of. They are two because a jitted function returns no constants, nor
+# does a tuple of local values keep them.
 
 
 class Activation(NamedTuple):
@@ -308,12 +309,15 @@ def activation_kernel(
 
 @triton.jit
 def store_sums(sums_ptr, sums, cols, D, COLUMN_SUMS: tl.constexpr, SLOPE_SUMS: tl.constexpr):
-    """These columns of a column's sum and of those of the slopes' terms, those there are, below each other."""
+    """Sums over rows in these columns: of the slopes' terms and, last, of the rows themselves, if asked for.
+
+    In memory the rows' stand first, and the others below.
+    """
     if COLUMN_SUMS:
-        tl.store(sums_ptr + cols, sums[0], mask=cols < D)
+        tl.store(sums_ptr + cols, sums[PARAMETERS], mask=cols < D)
     if SLOPE_SUMS:
         for k in tl.static_range(PARAMETERS):
-            tl.store(sums_ptr + (COLUMN_SUMS + k) * D + cols, sums[1 + k], mask=cols < D)
+            tl.store(sums_ptr + (COLUMN_SUMS + k) * D + cols, sums[k], mask=cols < D)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -370,10 +374,10 @@ def activation_bwd_kernel(
             slope_totals = sums
     if sums_ptr is not None:
         sums_ptr += (member * programs + program) * (COLUMN_SUMS + PARAMETERS * SLOPE_SUMS) * D
-        sums = (tl.sum(total, 0),)
+        sums = ()
         for k in tl.static_range(PARAMETERS):
             sums = sums + (tl.sum(slope_totals[k], 0),)
-        store_sums(sums_ptr, sums, cols, D, COLUMN_SUMS, SLOPE_SUMS)
+        store_sums(sums_ptr, sums + (tl.sum(total, 0),), cols, D, COLUMN_SUMS, SLOPE_SUMS)
 
 
 # --- launchers ------------------------------------------------------------------------------------------
@@ -389,7 +393,9 @@ def activation_of(
     if isinstance(slopes, Tensor) and layers != 0:
         if slopes.shape not in ((*leading, 3), (*leading, 3, D)) or not slopes.is_contiguous():
             shapes = [[*leading, 3], [*leading, 3, D]]
-            raise ValueError(f"slopes must be contiguous {shapes[0]} or {shapes[1]}, got {list(slopes.shape)}")
+            raise ValueError(
+                f"slopes must be contiguous {shapes[0]} or {shapes[1]}, got {list(slopes.shape)}"
+            )
         numbers: tuple[float, ...] = (0.0,) * 5
         given, per_column = slopes, slopes.dim() == len(leading) + 2
     else:
@@ -543,7 +549,7 @@ def row_gradients(
 
 
 def memory_for_sums(x: Tensor, programs: int, column_sums: bool, slope_sums: bool) -> Tensor | None:
-    """For the sums over rows x [K, N, D] that ``programs`` store with ``store_sums``; None if there are none."""
+    """For the sums over rows x [K, N, D] that each program keeps with ``store_sums``; None for none."""
     K, _, D = x.shape
     if not (column_sums or slope_sums):
         return None

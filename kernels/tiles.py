@@ -4,8 +4,9 @@ Fixed, not tuned at run time: the first step costs what every other one does, an
 sums in the same order. A tile never depends on the batch size, so neither does a row's result. The
 figures come from compilation (no spills, shared memory in bounds); none has been timed on a GPU.
 
-Who wants to tune does it once and keeps the result: ``benchmarks/gpu/tune_kernels.py`` times other tiles on
-the GPU at hand and writes the better ones to a JSON file; LUNET_FAST_TILES=FILE puts them in the table's place.
+Who wants to tune does it once and keeps the result: ``benchmarks/gpu/tune_kernels.py`` times other tiles
+on the GPU at hand and writes the better ones to a JSON file; LUNET_FAST_TILES=FILE puts them in the table's
+place.
 """
 
 from __future__ import annotations
@@ -606,12 +607,13 @@ def substitution_tile(D: int, precision: str, architecture: int) -> Tile:
     return Tile(64 if architecture < 90 else 32, block, 32, 8, 2)  # with 64, rows in bfloat16 spilled
 
 
-def inverse_weight_tile(D: int, precision: str, architecture: int) -> Tile:
+def inverse_weight_tile(D: int) -> Tile:
     """Of the rows of W⁻¹: few to a program, there are only D of them."""
-    return Tile(16, substitution_block(D), min(32, substitution_block(D)), 4, 2)
+    block = substitution_block(D)
+    return Tile(16, block, block, 4, 2)
 
 
-def magnitudes_tile(D: int) -> Tile:
+def magnitudes_tile() -> Tile:
     """Of sums along the rows of L and U."""
     return Tile(16, 128, 0, 4, 1)
 

@@ -24,7 +24,19 @@ import math
 import torch
 from torch import Tensor
 
-from lunet_fast.kernels import activation, gradient, layer, matrix, stack, substitution, tiles, triangular
+from lunet_fast.kernels import (
+    activation,
+    gradient,
+    inverse_gradient,
+    layer,
+    matrix,
+    solve,
+    stack,
+    stack_gradient,
+    tiles,
+    triangular,
+)
+from lunet_fast.kernels import inverse as inverse_kernels
 from lunet_fast.ops import dispatch, reference
 from lunet_fast.ops.cpu import composes
 from lunet_fast.ops.dispatch import _or_nothing, _rows
@@ -281,10 +293,10 @@ def layer_inverse(
     rows, packed, order = _members(y, lu), _packed(lu), _order(permutation)
     N, D = rows.shape[1:]
     precision = precision_of(y)
-    prepared = substitution.prepare_inverse(
+    prepared = inverse_kernels.prepare_inverse(
         packed, _stacked(sign, lu), order, precision=precision, many_rows=composes(N, D)
     )
-    x, total, h = substitution.layer_inverse(
+    x, total, h = inverse_kernels.layer_inverse(
         rows,
         packed,
         prepared.inverses,
@@ -319,9 +331,9 @@ def layer_inverse_backward(
     rows, packed, order = _members(x, lu), _packed(lu), _order(permutation)
     sign, family, precision = _stacked(sign, lu), _slopes(slopes, a, c, kappa), precision_of(x)
     K, N, D = rows.shape
-    prepared = substitution.prepare_inverse(packed, sign, order, precision=precision, many_rows=False)
+    prepared = inverse_kernels.prepare_inverse(packed, sign, order, precision=precision, many_rows=False)
     share = _flat(grad_logabsdet, (K, N))
-    grad_right, grad_y, grad_slopes = substitution.layer_inverse_backward(
+    grad_right, grad_y, grad_slopes = inverse_gradient.layer_inverse_backward(
         _members(grad_x, lu),
         share,
         None if family is None else _members(h, lu),
@@ -370,7 +382,7 @@ def net(
 ) -> tuple[Tensor, Tensor]:
     precision = precision_of(x)
     if inverse:
-        precision = substitution.at_least_tf32x3(precision)
+        precision = solve.at_least_tf32x3(precision)
     tile = _stack_tile("inverse" if inverse else "forward", x, precision)
     if tile is None:
         return dispatch.net_by_layers(
@@ -382,7 +394,7 @@ def net(
     bias = None if bias is None else bias.contiguous()
     assert family is not None
     if inverse:
-        blocks, constant = substitution.invert_blocks(packed, sign, block=tile.inner)
+        blocks, constant = solve.invert_blocks(packed, sign, block=tile.inner)
         y, total = stack.stack_inverse(
             *(rows, packed, blocks, bias, family),
             constant=constant,
@@ -415,7 +427,7 @@ def net_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     precision = precision_of(x)
     if inverse:
-        precision = substitution.at_least_tf32x3(precision)
+        precision = solve.at_least_tf32x3(precision)
     tile = _stack_tile("inverse backward" if inverse else "backward", x, precision)
     if tile is None:
         return dispatch.net_backward_by_layers(
@@ -444,15 +456,15 @@ def net_backward(
     assert family is not None
     if inverse:
         weights, _ = matrix.compose(packed, sign, None, torch.float32)
-        blocks, _ = substitution.invert_blocks(packed, sign, block=tile.inner)
-        grad_x, grad_weights, grad_bias, grad_slopes = stack.stack_inverse_backward(
+        blocks, _ = solve.invert_blocks(packed, sign, block=tile.inner)
+        grad_x, grad_weights, grad_bias, grad_slopes = stack_gradient.stack_inverse_backward(
             *(_rows(grad), share, rows, weights, packed, blocks, given_bias, family),
             needs_weights=needs_lu or needs_bias,
             precision=precision,
         )
     else:
         weights, _ = matrix.compose(packed, sign, None, x.dtype)
-        grad_x, grad_weights, grad_bias, grad_slopes = stack.stack_backward(
+        grad_x, grad_weights, grad_bias, grad_slopes = stack_gradient.stack_backward(
             *(_rows(grad), share, rows, weights, given_bias, family),
             needs_x=needs_x,
             needs_weights=needs_lu or needs_bias,
