@@ -102,13 +102,15 @@ def _coupling(lu_ptr, k, n, D, TRANSPOSED: tl.constexpr, INNER: tl.constexpr, BL
 
 @triton.jit
 def _solve_diagonal(
-    right, inverse_ptr, j, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr
+    right, inverse_ptr, j, size, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Rows r T_jj⁻ᵀ, or r T_jj⁻¹."""
+    """Rows r T_jj⁻ᵀ, or r T_jj⁻¹, of whose BLOCK rows and columns ``size`` are read."""
     inner = tl.arange(0, BLOCK)[:, None]
     outer = tl.arange(0, BLOCK)[None, :]
     offsets = inner * BLOCK + outer if TRANSPOSED else outer * BLOCK + inner
-    return tl.dot(right, tl.load(inverse_ptr + j * BLOCK * BLOCK + offsets), input_precision=PRECISION)
+    ptrs = inverse_ptr + j * BLOCK * BLOCK + offsets
+    inverse = tl.load(ptrs, mask=(inner < size) & (outer < size), other=0.0)
+    return tl.dot(right, inverse, input_precision=PRECISION)
 
 
 @triton.jit
@@ -136,7 +138,7 @@ def _substitute(
                 coupling = _coupling(lu_ptr, i * BLOCK, j * BLOCK, D, TRANSPOSED, BLOCK, BLOCK)
                 known = dot(done[index], coupling, known, PRECISION)
             right -= known
-        solution = _solve_diagonal(right, inverse_ptr, j, TRANSPOSED, PRECISION, BLOCK)
+        solution = _solve_diagonal(right, inverse_ptr, j, D - j * BLOCK, TRANSPOSED, PRECISION, BLOCK)
         if DESCENDING:
             done = (solution,) + done
         else:
@@ -190,7 +192,7 @@ def solve_block(
         solved = load_tile(solved_ptr, k, here, D, ROWS, INNER)
         coupling = _coupling(lu_ptr, k, j * BLOCK, D, TRANSPOSED, INNER, BLOCK)
         known = dot(solved, coupling, known, PRECISION)
-    solution = _solve_diagonal(right - known, inverse_ptr, j, TRANSPOSED, PRECISION, BLOCK)
+    solution = _solve_diagonal(right - known, inverse_ptr, j, BLOCK, TRANSPOSED, PRECISION, BLOCK)
     tl.debug_barrier()
     store_tile(solved_ptr, solution, j * BLOCK, here, D, ROWS, BLOCK)
     tl.debug_barrier()

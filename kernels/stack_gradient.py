@@ -90,12 +90,12 @@ def _add_outer(
         for start in range(0, ROWS, INNER):
             rows = start + inner
             g_ptrs = g_ptr + (rows[None, :] * COLUMNS + (i + span)[:, None])
-            g = tl.load(g_ptrs, mask=(i + span < COLUMNS)[:, None], other=0.0)
+            gradient = tl.load(g_ptrs, mask=(i + span < COLUMNS)[:, None], other=0.0)
             h_ptrs = h_ptr + (rows[:, None] * COLUMNS + (j + span)[None, :])
             here = (rows < left)[:, None] & (j + span < COLUMNS)[None, :]
             h = tl.load(h_ptrs, mask=here, other=0.0)
             x = tl.where(m > 0, phi(h, family, activation), h)
-            total = dot(-g if NEGATED else g, x.to(DTYPE), total, PRECISION)
+            total = dot(-gradient if NEGATED else gradient, x.to(DTYPE), total, PRECISION)
         tl.store(ptrs, total, mask=valid)
     tl.debug_barrier()  # the next layer overwrites g
 
