@@ -207,9 +207,8 @@ def stack_bwd_kernel(
     INNER: tl.constexpr,
 ):
     """Tiles program, program + programs, … of ROWS rows: forward through the layers, and gradients back.
-
-    A product of the forward stack takes operands of weight's dtype; of the inverse, all are float32.
-    """
+    A product of the forward stack takes operands of weight's dtype; of the inverse, all are float32."""
+    COUNT: tl.constexpr = COLUMNS // CHUNK
     program = tl.program_id(0)
     rows_ptr += program.to(tl.int64) * (active + 2) * (ROWS * COLUMNS)
     if grad_weight_ptr is not None:
@@ -222,7 +221,6 @@ def stack_bwd_kernel(
         again = visit > 0
         first = (program + visit * tl.num_programs(0)).to(tl.int64) * ROWS
         left = tl.minimum(N - first, ROWS).to(tl.int32)
-
         _keep_preactivations(
             *(x_ptr + first * D, rows_ptr, weight_ptr, bias_ptr, activation, active, left, D),
             *(PRECISION, ROWS, COLUMNS, CHUNK),
@@ -235,10 +233,8 @@ def stack_bwd_kernel(
         for step in range(M):
             if INVERSE:
                 m = step
-                inverses = blocks_ptr + m * 2 * COLUMNS * CHUNK
-                g = solve_held(
-                    *(g, lu_ptr + m * D * D, inverses, D, True, PRECISION, ROWS, CHUNK, COLUMNS // CHUNK)
-                )
+                blocks = blocks_ptr + m * 2 * COLUMNS * CHUNK
+                g = solve_held(g, lu_ptr + m * D * D, blocks, D, True, PRECISION, ROWS, CHUNK, COUNT)
             else:
                 m = M - 1 - step
                 g = _activation_backward(

@@ -103,6 +103,12 @@ def test_bfloat16() -> None:
     assert matrix.compose_backward(wide, None, lu, None, None).dtype == torch.bfloat16
 
 
+def test_the_log_diagonal_is_bounded_where_the_reference_bounds_it() -> None:
+    """The kernels import nothing of the library, so the number stands in both."""
+    for dtype in (torch.float32, torch.bfloat16):
+        assert matrix.LOG_DIAGONAL_BOUND.value == reference.LOG_DIAGONAL_BOUND[dtype]
+
+
 @pytest.mark.parametrize(
     "lu", [torch.eye(4), torch.eye(4)[None].mT[..., ::2], torch.eye(4).double()[None], torch.empty(1, 0, 0)]
 )
