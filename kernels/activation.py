@@ -374,10 +374,11 @@ def activation_bwd_kernel(
             slope_totals = sums
     if sums_ptr is not None:
         sums_ptr += (member * programs + program) * (COLUMN_SUMS + PARAMETERS * SLOPE_SUMS) * D
+        column_sum = tl.sum(total, 0)
         sums = ()
         for k in tl.static_range(PARAMETERS):
             sums = sums + (tl.sum(slope_totals[k], 0),)
-        store_sums(sums_ptr, sums + (tl.sum(total, 0),), cols, D, COLUMN_SUMS, SLOPE_SUMS)
+        store_sums(sums_ptr, sums + (column_sum,), cols, D, COLUMN_SUMS, SLOPE_SUMS)
 
 
 # --- launchers ------------------------------------------------------------------------------------------

@@ -37,11 +37,11 @@ from lunet_fast.kernels.solve import (
 @triton.jit
 def _store_gradients(
     part,
+    ld,
     grad_right_ptr,
     grad_y_ptr,
     h_ptr,
     sums_ptr,
-    ld,
     permutation_ptr,
     activation,
     j,
@@ -116,7 +116,9 @@ def layer_inv_bwd_kernel(
         parts = solve_held(parts, lu_ptr, inverses_ptr, D, True, PRECISION, ROWS, BLOCK, BLOCKS)
         for j in tl.static_range(BLOCKS):
             _store_gradients(
-                *(parts[j], grad_right_ptr, grad_y_ptr, h_ptr, sums_ptr, ld, permutation_ptr, activation),
+                parts[j],
+                ld,  # it may be None, which a tuple must not hold
+                *(grad_right_ptr, grad_y_ptr, h_ptr, sums_ptr, permutation_ptr, activation),
                 *(j, here, D, ROWS, BLOCK),
             )
     else:
@@ -136,7 +138,9 @@ def layer_inv_bwd_kernel(
                 *(True, PRECISION, ROWS, BLOCK, INNER),
             )
             _store_gradients(
-                *(part, grad_right_ptr, grad_y_ptr, h_ptr, sums_ptr, ld, permutation_ptr, activation),
+                part,
+                ld,
+                *(grad_right_ptr, grad_y_ptr, h_ptr, sums_ptr, permutation_ptr, activation),
                 *(j, here, D, ROWS, BLOCK),
             )
 

@@ -190,11 +190,12 @@ def _add_terms(
     p_row,
     q_rows,
     here,
-    weight_ptr,  # [LAYERS, D, D], or None
+    weight_ptr,
     bias_ptr,
     readout_ptr,
     curvature_ptr,
     activation,
+    member,
     D,
     LAYERS,
     ACTIVATED: tl.constexpr,
@@ -204,6 +205,13 @@ def _add_terms(
     CHUNKS: tl.constexpr,
 ):
     """total [ROWS, CHUNK] and, chunk by chunk, what one member's read-out of a block of items adds to it."""
+    readout_ptr += member * D
+    if curvature_ptr is not None:
+        curvature_ptr += member * D
+    if weight_ptr is not None:
+        weight_ptr += member * LAYERS * D * D
+    if bias_ptr is not None:
+        bias_ptr += member * LAYERS * D
     if weight_ptr is None:
         family = load_family(activation, 0, tl.arange(0, CHUNK), D)
         for chunk in range(CHUNKS):
@@ -299,19 +307,9 @@ def score_topk_kernel(
             # The first address of a tile is 64 bits wide, the rest counts from it in 32: half the registers.
             p_row = p_ptr + (tl.cast(member, tl.int64) * U + user) * D
             q_rows = q_ptr + (tl.cast(member, tl.int64) * I + block * ROWS) * D
-            readout_at = readout_ptr + member * D
-            curvature_at = curvature_ptr
-            if curvature_ptr is not None:
-                curvature_at = curvature_ptr + member * D
-            weight_at = weight_ptr
-            if weight_ptr is not None:
-                weight_at = weight_ptr + member * LAYERS * D * D
-            bias_at = bias_ptr
-            if bias_ptr is not None:
-                bias_at = bias_ptr + member * LAYERS * D
             total = _add_terms(
-                *(total, p_row, q_rows, here, weight_at, bias_at, readout_at, curvature_at),
-                *(activation, D, LAYERS, ACTIVATED, PRECISION, ROWS, CHUNK, CHUNKS),
+                *(total, p_row, q_rows, here, weight_ptr, bias_ptr, readout_ptr, curvature_ptr),
+                *(activation, member, D, LAYERS, ACTIVATED, PRECISION, ROWS, CHUNK, CHUNKS),
             )
         score += tl.sum(total, 1) / K
         best, worst = _keep_best(best, worst, _keys(score, items))

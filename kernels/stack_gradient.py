@@ -13,6 +13,8 @@ The gradient of W_m is a sum over rows. Each program adds its tiles' gradᵀ x t
 [programs, M, D, D], which again stays in the cache; the slices are added up in one order at the end. No
 atomics, so two runs give the same bits. Sent through memory to a product of its own, the gradients and
 inputs of each layer would be 4·M·N·D numbers.
+
+A product of the forward stack takes operands of the weights' dtype; of the inverse, all are float32.
 """
 
 from __future__ import annotations
@@ -117,8 +119,8 @@ def _add_columns(ptr, x, again, D, NEGATED: tl.constexpr, COLUMNS: tl.constexpr,
 
 @triton.jit
 def _activation_backward(
-    g,
     ld,
+    g,
     rows_ptr,  # [active + 1, ROWS, COLUMNS]: x and the pre-activations
     active,
     left,
@@ -206,8 +208,7 @@ def stack_bwd_kernel(
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """Tiles program, program + programs, … of ROWS rows: forward through the layers, and gradients back.
-    A product of the forward stack takes operands of weight's dtype; of the inverse, all are float32."""
+    """Tiles program, program + programs, … of ROWS rows: forward through the layers, and gradients back."""
     COUNT: tl.constexpr = COLUMNS // CHUNK
     program = tl.program_id(0)
     rows_ptr += program.to(tl.int64) * (active + 2) * (ROWS * COLUMNS)
@@ -238,11 +239,11 @@ def stack_bwd_kernel(
             else:
                 m = M - 1 - step
                 g = _activation_backward(
-                    *(g, ld, rows_ptr, active, left, grad_slopes_ptr, again, activation, m, D),
+                    ld,  # it may be None, which a tuple must not hold
+                    *(g, rows_ptr, active, left, grad_slopes_ptr, again, activation, m, D),
                     *(False, ROWS, COLUMNS, CHUNK),
                 )
-            # Here g is the gradient of h_m, of the inverse that of −h_m.
-            if grad_bias_ptr is not None:
+            if grad_bias_ptr is not None:  # g is the gradient of h_m, of the inverse that of −h_m
                 _add_columns(grad_bias_ptr + m * D, g, again, D, INVERSE, COLUMNS, CHUNK)
             if grad_weight_ptr is not None:
                 _add_outer(
@@ -251,7 +252,8 @@ def stack_bwd_kernel(
                 )
             if INVERSE:
                 g = _activation_backward(
-                    *(g, ld, rows_ptr, active, left, grad_slopes_ptr, again, activation, m, D),
+                    ld,  # it may be None, which a tuple must not hold
+                    *(g, rows_ptr, active, left, grad_slopes_ptr, again, activation, m, D),
                     *(True, ROWS, COLUMNS, CHUNK),
                 )
             else:

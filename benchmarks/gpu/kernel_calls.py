@@ -236,6 +236,33 @@ def _stack(s: Setting) -> None:
             )
 
 
+@register(("tf32x3",), quick=[(32, "tf32x3")], largest=64)
+def _without_options(s: Setting) -> None:
+    """Tensors that may be left out are: the compiler sees None where it else sees an address."""
+    from lunet_fast.kernels import inverse, inverse_gradient, score, stack_gradient, tiles
+
+    x, single, lu = s.rows(N), s.rows(1, N), s.matrix(1)
+    prepared = inverse.prepare_inverse(lu, None, None, precision=s.precision)
+    inverse_gradient.layer_inverse_backward(
+        *(single, None, None, lu, prepared.inverses, None), permutation=None, precision=s.precision
+    )
+    weights = s.matrix(8)
+    options: dict[str, Any] = {"needs_weights": False, "precision": s.precision}
+    stack_gradient.stack_backward(x, None, x, weights, None, s.slopes(), needs_x=True, **options)
+    tile = tiles.stack_tile("inverse backward", s.D, s.dtype, s.precision, tiles.architecture(x))
+    if tile:
+        blocks = s.empty(8, 2, -(-s.D // tile.inner), tile.inner, tile.inner)
+        stack_gradient.stack_inverse_backward(
+            *(x, None, x, weights, weights, blocks, None, s.slopes()), **options
+        )
+    score.score_topk(
+        *(s.rows(1, 257), s.rows(1, 10_007), s.matrix(1, 2), None, s.slopes(), s.full(1), None),
+        *(s.empty(257), s.empty(10_007), None, 20),
+        activated=True,
+        precision=s.precision,
+    )
+
+
 @register(PRODUCT, variants=({}, {"slopes": "tensor"}), quick=[(64, "tf32")], largest=128)
 def _score(s: Setting) -> None:
     from lunet_fast.kernels import score

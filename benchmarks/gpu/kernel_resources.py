@@ -72,7 +72,8 @@ class Launch:
     kernel: str
     signature: tuple[tuple[str, Any], ...]
     """Types by name; of a tuple, a tuple of types."""
-    constants: tuple[tuple[Position, Any], ...]
+    constants: tuple[tuple[str | Position, Any], ...]
+    """By name; within a tuple, by position."""
     attributes: tuple[Position, ...]
     """Arguments that are multiples of 16."""
     options: tuple[tuple[str, Any], ...]
@@ -84,8 +85,7 @@ class Launch:
     @property
     def precision(self) -> str:
         """The arithmetic of its float32 products, "" if it has none."""
-        named = {self.signature[path[0]][0]: value for path, value in self.constants}
-        return str(named.get("PRECISION", ""))
+        return str(dict(self.constants).get("PRECISION", ""))
 
 
 class Recorder:
@@ -110,7 +110,7 @@ def _specialised(kernel: Any, arguments: dict[str, Any]) -> Launch:
     import triton
 
     signature: list[tuple[str, Any]] = []
-    constants: list[tuple[Position, Any]] = []
+    constants: list[tuple[str | Position, Any]] = []
     attributes: list[Position] = []
 
     def type_of(value: Any, position: Position, exempt: bool, constant: bool) -> Any:
@@ -120,7 +120,7 @@ def _specialised(kernel: Any, arguments: dict[str, Any]) -> Launch:
         if isinstance(value, triton.language.constexpr):
             value, constant = value.value, True
         if constant or value is None or (type(value) is int and value == 1 and not exempt):
-            constants.append((position, value))
+            constants.append((kernel.params[position[0]].name if len(position) == 1 else position, value))
             return "constexpr"
         if isinstance(value, float):
             return "fp32"
