@@ -25,7 +25,18 @@ import torch
 from torch import Tensor
 
 from lunet_fast.kernels import activation as row_wise
-from lunet_fast.kernels import gradient, layer, matrix, stack, substitution, tiles, triangular
+from lunet_fast.kernels import (
+    gradient,
+    inverse_gradient,
+    layer,
+    matrix,
+    solve,
+    stack,
+    stack_gradient,
+    tiles,
+    triangular,
+)
+from lunet_fast.kernels import inverse as inverse_kernels
 from lunet_fast.ops import dispatch, reference
 from lunet_fast.ops.by_layers import net_backward_by_layers, net_by_layers
 from lunet_fast.ops.cpu.matrix import composes
@@ -250,8 +261,8 @@ def layer_inverse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     members, (lu, sign, order, bias) = _members(x, given.lu), _stacked(given)
     precision, many_rows = precision_of(x), composes(*members.shape[1:])
-    prepared = substitution.prepare_inverse(lu, sign, order, precision=precision, many_rows=many_rows)
-    result, total, h = substitution.layer_inverse(
+    prepared = inverse_kernels.prepare_inverse(lu, sign, order, precision=precision, many_rows=many_rows)
+    result, total, h = inverse_kernels.layer_inverse(
         *(members, lu, prepared.inverses, bias, _slopes(activation)),
         permutation=order,
         logabsdet=logabsdet,
@@ -278,9 +289,9 @@ def layer_inverse_backward(
 ) -> Four:
     members, (lu, sign, order, _) = _members(x, given.lu), _stacked(given)
     slopes, precision, (K, N, _) = _slopes(activation), precision_of(x), members.shape
-    prepared = substitution.prepare_inverse(lu, sign, order, precision=precision, many_rows=False)
+    prepared = inverse_kernels.prepare_inverse(lu, sign, order, precision=precision, many_rows=False)
     share = _flat(grad_logabsdet, (K, N))
-    grad_right, grad_y, grad_slopes = substitution.layer_inverse_backward(
+    grad_right, grad_y, grad_slopes = inverse_gradient.layer_inverse_backward(
         *(_members(grad, given.lu), share, None if slopes is None else _members(h, given.lu)),
         *(lu, prepared.inverses, slopes),
         permutation=order,
@@ -304,7 +315,7 @@ def _net_arithmetic(kernel: str, x: Tensor, inverse: bool) -> tuple[str, tiles.T
     """The precision, and the tile of the kernel for the whole net; None where it has none."""
     precision = precision_of(x)
     if inverse:
-        precision = substitution.at_least_tf32x3(precision)
+        precision = solve.at_least_tf32x3(precision)
     return precision, tiles.stack_tile(kernel, x.shape[-1], x.dtype, precision, tiles.architecture(x))
 
 
@@ -330,7 +341,7 @@ def net_inverse(x: Tensor, given: Matrix, activation: Activation, logabsdet: boo
     if tile is None:
         return net_by_layers(layer_inverse, x, given, activation, logabsdet, inverse=True)
     lu, sign, _, bias = _stacked(given)
-    blocks, constant = substitution.invert_blocks(lu, sign, block=tile.inner)
+    blocks, constant = solve.invert_blocks(lu, sign, block=tile.inner)
     y, total = stack.stack_inverse(
         *(rows(x), lu, blocks, bias, _required(_slopes(activation))),
         constant=constant,
@@ -361,7 +372,7 @@ def net_backward(
     lu, sign, _, bias = _stacked(given)
     share = _flat(grad_logabsdet, (-1,))
     weights, _ = matrix.compose(lu, sign, None, x.dtype)
-    grad_x, grad_weights, grad_bias, grad_slopes = stack.stack_backward(
+    grad_x, grad_weights, grad_bias, grad_slopes = stack_gradient.stack_backward(
         *(rows(grad), share, rows(x), weights, bias, _required(_slopes(activation))),
         needs_x=needs_x,
         needs_weights=needs_lu or needs_bias,
@@ -393,8 +404,8 @@ def net_inverse_backward(
     lu, sign, _, bias = _stacked(given)
     share = _flat(grad_logabsdet, (-1,))
     weights, _ = matrix.compose(lu, sign, None, torch.float32)
-    blocks, _ = substitution.invert_blocks(lu, sign, block=tile.inner)
-    grad_x, grad_weights, grad_bias, grad_slopes = stack.stack_inverse_backward(
+    blocks, _ = solve.invert_blocks(lu, sign, block=tile.inner)
+    grad_x, grad_weights, grad_bias, grad_slopes = stack_gradient.stack_inverse_backward(
         *(rows(grad), share, rows(x), weights, lu, blocks, bias, _required(_slopes(activation))),
         needs_weights=needs_lu or needs_bias,
         precision=precision,

@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.kernel_resources import Launch, Setting, kernel_modules, recording
+from benchmarks.gpu.kernel_calls import Setting
+from benchmarks.gpu.kernel_resources import Launch, kernel_modules, recording
 
 ARCHITECTURE = 80
 
@@ -123,16 +124,16 @@ def call_layer(s: Setting, kind: str | None) -> None:
 
 
 def call_inverse(s: Setting, kind: str | None) -> None:
-    from lunet_fast.kernels import substitution
+    from lunet_fast.kernels import inverse, inverse_gradient
 
     slopes, lu, precision = either(kind is not None, s.slopes()), s.matrix(1), s.precision
     y = s.rows(1, 1000)
     for signed, permuted, biased, logabsdet, many in combinations(5):
         order = either(permuted, s.empty(s.D, dtype=torch.int64))
-        prepared = substitution.prepare_inverse(
+        prepared = inverse.prepare_inverse(
             lu, either(signed, s.full(1)), order, precision=precision, many_rows=many
         )
-        substitution.layer_inverse(
+        inverse.layer_inverse(
             *(y, lu, prepared.inverses, either(biased, s.full(1)), slopes),
             permutation=order,
             logabsdet=logabsdet,
@@ -142,7 +143,7 @@ def call_inverse(s: Setting, kind: str | None) -> None:
             weight=prepared.weight,
             condition=prepared.condition,
         )
-        substitution.layer_inverse_backward(
+        inverse_gradient.layer_inverse_backward(
             *(y, either(logabsdet, s.empty(1, 1000)), either(kind is not None, y), lu, prepared.inverses),
             slopes,
             permutation=order,
@@ -151,8 +152,8 @@ def call_inverse(s: Setting, kind: str | None) -> None:
     if kind is None:
         # What the rows are solved in where neither x nor registers hold it.
         narrow = Setting(s.D, "bfloat16")
-        prepared = substitution.prepare_inverse(narrow.matrix(1), None, None, precision="tf32x3")
-        substitution.layer_inverse(
+        prepared = inverse.prepare_inverse(narrow.matrix(1), None, None, precision="tf32x3")
+        inverse.layer_inverse(
             *(narrow.rows(1, 1000), narrow.matrix(1), prepared.inverses, None, None),
             permutation=None,
             logabsdet=True,
@@ -162,7 +163,7 @@ def call_inverse(s: Setting, kind: str | None) -> None:
 
 
 def call_stack(s: Setting, kind: str | None) -> None:
-    from lunet_fast.kernels import stack, tiles
+    from lunet_fast.kernels import stack, stack_gradient, tiles
 
     M, x = 4, s.rows(1000)
     if kind is None or s.D > 64:
@@ -189,11 +190,11 @@ def call_stack(s: Setting, kind: str | None) -> None:
             stack.stack_forward(x, weights, bias, slopes, **forward)
         if "backward" in inner:
             for needs_x in {True, not needs_weights}:
-                stack.stack_backward(x, ld, x, weights, bias, slopes, needs_x=needs_x, **backward)
+                stack_gradient.stack_backward(x, ld, x, weights, bias, slopes, needs_x=needs_x, **backward)
         if "inverse" in inner:
             stack.stack_inverse(x, weights, blocks("inverse"), bias, slopes, **forward)
         if "inverse backward" in inner:
-            stack.stack_inverse_backward(
+            stack_gradient.stack_inverse_backward(
                 *(x, ld, x, weights, weights, blocks("inverse backward"), bias, slopes), **backward
             )
 
@@ -247,7 +248,7 @@ def refusal(launch: Launch) -> str:
     from triton.compiler.compiler import make_backend
 
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.attributes}
+    attributes = {position: [["tt.divisibility", 16]] for position in launch.attributes}
     source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
     target = GPUTarget("cuda", ARCHITECTURE, 32)
     backend = make_backend(target)
@@ -281,7 +282,7 @@ def main() -> None:
         refusals = list(pool.map(refusal, found, chunksize=16))
     optional = optional_arguments()
     for launch, why in zip(found, refusals, strict=True):
-        missing = sorted(name for name, value in launch.constants if value is None)
+        missing = sorted(name for name, value in launch.constants if value is None and isinstance(name, str))
         row = {"kernel": launch.kernel, "D": dict(launch.constants).get("D"), "missing": missing}
         print(json.dumps({**row, "optional": sorted(optional[launch.kernel]), "refused": why}))
 

@@ -2,8 +2,8 @@
 spilled, shared memory in bounds, tensor cores used where they are promised; and every combination of optional
 arguments through the front end, which is where one that is not there can go wrong.
 
-``benchmarks/gpu/kernel_resources.py`` and ``front_end.py`` do the compiling, in processes of their own: Triton
-keeps its settings for the life of one. ``make kernels-report`` compiles every configuration.
+``benchmarks/gpu/kernel_resources.py`` and ``front_end.py`` do the compiling, in processes of their own:
+Triton keeps its settings for the life of one. ``make kernels-report`` compiles every configuration.
 """
 
 from __future__ import annotations
