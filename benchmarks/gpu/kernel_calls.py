@@ -247,7 +247,7 @@ def _without_options(s: Setting) -> None:
         *(single, None, None, lu, prepared.inverses, None), permutation=None, precision=s.precision
     )
     weights = s.matrix(8)
-    options: dict[str, Any] = {"needs_weights": False, "precision": s.precision}
+    options: dict[str, Any] = {"needs_weights": True, "precision": s.precision}
     stack_gradient.stack_backward(x, None, x, weights, None, s.slopes(), needs_x=True, **options)
     tile = tiles.stack_tile("inverse backward", s.D, s.dtype, s.precision, tiles.architecture(x))
     if tile:
