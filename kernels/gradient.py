@@ -176,7 +176,7 @@ def layer_bwd_kernel(
         grad_weight = grad_weight + (tl.zeros([COLUMNS, WIDTH], tl.float32),)
         sums = sums + ((tl.zeros([COLUMNS], tl.float32),) * (1 + PARAMETERS),)
 
-    for first in range(program.to(tl.int64) * ROWS, N, programs * ROWS):
+    for first in range(program.to(tl.int64) * ROWS, N, programs.to(tl.int64) * ROWS):
         row = member * N + first
         valid = (rows[:, None] < N - first) & (width[None, :] < D)
         grad_x = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -250,7 +250,7 @@ def preactivation_bwd_kernel(
         bias_ptr += member * D
     family = load_family(activation, 0, cols, D)
     sums = (tl.zeros([COLUMNS], tl.float32),) * (1 + PARAMETERS)
-    for first in range(program.to(tl.int64) * ROWS, N, programs * ROWS):
+    for first in range(program.to(tl.int64) * ROWS, N, programs.to(tl.int64) * ROWS):
         row = member * N + first
         grad_h, sums = _gradient_of_h(
             grad_y_ptr + row * D,
