@@ -27,7 +27,7 @@ from torch import Tensor
 from lunet_fast.ops import autograd, reference
 from lunet_fast.ops.precision import autocast_enabled, wide
 from lunet_fast.ops.reference import Slopes
-from lunet_fast.ops.values import IDENTITY, Activation, Matrix
+from lunet_fast.ops.values import Activation, Matrix
 
 __all__ = [
     "leaky_softplus",
@@ -53,9 +53,7 @@ def activation_of(slopes: Slopes | None) -> Activation:
         ValueError: not three slopes, or one that is not above 0.
         TypeError: tensors in a sequence.
     """
-    if slopes is None:
-        return IDENTITY
-    if isinstance(slopes, Tensor):
+    if slopes is None or isinstance(slopes, Tensor):
         return reference.family(slopes)
     if any(isinstance(value, Tensor) for value in slopes):
         raise TypeError("slopes must be three floats or one tensor; torch.stack tensors to learn them")
@@ -130,8 +128,7 @@ def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) ->
     _check_floating("y" if inverse else "x", x)
     _check_slopes(x, phi)
     name = "activation_inverse" if inverse else "activation_forward"
-    y, total = autograd.apply(name, x, None, phi, logabsdet)
-    return y, total if logabsdet else None
+    return autograd.apply(name, x, None, phi, logabsdet)
 
 
 def layer(
@@ -143,8 +140,7 @@ def layer(
     _check_slopes(x, phi)
     x = _matching("y" if inverse else "x", x, matrix.lu, lower=not inverse)
     name = "layer_inverse" if inverse else "layer_forward"
-    y, total = autograd.apply(name, x, matrix, phi, logabsdet)
-    return y, total if logabsdet else None
+    return autograd.apply(name, x, matrix, phi, logabsdet)
 
 
 def net(
@@ -154,9 +150,8 @@ def net(
 
     f is M layers one after another, the last one linear: lu is [M, D, D], bias and sign [M, D], and the
     activation that of the M − 1 others, its parameters with a leading dimension of M − 1. One operation,
-    which
-    keeps x (or the inverse's result) alone for backward and computes the layers again there: for devices
-    where ``dispatch.fuses_net`` says that it is one launch.
+    which keeps x (or the inverse's result) alone for backward and computes the layers again there: for
+    devices where ``dispatch.fuses_net`` says that it is one launch.
     """
     lu = matrix.lu
     _check_floating("x", x)
@@ -166,8 +161,7 @@ def net(
             f"{tuple(x.shape)} on {x.device}"
         )
     x = _matching("x", x, lu, lower=not inverse)
-    y, total = autograd.apply("net_inverse" if inverse else "net_forward", x, matrix, phi, logabsdet)
-    return y, total if logabsdet else None
+    return autograd.apply("net_inverse" if inverse else "net_forward", x, matrix, phi, logabsdet)
 
 
 def leaky_softplus(x: Tensor, slopes: Slopes) -> Tensor:

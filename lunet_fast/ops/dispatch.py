@@ -89,15 +89,12 @@ def takes_triton(x: Tensor) -> bool:
         return False
     if x.is_cuda:
         return _TRITON_INSTALLED
-    if _backend == "triton":
-        if not _interpreting():
-            raise RuntimeError(
-                f"backend 'triton' got a tensor on {x.device}, where kernels run only under "
-                "TRITON_INTERPRET=1; set it before Python starts, move the tensor to a CUDA device, or "
-                "use backend 'auto'"
-            )
-        return True
-    return False
+    if _backend == "triton" and not _interpreting():
+        raise RuntimeError(
+            f"backend 'triton' got a tensor on {x.device}, where kernels run only under TRITON_INTERPRET=1; "
+            "set it before Python starts, move the tensor to a CUDA device, or use backend 'auto'"
+        )
+    return _backend == "triton"
 
 
 def runs_triton(x: Tensor) -> bool:
@@ -192,14 +189,11 @@ def structured(name: str, flat: tuple[Any, ...]) -> list[Any]:
     return structure(flat, before.count(","), has_matrix)
 
 
-def _row_values(x: Tensor, wanted: bool) -> Tensor:
-    return x.new_empty(x.shape[:-1] if wanted else (0,), dtype=wide(x.dtype))
-
-
 def _fake_forward(name: str, args: list[Any]) -> tuple[Tensor, ...]:
     """The results' shapes of an operation that is no backward."""
     x, *values, activation, logabsdet = args[: 3 if name.startswith("activation") else 4]
-    results = [x.new_empty(x.shape), _row_values(x, logabsdet)]
+    total = x.new_empty(x.shape[:-1] if logabsdet else (0,), dtype=wide(x.dtype))
+    results = [x.new_empty(x.shape), total]
     if name.startswith("layer"):
         save, (matrix,) = args[4], values
         keeps_h, keeps_factors = kept(x, matrix)

@@ -267,28 +267,18 @@ def net(
     return x, total
 
 
+# The same arguments as in ``lunet_fast.functional``, which says what each of them is.
+
+
 def lu_dense(
-    x: Tensor,
-    lu: Tensor,
-    bias: Tensor | None = None,
-    *,
-    sign: Tensor | None = None,
-    permutation: Tensor | None = None,
-    slopes: Slopes | None = None,
+    x: Tensor, lu: Tensor, bias: Any = None, *, sign: Any = None, permutation: Any = None, slopes: Any = None
 ) -> Tensor:
     """φ(A x + b), (2.1)."""
-    matrix = Matrix(lu, sign, permutation, bias)
-    return layer(x, matrix, family(slopes), inverse=False, logabsdet=False)[0]
+    return layer(x, Matrix(lu, sign, permutation, bias), family(slopes), inverse=False, logabsdet=False)[0]
 
 
 def lu_dense_and_logabsdet(
-    x: Tensor,
-    lu: Tensor,
-    bias: Tensor | None = None,
-    *,
-    sign: Tensor | None = None,
-    permutation: Tensor | None = None,
-    slopes: Slopes | None = None,
+    x: Tensor, lu: Tensor, bias: Any = None, *, sign: Any = None, permutation: Any = None, slopes: Any = None
 ) -> tuple[Tensor, Tensor]:
     """(φ(A x + b), log|det J| at x)."""
     matrix = Matrix(lu, sign, permutation, bias)
@@ -296,27 +286,14 @@ def lu_dense_and_logabsdet(
 
 
 def lu_dense_inverse(
-    y: Tensor,
-    lu: Tensor,
-    bias: Tensor | None = None,
-    *,
-    sign: Tensor | None = None,
-    permutation: Tensor | None = None,
-    slopes: Slopes | None = None,
+    y: Tensor, lu: Tensor, bias: Any = None, *, sign: Any = None, permutation: Any = None, slopes: Any = None
 ) -> Tensor:
     """A⁻¹ (φ⁻¹(y) − b)."""
-    matrix = Matrix(lu, sign, permutation, bias)
-    return layer(y, matrix, family(slopes), inverse=True, logabsdet=False)[0]
+    return layer(y, Matrix(lu, sign, permutation, bias), family(slopes), inverse=True, logabsdet=False)[0]
 
 
 def lu_dense_inverse_and_logabsdet(
-    y: Tensor,
-    lu: Tensor,
-    bias: Tensor | None = None,
-    *,
-    sign: Tensor | None = None,
-    permutation: Tensor | None = None,
-    slopes: Slopes | None = None,
+    y: Tensor, lu: Tensor, bias: Any = None, *, sign: Any = None, permutation: Any = None, slopes: Any = None
 ) -> tuple[Tensor, Tensor]:
     """(A⁻¹ (φ⁻¹(y) − b), the log-determinant of the inverse at y)."""
     matrix = Matrix(lu, sign, permutation, bias)

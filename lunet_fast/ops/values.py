@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lunet_fast.ops.precision import wide
 
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
 #: What ``torch.ops.lunet_fast`` operations call the fields.
 MATRIX_SCHEMA = "Tensor lu, Tensor? sign, Tensor? permutation, Tensor? bias"
 ACTIVATION_SCHEMA = "str kind, Tensor? parameters, float[] constants"
@@ -119,8 +121,26 @@ def row_values(total: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=wide(x.dtype)) if total is None else total.reshape(x.shape[:-1])
 
 
-def gradient_of(parameter: Tensor, gradient: Tensor | None) -> Tensor:
-    """``gradient`` in the parameter's dtype and shape; no elements if not asked for."""
-    if gradient is None:
-        return parameter.new_empty(0)
-    return gradient.to(parameter.dtype).reshape(parameter.shape)
+def row_gradient(grad_logabsdet: Tensor | None, shape: Sequence[int] = (-1,)) -> Tensor | None:
+    """The gradient of one value for each row, contiguous, in the shape that rows have."""
+    return None if grad_logabsdet is None else grad_logabsdet.reshape(shape).contiguous()
+
+
+def parameters_gradient(activation: Activation, gradient: Tensor | None, x: Tensor) -> Tensor:
+    """``gradient`` in the dtype and shape of the activation's parameters; no elements if there is none."""
+    parameters = activation.parameters
+    if parameters is None or gradient is None:
+        return (x if parameters is None else parameters).new_empty(0)
+    return gradient.to(parameters.dtype).reshape(parameters.shape)
+
+
+def layer_gradients(x: Tensor, matrix: Matrix, activation: Activation, *found: Tensor | None) -> Four:
+    """The results of a layer's or net's backward, from the gradients of x, lu, bias and the activation's
+    parameters in any shape and precision, None where not asked for."""
+    lu, (grad_x, grad_lu, grad_bias, grad_parameters) = matrix.lu, found
+    return (
+        shaped(grad_x, x),
+        shaped(None if grad_lu is None else grad_lu.to(lu.dtype), lu),
+        shaped(None if grad_bias is None else grad_bias.to(lu.dtype), lu, lu.shape[:-1]),
+        parameters_gradient(activation, grad_parameters, x),
+    )
