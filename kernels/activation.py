@@ -111,8 +111,8 @@ def _log1p(z, FAST: tl.constexpr):
 # --- the activation as kernels see it -------------------------------------------------------------------
 #
 # Kernels hand on an ``Activation`` and what ``load_family`` read of it, and look into neither: this file
-# alone
-# knows what an activation is made of. A jitted function returns no constants, which is why there are two.
+# alone knows what an activation is made of. They are two because a jitted function returns no constants, nor
+# does a tuple of local values keep them.
 
 
 class Activation(NamedTuple):
@@ -309,13 +309,15 @@ def activation_kernel(
 
 @triton.jit
 def store_sums(sums_ptr, sums, cols, D, COLUMN_SUMS: tl.constexpr, SLOPE_SUMS: tl.constexpr):
-    """These columns of a column's sum and of those of the slopes' terms, those there are, below each
-    other."""
+    """Sums over rows in these columns: of the slopes' terms and, last, of the rows themselves, if asked for.
+
+    In memory the rows' stand first, and the others below.
+    """
     if COLUMN_SUMS:
-        tl.store(sums_ptr + cols, sums[0], mask=cols < D)
+        tl.store(sums_ptr + cols, sums[PARAMETERS], mask=cols < D)
     if SLOPE_SUMS:
         for k in tl.static_range(PARAMETERS):
-            tl.store(sums_ptr + (COLUMN_SUMS + k) * D + cols, sums[1 + k], mask=cols < D)
+            tl.store(sums_ptr + (COLUMN_SUMS + k) * D + cols, sums[k], mask=cols < D)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -348,7 +350,8 @@ def activation_bwd_kernel(
     offsets = rows[:, None] * D + cols[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     slope_totals = (total,) * PARAMETERS
-    for first in range(program.to(tl.int64) * ROWS, N, programs * ROWS):
+    # 64 bits for the step too: without sums it is N rounded up, which may pass 2³¹ where N does not.
+    for first in range(program.to(tl.int64) * ROWS, N, programs.to(tl.int64) * ROWS):
         base = (member * N + first) * D
         here = rows < N - first
         valid = here[:, None] & (cols[None, :] < D)
@@ -372,10 +375,11 @@ def activation_bwd_kernel(
             slope_totals = sums
     if sums_ptr is not None:
         sums_ptr += (member * programs + program) * (COLUMN_SUMS + PARAMETERS * SLOPE_SUMS) * D
-        sums = (tl.sum(total, 0),)
+        column_sum = tl.sum(total, 0)
+        sums = ()
         for k in tl.static_range(PARAMETERS):
             sums = sums + (tl.sum(slope_totals[k], 0),)
-        store_sums(sums_ptr, sums, cols, D, COLUMN_SUMS, SLOPE_SUMS)
+        store_sums(sums_ptr, sums + (column_sum,), cols, D, COLUMN_SUMS, SLOPE_SUMS)
 
 
 # --- launchers ------------------------------------------------------------------------------------------
@@ -547,8 +551,7 @@ def row_gradients(
 
 
 def memory_for_sums(x: Tensor, programs: int, column_sums: bool, slope_sums: bool) -> Tensor | None:
-    """For the sums over rows x [K, N, D] that ``programs`` store with ``store_sums``; None if there are
-    none."""
+    """For the sums over rows x [K, N, D] that each program keeps with ``store_sums``; None for none."""
     K, _, D = x.shape
     if not (column_sums or slope_sums):
         return None

@@ -36,7 +36,16 @@ from lunet_fast.kernels.activation import (
     split_sums,
     store_sums,
 )
-from lunet_fast.kernels.launch import check_layer, check_parameter, check_precision, check_rows, dot, launch
+from lunet_fast.kernels.launch import (
+    check_layer,
+    check_parameter,
+    check_precision,
+    check_rows,
+    dot,
+    launch,
+    load_row,
+    store_tile,
+)
 from lunet_fast.kernels.layer import layer_forward
 
 
@@ -49,7 +58,7 @@ def _gradient_of_h(
     bias_ptr,  # [D], or None
     left,  # rows that are left from the tile's first one on
     cols,  # [COLUMNS]
-    sums,
+    sums,  # as store_sums takes them
     family,
     activation,
     D,
@@ -60,8 +69,7 @@ def _gradient_of_h(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """g_h [ROWS, COLUMNS], zero outside; to ``sums`` are added those over its rows and of the slopes'
-    terms."""
+    """g_h [ROWS, COLUMNS], zero outside, and ``sums`` with this tile's added."""
     rows = tl.arange(0, ROWS)
     inner = tl.arange(0, INNER)
     here = rows[:, None] < left
@@ -80,20 +88,47 @@ def _gradient_of_h(
         w = tl.load(weight_ptr + w_offsets, mask=(cols[None, :] < D) & (there[:, None] < D), other=0.0)
         h = dot(x, w, h, PRECISION)
     if bias_ptr is not None:
-        h += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
-    slope_sums = ()
+        h += load_row(bias_ptr, cols, D)
+    new_sums = ()
     if SLOPE_SUMS:
         terms = slope_gradients(g, ld, h, family, activation)
     for k in tl.static_range(PARAMETERS):
-        total = sums[1 + k]
+        total = sums[k]
         if SLOPE_SUMS:
             total += tl.sum(tl.where(valid, terms[k], 0.0), 0)
-        slope_sums = slope_sums + (total,)
+        new_sums = new_sums + (total,)
     grad_h = tl.where(valid, phi_backward(g, ld, h, family, activation, False), 0.0)
-    total = sums[0]
+    total = sums[PARAMETERS]
     if COLUMN_SUMS:
         total += tl.sum(grad_h, 0)
-    return grad_h, (total,) + slope_sums
+    return grad_h, new_sums + (total,)
+
+
+@triton.jit
+def _store_share(
+    sums_ptr,
+    grad_weight_ptr,
+    sums,
+    grad_weight,
+    share,
+    start,
+    D,
+    COLUMN_SUMS: tl.constexpr,
+    SLOPE_SUMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A program's sums, and its rows of g_W, for the columns of h from ``start`` on."""
+    columns = tl.arange(0, COLUMNS)
+    cols = start + columns
+    if sums_ptr is not None:
+        share_ptr = sums_ptr + share * (COLUMN_SUMS + PARAMETERS * SLOPE_SUMS) * D
+        store_sums(share_ptr, sums, cols, D, COLUMN_SUMS, SLOPE_SUMS)
+    if grad_weight_ptr is not None:
+        width = tl.arange(0, WIDTH)
+        inside = (cols[:, None] < D) & (width[None, :] < D)
+        block_ptr = grad_weight_ptr + (share * D + start) * D
+        tl.store(block_ptr + (columns[:, None] * D + width[None, :]), grad_weight, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -135,7 +170,6 @@ def layer_bwd_kernel(
     weight_ptr += member * D * D
     if bias_ptr is not None:
         bias_ptr += member * D
-
     grad_weight = ()
     sums = ()
     for _ in tl.static_range(BLOCKS):
@@ -171,19 +205,13 @@ def layer_bwd_kernel(
         sums = next_sums
         grad_weight = next_weight
         if grad_x_ptr is not None:
-            grad_x = grad_x.to(grad_x_ptr.dtype.element_ty)
-            tl.store(grad_x_ptr + row * D + tile_offsets, grad_x, mask=valid)
+            store_tile(grad_x_ptr + row * D, grad_x, 0, rows[:, None] < N - first, D, ROWS, WIDTH)
 
-    share = member * programs + program
     for i in tl.static_range(BLOCKS):
-        cols = i * COLUMNS + columns
-        if sums_ptr is not None:
-            share_ptr = sums_ptr + share * (COLUMN_SUMS + PARAMETERS * SLOPE_SUMS) * D
-            store_sums(share_ptr, sums[i], cols, D, COLUMN_SUMS, SLOPE_SUMS)
-        if grad_weight_ptr is not None:
-            inside = (cols[:, None] < D) & (width[None, :] < D)
-            block_ptr = grad_weight_ptr + (share * D + i * COLUMNS) * D
-            tl.store(block_ptr + block_offsets, grad_weight[i], mask=inside)
+        _store_share(
+            *(sums_ptr, grad_weight_ptr, sums[i], grad_weight[i], member * programs + program),
+            *(i * COLUMNS, D, COLUMN_SUMS, SLOPE_SUMS, WIDTH, COLUMNS),
+        )
 
 
 @triton.jit(do_not_specialize=["N"])

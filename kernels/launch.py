@@ -1,6 +1,5 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
-"""What the kernels share: the checks of a launcher's arguments, how a kernel starts, and the product of
-tiles.
+"""What the kernels share: the checks of a launcher's arguments, how a kernel starts, tiles and their product.
 
 Launchers take tensors that are contiguous and refuse others: they never copy behind one's back. K stacked
 layers are one launch: x is [K, N, D] and every parameter has a leading K. A launch covers the members with
@@ -43,17 +42,42 @@ def dot(x, w, total, PRECISION: tl.constexpr):
     return tl.dot(x, w, total, input_precision=PRECISION)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, x: Tensor, *arguments: Any, **named: Any) -> None:
-    """Start ``kernel`` on the device of its first argument x, compiled for the tile's warps and stages.
+@triton.jit
+def load_tile(ptr, start, here, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns start … start + COLUMNS of the ROWS rows at ptr, float32; 0 where there are none.
+
+    ``here`` [ROWS, 1] says which rows there are, D how many columns.
+    """
+    cols = start + tl.arange(0, COLUMNS)[None, :]
+    offsets = tl.arange(0, ROWS)[:, None] * D + cols
+    return tl.load(ptr + offsets, mask=here & (cols < D), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(ptr, tile, start, here, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The reverse of ``load_tile``."""
+    cols = start + tl.arange(0, COLUMNS)[None, :]
+    offsets = tl.arange(0, ROWS)[:, None] * D + cols
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=here & (cols < D))
+
+
+@triton.jit
+def load_row(ptr, cols, D):
+    """These columns of a vector [D] as a row [1, COLUMNS], float32; 0 beyond D."""
+    return tl.load(ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any, **named: Any) -> None:
+    """Start ``kernel`` on the device of its first argument, compiled for the tile's warps and stages.
 
     An empty grid starts nothing.
     """
     if 0 in grid:
         return
     # Triton launches on the current device.
+    x = arguments[0]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         kernel[grid](
-            x,
             *arguments,
             **named,
             num_warps=tile.warps,

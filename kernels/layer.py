@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lunet_fast.kernels import tiles
 from lunet_fast.kernels.activation import Slopes, activation_of, load_family, log_phi_derivative, phi
-from lunet_fast.kernels.launch import check_layer, check_parameter, dot, launch
+from lunet_fast.kernels.launch import check_layer, check_parameter, dot, launch, load_row
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def finish_tile(
     φ is taken of the float32 accumulator, not of the h that is stored. Column block 0 adds the constant.
     """
     if bias_ptr is not None:
-        h += tl.load(bias_ptr + member * D + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+        h += load_row(bias_ptr + member * D, cols, D)
     offsets = rows[:, None] * D + cols[None, :]
     valid = here & (cols[None, :] < D)
     y_ptr += first_row * D
@@ -89,8 +89,7 @@ def product_tile(
         there = inner < D - start
         x = tl.load(x_ptrs, mask=here & there[None, :], other=0.0)
         if shift_ptr is not None:
-            shift = tl.load(shift_ptr + start + inner, mask=there, other=0.0).to(tl.float32)
-            x = x.to(tl.float32) - shift[None, :]
+            x = x.to(tl.float32) - load_row(shift_ptr, start + inner, D)
         w = tl.load(w_ptrs, mask=(cols[None, :] < D) & there[:, None], other=0.0)
         product = dot(x, w, product, PRECISION)
         x_ptrs += INNER

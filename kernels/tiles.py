@@ -4,8 +4,8 @@ Fixed, not tuned at run time: the first step costs what every other one does, an
 sums in the same order. A tile never depends on the batch size, so neither does a row's result. The
 figures come from compilation (no spills, shared memory in bounds); none has been timed on a GPU.
 
-Who wants to tune does it once and keeps the result: ``benchmarks/gpu/tune_kernels.py`` times other tiles on
-the GPU at hand and writes the better ones to a JSON file; LUNET_FAST_TILES=FILE puts them in the table's
+Who wants to tune does it once and keeps the result: ``benchmarks/gpu/tune_kernels.py`` times other tiles
+on the GPU at hand and writes the better ones to a JSON file; LUNET_FAST_TILES=FILE puts them in the table's
 place.
 """
 
@@ -88,6 +88,9 @@ def read_tuned(path: str | os.PathLike[str]) -> dict[str, Tile]:
 #: 16 with slopes for each column.
 ACTIVATION_ELEMENTS = {"forward": 16, "inverse": 8, "backward": 8}
 
+#: Of the layer on tensor cores, on every architecture.
+_NARROW = ((16, Tile(64, 16, 16, 4, 3)), (32, Tile(64, 32, 32, 4, 3)))
+
 #: (architecture, arithmetic) → (largest D, tile) in ascending order of D; 0 is "any larger D".
 #: The architecture is the least that the row is meant for: sm_80's rows also fit the 99 KiB of shared memory
 #: of sm_86 and sm_89. The inner block stays small for ieee, whose product is unrolled: with all of D = 128 it
@@ -98,39 +101,12 @@ LAYER: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
         (32, Tile(64, 32, 16, 4, 2)),
         (0, Tile(32, 64, 32, 4, 2)),
     ),
-    (80, "tf32x3"): (
-        (16, Tile(64, 16, 16, 4, 3)),
-        (32, Tile(64, 32, 32, 4, 3)),
-        (64, Tile(64, 64, 32, 4, 3)),
-        (0, Tile(128, 64, 32, 8, 3)),
-    ),
-    (80, "tf32"): (
-        (16, Tile(64, 16, 16, 4, 3)),
-        (32, Tile(64, 32, 32, 4, 3)),
-        (64, Tile(64, 64, 32, 4, 3)),
-        (0, Tile(128, 64, 32, 8, 3)),
-    ),
-    (80, "bf16"): (
-        (16, Tile(64, 16, 16, 4, 3)),
-        (32, Tile(64, 32, 32, 4, 3)),
-        (64, Tile(64, 64, 64, 4, 3)),
-        (0, Tile(128, 64, 64, 8, 3)),
-    ),
-    (100, "tf32x3"): (
-        (16, Tile(64, 16, 16, 4, 3)),
-        (32, Tile(64, 32, 32, 4, 3)),
-        (0, Tile(64, 64, 64, 8, 2)),
-    ),
-    (100, "tf32"): (
-        (16, Tile(64, 16, 16, 4, 3)),
-        (32, Tile(64, 32, 32, 4, 3)),
-        (0, Tile(64, 64, 32, 8, 3)),
-    ),
-    (100, "bf16"): (
-        (16, Tile(64, 16, 16, 4, 3)),
-        (32, Tile(64, 32, 32, 4, 3)),
-        (0, Tile(64, 64, 64, 8, 3)),
-    ),
+    (80, "tf32x3"): (*_NARROW, (64, Tile(64, 64, 32, 4, 3)), (0, Tile(128, 64, 32, 8, 3))),
+    (80, "tf32"): (*_NARROW, (64, Tile(64, 64, 32, 4, 3)), (0, Tile(128, 64, 32, 8, 3))),
+    (80, "bf16"): (*_NARROW, (64, Tile(64, 64, 64, 4, 3)), (0, Tile(128, 64, 64, 8, 3))),
+    (100, "tf32x3"): (*_NARROW, (0, Tile(64, 64, 64, 8, 2))),
+    (100, "tf32"): (*_NARROW, (0, Tile(64, 64, 32, 8, 3))),
+    (100, "bf16"): (*_NARROW, (0, Tile(64, 64, 64, 8, 3))),
 }
 
 
@@ -196,7 +172,7 @@ def triangular_tile(D: int, architecture: int) -> Tile:
 @_tunable
 def layer_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) -> Tile:
     """Of ``layer_fwd_kernel``, D inputs and outputs."""
-    arithmetic = "bf16" if dtype == torch.bfloat16 else precision
+    arithmetic = _arithmetic(dtype, precision)
     rows = _nearest(LAYER, arithmetic, architecture)
     tile = next(tile for largest, tile in rows if largest == 0 or largest >= D)
     if D % 16 == 0:
@@ -211,6 +187,11 @@ def layer_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) ->
     if tile.columns == 16 and architecture >= 100:
         return tile._replace(warps=8)
     return tile
+
+
+def _arithmetic(dtype: torch.dtype, precision: str) -> str:
+    """The tables' name for products of rows of a dtype."""
+    return "bf16" if dtype == torch.bfloat16 else precision
 
 
 def _nearest(
@@ -365,7 +346,7 @@ def layer_backward_tile(
     D: int, dtype: torch.dtype, precision: str, architecture: int, learnt: bool
 ) -> Tile | None:
     """Of ``layer_bwd_kernel``; None where gradients of h, x and W are formed in launches of their own."""
-    arithmetic = "bf16" if dtype == torch.bfloat16 else precision
+    arithmetic = _arithmetic(dtype, precision)
     table = LAYER_BACKWARD_TIGHT if learnt or D % 16 != 0 else LAYER_BACKWARD
     rows = _nearest(table, arithmetic, architecture)
     return next((tile for largest, tile in rows if largest >= D), None)
@@ -374,7 +355,7 @@ def layer_backward_tile(
 @_tunable
 def preactivation_tile(D: int, dtype: torch.dtype, precision: str, learnt: bool) -> Tile:
     """Of ``preactivation_bwd_kernel``: 8 elements to a thread, 16 where that does not spill."""
-    arithmetic = "bf16" if dtype == torch.bfloat16 else precision
+    arithmetic = _arithmetic(dtype, precision)
     rows = 64 if D % 16 == 0 and not learnt and arithmetic in ("tf32", "bf16") else 32
     if arithmetic == "ieee":
         return Tile(rows, 64, 16, 8, 2)
@@ -384,7 +365,7 @@ def preactivation_tile(D: int, dtype: torch.dtype, precision: str, learnt: bool)
 @_tunable
 def weight_gradient_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) -> Tile:
     """Of ``weight_gradient_kernel``: rows × columns of g_W, and the rows of the batch at a time."""
-    arithmetic = "bf16" if dtype == torch.bfloat16 else precision
+    arithmetic = _arithmetic(dtype, precision)
     if D <= 32:
         width = max(16, _power_of_two(D))
         return Tile(width, width, 32, 4, 3)
@@ -445,41 +426,20 @@ def score_splits(users: int, architecture: int) -> int:
 
 # --- the whole stack ------------------------------------------------------------------------------------
 
+#: Of a stack's forward on tensor cores, and mostly of its inverse.
+_NARROW_STACK = ((16, Tile(64, 16, 16, 4, 2)), (32, Tile(64, 32, 32, 4, 2)))
+
 #: (kernel, arithmetic, architecture) → (largest D, tile) in ascending order of D, beyond which layers go one
 #: by one; ``inner`` is the chunk. ieee ends at 32: tf32x3 has its accuracy, and 64 columns unrolled spilled.
 STACK: dict[tuple[str, str, int], tuple[tuple[int, Tile], ...]] = {
     ("forward", "ieee", 80): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(64, 32, 32, 4, 1))),
-    ("forward", "tf32x3", 80): (
-        (16, Tile(64, 16, 16, 4, 2)),
-        (32, Tile(64, 32, 32, 4, 2)),
-        (64, Tile(32, 64, 64, 8, 2)),
-    ),
-    ("forward", "tf32x3", 90): (
-        (16, Tile(64, 16, 16, 4, 2)),
-        (32, Tile(64, 32, 32, 4, 2)),
-        (64, Tile(64, 64, 64, 8, 2)),
-    ),
-    ("forward", "tf32", 80): (
-        (16, Tile(64, 16, 16, 4, 2)),
-        (32, Tile(64, 32, 32, 4, 2)),
-        (64, Tile(64, 64, 64, 8, 3)),
-    ),
-    ("forward", "tf32", 90): (
-        (16, Tile(64, 16, 16, 4, 2)),
-        (32, Tile(64, 32, 32, 4, 2)),
-        (64, Tile(64, 64, 64, 8, 2)),
-    ),
-    ("forward", "bf16", 80): (
-        (16, Tile(64, 16, 16, 4, 2)),
-        (32, Tile(64, 32, 32, 4, 2)),
-        (64, Tile(64, 64, 64, 8, 2)),
-    ),
+    ("forward", "tf32x3", 80): (*_NARROW_STACK, (64, Tile(32, 64, 64, 8, 2))),
+    ("forward", "tf32x3", 90): (*_NARROW_STACK, (64, Tile(64, 64, 64, 8, 2))),
+    ("forward", "tf32", 80): (*_NARROW_STACK, (64, Tile(64, 64, 64, 8, 3))),
+    ("forward", "tf32", 90): (*_NARROW_STACK, (64, Tile(64, 64, 64, 8, 2))),
+    ("forward", "bf16", 80): (*_NARROW_STACK, (64, Tile(64, 64, 64, 8, 2))),
     ("inverse", "ieee", 80): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(64, 32, 32, 4, 1))),
-    ("inverse", "tf32x3", 80): (
-        (16, Tile(64, 16, 16, 4, 2)),
-        (32, Tile(64, 32, 32, 4, 2)),
-        (64, Tile(16, 64, 32, 4, 1)),
-    ),
+    ("inverse", "tf32x3", 80): (*_NARROW_STACK, (64, Tile(16, 64, 32, 4, 1))),
     ("inverse", "tf32x3", 100): (
         (16, Tile(64, 16, 16, 4, 2)),
         (32, Tile(64, 32, 32, 8, 2)),
@@ -545,7 +505,7 @@ def stack_tile(
     None where a stack does not go in one launch: layer by layer is the way.
     """
     # Rows in bfloat16 are inverted in float32.
-    arithmetic = "bf16" if dtype == torch.bfloat16 and not kernel.startswith("inverse") else precision
+    arithmetic = precision if kernel.startswith("inverse") else _arithmetic(dtype, precision)
     known = [arch for name, kind, arch in STACK if (name, kind) == (kernel, arithmetic)]
     if not known:
         return None
@@ -607,12 +567,13 @@ def substitution_tile(D: int, precision: str, architecture: int) -> Tile:
     return Tile(64 if architecture < 90 else 32, block, 32, 8, 2)  # with 64, rows in bfloat16 spilled
 
 
-def inverse_weight_tile(D: int, precision: str, architecture: int) -> Tile:
+def inverse_weight_tile(D: int) -> Tile:
     """Of the rows of W⁻¹: few to a program, there are only D of them."""
-    return Tile(16, substitution_block(D), min(32, substitution_block(D)), 4, 2)
+    block = substitution_block(D)
+    return Tile(16, block, block, 4, 2)
 
 
-def magnitudes_tile(D: int) -> Tile:
+def magnitudes_tile() -> Tile:
     """Of sums along the rows of L and U."""
     return Tile(16, 128, 0, 4, 1)
 

@@ -21,17 +21,9 @@ from torch import Tensor
 
 from lunet_fast.kernels import tiles
 from lunet_fast.kernels.activation import Slopes, activation_of
-from lunet_fast.kernels.launch import check_layer, check_parameter, launch
+from lunet_fast.kernels.launch import check_layer, check_parameter, launch, load_tile, store_tile
 from lunet_fast.kernels.layer import finish_tile, forward_outputs, row_totals
 from lunet_fast.kernels.matrix import check_packed, diagonal, lower_tile, permuted, upper_tile
-
-
-@triton.jit
-def row_tile(x_ptr, rows, here, start, D, BLOCK: tl.constexpr):
-    """Columns start … start + BLOCK of a tile of rows, float32; 0 where there are none."""
-    cols = start + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + (rows[:, None] * D + cols[None, :]), mask=here & (cols[None, :] < D), other=0.0)
-    return x.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -72,7 +64,7 @@ def triangular_fused_kernel(
         t = tl.zeros([ROWS, BLOCK], tl.float32)
         for start in range(block * BLOCK, D, BLOCK):
             k = start + span
-            x = row_tile(x_ptr, rows, here, start, D, BLOCK)
+            x = load_tile(x_ptr, start, here, D, ROWS, BLOCK)
             upper = upper_tile(lu_ptr, u, i[None, :], k[:, None], D)  # Uᵀ
             t = tl.dot(x, upper, t, input_precision=PRECISION)
         middle = middle + (t,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no unpacking
@@ -117,10 +109,10 @@ def triangular_upper_kernel(
     u = diagonal(lu_ptr, sign_ptr, i, D)[None, :]
     t = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(block * BLOCK, D, BLOCK):
-        x = row_tile(x_ptr, rows, here, start, D, BLOCK)
+        x = load_tile(x_ptr, start, here, D, ROWS, BLOCK)
         upper = upper_tile(lu_ptr, u, i[None, :], (start + span)[:, None], D)  # Uᵀ
         t = tl.dot(x, upper, t, input_precision=PRECISION)
-    tl.store(t_ptr + (rows[:, None] * D + i[None, :]), t, mask=here & (i[None, :] < D))
+    store_tile(t_ptr, t, block * BLOCK, here, D, ROWS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -154,7 +146,7 @@ def triangular_lower_kernel(
     i = block * BLOCK + span
     h = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, (block + 1) * BLOCK, BLOCK):
-        t = row_tile(t_ptr, rows, here, start, D, BLOCK)
+        t = load_tile(t_ptr, start, here, D, ROWS, BLOCK)
         lower = lower_tile(lu_ptr, i[None, :], (start + span)[:, None], D)  # Lᵀ
         h = tl.dot(t, lower, h, input_precision=PRECISION)
     finish_tile(

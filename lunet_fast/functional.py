@@ -24,10 +24,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lunet_fast.ops import autograd, reference
+from lunet_fast.ops import autograd, reference, tracing
 from lunet_fast.ops.precision import autocast_enabled, wide
 from lunet_fast.ops.reference import Slopes
-from lunet_fast.ops.values import Activation, Matrix
+from lunet_fast.ops.values import Activation, Matrix, WithLogabsdet
 
 __all__ = [
     "leaky_softplus",
@@ -57,12 +57,9 @@ def activation_of(slopes: Slopes | None) -> Activation:
         return reference.family(slopes)
     if any(isinstance(value, Tensor) for value in slopes):
         raise TypeError("slopes must be three floats or one tensor; torch.stack tensors to learn them")
-    if len(slopes) != 3:
-        raise ValueError(f"slopes must be three numbers (a, c, kappa), got {tuple(slopes)}")
-    a, c, kappa = slopes
-    if not (a > 0 and c > 0 and kappa > 0):
+    if len(slopes) != 3 or not all(value > 0 for value in slopes):
         raise ValueError(f"slopes must be three numbers (a, c, kappa), each above 0, got {tuple(slopes)}")
-    return reference.family((float(a), float(c), float(kappa)))
+    return reference.family([float(value) for value in slopes])
 
 
 def _check_floating(name: str, x: Tensor) -> None:
@@ -72,6 +69,8 @@ def _check_floating(name: str, x: Tensor) -> None:
 
 def _check_slopes(x: Tensor, phi: Activation) -> None:
     slopes = phi.parameters
+    if torch._C._get_tracing_state() is not None:  # then a comparison of shapes is one to warn of
+        return
     if phi.kind != "leaky_softplus" or slopes is None or slopes.shape == (3,):
         return
     if x.dim() == 0 or slopes.shape != (3, x.shape[-1]):
@@ -79,6 +78,14 @@ def _check_slopes(x: Tensor, phi: Activation) -> None:
 
 
 def _check(name: str, x: Tensor, matrix: Matrix) -> None:
+    if torch._C._get_tracing_state() is not None:
+        with tracing.quiet():
+            _check_shapes(name, x, matrix)
+    else:
+        _check_shapes(name, x, matrix)
+
+
+def _check_shapes(name: str, x: Tensor, matrix: Matrix) -> None:
     lu, sign, permutation, bias = matrix
     _check_floating(name, x)
     if lu.dim() not in (2, 3) or lu.shape[-2] != lu.shape[-1] or lu.shape[0] == 0:
@@ -123,7 +130,7 @@ def _matching(name: str, x: Tensor, lu: Tensor, *, lower: bool) -> Tensor:
     return x
 
 
-def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
+def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """(φ(x), Σ log φ′(x) or None) or, with ``inverse``, (φ⁻¹(x), the log-determinant of φ⁻¹ at x or None)."""
     _check_floating("y" if inverse else "x", x)
     _check_slopes(x, phi)
@@ -131,9 +138,7 @@ def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) ->
     return autograd.apply(name, x, None, phi, logabsdet)
 
 
-def layer(
-    x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool
-) -> tuple[Tensor, Tensor | None]:
+def layer(x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """(φ(A x + b), its log|det| or None) or, with ``inverse``, the same of A⁻¹ (φ⁻¹(x) − b); raises as
     ``lu_dense``."""
     _check("y" if inverse else "x", x, matrix)
@@ -143,9 +148,7 @@ def layer(
     return autograd.apply(name, x, matrix, phi, logabsdet)
 
 
-def net(
-    x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool
-) -> tuple[Tensor, Tensor | None]:
+def net(x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """(f(x) or, with ``inverse``, f⁻¹(x), and that direction's log-determinant [...] or None).
 
     f is M layers one after another, the last one linear: lu is [M, D, D], bias and sign [M, D], and the

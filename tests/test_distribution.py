@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMPLETE = ("lunet_fast", "kernels", "tests", "benchmarks", "docs")
 FILES = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "Makefile", "constraints.txt")
-FILES += ("CHANGELOG.md", "CONTRIBUTING.md")
+FILES += ("CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "mkdocs.yml")
 
 pytest.importorskip("setuptools")
 

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.check          benchmarks/results/DEVICE-DATE.json and .md
     python -m benchmarks.gpu.check --tiny   the same in Triton's interpreter, in sizes that take seconds
 
-First every launcher and the public functions are compared with float64 (``correctness.py``), in
+First every launcher and the public functions are compared with float64 (``correctness*.py``), in
 processes side by side, and what the benchmarks need is compiled. Then one stage after another takes times
 (``speed.py``), in order of importance. Each stage is a process: one that fails, hangs or spoils the
 device costs only itself, and what it found until then is kept. A stage for which no time is left is named.
@@ -47,10 +47,24 @@ Row = dict[str, Any]
 # --- one stage, in its process --------------------------------------------------------------------------
 
 
-def stages() -> dict[str, Any]:
-    from benchmarks.gpu import correctness, speed
+#: Checks that run side by side, the slowest first.
+SIDE_BY_SIDE = (
+    *("stack", "public functions", "inverse", "layer", "gradient", "LUNet", "scores"),
+    *("graphs and streams", "activation"),
+)
 
-    checks = {**correctness.STAGES, **correctness.ALONE}
+
+def checks_side_by_side() -> dict[str, Any]:
+    from benchmarks.gpu import correctness, correctness_public
+
+    found = {**correctness.STAGES, **correctness_public.STAGES}
+    return {name: found[name] for name in SIDE_BY_SIDE}
+
+
+def stages() -> dict[str, Any]:
+    from benchmarks.gpu import correctness_public, speed
+
+    checks = {**checks_side_by_side(), **correctness_public.ALONE}
     named = {f"check {name}": stage for name, stage in checks.items()}
     return named | {f"time {name}": stage for name, (stage, _) in speed.STAGES.items()}
 
@@ -128,7 +142,7 @@ def child(name: str, seconds: float, *, share: tuple[int, int] = (0, 1), measure
 
 def whole_run(budget: float) -> list[Row]:
     """Everything on the GPU: checks and compilation side by side, then the stages of times."""
-    from benchmarks.gpu import correctness, speed
+    from benchmarks.gpu import correctness_public, speed
 
     start = time.monotonic()
 
@@ -152,7 +166,7 @@ def whole_run(budget: float) -> list[Row]:
     tell(f"checks and compilation, {workers} processes")
     jobs = [
         (f"check {name}", part, PARTS.get(name, 1), True)
-        for name in correctness.STAGES
+        for name in SIDE_BY_SIDE
         for part in range(PARTS.get(name, 1))
     ]
     jobs += [(f"time {name}", part, parts, False) for name, parts in AHEAD.items() for part in range(parts)]
@@ -165,7 +179,7 @@ def whole_run(budget: float) -> list[Row]:
                 f"{name}, part {part + 1} of {parts}: "
                 + (f"{count} checks, {wrong} wrong" if measure else "compiled")
             )
-    for name in correctness.ALONE:
+    for name in correctness_public.ALONE:
         tell(f"check {name}")
         rows += child(f"check {name}", min(LARGE, max(1.0, left() - 15.0)))
     waiting = {name: share for name, (_, share) in speed.STAGES.items()}

@@ -4,7 +4,7 @@
     python -m benchmarks.gpu.kernel_resources --quick   one configuration of each kernel; nothing is written
 
 What is compiled is what the launchers launch: they are called on tensors without data, with a recorder in
-every kernel's place. The end of this file says which calls those are; a new kernel is a few lines there.
+every kernel's place. ``kernel_calls.py`` says which calls those are; a new kernel is a few lines there.
 D runs over ``SIZES`` and over the first of any other D for which Triton would compile something else, because
 the table of tiles or divisibility by 16 makes a difference.
 
@@ -28,16 +28,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.kernel_calls import CALLS, FAST_SIZES, Call, Setting
 from benchmarks.machine import RESULTS, describe, write_text
 
 ROOT = Path(__file__).parents[2]
@@ -59,15 +60,21 @@ SIZES = (1, 3, 16, 31, 32, 64, 100, 128, 256, 257, 512, 1000, 1024, 2048)
 # --- what is launched -----------------------------------------------------------------------------------
 
 
+#: Where an argument of a kernel is: its number, and that within a tuple.
+Position = tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel as Triton would compile it for one launch, without its tensors."""
 
     module: str
     kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    attributes: tuple[int, ...]
+    signature: tuple[tuple[str, Any], ...]
+    """Types by name; of a tuple, a tuple of types."""
+    constants: tuple[tuple[str | Position, Any], ...]
+    """By name; within a tuple, by position."""
+    attributes: tuple[Position, ...]
     """Arguments that are multiples of 16."""
     options: tuple[tuple[str, Any], ...]
 
@@ -100,29 +107,41 @@ _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", 
 
 def _specialised(kernel: Any, arguments: dict[str, Any]) -> Launch:
     """As Triton's own launch specialises: 1 is a constant, multiples of 16 are known to be such."""
-    signature, constants, attributes = {}, {}, []
+    import triton
+
+    signature: list[tuple[str, Any]] = []
+    constants: list[tuple[str | Position, Any]] = []
+    attributes: list[Position] = []
+
+    def type_of(value: Any, position: Position, exempt: bool, constant: bool) -> Any:
+        if isinstance(value, tuple):
+            parts = (type_of(part, (*position, k), exempt, False) for k, part in enumerate(value))
+            return type(value)(*parts)
+        if isinstance(value, triton.language.constexpr):
+            value, constant = value.value, True
+        if constant or value is None or (type(value) is int and value == 1 and not exempt):
+            constants.append((kernel.params[position[0]].name if len(position) == 1 else position, value))
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, Tensor):
+            found, start = _TYPES[value.dtype], value.storage_offset() * value.element_size()
+        else:
+            found, start = ("i32" if -(2**31) <= value < 2**31 else "i64"), value
+        if start % 16 == 0 and not exempt:
+            attributes.append(position)
+        return found
+
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
         value = arguments.pop(name) if name in arguments else parameter.default
-        exempt = parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not exempt):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = _TYPES[value.dtype]
-            if value.storage_offset() * value.element_size() % 16 == 0 and not exempt:
-                attributes.append(i)
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not exempt:
-                attributes.append(i)
+        signature.append((name, type_of(value, (i,), parameter.do_not_specialize, parameter.is_constexpr)))
     # What is left of the arguments are the options: warps, stages, fusion.
     return Launch(
         kernel.fn.__module__,
         kernel.fn.__name__,
-        tuple(signature.items()),
-        tuple(constants.items()),
+        tuple(signature),
+        tuple(constants),
         tuple(attributes),
         tuple(sorted(arguments.items())),
     )
@@ -164,103 +183,10 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
             setattr(module, name, value)
 
 
-# --- what is called -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way of calling launchers, and the tensors for it: shapes and dtypes without data."""
-
-    D: int
-    arithmetic: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.arithmetic == "bfloat16" else torch.float32
-
-    @property
-    def precision(self) -> str:
-        return self.arithmetic if self.arithmetic in PRODUCT[:3] else "tf32"
-
-    @property
-    def fast(self) -> bool:
-        return bool(self.options.get("fast", False))
-
-    def slopes(self, *leading: int) -> Any:
-        """Floats, or as the option says a tensor [*leading, 3, D] or [*leading, 3]."""
-        tensors = {"columns": self.full(*leading, 3), "tensor": self.empty(*leading, 3)}
-        return tensors.get(self.options.get("slopes", ""), (0.1, 0.9, 1.0))
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def full(self, *leading: int) -> Tensor:
-        """[*leading, D] in float32."""
-        return self.empty(*leading, self.D)
-
-    def rows(self, *leading: int) -> Tensor:
-        """[*leading, D] in the dtype of the rows."""
-        return self.empty(*leading, self.D, dtype=self.dtype)
-
-    def matrix(self, *leading: int, dtype: torch.dtype | None = None) -> Tensor:
-        """[*leading, D, D], in the dtype of the rows or another."""
-        return self.empty(*leading, self.D, self.D, dtype=dtype or self.dtype)
-
-
-#: Rows of a call: more than any number of programs, and no multiple of anything.
-N = 100_003
-
-PRODUCT = ("ieee", "tf32x3", "tf32", "bfloat16")
-ELEMENTWISE = ("float32", "bfloat16")
-SLOPES: tuple[dict[str, Any], ...] = ({}, {"slopes": "columns"})
-#: FAST only takes instructions and registers away, so it is compiled at these D alone.
-FAST_SIZES = (64, 257)
-
-
-@dataclass(frozen=True)
-class Call:
-    """Calls of launchers over D, arithmetic and options; ``quick`` is the one that the tests compile."""
-
-    function: Callable[[Setting], object]
-    arithmetics: Sequence[str]
-    variants: Sequence[dict[str, Any]]
-    quick: Sequence[tuple[int, str]]
-    largest: int
-
-    def settings(self, sizes: Iterable[int], variants: Sequence[dict[str, Any]]) -> Iterator[Setting]:
-        inside = [D for D in sizes if self.largest >= D]
-        for D, arithmetic, variant in itertools.product(inside, self.arithmetics, variants):
-            yield Setting(D, arithmetic, variant)
-
-
-CALLS: list[Call] = []
-
-
-def register(
-    arithmetics: Sequence[str],
-    *,
-    quick: Sequence[tuple[int, str]],
-    variants: Sequence[dict[str, Any]] = ({},),
-    largest: int = 2048,
-) -> Callable[[Callable[[Setting], object]], Callable[[Setting], object]]:
-    """Add calls of launchers: for each D ≤ ``largest``, arithmetic and variant of options."""
-
-    def decorate(function: Callable[[Setting], object]) -> Callable[[Setting], object]:
-        CALLS.append(Call(function, arithmetics, variants, quick, largest))
-        return function
-
-    return decorate
-
-
 def launches_of(call: Call, setting: Setting, architecture: int) -> list[Launch]:
     with recording(architecture) as launches:
         call.function(setting)
     return launches
-
-
-def quick_settings(call: Call) -> list[Setting]:
-    return [Setting(D, arithmetic, call.variants[0]) for D, arithmetic in call.quick]
 
 
 def all_settings(call: Call, architecture: int) -> list[Setting]:
@@ -291,7 +217,7 @@ def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.attributes}
+    attributes = {position: [["tt.divisibility", 16]] for position in launch.attributes}
     source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
     start = time.perf_counter()
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
@@ -429,7 +355,7 @@ def collect(
     """A row for each kernel that each call launches, in the order of CALLS."""
     found: list[tuple[Setting, int, Launch]] = []
     for architecture, call in itertools.product(architectures, CALLS):
-        settings = all_settings(call, architecture) if everything else quick_settings(call)
+        settings = all_settings(call, architecture) if everything else call.quick_settings()
         for setting in settings:
             for launch in launches_of(call, setting, architecture):
                 if re.search(kernels, launch.kernel):
@@ -537,156 +463,6 @@ def main() -> None:
     print("\n".join(wrong), file=sys.stderr)
     if options.check and wrong:
         raise SystemExit(1)
-
-
-# --- the calls ------------------------------------------------------------------------------------------
-#
-# Kernels are imported inside: the module must be importable before it is known which Triton is meant.
-
-
-@register(ELEMENTWISE, variants=SLOPES, quick=[(64, "float32")])
-def _activation(s: Setting) -> None:
-    from lunet_fast.kernels import activation
-
-    x, ld = s.rows(N), s.empty(N)
-    activation.activation_forward(x, s.slopes(), logabsdet=True, fast=s.fast)
-    activation.activation_inverse(x, s.slopes(), logabsdet=True, fast=s.fast)
-    activation.activation_backward(x, ld, x, s.slopes(), fast=s.fast)
-    activation.activation_inverse_backward(x, ld, x, s.slopes(), fast=s.fast)
-    activation.row_gradients(
-        x[None], ld[None], x[None], s.slopes(), inverse=False, column_sums=True, fast=s.fast
-    )
-
-
-# Where D is no multiple of 16 Triton moves single elements: the most addresses and registers.
-@register(PRODUCT, variants=SLOPES, quick=[(256, "tf32x3"), (256, "tf32"), (257, "tf32x3")])
-def _layer(s: Setting) -> None:
-    from lunet_fast.kernels import layer
-
-    for transposed in (False, True):
-        layer.layer_forward(
-            *(s.rows(1, N), s.matrix(1), s.full(1), s.slopes()),
-            logabsdet=True,
-            save=True,
-            precision=s.precision,
-            constant=s.empty(1),
-            transposed=transposed,
-            fast=s.fast,
-        )
-
-
-@register(PRODUCT, variants=SLOPES, quick=[(32, "tf32x3"), (128, "tf32x3")])
-def _gradient(s: Setting) -> None:
-    from lunet_fast.kernels import gradient, tiles
-
-    x = s.rows(1, N)
-    for h in (None, x) if tiles.recomputes(s.D) else (x,):
-        gradient.layer_backward(
-            *(x, s.empty(1, N), x, h, s.matrix(1), s.full(1), s.slopes()),
-            needs_x=True,
-            needs_weight=True,
-            needs_bias=True,
-            precision=s.precision,
-        )
-    gradient.weight_and_bias_gradients(x, x, precision=s.precision)
-
-
-@register(PRODUCT, variants=SLOPES, quick=[(64, "tf32x3"), (257, "tf32")])
-def _triangular(s: Setting) -> None:
-    from lunet_fast.kernels import triangular
-
-    triangular.layer_forward_rows(
-        *(s.rows(1, 33), s.matrix(1), s.full(1), s.empty(s.D, dtype=torch.int64), s.full(1), s.slopes()),
-        logabsdet=True,
-        save=True,
-        precision=s.precision,
-        constant=s.empty(1),
-        fast=s.fast,
-    )
-
-
-@register(ELEMENTWISE, quick=[(256, "float32")])
-def _matrix(s: Setting) -> None:
-    from lunet_fast.kernels import matrix
-
-    packed = (s.matrix(1), s.full(1), s.empty(s.D, dtype=torch.int64))
-    matrix.compose(*packed, s.dtype)
-    if s.dtype != torch.float32:  # as under autocast
-        matrix.compose(s.matrix(1, dtype=torch.float32), *packed[1:], s.dtype)
-    matrix.compose_backward(s.matrix(1, dtype=torch.float32), s.empty(1), *packed)
-
-
-@register(("ieee", "tf32x3", "bfloat16"), variants=SLOPES, quick=[(64, "tf32x3"), (257, "tf32x3")])
-def _substitution(s: Setting) -> None:
-    from lunet_fast.kernels import substitution
-
-    permutation = s.empty(s.D, dtype=torch.int64)
-    packed = (s.matrix(1), s.full(1), permutation)
-    prepared = substitution.prepare_inverse(*packed, precision=s.precision)
-    substitution.layer_inverse(
-        *(s.rows(1, N), packed[0], prepared.inverses, s.full(1), s.slopes()),
-        permutation=permutation,
-        logabsdet=True,
-        save=True,
-        precision=s.precision,
-        constant=prepared.logabsdet,
-        weight=prepared.weight,
-        condition=prepared.condition,
-        fast=s.fast,
-    )
-    substitution.layer_inverse_backward(
-        *(s.rows(1, N), s.empty(1, N), s.rows(1, N), packed[0], prepared.inverses, s.slopes()),
-        permutation=permutation,
-        precision=s.precision,
-        fast=s.fast,
-    )
-
-
-@register(PRODUCT, variants=SLOPES, quick=[(64, "tf32x3")], largest=128)
-def _stack(s: Setting) -> None:
-    from lunet_fast.kernels import stack, tiles
-
-    M = 8
-    options: dict[str, Any] = {"precision": s.precision, "fast": s.fast}
-    x, ld, weights, biases, slopes = s.rows(N), s.empty(N), s.matrix(M), s.full(M), s.slopes(M - 1)
-
-    def tile(kernel: str) -> Any:
-        return tiles.stack_tile(kernel, s.D, s.dtype, s.precision, tiles.architecture(x))
-
-    if tile("forward"):
-        stack.stack_forward(x, weights, biases, slopes, constant=s.empty(M), logabsdet=True, **options)
-    if tile("backward"):
-        stack.stack_backward(x, ld, x, weights, biases, slopes, needs_x=True, needs_weights=True, **options)
-    if s.precision == "tf32":
-        return
-    for kernel in ("inverse", "inverse backward"):
-        if not (found := tile(kernel)):
-            continue
-        block, lu = found.inner, s.matrix(M)
-        blocks = s.empty(M, 2, -(-s.D // block), block, block)
-        if kernel == "inverse":
-            stack.stack_inverse(x, lu, blocks, biases, slopes, constant=s.empty(M), logabsdet=True, **options)
-        else:
-            stack.stack_inverse_backward(
-                x, ld, x, weights, lu, blocks, biases, slopes, needs_weights=True, **options
-            )
-
-
-@register(PRODUCT, variants=({}, {"slopes": "tensor"}), quick=[(64, "tf32")], largest=128)
-def _score(s: Setting) -> None:
-    from lunet_fast.kernels import score
-
-    K, L, users, items, k = 1, 2, 257, 10_007, 20
-    score.score_topk(
-        *(s.rows(K, users), s.rows(K, items), s.matrix(K, L), s.full(K, L)),
-        s.empty(L, 3) if isinstance(s.slopes(L), Tensor) else s.slopes(L),  # never for each column
-        *(s.full(K), s.full(K), s.empty(users), s.empty(items)),
-        (s.empty(users + 1, dtype=torch.int64), s.empty(1000, dtype=torch.int64)),
-        k,
-        activated=False,
-        precision=s.precision,
-        fast=s.fast,
-    )
 
 
 if __name__ == "__main__":

@@ -302,7 +302,7 @@ def solve(y: Tensor, lu: Tensor, sign: Tensor, bias: Tensor) -> Tensor:
 
 def inverse(place: Place) -> Iterator[Row]:
     """The affine inverse against torch.linalg.solve_triangular, substitution against W⁻¹; with φ⁻¹ too."""
-    from lunet_fast.kernels import substitution
+    from lunet_fast.kernels import inverse as kernels
 
     for D, B in sizes(place, (64, 128, 256, 32, 512, 1024, 16), (65_536, 2**20)):
         if place.left() < 0:
@@ -322,8 +322,8 @@ def inverse(place: Place) -> Iterator[Row]:
             return functional.lu_dense_inverse(y, lu, bias, sign=sign)
 
         def launched(explicit: bool, y: Tensor = y, p: Packed = p) -> Tensor:
-            prepared = substitution.prepare_inverse(p.lu, p.sign, None, precision="tf32x3")
-            return substitution.layer_inverse(
+            prepared = kernels.prepare_inverse(p.lu, p.sign, None, precision="tf32x3")
+            return kernels.layer_inverse(
                 *(y[None], p.lu, prepared.inverses, p.bias, None),
                 permutation=None,
                 logabsdet=False,

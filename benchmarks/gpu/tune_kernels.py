@@ -24,7 +24,8 @@ from torch import Tensor
 
 from benchmarks.gpu.common import FAMILY, Place, normwise, packed
 from benchmarks.machine import describe, write_text
-from lunet_fast.kernels import gradient, layer, matrix, substitution, tiles
+from lunet_fast.kernels import gradient, layer, matrix, solve, tiles
+from lunet_fast.kernels.inverse import layer_inverse
 from lunet_fast.kernels.tiles import Tile
 from lunet_fast.ops import triton
 
@@ -78,12 +79,10 @@ def jobs(place: Place, D: int, rows: int, dtype: torch.dtype, precision: str) ->
         )
 
     exact = "ieee" if precision == "ieee" else "tf32x3"
-    inverses, _ = substitution.invert_blocks(
-        parameters.lu, parameters.sign, block=tiles.substitution_block(D)
-    )
+    inverses, _ = solve.invert_blocks(parameters.lu, parameters.sign, block=tiles.substitution_block(D))
 
     def inverse() -> Tensor:
-        return substitution.layer_inverse(
+        return layer_inverse(
             *(x, parameters.lu, inverses, parameters.bias, FAMILY),
             permutation=None,
             logabsdet=True,

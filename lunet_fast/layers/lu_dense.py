@@ -123,9 +123,11 @@ class LUDense(StructuredLayer):
             self._reset_structure(self._start_sign)
             bias = torch.zeros(features, device=lu.device, dtype=lu.dtype)
             if self._start_after is not None:
-                value, slope = (torch.as_tensor(t).to(lu).expand(features) for t in self._start_after)
-                lu = lu.tril(-1) + lu.triu(1) / slope + torch.diag(-slope.log())
-                bias = -functional.lu_weight(lu, *self._structure()) @ value
+                value, slope = (torch.as_tensor(t, dtype=torch.float64) for t in self._start_after)
+                logs = -slope.log().expand(features)
+                lu = lu.tril(-1) + lu.triu(1) / slope.to(lu) + torch.diag(logs.to(lu))
+                weight = functional.lu_weight(lu, *self._structure())
+                bias = -(weight @ value.to(lu) if value.dim() else value.to(lu) * weight.sum(-1))
             self._write("lu", lu)
             if self.bias is not None:
                 self._write("bias", bias)

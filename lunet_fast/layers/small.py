@@ -32,6 +32,7 @@ def is_small(x: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and x.device.type == "cpu"
         and dispatch.get_backend() != "triton"
         and x.dtype in (torch.float32, torch.float64)
@@ -68,13 +69,14 @@ def net(x: Tensor, layers: Sequence[LUDense], *, logabsdet: bool) -> tuple[Tenso
 
 def takes_inverse(y: Tensor, layers: Sequence[LUDense]) -> bool:
     """Whether ``inverse_net`` may take these layers on y: without gradients, and rows enough for inverses."""
-    rows = y.numel() // max(1, y.shape[-1]) if y.dim() else 0
+    if not takes(y, layers):
+        return False
+    rows = y.numel() // max(1, y.shape[-1])
     recorded = torch.is_grad_enabled() and (
         y.requires_grad or any(p.requires_grad for layer in layers for p in layer.parameters())
     )
     return (
         not recorded
-        and takes(y, layers)
         and rows >= matrix.least_rows_for_inverse(y.shape[-1])
         # Under vmap no number can be read, and the condition is one.
         and not any(torch._C._functorch.is_functorch_wrapped_tensor(layer.lu) for layer in layers)

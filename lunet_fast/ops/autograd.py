@@ -12,19 +12,21 @@ An activation by itself has None for the matrix, and only a layer heeds ``save``
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
+from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
+    enable_single_level_autograd_function,
+)
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from lunet_fast.ops import dispatch, reference
+from lunet_fast.ops import dispatch, reference, tracing
 from lunet_fast.ops.precision import wide, without_autocast
-from lunet_fast.ops.values import Activation, Matrix, flatten
+from lunet_fast.ops.values import Activation, Matrix, WithLogabsdet, flatten, structure
 
 _ops = torch.ops.lunet_fast
 
@@ -205,9 +207,7 @@ def _values(*fields: Any) -> Sequence[Any]:
     return (activation,) if lu is None else (Matrix(lu, sign, permutation, bias), activation)
 
 
-def _whole(
-    grad: Tensor | None, grad_logabsdet: Tensor | None, x: Tensor, logabsdet: bool
-) -> tuple[Tensor, Tensor]:
+def _whole(grad: Any, grad_logabsdet: Any, x: Tensor, logabsdet: bool) -> Outputs:
     """Gradients of a pair of results, zeros for one that nothing depended on."""
     if grad is None:
         grad = torch.zeros_like(x)
@@ -314,6 +314,9 @@ def _eager(traceable: type[torch.autograd.Function]) -> type[torch.autograd.Func
     def apply(cls: Any, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super(traceable, cls).apply(*args)
+        return record(cls, *args)
+
+    def record(cls: Any, *args: Any) -> Any:
         alive = (unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args)
         return super(torch.autograd.Function, cls).apply(*alive)  # type: ignore[misc]
 
@@ -322,8 +325,6 @@ def _eager(traceable: type[torch.autograd.Function]) -> type[torch.autograd.Func
         # its results views of anything.
         with _below_autograd():
             return traceable.forward(*args)
-
-    forward.__signature__ = inspect.signature(traceable.forward)  # type: ignore[attr-defined]
 
     def setup_context(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
         traceable.setup_context(ctx, args, output)
@@ -341,7 +342,7 @@ def _eager(traceable: type[torch.autograd.Function]) -> type[torch.autograd.Func
 
     members = {"forward": forward, "setup_context": setup_context, "jvp": jvp}
     statics: dict[str, Any] = {name: staticmethod(member) for name, member in members.items()}
-    statics["apply"] = classmethod(apply)
+    statics["apply"], statics["record"] = classmethod(apply), classmethod(record)
     return type(f"Eager{traceable.__name__}", (traceable,), statics)
 
 
@@ -356,19 +357,21 @@ _TRACEABLE: dict[str, Any] = {operation.name: _function(operation) for operation
 _EAGER: dict[str, Any] = {name: _eager(traceable) for name, traceable in _TRACEABLE.items()}
 
 
-def apply(
-    name: str, x: Tensor, matrix: Matrix | None, activation: Activation, logabsdet: bool
-) -> tuple[Tensor, Tensor | None]:
+def apply(name: str, x: Tensor, matrix: Matrix | None, phi: Activation, logabsdet: bool) -> WithLogabsdet:
     """The first two results of the operation ``name`` on x, past its Function where nothing is recorded."""
+    values: Any = (phi,) if matrix is None else (matrix, phi)
+    if tracing.is_recording():
+        # There are no nets here: ``dispatch.fuses_net`` says no.
+        recorded: Any = tracing.activation if matrix is None else tracing.layer
+        return recorded(x, *values, inverse=name.endswith("inverse"), logabsdet=logabsdet)
     lu, sign, permutation, bias = (None, None, None, None) if matrix is None else matrix
-    save = records(x, lu, bias, activation.parameters)
+    save = records(x, lu, bias, phi.parameters)
     if not save and not _is_watched(x, lu):
-        values = (activation,) if matrix is None else (matrix, activation)
         flags = (logabsdet, False) if name.startswith("layer") else (logabsdet,)
         with _below_autograd():
             y, total, *_ = dispatch.run(name, x, *values, *flags)
     else:
-        kind, parameters, constants = activation
+        kind, parameters, constants = phi
         function = (_TRACEABLE if torch.compiler.is_compiling() else _EAGER)[name]
         arguments = (x, lu, bias, parameters, sign, permutation, kind, constants, logabsdet, save)
         y, total, *_ = function.apply(*arguments)
@@ -380,7 +383,7 @@ def apply(
 
 
 def _from_operation(operation: Operation) -> None:
-    overload = getattr(_ops, operation.name).default
+    overload, schema = getattr(_ops, operation.name).default, dispatch.SCHEMAS[operation.name]
     eager = _EAGER[operation.name]
 
     def call(*args: Any) -> Any:
@@ -393,10 +396,12 @@ def _from_operation(operation: Operation) -> None:
         if not records(*tensors):
             with _below_autograd():
                 return overload(*args)
-        x, *values, logabsdet = dispatch.structured(operation.name, args)[: -1 if operation.kept else None]
+        x, *values, logabsdet = structure(args, schema)[: -1 if operation.kept else None]
         lu, sign, permutation, bias = values[0] if len(values) == 2 else (None, None, None, None)
         kind, parameters, constants = values[-1]
-        return eager.apply(x, lu, bias, parameters, sign, permutation, kind, constants, logabsdet, True)
+        # torch.func has unpacked its own tensors by now: what is left to do is autograd's, a level of it.
+        with enable_single_level_autograd_function():
+            return eager.record(x, lu, bias, parameters, sign, permutation, kind, constants, logabsdet, True)
 
     dispatch.library.impl(operation.name, call, "Autograd")
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lunet_fast.ops import tracing
 from lunet_fast.ops.precision import autocast_enabled, wide
 from lunet_fast.ops.values import ACTIVATION_SCHEMA, MATRIX_SCHEMA, Activation, Matrix, structure
 
@@ -147,7 +148,9 @@ def fuses_net(x: Tensor) -> bool:
 
     Decided by what is known while being traced; which kernels the operation launches, it decides itself.
     """
-    return takes_triton(x) and x.dim() > 0 and implementation("triton", "fuses_net")(x)
+    if not takes_triton(x) or tracing.is_recording():
+        return False
+    return x.dim() > 0 and implementation("triton", "fuses_net")(x)
 
 
 # --- registration ---------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ _FOUR = "(Tensor, Tensor, Tensor, Tensor)"
 
 #: Arguments and results. ``grad`` is the gradient of the first result and ``grad_logabsdet`` that of the
 #: log-determinants [...]. The x of a backward is what the forward got, and of an inverse what it gave.
-_SCHEMAS = {
+SCHEMAS = {
     "activation_forward": f"(Tensor x, {ACTIVATION_SCHEMA}, bool logabsdet) -> {_PAIR}",
     "activation_inverse": f"(Tensor x, {ACTIVATION_SCHEMA}, bool logabsdet) -> {_PAIR}",
     "activation_backward": f"({_BACKWARD_OF}, {ACTIVATION_SCHEMA}) -> {_PAIR}",
@@ -179,14 +182,6 @@ _SCHEMAS = {
     "net_backward": f"({_BACKWARD_OF}, {_LAYER}, {_NEEDS}) -> {_FOUR}",
     "net_inverse_backward": f"({_BACKWARD_OF}, {_LAYER}, {_NEEDS}) -> {_FOUR}",
 }
-
-
-def structured(name: str, flat: tuple[Any, ...]) -> list[Any]:
-    """An operation's arguments with matrix and activation as values."""
-    schema = _SCHEMAS[name]
-    has_matrix = MATRIX_SCHEMA in schema
-    before = schema.partition(MATRIX_SCHEMA if has_matrix else ACTIVATION_SCHEMA)[0]
-    return structure(flat, before.count(","), has_matrix)
 
 
 def _fake_forward(name: str, args: list[Any]) -> tuple[Tensor, ...]:
@@ -226,13 +221,13 @@ def _fake_backward(name: str, args: list[Any]) -> tuple[Tensor, ...]:
 def _register(name: str, schema: str) -> None:
     fake = _fake_backward if name.endswith("backward") else _fake_forward
     library.define(name + schema)
-    library.impl(name, lambda *flat: run(name, *structured(name, flat)), "CompositeExplicitAutograd")
+    library.impl(name, lambda *flat: run(name, *structure(flat, schema)), "CompositeExplicitAutograd")
     torch.library.register_fake(
-        f"lunet_fast::{name}", lambda *flat: fake(name, structured(name, flat)), lib=library
+        f"lunet_fast::{name}", lambda *flat: fake(name, structure(flat, schema)), lib=library
     )
 
 
-for _name, _schema in _SCHEMAS.items():
+for _name, _schema in SCHEMAS.items():
     _register(_name, _schema)
 
 try:

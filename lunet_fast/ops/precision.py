@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 #: |s_i| beyond this counts as this, so that exp(s_i) and exp(−s_i) are normal, finite numbers.
-LOG_DIAGONAL_BOUND = {
-    torch.float64: 700.0,
-    torch.float32: 80.0,
-    torch.bfloat16: 80.0,
-    torch.float16: 9.0,
-}
+LOG_DIAGONAL_BOUND = {torch.float64: 700.0, torch.float32: 80.0, torch.bfloat16: 80.0, torch.float16: 9.0}
+
+#: The devices that torch.compile asks for autocast of.
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -25,6 +23,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for x's device; devices without autocast, as meta, never have it on."""
     device = x.device.type
+    if torch.compiler.is_dynamo_compiling():
+        # Which devices have autocast, torch.compile of releases before 2.12 cannot ask.
+        return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 

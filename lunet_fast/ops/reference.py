@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND, wide, without_autocast
-from lunet_fast.ops.values import IDENTITY, Activation, Matrix
+from lunet_fast.ops.values import IDENTITY, Activation, Matrix, WithLogabsdet
 
 Slopes = Sequence[float] | Tensor
 
@@ -92,6 +92,21 @@ def leaky_softplus_inverse(y: Tensor, slopes: Slopes) -> Tensor:
     return _Inverse.apply(y, None, *slopes)
 
 
+def solve_leaky_softplus(y: Tensor, slopes: Slopes) -> Tensor:
+    """φ⁻¹(y) by Newton's iteration, which is all that is recorded of it."""
+    a, c, _ = unpack(slopes)
+    start = torch.minimum(y / a, y / (a + c))
+    # φ is convex and start is not left of the solution, so Newton falls onto it monotonically: by about 1/κ
+    # a step while eˣ dominates the slope, and quadratically at the end. Slopes in a tensor may be batched by
+    # vmap, when their values cannot be read: they get the steps that 1e-13 needs.
+    ratio = 1e-13 if isinstance(slopes, Tensor) else max(a / c, 1e-300)
+    x = start
+    for _ in range(8 + math.ceil(max(0.0, -math.log(ratio)))):
+        step = (leaky_softplus(x, slopes) - y) / leaky_softplus_derivative(x, slopes)
+        x = torch.where(step.isfinite(), x - step, x)
+    return x
+
+
 class _Inverse(torch.autograd.Function):
     """x = φ⁻¹(y), differentiated through the implicit function theorem.
 
@@ -103,18 +118,7 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, slopes: Tensor | None, *fixed: float) -> Tensor:
-        triple = fixed if slopes is None else slopes
-        a, c, _ = unpack(triple)
-        start = torch.minimum(y / a, y / (a + c))
-        # φ is convex and start is not left of the solution, so Newton falls onto it monotonically: by
-        # about 1/κ a step while eˣ dominates the slope, and quadratically at the end. Slopes in a tensor
-        # may be batched by vmap, when their values cannot be read: they get the steps that 1e-13 needs.
-        ratio = 1e-13 if slopes is not None else max(a / c, 1e-300)
-        x = start
-        for _ in range(8 + math.ceil(max(0.0, -math.log(ratio)))):
-            step = (leaky_softplus(x, triple) - y) / leaky_softplus_derivative(x, triple)
-            x = torch.where(step.isfinite(), x - step, x)
-        return x
+        return solve_leaky_softplus(y, fixed if slopes is None else slopes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -176,6 +180,8 @@ class Formula(NamedTuple):
 
     forward: Callable[[Tensor, Activation], Tensor]
     inverse: Callable[[Tensor, Activation], Tensor]
+    solve: Callable[[Tensor, Activation], Tensor]
+    """The inverse in PyTorch's operations alone, for what records them."""
     log_derivative_sum: Callable[[Tensor, Activation], Tensor]
 
 
@@ -188,6 +194,7 @@ ACTIVATIONS = {
     "leaky_softplus": Formula(
         lambda x, activation: leaky_softplus(x, _slopes_of(activation)),
         lambda y, activation: leaky_softplus_inverse(y, _slopes_of(activation)),
+        lambda y, activation: solve_leaky_softplus(y, _slopes_of(activation)),
         lambda x, activation: log_derivative_sum(x, _slopes_of(activation)),
     )
 }
@@ -202,15 +209,13 @@ def family(slopes: Slopes | None) -> Activation:
     return Activation("leaky_softplus", None, tuple(slopes))
 
 
-def activation(
-    x: Tensor, activation: Activation, *, inverse: bool, logabsdet: bool
-) -> tuple[Tensor, Tensor | None]:
+def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """(φ(x), Σ log φ′(x) over the last dimension) or, with ``inverse``, (φ⁻¹(x), that of φ⁻¹ at x)."""
-    formula = ACTIVATIONS[activation.kind]
+    formula = ACTIVATIONS[phi.kind]
     if inverse:
-        x = formula.inverse(x, activation)
-        return x, -formula.log_derivative_sum(x, activation) if logabsdet else None
-    return formula.forward(x, activation), formula.log_derivative_sum(x, activation) if logabsdet else None
+        x = formula.inverse(x, phi)
+        return x, -formula.log_derivative_sum(x, phi) if logabsdet else None
+    return formula.forward(x, phi), formula.log_derivative_sum(x, phi) if logabsdet else None
 
 
 def affine(x: Tensor, matrix: Matrix) -> Tensor:
@@ -238,9 +243,7 @@ def affine_inverse(h: Tensor, matrix: Matrix) -> Tensor:
     return rows.reshape(h.shape).to(h.dtype)
 
 
-def layer(
-    x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool
-) -> tuple[Tensor, Tensor | None]:
+def layer(x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """The layer (2.1) at x [..., D], φ(A x + b), and Σ log|u_ii| + Σ log φ′(h_i) [...]; or, with ``inverse``,
     A⁻¹ (φ⁻¹(x) − b) and the log-determinant of the inverse at x."""
     if not inverse:
@@ -255,9 +258,7 @@ def layer(
     return result, constant.repeat(x.shape[:-1]) if share is None else constant + share
 
 
-def net(
-    x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool
-) -> tuple[Tensor, Tensor | None]:
+def net(x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """M layers one after another, the last one linear, as ``layer``; lu is [M, D, D], bias and sign [M,
     D]."""
     layers, total = matrix.lu.shape[0], None

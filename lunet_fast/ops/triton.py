@@ -24,23 +24,24 @@ import torch
 from torch import Tensor
 
 from lunet_fast.kernels import activation as row_wise
-from lunet_fast.kernels import gradient, layer, matrix, stack, substitution, tiles, triangular
+from lunet_fast.kernels import (
+    gradient,
+    inverse_gradient,
+    layer,
+    matrix,
+    solve,
+    stack,
+    stack_gradient,
+    tiles,
+    triangular,
+)
+from lunet_fast.kernels import inverse as inverse_kernels
 from lunet_fast.ops import dispatch, reference
 from lunet_fast.ops.by_layers import net_backward_by_layers, net_by_layers
 from lunet_fast.ops.cpu.matrix import composes
 from lunet_fast.ops.dispatch import implements
-from lunet_fast.ops.values import (
-    Activation,
-    Four,
-    Matrix,
-    layer_gradients,
-    parameters_gradient,
-    row_gradient,
-    row_values,
-    rows,
-    rows_of,
-    shaped,
-)
+from lunet_fast.ops.rows import Four, layer_gradients, row_gradient, row_values, rows, rows_of, shaped
+from lunet_fast.ops.values import Activation, Matrix
 
 #: Features from which the library's tf32 and bfloat16 products are expected to be faster than this one.
 LIBRARY_PRODUCT_FROM = 1024
@@ -111,7 +112,7 @@ def _activation_gradients(
 ) -> tuple[Tensor, Tensor]:
     slopes, share = _slopes(activation), row_gradient(grad_logabsdet)
     grad_x, grad_slopes = launch(rows(grad), share, rows(x), slopes)
-    return shaped(grad_x, x), parameters_gradient(activation, grad_slopes, x)
+    return shaped(grad_x, x), activation.parameters_gradient(grad_slopes, x)
 
 
 @implements("triton")
@@ -129,8 +130,8 @@ def activation_inverse_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tenso
 
 @implements("triton")
 def layer_forward(x: Tensor, given: Matrix, activation: Activation, logabsdet: bool, save: bool) -> Four:
-    members, (lu, sign, order, bias) = _members(x, given.lu), _stacked(given)
-    slopes, precision = _slopes(activation), precision_of(x)
+    members, slopes, precision = _members(x, given.lu), _slopes(activation), precision_of(x)
+    lu, sign, order, bias = stacked = _stacked(given)
     N, D = members.shape[1:]
     # What the fake of this operation says is saved.
     save_h = save and slopes is not None and not tiles.recomputes(D)
@@ -138,18 +139,15 @@ def layer_forward(x: Tensor, given: Matrix, activation: Activation, logabsdet: b
     options: dict[str, Any] = {"logabsdet": logabsdet, "save": save_h, "precision": precision}
     if not composes(N, D):
         constant = reference.log_diagonal(lu).sum(-1) if logabsdet else None
-        y, total, h = triangular.layer_forward_rows(
-            members, lu, sign, order, bias, slopes, constant=constant, **options
-        )
+        y, total, h = triangular.layer_forward_rows(members, *stacked, slopes, constant=constant, **options)
     else:
         weight, constant = matrix.compose(lu, sign, order, x.dtype)
         narrow = x.dtype == torch.bfloat16 or precision == "tf32"
         if narrow and slopes is not None and D >= LIBRARY_PRODUCT_FROM:
-            h = (
-                torch.bmm(members, weight.mT)
-                if bias is None
-                else torch.baddbmm(bias.unsqueeze(1).to(x.dtype), members, weight.mT)
-            )
+            if bias is None:
+                h = torch.bmm(members, weight.mT)
+            else:
+                h = torch.baddbmm(bias.unsqueeze(1).to(x.dtype), members, weight.mT)
             y, total = row_wise.activation_forward(h.flatten(0, 1), slopes, logabsdet=logabsdet)
             if total is not None:
                 total = total.reshape(members.shape[:-1]) + constant.unsqueeze(-1)
@@ -159,12 +157,8 @@ def layer_forward(x: Tensor, given: Matrix, activation: Activation, logabsdet: b
         # Stacked layers always save it; a single layer's W, not formed, is not read.
         unformed = torch.empty_like(lu, dtype=x.dtype)
         weight = matrix.compose(lu, sign, order, x.dtype)[0] if given.stacked else unformed
-    return (
-        shaped(y, x),
-        row_values(total, x),
-        shaped(h if save_h else None, x),
-        shaped(weight if save else None, x, given.lu.shape),
-    )
+    saved = shaped(h if save_h else None, x), shaped(weight if save else None, x, given.lu.shape)
+    return shaped(y, x), row_values(total, x), *saved
 
 
 @implements("triton")
@@ -176,17 +170,15 @@ def layer_backward(
     weight: Tensor,
     given: Matrix,
     activation: Activation,
-    needs_x: bool,
-    needs_lu: bool,
-    needs_bias: bool,
+    *needs: bool,
 ) -> Four:
     if weight.dim() > given.lu.dim():
         # The backend was changed since the forward: what PyTorch's kept is for PyTorch's backward.
         return dispatch.implementation("pytorch", "layer_backward")(
-            *(grad, grad_logabsdet, x, h, weight, given, activation, needs_x, needs_lu, needs_bias)
+            *(grad, grad_logabsdet, x, h, weight, given, activation, *needs)
         )
     members, (lu, sign, order, bias) = _members(x, given.lu), _stacked(given)
-    slopes, (K, N, D) = _slopes(activation), members.shape
+    slopes, (K, N, D), (needs_x, needs_lu, needs_bias) = _slopes(activation), members.shape, needs
     # With N ≤ D the forward of one layer does not form W.
     if composes(N, D) or given.stacked:
         formed = weight.reshape(lu.shape).contiguous()
@@ -214,9 +206,9 @@ def layer_inverse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     members, (lu, sign, order, bias) = _members(x, given.lu), _stacked(given)
     precision, many_rows = precision_of(x), composes(*members.shape[1:])
-    prepared = substitution.prepare_inverse(lu, sign, order, precision=precision, many_rows=many_rows)
+    prepared = inverse_kernels.prepare_inverse(lu, sign, order, precision=precision, many_rows=many_rows)
     options: dict[str, Any] = {"logabsdet": logabsdet, "save": save, "precision": precision}
-    result, total, h = substitution.layer_inverse(
+    result, total, h = inverse_kernels.layer_inverse(
         *(members, lu, prepared.inverses, bias, _slopes(activation)),
         **options,
         permutation=order,
@@ -235,15 +227,14 @@ def layer_inverse_backward(
     h: Tensor,
     given: Matrix,
     activation: Activation,
-    needs_x: bool,
-    needs_lu: bool,
-    needs_bias: bool,
+    *needs: bool,
 ) -> Four:
     members, (lu, sign, order, _) = _members(x, given.lu), _stacked(given)
     slopes, precision, (K, N, _) = _slopes(activation), precision_of(x), members.shape
-    prepared = substitution.prepare_inverse(lu, sign, order, precision=precision, many_rows=False)
+    needs_x, needs_lu, needs_bias = needs
+    prepared = inverse_kernels.prepare_inverse(lu, sign, order, precision=precision, many_rows=False)
     share = row_gradient(grad_logabsdet, (K, N))
-    grad_right, grad_y, grad_slopes = substitution.layer_inverse_backward(
+    grad_right, grad_y, grad_slopes = inverse_gradient.layer_inverse_backward(
         *(_members(grad, given.lu), share, None if slopes is None else _members(h, given.lu)),
         *(lu, prepared.inverses, slopes),
         permutation=order,
@@ -267,7 +258,7 @@ def _net_arithmetic(kernel: str, x: Tensor, inverse: bool) -> tuple[str, tiles.T
     """The precision, and the tile of the kernel for the whole net; None where it has none."""
     precision = precision_of(x)
     if inverse:
-        precision = substitution.at_least_tf32x3(precision)
+        precision = solve.at_least_tf32x3(precision)
     return precision, tiles.stack_tile(kernel, x.shape[-1], x.dtype, precision, tiles.architecture(x))
 
 
@@ -283,7 +274,7 @@ def net_forward(
     slopes = _slopes(activation)
     options: dict[str, Any] = {"logabsdet": logabsdet, "precision": precision}
     if inverse:
-        blocks, constant = substitution.invert_blocks(lu, sign, block=tile.inner)
+        blocks, constant = solve.invert_blocks(lu, sign, block=tile.inner)
         y, total = stack.stack_inverse(rows(x), lu, blocks, bias, slopes, constant=constant, **options)
     else:
         weights, constant = matrix.compose(lu, sign, None, x.dtype)
@@ -321,8 +312,8 @@ def net_backward(
     needs_weights, share = needs_lu or needs_bias, row_gradient(grad_logabsdet)
     weights, _ = matrix.compose(lu, sign, None, torch.float32 if inverse else x.dtype)
     if inverse:
-        blocks, _ = substitution.invert_blocks(lu, sign, block=tile.inner)
-        grad_x, grad_weights, grad_bias, grad_slopes = stack.stack_inverse_backward(
+        blocks, _ = solve.invert_blocks(lu, sign, block=tile.inner)
+        grad_x, grad_weights, grad_bias, grad_slopes = stack_gradient.stack_inverse_backward(
             *(rows(grad), share, rows(x), weights, lu, blocks, bias, slopes),
             needs_weights=needs_weights,
             precision=precision,
@@ -330,7 +321,7 @@ def net_backward(
         # W_m's gradient comes with its sign; the log-determinant's share has the inverse's.
         share = None if share is None else -share
     else:
-        grad_x, grad_weights, grad_bias, grad_slopes = stack.stack_backward(
+        grad_x, grad_weights, grad_bias, grad_slopes = stack_gradient.stack_backward(
             *(rows(grad), share, rows(x), weights, bias, slopes),
             needs_x=needs_x,
             needs_weights=needs_weights,

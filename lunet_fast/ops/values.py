@@ -1,4 +1,4 @@
-"""The two values that describe a layer, its matrix and its activation, and what rows and results look like.
+"""The two values that describe a layer, its matrix and its activation.
 
 Both travel whole from ``functional`` to the kernels' launchers. A registered operation takes tensors and
 numbers alone and has their fields as arguments: ``flatten`` and ``structure`` lead from one to the other.
@@ -6,15 +6,13 @@ numbers alone and has their fields as arguments: ``flatten`` and ``structure`` l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lunet_fast.ops.precision import wide
-
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
+#: A value, and the log-determinant if it was asked for.
+WithLogabsdet = tuple[Tensor, Tensor | None]
 
 #: What ``torch.ops.lunet_fast`` operations call the fields.
 MATRIX_SCHEMA = "Tensor lu, Tensor? sign, Tensor? permutation, Tensor? bias"
@@ -68,6 +66,12 @@ class Activation(NamedTuple):
             return IDENTITY
         return self if self.parameters is None else self._replace(parameters=self.parameters[m])
 
+    def parameters_gradient(self, gradient: Tensor | None, x: Tensor) -> Tensor:
+        """``gradient`` in the parameters' dtype and shape; no elements if there is none."""
+        if self.parameters is None or gradient is None:
+            return (x if self.parameters is None else self.parameters).new_empty(0)
+        return gradient.to(self.parameters.dtype).reshape(self.parameters.shape)
+
 
 #: No activation.
 IDENTITY = Activation("identity", None, ())
@@ -77,70 +81,17 @@ def flatten(values: Sequence[Any]) -> list[Any]:
     """``values`` with the fields of matrices and activations in their places."""
     flat: list[Any] = []
     for value in values:
-        if isinstance(value, (Matrix, Activation)):
-            flat.extend(value)
-        else:
-            flat.append(value)
+        flat.extend(value if isinstance(value, (Matrix, Activation)) else (value,))
     return flat
 
 
-def structure(flat: Sequence[Any], leading: int, has_matrix: bool) -> list[Any]:
-    """The inverse of ``flatten`` where ``leading`` values stand before the first of the two."""
+def structure(flat: Sequence[Any], schema: str) -> list[Any]:
+    """The inverse of ``flatten`` for the arguments of an operation with this schema."""
+    has_matrix = MATRIX_SCHEMA in schema
+    leading = schema.partition(MATRIX_SCHEMA if has_matrix else ACTIVATION_SCHEMA)[0].count(",")
     values, rest = list(flat[:leading]), flat[leading:]
     if has_matrix:
         values.append(Matrix(*rest[:4]))
         rest = rest[4:]
     kind, parameters, constants = rest[:3]
     return [*values, Activation(kind, parameters, tuple(constants)), *rest[3:]]
-
-
-def rows(x: Tensor) -> Tensor:
-    """x as contiguous rows [N, D]; a 0-dimensional x is one row of one."""
-    if x.dim() == 2:
-        return x.contiguous()
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1).contiguous()
-
-
-def rows_of(x: Tensor, lu: Tensor) -> Tensor:
-    """x as contiguous rows [N, D] of a layer, or [K, N, D] of stacked layers."""
-    if lu.dim() == 2:
-        return rows(x)
-    return x.reshape(lu.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).contiguous()
-
-
-def shaped(result: Tensor | None, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """``result`` in ``shape``, that of ``like`` if not given; where it was not asked for, no elements."""
-    if result is None:
-        return like.new_empty(0)
-    shape = like.shape if shape is None else shape
-    return result if result.shape == shape else result.reshape(shape)
-
-
-def row_values(total: Tensor | None, x: Tensor) -> Tensor:
-    """One value for each row of x, float32 or wider, in x's leading shape; no elements if not asked for."""
-    return x.new_empty(0, dtype=wide(x.dtype)) if total is None else total.reshape(x.shape[:-1])
-
-
-def row_gradient(grad_logabsdet: Tensor | None, shape: Sequence[int] = (-1,)) -> Tensor | None:
-    """The gradient of one value for each row, contiguous, in the shape that rows have."""
-    return None if grad_logabsdet is None else grad_logabsdet.reshape(shape).contiguous()
-
-
-def parameters_gradient(activation: Activation, gradient: Tensor | None, x: Tensor) -> Tensor:
-    """``gradient`` in the dtype and shape of the activation's parameters; no elements if there is none."""
-    parameters = activation.parameters
-    if parameters is None or gradient is None:
-        return (x if parameters is None else parameters).new_empty(0)
-    return gradient.to(parameters.dtype).reshape(parameters.shape)
-
-
-def layer_gradients(x: Tensor, matrix: Matrix, activation: Activation, *found: Tensor | None) -> Four:
-    """The results of a layer's or net's backward, from the gradients of x, lu, bias and the activation's
-    parameters in any shape and precision, None where not asked for."""
-    lu, (grad_x, grad_lu, grad_bias, grad_parameters) = matrix.lu, found
-    return (
-        shaped(grad_x, x),
-        shaped(None if grad_lu is None else grad_lu.to(lu.dtype), lu),
-        shaped(None if grad_bias is None else grad_bias.to(lu.dtype), lu, lu.shape[:-1]),
-        parameters_gradient(activation, grad_parameters, x),
-    )

@@ -1,8 +1,9 @@
-"""One configuration of every kernel compiled for GPUs that need not be there: nothing spilled, shared memory
-in bounds, tensor cores used where they are promised.
+"""Every kernel compiled for GPUs that need not be there: one configuration to machine code, with nothing
+spilled, shared memory in bounds, tensor cores used where they are promised; and every combination of optional
+arguments through the front end, which is where one that is not there can go wrong.
 
-``benchmarks/gpu/kernel_resources.py`` does the compiling, in processes of its own: Triton keeps its settings
-for the life of one. ``make kernels-report`` does it for every configuration.
+``benchmarks/gpu/kernel_resources.py`` and ``front_end.py`` do the compiling, in processes of their own:
+Triton keeps its settings for the life of one. ``make kernels-report`` compiles every configuration.
 """
 
 from __future__ import annotations
@@ -26,28 +27,64 @@ def compilations(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any
     triton = pytest.importorskip("triton")
     if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm").exists():
         pytest.skip("this Triton comes without NVIDIA's disassembler")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
     # A cache of its own, so that what is judged was compiled now.
     command = [
-        *(sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.kernel_resources"),
-        *("--quick", "--json", "--workers", "2", "--arch", *map(str, ARCHITECTURES)),
-        *("--cache", str(tmp_path_factory.mktemp("resources"))),
+        *("-m", "benchmarks.gpu.kernel_resources", "--quick", "--json", "--workers", "2"),
+        *("--arch", *map(str, ARCHITECTURES), "--cache", str(tmp_path_factory.mktemp("resources"))),
     ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    return lines_of(command)
+
+
+@pytest.fixture(scope="module")
+def front_end() -> list[dict[str, Any]]:
+    """A row for each combination of arguments that launchers make: which are missing, and what was wrong."""
+    pytest.importorskip("triton")
+    return lines_of(["-m", "tests.kernels.front_end"])
+
+
+def lines_of(command: list[str]) -> list[dict[str, Any]]:
+    # This tree's kernels, wherever the installed package is.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_every_kernel_is_compiled(compilations: list[dict[str, Any]]) -> None:
-    written = {
+def written() -> set[str]:
+    """The kernels there are."""
+    return {
         name
         for file in (ROOT / "kernels").glob("*.py")
         for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(encoding="utf-8"), re.MULTILINE)
     }
+
+
+def test_every_combination_of_optional_arguments_is_accepted(front_end: list[dict[str, Any]]) -> None:
+    """Gradients of an inverse without its log-determinant did not compile, and only a GPU would have told."""
+    assert [row for row in front_end if row["refused"]] == []
+
+
+def test_every_optional_argument_is_tried_both_ways(front_end: list[dict[str, Any]]) -> None:
+    """Those whose comment in the kernel says "or None"; a kernel that no call launches is missing here."""
+    assert {row["kernel"] for row in front_end} == written(), "front_end.py has no call that launches it"
+    for kernel in written():
+        rows = [row for row in front_end if row["kernel"] == kernel]
+        for argument in rows[0]["optional"]:
+            assert {argument in row["missing"] for row in rows} == {False, True}, (kernel, argument)
+
+
+def test_every_kernel_is_compiled(compilations: list[dict[str, Any]]) -> None:
     for architecture in ARCHITECTURES:
         names = {found["kernel"] for found in compilations if found["arch"] == architecture}
-        assert names == written, "benchmarks/gpu/kernel_resources.py has no call that launches it"
+        assert names == written(), "benchmarks/gpu/kernel_resources.py has no call that launches it"
 
 
 def test_nothing_is_wrong(compilations: list[dict[str, Any]]) -> None:

@@ -14,18 +14,8 @@ from lunet_fast.ops.cpu.elementwise import elementwise
 from lunet_fast.ops.cpu.layer import Needs, keeps_factors
 from lunet_fast.ops.cpu.matrix import Packed, composes
 from lunet_fast.ops.dispatch import implements
-from lunet_fast.ops.values import (
-    Activation,
-    Four,
-    Matrix,
-    layer_gradients,
-    parameters_gradient,
-    row_gradient,
-    row_values,
-    rows,
-    rows_of,
-    shaped,
-)
+from lunet_fast.ops.rows import Four, layer_gradients, row_gradient, row_values, rows, rows_of, shaped
+from lunet_fast.ops.values import Activation, Matrix
 
 
 @implements("pytorch")
@@ -59,7 +49,7 @@ def activation_backward(
     assert phi is not None
     backward = phi.inverse_backward if inverse else phi.backward
     grad_x, totals = backward(rows(grad), row_gradient(grad_logabsdet), rows(x))
-    return shaped(grad_x, x), parameters_gradient(activation, totals, x)
+    return shaped(grad_x, x), activation.parameters_gradient(totals, x)
 
 
 @implements("pytorch")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harness import FAMILIES, FEATURES, LIMIT, ROWS, amid_nan, guarded, normwise, slope_ratio, slopes
 from lunet_fast.kernels import activation, tiles
-from lunet_fast.kernels.activation import phi_derivative
+from lunet_fast.kernels.activation import activation_of, load_family, phi_derivative
 from lunet_fast.ops import reference
 
 #: bfloat16 keeps 8 bits, and the interpreter cuts where a GPU rounds.
@@ -28,11 +28,12 @@ EXTREME_FAMILIES = [*FAMILIES, (1e-4, 1.0, 3.0), (1e-6, 1.0, 1.0), (100.0, 1.0, 
 
 
 @triton.jit
-def derivative_kernel(x_ptr, y_ptr, a, c, kappa, N, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def derivative_kernel(x_ptr, y_ptr, activation, N, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """y = φ′(x), which no kernel stores by itself."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < N, other=0.0)
-    tl.store(y_ptr + i, phi_derivative(x, (a, c, kappa, 0.0, 0.0), False), mask=i < N)
+    family = load_family(activation, 0, i, N)
+    tl.store(y_ptr + i, phi_derivative(x, family, activation), mask=i < N)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -187,7 +188,8 @@ def test_extremes_of_the_derivative(family: tuple[float, ...]) -> None:
     exact = in_float32(family)
     x = to_1e30()
     slope = torch.empty_like(x)
-    derivative_kernel[(triton.cdiv(x.numel(), 1024),)](x, slope, *exact, x.numel(), BLOCK=1024)
+    described = activation_of(exact, 1)
+    derivative_kernel[(triton.cdiv(x.numel(), 1024),)](x, slope, described, x.numel(), BLOCK=1024)
     slope64 = reference.leaky_softplus_derivative(x.double(), exact)
     assert ((slope.double() - slope64).abs() / slope64).max() <= LIMIT
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from harness import FEATURES, LIMIT, amid_nan, guarded, normwise, random_lu
 from lunet_fast.kernels import matrix
 from lunet_fast.ops import reference
+from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND
 
 
 @st.composite
@@ -101,6 +102,12 @@ def test_bfloat16() -> None:
     wide, _ = matrix.compose(lu, None, None, torch.float32)
     assert normwise(wide, exact(lu, None, None)) <= LIMIT
     assert matrix.compose_backward(wide, None, lu, None, None).dtype == torch.bfloat16
+
+
+def test_the_log_diagonal_is_bounded_where_the_reference_bounds_it() -> None:
+    """The kernels import nothing of the library, so the number stands in both."""
+    for dtype in (torch.float32, torch.bfloat16):
+        assert matrix.LOG_DIAGONAL_BOUND.value == LOG_DIAGONAL_BOUND[dtype]
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,9 @@ from torch import Tensor
 from harness import FAMILIES, LIMIT, amid_nan, guarded, normwise, random_lu
 from lunet_fast.kernels import tiles
 from lunet_fast.kernels.launch import PRECISIONS
-from lunet_fast.kernels.stack import (
-    stack_backward,
-    stack_forward,
-    stack_inverse,
-    stack_inverse_backward,
-)
-from lunet_fast.kernels.substitution import invert_blocks
+from lunet_fast.kernels.solve import invert_blocks
+from lunet_fast.kernels.stack import stack_forward, stack_inverse
+from lunet_fast.kernels.stack_gradient import stack_backward, stack_inverse_backward
 from lunet_fast.ops import reference
 
 #: Slopes whose inverses, eight deep, leave something to compare.

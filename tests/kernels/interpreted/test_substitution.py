@@ -24,15 +24,9 @@ from harness import (
     slopes,
 )
 from lunet_fast.kernels import tiles
-from lunet_fast.kernels.substitution import (
-    EXPLICIT_INVERSE_LIMIT,
-    PreparedInverse,
-    inverse_weight,
-    invert_blocks,
-    layer_inverse,
-    layer_inverse_backward,
-    prepare_inverse,
-)
+from lunet_fast.kernels.inverse import PreparedInverse, inverse_weight, layer_inverse, prepare_inverse
+from lunet_fast.kernels.inverse_gradient import layer_inverse_backward
+from lunet_fast.kernels.solve import EXPLICIT_INVERSE_LIMIT, invert_blocks
 from lunet_fast.ops import reference
 from lunet_fast.ops.cpu.matrix import Packed, compose_backward
 from lunet_fast.ops.values import Matrix
@@ -350,11 +344,13 @@ def test_the_host_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     lu, y, learnt = random_lu(130, K=1), torch.randn(1, 3, 130), torch.tensor([0.1, 0.9, 1.0])
     launches = []
-    for module_kernel in ("layer_inv_kernel", "inverse_product_kernel", "inverse_weight_kernel"):
-        monkeypatch.setattr(
-            f"lunet_fast.kernels.substitution.{module_kernel}",
-            _Recorder(module_kernel, launches),
-        )
+    for module_kernel in (
+        "solve.layer_inv_kernel",
+        "inverse.inverse_product_kernel",
+        "inverse.inverse_weight_kernel",
+    ):
+        recorder = _Recorder(module_kernel.rpartition(".")[2], launches)
+        monkeypatch.setattr(f"lunet_fast.kernels.{module_kernel}", recorder)
     for method in ("item", "__bool__", "__float__", "tolist", "cpu"):
         monkeypatch.setattr(Tensor, method, refuse)
     prepared = prepare_inverse(lu, None, None, precision="tf32x3")

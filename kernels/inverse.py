@@ -1,0 +1,358 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# mypy: disable-error-code=assignment
+"""The inverse of a layer: by a product with W⁻¹ where its condition allows it, by substitution elsewhere.
+
+For large D a product with the explicit inverse keeps the tensor cores busier. It is as accurate unless the
+factors are badly conditioned, and that is known on the device only: both kernels are launched, both read
+the condition there, and the one that is not wanted returns at once. The host waits for nothing, and a
+CUDA graph can record it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lunet_fast.kernels import tiles
+from lunet_fast.kernels.activation import (
+    Activation,
+    Slopes,
+    activation_of,
+    outputs_by_row,
+    row_wise,
+    steps_of,
+)
+from lunet_fast.kernels.launch import (
+    check_layer,
+    check_parameter,
+    launch,
+    load_row,
+    load_tile,
+    store_tile,
+)
+from lunet_fast.kernels.layer import product_tile
+from lunet_fast.kernels.matrix import check_packed, diagonal, lower_tile, permuted, upper_tile
+from lunet_fast.kernels.solve import (
+    EXPLICIT_INVERSE_LIMIT,
+    at_least_tf32x3,
+    check_factors,
+    invert_blocks,
+    solve_block,
+    substitute,
+)
+
+
+@triton.jit
+def magnitudes_kernel(
+    lu_ptr,  # [K, D, D]
+    sign_ptr,  # [K, D], or None
+    vector_ptr,  # [K, D] float32, v; or None: all ones
+    out_ptr,  # [K, D] float32
+    D,
+    UPPER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """|U| v, or |L| v, ROWS rows to a program."""
+    member = tl.program_id(1).to(tl.int64)
+    lu_ptr += member * D * D
+    out_ptr += member * D
+    if sign_ptr is not None:
+        sign_ptr += member * D
+    if vector_ptr is not None:
+        vector_ptr += member * D
+    first = tl.program_id(0) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(first if UPPER else 0, D if UPPER else first + ROWS, COLUMNS):
+        cols = start + tl.arange(0, COLUMNS)
+        if UPPER:
+            diagonal_there = diagonal(lu_ptr, sign_ptr, rows, D)[:, None]
+            part = upper_tile(lu_ptr, diagonal_there, rows[:, None], cols[None, :], D)
+        else:
+            part = lower_tile(lu_ptr, rows[:, None], cols[None, :], D)
+        part = tl.abs(part)
+        if vector_ptr is not None:
+            part *= load_row(vector_ptr, cols, D)
+        total += part
+    tl.store(out_ptr + rows, tl.sum(total, 1), mask=rows < D)
+
+
+@triton.jit
+def inverse_weight_kernel(
+    lu_ptr,  # [K, D, D]
+    inverses_ptr,  # [K, 2, blocks, BLOCK, BLOCK] float32
+    permutation_ptr,  # [D] int64, or None
+    magnitudes_ptr,  # [K, D] float32, |L| |U| 1
+    running_ptr,  # [K, D, D] float32, or None: W⁻¹ itself
+    weight_ptr,  # [K, D, D] float32, W⁻¹
+    conditions_ptr,  # [K, D] float32
+    D,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """ROWS rows of W⁻¹ = U⁻¹ L⁻¹ P, and of |U⁻¹ L⁻¹| |L| |U| 1. Row r of T⁻¹ solves x T = e_r."""
+    member = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(D, BLOCK)
+    first = tl.program_id(0) * ROWS
+    start = first // BLOCK
+    rows = first + tl.arange(0, ROWS)
+    here = rows[:, None] < D
+    lu_ptr += member * D * D
+    weight_ptr += (member * D + first) * D
+    solved_ptr = weight_ptr if running_ptr is None else running_ptr + (member * D + first) * D
+    lower_ptr = inverses_ptr + member * 2 * blocks * BLOCK * BLOCK
+    upper_ptr = lower_ptr + blocks * BLOCK * BLOCK
+
+    # In the columns before its diagonal U⁻¹ is zero.
+    for j in range(start, blocks):
+        cols = (j * BLOCK + tl.arange(0, BLOCK))[None, :]
+        solve_block(
+            tl.where((rows[:, None] == cols) & here, 1.0, 0.0),
+            *(solved_ptr, lu_ptr, upper_ptr, j, start * BLOCK, j * BLOCK, here, D),
+            *(True, PRECISION, ROWS, BLOCK, INNER),
+        )
+    condition = tl.zeros([ROWS], tl.float32)
+    for step in range(blocks):
+        j = blocks - 1 - step
+        solved = here & (rows[:, None] < (j + 1) * BLOCK)
+        part = solve_block(
+            load_tile(solved_ptr, j * BLOCK, solved, D, ROWS, BLOCK),
+            *(solved_ptr, lu_ptr, lower_ptr, j, (j + 1) * BLOCK, D, here, D),
+            *(True, PRECISION, ROWS, BLOCK, INNER),
+        )
+        cols = j * BLOCK + tl.arange(0, BLOCK)
+        condition += tl.sum(tl.abs(part) * load_row(magnitudes_ptr + member * D, cols, D), 1)
+        if running_ptr is not None:
+            source = permuted(permutation_ptr, cols, D)[None, :]
+            offsets = tl.arange(0, ROWS)[:, None] * D + source
+            tl.store(weight_ptr + offsets, part, mask=here & (source < D))
+    tl.store(conditions_ptr + member * D + rows, condition, mask=rows < D)
+
+
+@triton.jit(do_not_specialize=["N"])
+def inverse_product_kernel(
+    h_ptr,  # [K, N, D] float32, φ⁻¹(y), or y where φ is the identity
+    weight_ptr,  # [K, D, D] float32, W⁻¹
+    bias_ptr,  # [K, D], or None
+    x_ptr,  # [K, N, D]
+    logabsdet_ptr,  # [K, N] float32, or None
+    constant_ptr,  # [K] float32, log|det W|, or None
+    condition_ptr,  # [K] float32
+    N,
+    D,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """x = (h − b) W⁻ᵀ, a tile [ROWS, COLUMNS]; nothing if the condition passes the limit.
+
+    The log-determinant holds −Σ log φ′(h) already if there is an activation; log|det W| is subtracted. The
+    blocks of columns of the same rows come one after the other, so that they find h in the L2 cache.
+    """
+    member = tl.program_id(1).to(tl.int64)
+    if (tl.load(condition_ptr + member) <= EXPLICIT_INVERSE_LIMIT) == 0:  # NaN is no condition to trust
+        return
+    blocks = tl.cdiv(D, COLUMNS)
+    block = tl.program_id(0) % blocks
+    first = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
+    first_row = member * N + first
+    rows = tl.arange(0, ROWS)
+    here = rows[:, None] < N - first
+    if bias_ptr is not None:
+        bias_ptr += member * D
+    x = product_tile(
+        *(h_ptr + first_row * D, bias_ptr, weight_ptr + member * D * D, here, block * COLUMNS, D),
+        *(False, PRECISION, ROWS, COLUMNS, INNER),
+    )
+    store_tile(x_ptr + first_row * D, x, block * COLUMNS, here, D, ROWS, COLUMNS)
+    # The first test is the compiler's, the second the program's.
+    if logabsdet_ptr is not None:
+        first_block = block == 0
+        if first_block:
+            total = tl.zeros([ROWS], tl.float32)
+            if ACTIVATION:
+                total = tl.load(logabsdet_ptr + first_row + rows, mask=rows < N - first, other=0.0)
+            if constant_ptr is not None:
+                total -= tl.load(constant_ptr + member)
+            tl.store(logabsdet_ptr + first_row + rows, total, mask=rows < N - first)
+
+
+# --- launchers ------------------------------------------------------------------------------------------
+
+
+class PreparedInverse(NamedTuple):
+    """What ``layer_inverse`` needs of a matrix, computed once for any number of rows.
+
+    inverses [K, 2, blocks, block, block] of the diagonal blocks of L and U, log|det W| [K]; and W⁻¹ [K, D, D]
+    with its condition [K] where the table has it tried, else None. All float32.
+    """
+
+    inverses: Tensor
+    logabsdet: Tensor
+    weight: Tensor | None
+    condition: Tensor | None
+
+
+def prepare_inverse(
+    lu: Tensor, sign: Tensor | None, permutation: Tensor | None, *, precision: str, many_rows: bool = True
+) -> PreparedInverse:
+    """Invert what ``layer_inverse`` wants inverted of packed ``lu`` [K, D, D]: one launch, with W⁻¹ five.
+
+    W⁻¹ only for ``many_rows``: for few it costs more than it saves.
+    """
+    precision = at_least_tf32x3(precision)
+    D = lu.shape[-1]
+    inverses, logabsdet = invert_blocks(lu, sign, block=tiles.substitution_block(D))
+    if not (many_rows and tiles.tries_inverse_weight(D)):
+        return PreparedInverse(inverses, logabsdet, None, None)
+    weight, condition = inverse_weight(lu, sign, permutation, inverses, precision=precision)
+    return PreparedInverse(inverses, logabsdet, weight, condition)
+
+
+def inverse_weight(
+    lu: Tensor, sign: Tensor | None, permutation: Tensor | None, inverses: Tensor, *, precision: str
+) -> tuple[Tensor, Tensor]:
+    """(W⁻¹ = U⁻¹ L⁻¹ P [K, D, D], its condition [K]), float32, of packed ``lu`` [K, D, D].
+
+    ``sign`` [K, D] or None for +1, ``permutation`` [D] int64 or None, ``inverses`` from ``invert_blocks``
+    with the table's block. Substitution on the rows of the identity, D³ flops and up, in ``precision`` as in
+    ``layer_inverse``. Four launches; with triangular solves and products of PyTorch's they would be ten and
+    more, and the products might round to tf32.
+
+    The condition is Skeel's, of the factors: ‖|U⁻¹ L⁻¹| |L| |U|‖∞. Row by row W⁻¹ is found with a residual
+    W⁻¹ W − I of |W⁻¹| |L| |U| times the rounding unit, the product adds |W⁻¹| |W x| ≤ |W⁻¹| |L| |U| |x| of
+    them, and substitution's own bound holds the same matrix. κ(L)·κ(U) is an upper bound of it, but a loose
+    one: for random factors at D = 512 with κ₂(W) = 6 it is 2e4, Skeel's 7e2, and the two errors of one size.
+    """
+    check_packed(lu, sign, permutation)
+    K, D = lu.shape[:2]
+    precision = at_least_tf32x3(precision)
+    check_factors(lu, inverses, permutation, K, D)
+    tile = tiles.inverse_weight_tile(D)
+    weight = torch.empty((K, D, D), dtype=torch.float32, device=lu.device)
+    running = None if permutation is None else torch.empty_like(weight)
+    conditions = torch.empty((K, D), dtype=torch.float32, device=lu.device)
+    magnitudes = _magnitudes(lu, sign, _magnitudes(lu, sign, None, upper=True), upper=False)
+    launch(
+        *(inverse_weight_kernel, (triton.cdiv(D, tile.rows), K), tile),
+        *(lu, inverses, permutation, magnitudes, running, weight, conditions),
+        D=D,
+        PRECISION=precision,
+        ROWS=tile.rows,
+        BLOCK=tile.columns,
+        INNER=tile.inner,
+    )
+    return weight, conditions.amax(-1)
+
+
+def _magnitudes(lu: Tensor, sign: Tensor | None, vector: Tensor | None, *, upper: bool) -> Tensor:
+    """|U| v or |L| v [K, D]."""
+    K, D = lu.shape[:2]
+    tile = tiles.magnitudes_tile()
+    out = torch.empty((K, D), dtype=torch.float32, device=lu.device)
+    launch(
+        *(magnitudes_kernel, (triton.cdiv(D, tile.rows), K), tile),
+        *(lu, sign, vector, out),
+        D=D,
+        UPPER=upper,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+    )
+    return out
+
+
+def layer_inverse(
+    y: Tensor,
+    lu: Tensor,
+    inverses: Tensor,
+    bias: Tensor | None,
+    slopes: Slopes | None,
+    *,
+    permutation: Tensor | None,
+    logabsdet: bool,
+    save: bool,
+    precision: str,
+    constant: Tensor | None = None,
+    weight: Tensor | None = None,
+    condition: Tensor | None = None,
+    steps: int | None = None,
+    fast: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(x = U⁻¹ L⁻¹ P (h − b) [K, N, D], its log-determinant [K, N] float32 or None, h = φ⁻¹(y) or None).
+
+    y [K, N, D], contiguous, float32 or bfloat16, gives x and h their dtype; ``lu`` [K, D, D] packed and
+    ``bias`` [K, D] may differ in dtype; ``permutation`` [D] int64 or None, K = 1 only. ``slopes`` is None for
+    no activation, and then h is y and is not returned. ``inverses`` come from ``invert_blocks`` with the
+    table's block, ``constant`` [K] with them: log|det W|, subtracted from −Σ log φ′(h).
+    ``precision`` is "ieee" or "tf32x3"; "tf32" is raised to tf32x3. ``steps`` as in ``activation_inverse``.
+
+    One launch, 2·N·D² flops and up. With ``weight`` W⁻¹ and ``condition``, from ``inverse_weight``, x is the
+    product (h − b) W⁻ᵀ where the condition allows it: φ⁻¹, the product and substitution are launched, and of
+    the last two one returns at once.
+    """
+    K, N, D = check_layer("y", y, bias, constant, precision)
+    precision = at_least_tf32x3(precision)
+    check_parameter("weight", weight, (K, D, D), torch.float32)
+    check_parameter("condition", condition, (K,), torch.float32)
+    if (weight is None) != (condition is None):
+        raise ValueError("weight and condition must be given together")
+    steps = 0 if slopes is None else steps_of(slopes, steps)
+    activation = activation_of(slopes, D, steps=steps, fast=fast)
+    x, total = outputs_by_row(y, logabsdet)
+    h = torch.empty_like(y) if save and slopes is not None else None
+    if weight is not None:
+        wide_h = y if slopes is None else _wide_preactivation(y, h, total, activation)
+        _multiply(wide_h, weight, bias, x, total, constant, condition, slopes is not None, precision)
+    substitute(
+        *(y, lu, inverses, bias, activation, x, h, total),
+        permutation=permutation,
+        constant=constant,
+        condition=condition,
+        precision=precision,
+    )
+    return x, total, h
+
+
+def _wide_preactivation(y: Tensor, h: Tensor | None, total: Tensor | None, activation: Activation) -> Tensor:
+    """φ⁻¹(y) in float32, also where y and h have fewer digits; h ← φ⁻¹(y) and total ← −Σ log φ′(h)."""
+    wide = h if h is not None and h.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
+    row_wise(y, wide, total, activation, inverse=True)
+    if h is not None and h is not wide:
+        h.copy_(wide)
+    return wide
+
+
+def _multiply(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    total: Tensor | None,
+    constant: Tensor | None,
+    condition: Tensor | None,
+    active: bool,
+    precision: str,
+) -> None:
+    """x ← (h − b) W⁻ᵀ and total ← total − log|det W|, if the condition allows it."""
+    K, N, D = h.shape
+    tile = tiles.inverse_product_tile(D, precision, tiles.architecture(h))
+    launch(
+        *(inverse_product_kernel, (triton.cdiv(N, tile.rows) * triton.cdiv(D, tile.columns), K), tile),
+        *(h, weight, bias, x, total, constant, condition),
+        N=N,
+        D=D,
+        ACTIVATION=active,
+        PRECISION=precision,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        INNER=tile.inner,
+    )
