@@ -27,7 +27,7 @@ from torch import Tensor
 from lunet_fast.ops import autograd, reference, tracing
 from lunet_fast.ops.precision import autocast_enabled, wide
 from lunet_fast.ops.reference import Slopes
-from lunet_fast.ops.values import IDENTITY, Activation, Matrix
+from lunet_fast.ops.values import Activation, Matrix, WithLogabsdet
 
 __all__ = [
     "leaky_softplus",
@@ -53,18 +53,13 @@ def activation_of(slopes: Slopes | None) -> Activation:
         ValueError: not three slopes, or one that is not above 0.
         TypeError: tensors in a sequence.
     """
-    if slopes is None:
-        return IDENTITY
-    if isinstance(slopes, Tensor):
+    if slopes is None or isinstance(slopes, Tensor):
         return reference.family(slopes)
     if any(isinstance(value, Tensor) for value in slopes):
         raise TypeError("slopes must be three floats or one tensor; torch.stack tensors to learn them")
-    if len(slopes) != 3:
-        raise ValueError(f"slopes must be three numbers (a, c, kappa), got {tuple(slopes)}")
-    a, c, kappa = slopes
-    if not (a > 0 and c > 0 and kappa > 0):
+    if len(slopes) != 3 or not all(value > 0 for value in slopes):
         raise ValueError(f"slopes must be three numbers (a, c, kappa), each above 0, got {tuple(slopes)}")
-    return reference.family((float(a), float(c), float(kappa)))
+    return reference.family([float(value) for value in slopes])
 
 
 def _check_floating(name: str, x: Tensor) -> None:
@@ -135,38 +130,31 @@ def _matching(name: str, x: Tensor, lu: Tensor, *, lower: bool) -> Tensor:
     return x
 
 
-def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
+def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """(φ(x), Σ log φ′(x) or None) or, with ``inverse``, (φ⁻¹(x), the log-determinant of φ⁻¹ at x or None)."""
     _check_floating("y" if inverse else "x", x)
     _check_slopes(x, phi)
     name = "activation_inverse" if inverse else "activation_forward"
-    y, total = autograd.apply(name, x, None, phi, logabsdet)
-    return y, total if logabsdet else None
+    return autograd.apply(name, x, None, phi, logabsdet)
 
 
-def layer(
-    x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool
-) -> tuple[Tensor, Tensor | None]:
+def layer(x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """(φ(A x + b), its log|det| or None) or, with ``inverse``, the same of A⁻¹ (φ⁻¹(x) − b); raises as
     ``lu_dense``."""
     _check("y" if inverse else "x", x, matrix)
     _check_slopes(x, phi)
     x = _matching("y" if inverse else "x", x, matrix.lu, lower=not inverse)
     name = "layer_inverse" if inverse else "layer_forward"
-    y, total = autograd.apply(name, x, matrix, phi, logabsdet)
-    return y, total if logabsdet else None
+    return autograd.apply(name, x, matrix, phi, logabsdet)
 
 
-def net(
-    x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool
-) -> tuple[Tensor, Tensor | None]:
+def net(x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """(f(x) or, with ``inverse``, f⁻¹(x), and that direction's log-determinant [...] or None).
 
     f is M layers one after another, the last one linear: lu is [M, D, D], bias and sign [M, D], and the
     activation that of the M − 1 others, its parameters with a leading dimension of M − 1. One operation,
-    which
-    keeps x (or the inverse's result) alone for backward and computes the layers again there: for devices
-    where ``dispatch.fuses_net`` says that it is one launch.
+    which keeps x (or the inverse's result) alone for backward and computes the layers again there: for
+    devices where ``dispatch.fuses_net`` says that it is one launch.
     """
     lu = matrix.lu
     _check_floating("x", x)
@@ -176,8 +164,7 @@ def net(
             f"{tuple(x.shape)} on {x.device}"
         )
     x = _matching("x", x, lu, lower=not inverse)
-    y, total = autograd.apply("net_inverse" if inverse else "net_forward", x, matrix, phi, logabsdet)
-    return y, total if logabsdet else None
+    return autograd.apply("net_inverse" if inverse else "net_forward", x, matrix, phi, logabsdet)
 
 
 def leaky_softplus(x: Tensor, slopes: Slopes) -> Tensor:

@@ -45,10 +45,7 @@ def bench_command(
     ] = None,
     baseline: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Earlier results, written with --out: their ratios are shown beside the new ones.",
-        ),
+        typer.Option(metavar="DIR", help="What an earlier --out wrote: its ratios are shown beside the new."),
     ] = None,
     output: Output,
 ) -> None:

@@ -47,12 +47,11 @@ def fetch_command(
     data_dir: options.DataDir = None,
     cache: Annotated[
         Path | None,
-        typer.Option(
+        options.data_option(
             "--cache",
             metavar="DIR",
             help="Keep the download there; later commands find it with `LUNET_FAST_CACHE=DIR`.",
             show_default="$LUNET_FAST_CACHE, else the system's cache folder",
-            rich_help_panel=options.DATA,
         ),
     ] = None,
     output: Output,

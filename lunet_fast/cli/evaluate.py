@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from lunet_fast.cli import options
-from lunet_fast.cli.options import DATA
+from lunet_fast.cli.options import data_option
 from lunet_fast.cli.output import FigureOutput, errors_told
 from lunet_fast.cli.signatures import grouped
 
@@ -28,11 +27,10 @@ def evaluate_command(
     dataset: options.TrainedOn = None,
     test_file: Annotated[
         Path | None,
-        typer.Option(
+        data_option(
             metavar="FILE",
             help="Instead: the error on a file of ratings of your own. Ids that training has not seen get "
             "the fall-back.",
-            rich_help_panel=DATA,
         ),
     ] = None,
     out: options.JsonOut = None,

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 DATA, FILES = "Data", "Columns of your own file"
 
-dataset_option = partial(typer.Option, "--dataset", "-d", metavar="NAME|PATH", rich_help_panel=DATA)
+data_option = partial(typer.Option, rich_help_panel=DATA)
+file_option = partial(typer.Option, rich_help_panel=FILES)
+dataset_option = partial(data_option, "--dataset", "-d", metavar="NAME|PATH")
 
 Dataset = Annotated[
     str,
@@ -33,27 +35,25 @@ TrainedOn = Annotated[
 ]
 DataDir = Annotated[
     Path | None,
-    typer.Option(
+    data_option(
         metavar="DIR",
         help="Folder with the MovieLens files, zipped or not.",
         show_default="$LUNET_FAST_DATA, else a download",
-        rich_help_panel=DATA,
     ),
 ]
 UserColumn = Annotated[
     str,
-    typer.Option("--user-column", "--user-col", metavar="NAME", rich_help_panel=FILES, help="Users' ids."),
+    file_option("--user-column", "--user-col", metavar="NAME", help="Users' ids."),
 ]
 ItemColumn = Annotated[
     str,
-    typer.Option("--item-column", "--item-col", metavar="NAME", rich_help_panel=FILES, help="Items' ids."),
+    file_option("--item-column", "--item-col", metavar="NAME", help="Items' ids."),
 ]
 Separator = Annotated[
     str | None,
-    typer.Option(
+    file_option(
         "--sep",
         metavar="TEXT",
-        rich_help_panel=FILES,
         help="What stands between two columns.",
         show_default="by the file's extension",
     ),
@@ -81,26 +81,22 @@ class Source:
     item_column: ItemColumn = "item"
     rating_column: Annotated[
         str,
-        typer.Option(
-            "--rating-column", "--rating-col", metavar="NAME", rich_help_panel=FILES, help="Numbers."
-        ),
+        file_option("--rating-column", "--rating-col", metavar="NAME", help="Numbers."),
     ] = "rating"
     timestamp_column: Annotated[
         str,
-        typer.Option(
+        file_option(
             "--timestamp-column",
             "--timestamp-col",
             metavar="NAME",
-            rich_help_panel=FILES,
             help="Unix seconds or ISO dates; may be absent.",
         ),
     ] = "timestamp"
     sep: Separator = None
     scale: Annotated[
         tuple[float, float] | None,
-        typer.Option(
+        file_option(
             metavar="LOW HIGH",
-            rich_help_panel=FILES,
             help="Lowest and highest rating possible; others are refused, predictions clipped.",
             show_default="those of the file",
         ),

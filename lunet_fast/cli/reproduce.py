@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from lunet_fast.recsys.report.reproduce import Planned, Watcher
     from lunet_fast.training.loop import Progress
 
-TRAININGS = "What is trained"
+trainings_option = partial(typer.Option, rich_help_panel="What is trained")
 
 
 @dataclass(frozen=True)
@@ -29,47 +30,41 @@ class Trainings:
 
     datasets: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME...", help="`ml-100k`, `ml-1m`.", show_default="both", rich_help_panel=TRAININGS
-        ),
+        trainings_option(metavar="NAME...", help="`ml-100k`, `ml-1m`.", show_default="both"),
     ] = None
     seeds: Annotated[
         list[int] | None,
-        typer.Option(
+        trainings_option(
             metavar="N...",
             help="Each fixes a split and all that is drawn; figures are means. ML-1M, ten times as large, is "
             "trained with the first alone.",
             show_default="0 1 2",
-            rich_help_panel=TRAININGS,
         ),
     ] = None
     skip: Annotated[
         list[str] | None,
-        typer.Option(
+        trainings_option(
             metavar="NAME/EXPERIMENT...",
             help="Leave these out, such as `ml-1m/paper`; experiments are `paper`, `best`, `ranking`, "
             "`hybrid`. The report then quotes `--results` where that has them, and says so.",
-            rich_help_panel=TRAININGS,
         ),
     ] = None
     epochs: Annotated[
         int | None,
-        typer.Option(
+        trainings_option(
             help="For a trial of the command: so many epochs everywhere. The figures then mean nothing.",
             show_default="those of the recipes",
-            rich_help_panel=TRAININGS,
         ),
     ] = None
 
 
 Results = Annotated[
     Path | None,
-    typer.Option(
+    options.data_option(
         metavar="DIR",
         help="Result files of longer measurements, which the report quotes: ablations, other methods, "
         "the uses of the inverse, timings.",
         show_default="benchmarks/results of a checkout",
-        rich_help_panel=options.DATA,
     ),
 ]
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lunet_fast.cli.options import DATA, Continuation, Dataset, Device, Source, run_name
+from lunet_fast.cli.options import Continuation, Dataset, Device, Source, data_option, run_name
 from lunet_fast.cli.output import FigureOutput, fail
 from lunet_fast.cli.signatures import grouped, settings_command
 
@@ -51,43 +51,37 @@ class Parts:
 
     split: Annotated[
         str | None,
-        typer.Option(
+        data_option(
             metavar="random|per-user|leave-one-out|joint",
             help="What is held out for the test: 20 % of all ratings; 20 % of each user's; each user's "
             "latest rating, for ranking; or that and 20 % of the rest.",
             show_default="random; joint with --gamma below 1, leave-one-out with 0",
-            rich_help_panel=DATA,
         ),
     ] = None
     train_file: Annotated[
         Path | None,
-        typer.Option(
+        data_option(
             metavar="FILE",
             help="Train on this file, laid out as the files of `--dataset`; goes with `--test-file`.",
-            rich_help_panel=DATA,
         ),
     ] = None
-    test_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Test on this file.", rich_help_panel=DATA)
-    ] = None
+    test_file: Annotated[Path | None, data_option(metavar="FILE", help="Test on this file.")] = None
     stream: Annotated[
         bool,
-        typer.Option(
+        data_option(
             "--stream",
             help="Read a Parquet file, or a folder of them, batch by batch: memory does not grow with the "
             "number of ratings. Without histories and side features, gamma 1; 20 % are tested, by a rule on "
             "the ids.",
-            rich_help_panel=DATA,
         ),
     ] = False
     shard_tables: Annotated[
         bool,
-        typer.Option(
+        data_option(
             "--shard-tables",
             help="With --stream under torchrun: each of N processes holds an N-th of the rows of the tables "
             "of users and items and of their optimiser's state, and fetches those of a batch from the "
             "others.",
-            rich_help_panel=DATA,
         ),
     ] = False
 

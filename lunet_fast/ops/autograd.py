@@ -12,7 +12,6 @@ An activation by itself has None for the matrix, and only a layer heeds ``save``
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,13 +26,15 @@ from torch.nn import Parameter
 
 from lunet_fast.ops import dispatch, reference, tracing
 from lunet_fast.ops.precision import wide, without_autocast
-from lunet_fast.ops.values import Activation, Matrix, flatten
+from lunet_fast.ops.values import Activation, Matrix, WithLogabsdet, flatten, structure
 
 _ops = torch.ops.lunet_fast
 
 _below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
+Tensors = tuple[Tensor | None, ...]
 Outputs = tuple[Tensor, Tensor]
+Pair = Callable[..., Outputs]
 
 #: How many of a Function's arguments, from the first, are differentiated; and how many are tensors.
 DIFFERENTIATED, TENSORS = 4, 6
@@ -71,28 +72,23 @@ def _none_of(x: Tensor) -> Tensor:
     return x.new_zeros(0, dtype=wide(x.dtype))
 
 
-def _pair(operation: Operation, kind: str, constants: tuple[float, ...], logabsdet: bool) -> Any:
+def _pair(operation: Operation, kind: str, constants: tuple[float, ...], logabsdet: bool) -> Pair:
     """The operation's formula as a function of its six tensors."""
 
-    def pair(x: Tensor, lu: Any, bias: Any, parameters: Any, sign: Any, permutation: Any) -> Outputs:
-        values: list[Any] = [Activation(kind, parameters, constants)]
-        if lu is not None:
-            values.insert(0, Matrix(lu, sign, permutation, bias))
+    def pair(x: Tensor, *others: Any) -> Outputs:
+        values = _values(*others, kind, constants)
         y, total = operation.formula(x, *values, inverse=operation.inverse, logabsdet=logabsdet)
         return y, _none_of(y) if total is None else total
 
-    def stackable(x: Tensor, lu: Any, bias: Any, parameters: Any, sign: Any, permutation: Any) -> Outputs:
-        tensors = (x, lu, bias, parameters, sign, permutation)
+    def stackable(x: Tensor, lu: Any, *others: Any) -> Outputs:
         if operation.kept and lu.dim() == 3:
-            return _vmap(pair, tensors, (0, 0, 0, None, 0, None))
-        return pair(*tensors)
+            return _vmap(pair, (x, lu, *others), (0, 0, 0, None, 0, None))
+        return pair(x, lu, *others)
 
     return stackable
 
 
-def _of_present(
-    function: Callable[..., Outputs], tensors: tuple[Tensor | None, ...]
-) -> Callable[..., Outputs]:
+def _of_present(function: Pair, tensors: Tensors) -> Pair:
     """``function`` of those of ``tensors`` that are not None, in order; the others stay None."""
     present = [t is not None for t in tensors]
 
@@ -103,9 +99,7 @@ def _of_present(
     return of_present
 
 
-def _vjp(
-    function: Callable[..., Outputs], tensors: tuple[Tensor | None, ...], cotangents: Outputs
-) -> list[Tensor | None]:
+def _vjp(function: Pair, tensors: Tensors, cotangents: Outputs) -> list[Tensor | None]:
     """Differentiable gradients of ``tensors`` (None for None) of a pair-valued function."""
     primals = [t for t in tensors if t is not None]
     with without_autocast(primals[0]):
@@ -114,11 +108,7 @@ def _vjp(
     return [None if t is None else next(gradients) for t in tensors]
 
 
-def _jvp(
-    function: Callable[..., Outputs],
-    tensors: tuple[Tensor | None, ...],
-    tangents: tuple[Tensor | None, ...],
-) -> Outputs:
+def _jvp(function: Pair, tensors: Tensors, tangents: Tensors) -> Outputs:
     """The tangents of a pair-valued function; a missing tangent is zero.
 
     By two pullbacks: u ↦ Jᵀ u is linear, so its own pullback is v ↦ J v. PyTorch does not allow a
@@ -137,9 +127,7 @@ def _jvp(
     return y.contiguous(), logabsdet.contiguous()
 
 
-def _vmap(
-    function: Callable[..., Outputs], tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...]
-) -> Outputs:
+def _vmap(function: Pair, tensors: Tensors, dims: tuple[int | None, ...]) -> Outputs:
     """A pair-valued function batched over those of ``tensors`` that have a batch dimension."""
     given = [(t, d) for t, d in zip(tensors, dims, strict=True) if t is not None]
     mapped = torch.func.vmap(_of_present(function, tensors), in_dims=tuple(d for _, d in given))
@@ -147,9 +135,7 @@ def _vmap(
         return mapped(*(t for t, _ in given))
 
 
-def _batched_natively(
-    size: int, dims: tuple[int | None, ...], tensors: tuple[Any, ...]
-) -> tuple[Tensor | None, ...] | None:
+def _batched_natively(size: int, dims: tuple[int | None, ...], tensors: tuple[Any, ...]) -> Tensors | None:
     """A layer's six tensors with vmap's dimension as one that the operation has itself.
 
     A batch of x alone is more rows; a batch of layers is a stack. None if it is neither.
@@ -214,17 +200,14 @@ def _needed(ctx: Any) -> tuple[bool, ...]:
     )
 
 
-def _values(
-    lu: Any, bias: Any, parameters: Any, sign: Any, permutation: Any, kind: Any, constants: Any
-) -> Any:
-    """A Function's arguments as the values that an operation takes."""
+def _values(*fields: Any) -> Sequence[Any]:
+    """A Function's arguments from lu to constants as the values that an operation takes."""
+    lu, bias, parameters, sign, permutation, kind, constants = fields
     activation = Activation(kind, parameters, constants)
     return (activation,) if lu is None else (Matrix(lu, sign, permutation, bias), activation)
 
 
-def _whole(
-    grad: Tensor | None, grad_logabsdet: Tensor | None, x: Tensor, logabsdet: bool
-) -> tuple[Tensor, Tensor]:
+def _whole(grad: Any, grad_logabsdet: Any, x: Tensor, logabsdet: bool) -> Outputs:
     """Gradients of a pair of results, zeros for one that nothing depended on."""
     if grad is None:
         grad = torch.zeros_like(x)
@@ -241,20 +224,9 @@ def _function(operation: Operation) -> type[torch.autograd.Function]:
     """The Function of an operation: its results, the first differentiable and those kept for backward not."""
     name, inverse, kept = operation.name, operation.inverse, operation.kept
 
-    def forward(
-        x: Tensor,
-        lu: Tensor | None,
-        bias: Tensor | None,
-        parameters: Tensor | None,
-        sign: Tensor | None,
-        permutation: Tensor | None,
-        kind: str,
-        constants: tuple[float, ...],
-        logabsdet: bool,
-        save: bool,
-    ) -> tuple[Tensor, ...]:
-        values = _values(lu, bias, parameters, sign, permutation, kind, constants)
-        return _run(name, x, *values, logabsdet, *((save,) if kept else ()))
+    def forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        *fields, logabsdet, save = args
+        return _run(name, x, *_values(*fields), logabsdet, *((save,) if kept else ()))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.kind, ctx.constants, ctx.logabsdet = inputs[TENSORS : TENSORS + 3]
@@ -276,7 +248,7 @@ def _function(operation: Operation) -> type[torch.autograd.Function]:
     return type(title, (torch.autograd.Function,), {f.__name__: staticmethod(f) for f in members})
 
 
-def _of_differentiated(operation: Operation, ctx: Any) -> tuple[Callable[..., Outputs], tuple[Any, ...]]:
+def _of_differentiated(operation: Operation, ctx: Any) -> tuple[Pair, Tensors]:
     """The formula of what a Function's context describes, and the tensors that it is a function of."""
     tensors = ctx.saved_tensors[:TENSORS]
     pair, fixed = _pair(operation, ctx.kind, ctx.constants, ctx.logabsdet), tensors[DIFFERENTIATED:]
@@ -354,8 +326,6 @@ def _eager(traceable: type[torch.autograd.Function]) -> type[torch.autograd.Func
         with _below_autograd():
             return traceable.forward(*args)
 
-    forward.__signature__ = inspect.signature(traceable.forward)  # type: ignore[attr-defined]
-
     def setup_context(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
         traceable.setup_context(ctx, args, output)
         if forward_ad._current_level >= 0:
@@ -387,34 +357,25 @@ _TRACEABLE: dict[str, Any] = {operation.name: _function(operation) for operation
 _EAGER: dict[str, Any] = {name: _eager(traceable) for name, traceable in _TRACEABLE.items()}
 
 
-def apply(name: str, x: Tensor, matrix: Matrix | None, activation: Activation, logabsdet: bool) -> Outputs:
-    """The first two results of the operation ``name`` on x, past its Function where nothing is recorded. An
-    empty tensor stands for log-determinants that were not asked for."""
+def apply(name: str, x: Tensor, matrix: Matrix | None, phi: Activation, logabsdet: bool) -> WithLogabsdet:
+    """The first two results of the operation ``name`` on x, past its Function where nothing is recorded."""
+    values: Any = (phi,) if matrix is None else (matrix, phi)
     if tracing.is_recording():
-        return _recorded(name, x, matrix, activation, logabsdet)
+        # There are no nets here: ``dispatch.fuses_net`` says no.
+        recorded: Any = tracing.activation if matrix is None else tracing.layer
+        return recorded(x, *values, inverse=name.endswith("inverse"), logabsdet=logabsdet)
     lu, sign, permutation, bias = (None, None, None, None) if matrix is None else matrix
-    save = records(x, lu, bias, activation.parameters)
+    save = records(x, lu, bias, phi.parameters)
     if not save and not _is_watched(x, lu):
-        values = (activation,) if matrix is None else (matrix, activation)
         flags = (logabsdet, False) if name.startswith("layer") else (logabsdet,)
         with _below_autograd():
-            return dispatch.run(name, x, *values, *flags)[:2]
-    kind, parameters, constants = activation
-    function = (_TRACEABLE if torch.compiler.is_compiling() else _EAGER)[name]
-    arguments = (x, lu, bias, parameters, sign, permutation, kind, constants, logabsdet, save)
-    return function.apply(*arguments)[:2]
-
-
-def _recorded(
-    name: str, x: Tensor, matrix: Matrix | None, activation: Activation, logabsdet: bool
-) -> Outputs:
-    """The same in PyTorch's own operations. There are no nets here: ``dispatch.fuses_net`` says no."""
-    options = {"inverse": name.endswith("inverse"), "logabsdet": logabsdet}
-    if matrix is None:
-        y, total = tracing.activation(x, activation, **options)
+            y, total, *_ = dispatch.run(name, x, *values, *flags)
     else:
-        y, total = tracing.layer(x, matrix, activation, **options)
-    return y, _none_of(y) if total is None else total
+        kind, parameters, constants = phi
+        function = (_TRACEABLE if torch.compiler.is_compiling() else _EAGER)[name]
+        arguments = (x, lu, bias, parameters, sign, permutation, kind, constants, logabsdet, save)
+        y, total, *_ = function.apply(*arguments)
+    return y, total if logabsdet else None
 
 
 # An exported program calls the operations themselves, with parameters that may be trained further: there
@@ -422,7 +383,7 @@ def _recorded(
 
 
 def _from_operation(operation: Operation) -> None:
-    overload = getattr(_ops, operation.name).default
+    overload, schema = getattr(_ops, operation.name).default, dispatch.SCHEMAS[operation.name]
     eager = _EAGER[operation.name]
 
     def call(*args: Any) -> Any:
@@ -435,7 +396,7 @@ def _from_operation(operation: Operation) -> None:
         if not records(*tensors):
             with _below_autograd():
                 return overload(*args)
-        x, *values, logabsdet = dispatch.structured(operation.name, args)[: -1 if operation.kept else None]
+        x, *values, logabsdet = structure(args, schema)[: -1 if operation.kept else None]
         lu, sign, permutation, bias = values[0] if len(values) == 2 else (None, None, None, None)
         kind, parameters, constants = values[-1]
         # torch.func has unpacked its own tensors by now: what is left to do is autograd's, a level of it.

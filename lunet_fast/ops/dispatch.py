@@ -90,15 +90,12 @@ def takes_triton(x: Tensor) -> bool:
         return False
     if x.is_cuda:
         return _TRITON_INSTALLED
-    if _backend == "triton":
-        if not _interpreting():
-            raise RuntimeError(
-                f"backend 'triton' got a tensor on {x.device}, where kernels run only under "
-                "TRITON_INTERPRET=1; set it before Python starts, move the tensor to a CUDA device, or "
-                "use backend 'auto'"
-            )
-        return True
-    return False
+    if _backend == "triton" and not _interpreting():
+        raise RuntimeError(
+            f"backend 'triton' got a tensor on {x.device}, where kernels run only under TRITON_INTERPRET=1; "
+            "set it before Python starts, move the tensor to a CUDA device, or use backend 'auto'"
+        )
+    return _backend == "triton"
 
 
 def runs_triton(x: Tensor) -> bool:
@@ -169,7 +166,7 @@ _FOUR = "(Tensor, Tensor, Tensor, Tensor)"
 
 #: Arguments and results. ``grad`` is the gradient of the first result and ``grad_logabsdet`` that of the
 #: log-determinants [...]. The x of a backward is what the forward got, and of an inverse what it gave.
-_SCHEMAS = {
+SCHEMAS = {
     "activation_forward": f"(Tensor x, {ACTIVATION_SCHEMA}, bool logabsdet) -> {_PAIR}",
     "activation_inverse": f"(Tensor x, {ACTIVATION_SCHEMA}, bool logabsdet) -> {_PAIR}",
     "activation_backward": f"({_BACKWARD_OF}, {ACTIVATION_SCHEMA}) -> {_PAIR}",
@@ -187,22 +184,11 @@ _SCHEMAS = {
 }
 
 
-def structured(name: str, flat: tuple[Any, ...]) -> list[Any]:
-    """An operation's arguments with matrix and activation as values."""
-    schema = _SCHEMAS[name]
-    has_matrix = MATRIX_SCHEMA in schema
-    before = schema.partition(MATRIX_SCHEMA if has_matrix else ACTIVATION_SCHEMA)[0]
-    return structure(flat, before.count(","), has_matrix)
-
-
-def _row_values(x: Tensor, wanted: bool) -> Tensor:
-    return x.new_empty(x.shape[:-1] if wanted else (0,), dtype=wide(x.dtype))
-
-
 def _fake_forward(name: str, args: list[Any]) -> tuple[Tensor, ...]:
     """The results' shapes of an operation that is no backward."""
     x, *values, activation, logabsdet = args[: 3 if name.startswith("activation") else 4]
-    results = [x.new_empty(x.shape), _row_values(x, logabsdet)]
+    total = x.new_empty(x.shape[:-1] if logabsdet else (0,), dtype=wide(x.dtype))
+    results = [x.new_empty(x.shape), total]
     if name.startswith("layer"):
         save, (matrix,) = args[4], values
         keeps_h, keeps_factors = kept(x, matrix)
@@ -235,13 +221,13 @@ def _fake_backward(name: str, args: list[Any]) -> tuple[Tensor, ...]:
 def _register(name: str, schema: str) -> None:
     fake = _fake_backward if name.endswith("backward") else _fake_forward
     library.define(name + schema)
-    library.impl(name, lambda *flat: run(name, *structured(name, flat)), "CompositeExplicitAutograd")
+    library.impl(name, lambda *flat: run(name, *structure(flat, schema)), "CompositeExplicitAutograd")
     torch.library.register_fake(
-        f"lunet_fast::{name}", lambda *flat: fake(name, structured(name, flat)), lib=library
+        f"lunet_fast::{name}", lambda *flat: fake(name, structure(flat, schema)), lib=library
     )
 
 
-for _name, _schema in _SCHEMAS.items():
+for _name, _schema in SCHEMAS.items():
     _register(_name, _schema)
 
 try:

@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 #: |s_i| beyond this counts as this, so that exp(s_i) and exp(−s_i) are normal, finite numbers.
-LOG_DIAGONAL_BOUND = {
-    torch.float64: 700.0,
-    torch.float32: 80.0,
-    torch.bfloat16: 80.0,
-    torch.float16: 9.0,
-}
-
+LOG_DIAGONAL_BOUND = {torch.float64: 700.0, torch.float32: 80.0, torch.bfloat16: 80.0, torch.float16: 9.0}
 
 #: The devices that torch.compile asks for autocast of.
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia")

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND, wide, without_autocast
-from lunet_fast.ops.values import IDENTITY, Activation, Matrix
+from lunet_fast.ops.values import IDENTITY, Activation, Matrix, WithLogabsdet
 
 Slopes = Sequence[float] | Tensor
 
@@ -209,15 +209,13 @@ def family(slopes: Slopes | None) -> Activation:
     return Activation("leaky_softplus", None, tuple(slopes))
 
 
-def activation(
-    x: Tensor, activation: Activation, *, inverse: bool, logabsdet: bool
-) -> tuple[Tensor, Tensor | None]:
+def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """(φ(x), Σ log φ′(x) over the last dimension) or, with ``inverse``, (φ⁻¹(x), that of φ⁻¹ at x)."""
-    formula = ACTIVATIONS[activation.kind]
+    formula = ACTIVATIONS[phi.kind]
     if inverse:
-        x = formula.inverse(x, activation)
-        return x, -formula.log_derivative_sum(x, activation) if logabsdet else None
-    return formula.forward(x, activation), formula.log_derivative_sum(x, activation) if logabsdet else None
+        x = formula.inverse(x, phi)
+        return x, -formula.log_derivative_sum(x, phi) if logabsdet else None
+    return formula.forward(x, phi), formula.log_derivative_sum(x, phi) if logabsdet else None
 
 
 def affine(x: Tensor, matrix: Matrix) -> Tensor:
@@ -245,9 +243,7 @@ def affine_inverse(h: Tensor, matrix: Matrix) -> Tensor:
     return rows.reshape(h.shape).to(h.dtype)
 
 
-def layer(
-    x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool
-) -> tuple[Tensor, Tensor | None]:
+def layer(x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """The layer (2.1) at x [..., D], φ(A x + b), and Σ log|u_ii| + Σ log φ′(h_i) [...]; or, with ``inverse``,
     A⁻¹ (φ⁻¹(x) − b) and the log-determinant of the inverse at x."""
     if not inverse:
@@ -262,9 +258,7 @@ def layer(
     return result, constant.repeat(x.shape[:-1]) if share is None else constant + share
 
 
-def net(
-    x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool
-) -> tuple[Tensor, Tensor | None]:
+def net(x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """M layers one after another, the last one linear, as ``layer``; lu is [M, D, D], bias and sign [M,
     D]."""
     layers, total = matrix.lu.shape[0], None
@@ -274,28 +268,18 @@ def net(
     return x, total
 
 
+# The same arguments as in ``lunet_fast.functional``, which says what each of them is.
+
+
 def lu_dense(
-    x: Tensor,
-    lu: Tensor,
-    bias: Tensor | None = None,
-    *,
-    sign: Tensor | None = None,
-    permutation: Tensor | None = None,
-    slopes: Slopes | None = None,
+    x: Tensor, lu: Tensor, bias: Any = None, *, sign: Any = None, permutation: Any = None, slopes: Any = None
 ) -> Tensor:
     """φ(A x + b), (2.1)."""
-    matrix = Matrix(lu, sign, permutation, bias)
-    return layer(x, matrix, family(slopes), inverse=False, logabsdet=False)[0]
+    return layer(x, Matrix(lu, sign, permutation, bias), family(slopes), inverse=False, logabsdet=False)[0]
 
 
 def lu_dense_and_logabsdet(
-    x: Tensor,
-    lu: Tensor,
-    bias: Tensor | None = None,
-    *,
-    sign: Tensor | None = None,
-    permutation: Tensor | None = None,
-    slopes: Slopes | None = None,
+    x: Tensor, lu: Tensor, bias: Any = None, *, sign: Any = None, permutation: Any = None, slopes: Any = None
 ) -> tuple[Tensor, Tensor]:
     """(φ(A x + b), log|det J| at x)."""
     matrix = Matrix(lu, sign, permutation, bias)
@@ -303,27 +287,14 @@ def lu_dense_and_logabsdet(
 
 
 def lu_dense_inverse(
-    y: Tensor,
-    lu: Tensor,
-    bias: Tensor | None = None,
-    *,
-    sign: Tensor | None = None,
-    permutation: Tensor | None = None,
-    slopes: Slopes | None = None,
+    y: Tensor, lu: Tensor, bias: Any = None, *, sign: Any = None, permutation: Any = None, slopes: Any = None
 ) -> Tensor:
     """A⁻¹ (φ⁻¹(y) − b)."""
-    matrix = Matrix(lu, sign, permutation, bias)
-    return layer(y, matrix, family(slopes), inverse=True, logabsdet=False)[0]
+    return layer(y, Matrix(lu, sign, permutation, bias), family(slopes), inverse=True, logabsdet=False)[0]
 
 
 def lu_dense_inverse_and_logabsdet(
-    y: Tensor,
-    lu: Tensor,
-    bias: Tensor | None = None,
-    *,
-    sign: Tensor | None = None,
-    permutation: Tensor | None = None,
-    slopes: Slopes | None = None,
+    y: Tensor, lu: Tensor, bias: Any = None, *, sign: Any = None, permutation: Any = None, slopes: Any = None
 ) -> tuple[Tensor, Tensor]:
     """(A⁻¹ (φ⁻¹(y) − b), the log-determinant of the inverse at y)."""
     matrix = Matrix(lu, sign, permutation, bias)

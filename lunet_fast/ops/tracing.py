@@ -22,9 +22,7 @@ from torch import Tensor
 
 from lunet_fast.ops import reference
 from lunet_fast.ops.precision import without_autocast
-from lunet_fast.ops.values import Activation, Matrix
-
-Outputs = tuple[Tensor, Tensor | None]
+from lunet_fast.ops.values import Activation, Matrix, WithLogabsdet
 
 
 def is_recording() -> bool:
@@ -45,7 +43,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) -> Outputs:
+def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """(φ(x), Σ log φ′ [...]) or, with ``inverse``, (φ⁻¹(x), −Σ log φ′ [...])."""
     formula = reference.ACTIVATIONS[phi.kind]
     if not inverse:
@@ -54,7 +52,7 @@ def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) ->
     return x, -formula.log_derivative_sum(x, phi) if logabsdet else None
 
 
-def layer(x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool) -> Outputs:
+def layer(x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """A layer or its inverse, and that direction's log-determinant [...]."""
     with quiet(), without_autocast(x):
         if matrix.stacked:

@@ -18,7 +18,6 @@ are float32. The inverse never goes below tf32x3, nor do W, W⁻¹ and their gra
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -41,13 +40,11 @@ from lunet_fast.ops import dispatch, reference
 from lunet_fast.ops.by_layers import net_backward_by_layers, net_by_layers
 from lunet_fast.ops.cpu.matrix import composes
 from lunet_fast.ops.dispatch import implements
-from lunet_fast.ops.reference import Slopes
-from lunet_fast.ops.values import Activation, Matrix, gradient_of, row_values, rows, shaped
+from lunet_fast.ops.rows import Four, layer_gradients, row_gradient, row_values, rows, rows_of, shaped
+from lunet_fast.ops.values import Activation, Matrix
 
 #: Features from which the library's tf32 and bfloat16 products are expected to be faster than this one.
 LIBRARY_PRODUCT_FROM = 1024
-
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def precision_of(x: Tensor) -> str:
@@ -73,8 +70,8 @@ def fuses_net(x: Tensor) -> bool:
 
 def _members(x: Tensor, lu: Tensor) -> Tensor:
     """x as contiguous rows [K, N, D] of K stacked layers, or of one."""
-    members = lu.shape[0] if lu.dim() == 3 else 1
-    return x.reshape(members, math.prod(x.shape[:-1]) // members, x.shape[-1]).contiguous()
+    members = rows_of(x, lu)
+    return members if lu.dim() == 3 else members.unsqueeze(0)
 
 
 def _stacked(given: Matrix) -> Matrix:
@@ -88,67 +85,34 @@ def _stacked(given: Matrix) -> Matrix:
     return Matrix(lu, sign, order, bias).contiguous()
 
 
-def _slopes(activation: Activation) -> Slopes | None:
-    """The activation as the kernels take it; None for the identity."""
+def _slopes(activation: Activation) -> Any:
+    """The activation as the kernels take it, ``reference.Slopes``; None for the identity."""
     if activation.linear:
         return None
     return activation.constants if activation.parameters is None else activation.parameters.contiguous()
 
 
-def _flat(values: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    return None if values is None else values.reshape(shape).contiguous()
-
-
-def _parameters_gradient(activation: Activation, gradient: Tensor | None, x: Tensor) -> Tensor:
-    if activation.parameters is None:
-        return x.new_empty(0)
-    return gradient_of(activation.parameters, gradient)
-
-
-def _results(
-    x: Tensor,
-    given: Matrix,
-    activation: Activation,
-    grad_x: Tensor | None,
-    grad_lu: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_parameters: Tensor | None,
-) -> Four:
-    lu = given.lu
-    return (
-        shaped(grad_x, x),
-        shaped(None if grad_lu is None else grad_lu.to(lu.dtype), lu),
-        shaped(None if grad_bias is None else grad_bias.to(lu.dtype), lu, lu.shape[:-1]),
-        _parameters_gradient(activation, grad_parameters, x),
-    )
-
-
 # --- activation -----------------------------------------------------------------------------------------
-
-
-def _required(slopes: Slopes | None) -> Slopes:
-    assert slopes is not None
-    return slopes
 
 
 @implements("triton")
 def activation_forward(x: Tensor, activation: Activation, logabsdet: bool) -> tuple[Tensor, Tensor]:
-    y, total = row_wise.activation_forward(rows(x), _required(_slopes(activation)), logabsdet=logabsdet)
+    y, total = row_wise.activation_forward(rows(x), _slopes(activation), logabsdet=logabsdet)
     return shaped(y, x), row_values(total, x)
 
 
 @implements("triton")
 def activation_inverse(x: Tensor, activation: Activation, logabsdet: bool) -> tuple[Tensor, Tensor]:
-    y, total = row_wise.activation_inverse(rows(x), _required(_slopes(activation)), logabsdet=logabsdet)
+    y, total = row_wise.activation_inverse(rows(x), _slopes(activation), logabsdet=logabsdet)
     return shaped(y, x), row_values(total, x)
 
 
 def _activation_gradients(
     launch: Any, grad: Tensor, grad_logabsdet: Tensor | None, x: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
-    slopes, share = _required(_slopes(activation)), _flat(grad_logabsdet, (-1,))
+    slopes, share = _slopes(activation), row_gradient(grad_logabsdet)
     grad_x, grad_slopes = launch(rows(grad), share, rows(x), slopes)
-    return shaped(grad_x, x), _parameters_gradient(activation, grad_slopes, x)
+    return shaped(grad_x, x), activation.parameters_gradient(grad_slopes, x)
 
 
 @implements("triton")
@@ -166,8 +130,8 @@ def activation_inverse_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tenso
 
 @implements("triton")
 def layer_forward(x: Tensor, given: Matrix, activation: Activation, logabsdet: bool, save: bool) -> Four:
-    members, (lu, sign, order, bias) = _members(x, given.lu), _stacked(given)
-    slopes, precision = _slopes(activation), precision_of(x)
+    members, slopes, precision = _members(x, given.lu), _slopes(activation), precision_of(x)
+    lu, sign, order, bias = stacked = _stacked(given)
     N, D = members.shape[1:]
     # What the fake of this operation says is saved.
     save_h = save and slopes is not None and not tiles.recomputes(D)
@@ -175,17 +139,15 @@ def layer_forward(x: Tensor, given: Matrix, activation: Activation, logabsdet: b
     options: dict[str, Any] = {"logabsdet": logabsdet, "save": save_h, "precision": precision}
     if not composes(N, D):
         constant = reference.log_diagonal(lu).sum(-1) if logabsdet else None
-        y, total, h = triangular.layer_forward_rows(
-            members, lu, sign, order, bias, slopes, constant=constant, **options
-        )
+        y, total, h = triangular.layer_forward_rows(members, *stacked, slopes, constant=constant, **options)
     else:
         weight, constant = matrix.compose(lu, sign, order, x.dtype)
-        if D >= LIBRARY_PRODUCT_FROM and slopes is not None and _uses_library(x, precision):
-            h = (
-                torch.bmm(members, weight.mT)
-                if bias is None
-                else torch.baddbmm(bias.unsqueeze(1).to(x.dtype), members, weight.mT)
-            )
+        narrow = x.dtype == torch.bfloat16 or precision == "tf32"
+        if narrow and slopes is not None and D >= LIBRARY_PRODUCT_FROM:
+            if bias is None:
+                h = torch.bmm(members, weight.mT)
+            else:
+                h = torch.baddbmm(bias.unsqueeze(1).to(x.dtype), members, weight.mT)
             y, total = row_wise.activation_forward(h.flatten(0, 1), slopes, logabsdet=logabsdet)
             if total is not None:
                 total = total.reshape(members.shape[:-1]) + constant.unsqueeze(-1)
@@ -193,20 +155,10 @@ def layer_forward(x: Tensor, given: Matrix, activation: Activation, logabsdet: b
             y, total, h = layer.layer_forward(members, weight, bias, slopes, constant=constant, **options)
     if save and weight is None:
         # Stacked layers always save it; a single layer's W, not formed, is not read.
-        formed = given.stacked
-        weight = (
-            matrix.compose(lu, sign, order, x.dtype)[0] if formed else torch.empty_like(lu, dtype=x.dtype)
-        )
-    return (
-        shaped(y, x),
-        row_values(total, x),
-        shaped(h if save_h else None, x),
-        shaped(weight if save else None, x, given.lu.shape),
-    )
-
-
-def _uses_library(x: Tensor, precision: str) -> bool:
-    return x.dtype == torch.bfloat16 or precision == "tf32"
+        unformed = torch.empty_like(lu, dtype=x.dtype)
+        weight = matrix.compose(lu, sign, order, x.dtype)[0] if given.stacked else unformed
+    saved = shaped(h if save_h else None, x), shaped(weight if save else None, x, given.lu.shape)
+    return shaped(y, x), row_values(total, x), *saved
 
 
 @implements("triton")
@@ -218,31 +170,24 @@ def layer_backward(
     weight: Tensor,
     given: Matrix,
     activation: Activation,
-    needs_x: bool,
-    needs_lu: bool,
-    needs_bias: bool,
+    *needs: bool,
 ) -> Four:
     if weight.dim() > given.lu.dim():
         # The backend was changed since the forward: what PyTorch's kept is for PyTorch's backward.
         return dispatch.implementation("pytorch", "layer_backward")(
-            *(grad, grad_logabsdet, x, h, weight, given, activation, needs_x, needs_lu, needs_bias)
+            *(grad, grad_logabsdet, x, h, weight, given, activation, *needs)
         )
     members, (lu, sign, order, bias) = _members(x, given.lu), _stacked(given)
-    slopes, (K, N, D) = _slopes(activation), members.shape
+    slopes, (K, N, D), (needs_x, needs_lu, needs_bias) = _slopes(activation), members.shape, needs
     # With N ≤ D the forward of one layer does not form W.
     if composes(N, D) or given.stacked:
         formed = weight.reshape(lu.shape).contiguous()
     else:
         formed = matrix.compose(lu, sign, order, x.dtype)[0]
-    share = _flat(grad_logabsdet, (K, N))
+    share = row_gradient(grad_logabsdet, (K, N))
+    saved = None if slopes is None or tiles.recomputes(D) else _members(h, given.lu)
     grad_x, grad_weight, grad_bias, grad_slopes = gradient.layer_backward(
-        _members(grad, given.lu),
-        share,
-        members,
-        None if slopes is None or tiles.recomputes(D) else _members(h, given.lu),
-        formed,
-        bias,
-        slopes,
+        *(_members(grad, given.lu), share, members, saved, formed, bias, slopes),
         needs_x=needs_x,
         needs_weight=needs_lu,
         needs_bias=needs_bias,
@@ -252,7 +197,7 @@ def layer_backward(
     if grad_weight is not None:
         row_sum = None if share is None else share.sum(-1)
         grad_lu = matrix.compose_backward(grad_weight, row_sum, lu, sign, order)
-    return _results(x, given, activation, grad_x, grad_lu, grad_bias, grad_slopes)
+    return layer_gradients(x, given, activation, grad_x, grad_lu, grad_bias, grad_slopes)
 
 
 @implements("triton")
@@ -262,12 +207,11 @@ def layer_inverse(
     members, (lu, sign, order, bias) = _members(x, given.lu), _stacked(given)
     precision, many_rows = precision_of(x), composes(*members.shape[1:])
     prepared = inverse_kernels.prepare_inverse(lu, sign, order, precision=precision, many_rows=many_rows)
+    options: dict[str, Any] = {"logabsdet": logabsdet, "save": save, "precision": precision}
     result, total, h = inverse_kernels.layer_inverse(
         *(members, lu, prepared.inverses, bias, _slopes(activation)),
+        **options,
         permutation=order,
-        logabsdet=logabsdet,
-        save=save,
-        precision=precision,
         constant=prepared.logabsdet,
         weight=prepared.weight,
         condition=prepared.condition,
@@ -283,14 +227,13 @@ def layer_inverse_backward(
     h: Tensor,
     given: Matrix,
     activation: Activation,
-    needs_x: bool,
-    needs_lu: bool,
-    needs_bias: bool,
+    *needs: bool,
 ) -> Four:
     members, (lu, sign, order, _) = _members(x, given.lu), _stacked(given)
     slopes, precision, (K, N, _) = _slopes(activation), precision_of(x), members.shape
+    needs_x, needs_lu, needs_bias = needs
     prepared = inverse_kernels.prepare_inverse(lu, sign, order, precision=precision, many_rows=False)
-    share = _flat(grad_logabsdet, (K, N))
+    share = row_gradient(grad_logabsdet, (K, N))
     grad_right, grad_y, grad_slopes = inverse_gradient.layer_inverse_backward(
         *(_members(grad, given.lu), share, None if slopes is None else _members(h, given.lu)),
         *(lu, prepared.inverses, slopes),
@@ -305,7 +248,7 @@ def layer_inverse_backward(
     elif needs_bias:
         grad_bias = grad_right.sum(1, dtype=torch.float32)
     grad_bias = grad_bias.neg() if grad_bias is not None and needs_bias else None
-    return _results(x, given, activation, grad_y if needs_x else None, grad_lu, grad_bias, grad_slopes)
+    return layer_gradients(x, given, activation, grad_y if needs_x else None, grad_lu, grad_bias, grad_slopes)
 
 
 # --- net ------------------------------------------------------------------------------------------------
@@ -320,35 +263,28 @@ def _net_arithmetic(kernel: str, x: Tensor, inverse: bool) -> tuple[str, tiles.T
 
 
 @implements("triton")
-def net_forward(x: Tensor, given: Matrix, activation: Activation, logabsdet: bool) -> tuple[Tensor, Tensor]:
-    precision, tile = _net_arithmetic("forward", x, False)
+def net_forward(
+    x: Tensor, given: Matrix, activation: Activation, logabsdet: bool, *, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    precision, tile = _net_arithmetic("inverse" if inverse else "forward", x, inverse)
     if tile is None:
-        return net_by_layers(layer_forward, x, given, activation, logabsdet, inverse=False)
+        by_layer = layer_inverse if inverse else layer_forward
+        return net_by_layers(by_layer, x, given, activation, logabsdet, inverse=inverse)
     lu, sign, _, bias = _stacked(given)
-    weights, constant = matrix.compose(lu, sign, None, x.dtype)
-    y, total = stack.stack_forward(
-        *(rows(x), weights, bias, _required(_slopes(activation))),
-        constant=constant,
-        logabsdet=logabsdet,
-        precision=precision,
-    )
+    slopes = _slopes(activation)
+    options: dict[str, Any] = {"logabsdet": logabsdet, "precision": precision}
+    if inverse:
+        blocks, constant = solve.invert_blocks(lu, sign, block=tile.inner)
+        y, total = stack.stack_inverse(rows(x), lu, blocks, bias, slopes, constant=constant, **options)
+    else:
+        weights, constant = matrix.compose(lu, sign, None, x.dtype)
+        y, total = stack.stack_forward(rows(x), weights, bias, slopes, constant=constant, **options)
     return shaped(y, x), row_values(total, x)
 
 
 @implements("triton")
-def net_inverse(x: Tensor, given: Matrix, activation: Activation, logabsdet: bool) -> tuple[Tensor, Tensor]:
-    precision, tile = _net_arithmetic("inverse", x, True)
-    if tile is None:
-        return net_by_layers(layer_inverse, x, given, activation, logabsdet, inverse=True)
-    lu, sign, _, bias = _stacked(given)
-    blocks, constant = solve.invert_blocks(lu, sign, block=tile.inner)
-    y, total = stack.stack_inverse(
-        *(rows(x), lu, blocks, bias, _required(_slopes(activation))),
-        constant=constant,
-        logabsdet=logabsdet,
-        precision=precision,
-    )
-    return shaped(y, x), row_values(total, x)
+def net_inverse(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return net_forward(x, *args, inverse=True)
 
 
 @implements("triton")
@@ -361,67 +297,44 @@ def net_backward(
     needs_x: bool,
     needs_lu: bool,
     needs_bias: bool,
+    *,
+    inverse: bool = False,
 ) -> Four:
-    precision, tile = _net_arithmetic("backward", x, False)
+    precision, tile = _net_arithmetic("inverse backward" if inverse else "backward", x, inverse)
     if tile is None:
+        by_layer = layer_inverse_backward if inverse else layer_backward
         return net_backward_by_layers(
-            *(layer_forward, layer_backward, grad, grad_logabsdet, x, given, activation),
+            *(layer_forward, by_layer, grad, grad_logabsdet, x, given, activation),
             *(needs_x, needs_lu, needs_bias),
-            inverse=False,
+            inverse=inverse,
         )
-    lu, sign, _, bias = _stacked(given)
-    share = _flat(grad_logabsdet, (-1,))
-    weights, _ = matrix.compose(lu, sign, None, x.dtype)
-    grad_x, grad_weights, grad_bias, grad_slopes = stack_gradient.stack_backward(
-        *(rows(grad), share, rows(x), weights, bias, _required(_slopes(activation))),
-        needs_x=needs_x,
-        needs_weights=needs_lu or needs_bias,
-        precision=precision,
-    )
-    grad_lu = _net_lu_gradient(grad_weights if needs_lu else None, share, lu, sign)
-    grad_bias = grad_bias if needs_bias else None
-    return _results(x, given, activation, grad_x if needs_x else None, grad_lu, grad_bias, grad_slopes)
+    (lu, sign, _, bias), slopes = _stacked(given), _slopes(activation)
+    needs_weights, share = needs_lu or needs_bias, row_gradient(grad_logabsdet)
+    weights, _ = matrix.compose(lu, sign, None, torch.float32 if inverse else x.dtype)
+    if inverse:
+        blocks, _ = solve.invert_blocks(lu, sign, block=tile.inner)
+        grad_x, grad_weights, grad_bias, grad_slopes = stack_gradient.stack_inverse_backward(
+            *(rows(grad), share, rows(x), weights, lu, blocks, bias, slopes),
+            needs_weights=needs_weights,
+            precision=precision,
+        )
+        # W_m's gradient comes with its sign; the log-determinant's share has the inverse's.
+        share = None if share is None else -share
+    else:
+        grad_x, grad_weights, grad_bias, grad_slopes = stack_gradient.stack_backward(
+            *(rows(grad), share, rows(x), weights, bias, slopes),
+            needs_x=needs_x,
+            needs_weights=needs_weights,
+            precision=precision,
+        )
+    grad_lu = None
+    if grad_weights is not None and needs_lu:
+        row_sum = None if share is None else share.sum().expand(lu.shape[0]).contiguous()
+        grad_lu = matrix.compose_backward(grad_weights, row_sum, lu, sign, None)
+    wanted = (grad_x if needs_x else None, grad_lu, grad_bias if needs_bias else None, grad_slopes)
+    return layer_gradients(x, given, activation, *wanted)
 
 
 @implements("triton")
-def net_inverse_backward(
-    grad: Tensor,
-    grad_logabsdet: Tensor | None,
-    x: Tensor,
-    given: Matrix,
-    activation: Activation,
-    needs_x: bool,
-    needs_lu: bool,
-    needs_bias: bool,
-) -> Four:
-    precision, tile = _net_arithmetic("inverse backward", x, True)
-    if tile is None:
-        return net_backward_by_layers(
-            *(layer_forward, layer_inverse_backward, grad, grad_logabsdet, x, given, activation),
-            *(needs_x, needs_lu, needs_bias),
-            inverse=True,
-        )
-    lu, sign, _, bias = _stacked(given)
-    share = _flat(grad_logabsdet, (-1,))
-    weights, _ = matrix.compose(lu, sign, None, torch.float32)
-    blocks, _ = solve.invert_blocks(lu, sign, block=tile.inner)
-    grad_x, grad_weights, grad_bias, grad_slopes = stack_gradient.stack_inverse_backward(
-        *(rows(grad), share, rows(x), weights, lu, blocks, bias, _required(_slopes(activation))),
-        needs_weights=needs_lu or needs_bias,
-        precision=precision,
-    )
-    # W_m's gradient comes with its sign; the log-determinant's share has the inverse's.
-    share = None if share is None else -share
-    grad_lu = _net_lu_gradient(grad_weights if needs_lu else None, share, lu, sign)
-    grad_bias = grad_bias if needs_bias else None
-    return _results(x, given, activation, grad_x if needs_x else None, grad_lu, grad_bias, grad_slopes)
-
-
-def _net_lu_gradient(
-    grad_weights: Tensor | None, share: Tensor | None, lu: Tensor, sign: Tensor | None
-) -> Tensor | None:
-    """The packed matrices' gradient from that of all W and of the log-determinants [N]."""
-    if grad_weights is None:
-        return None
-    row_sum = None if share is None else share.sum().expand(lu.shape[0]).contiguous()
-    return matrix.compose_backward(grad_weights, row_sum, lu, sign, None)
+def net_inverse_backward(grad: Tensor, *args: Any) -> Four:
+    return net_backward(grad, *args, inverse=True)

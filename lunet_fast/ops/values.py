@@ -1,4 +1,4 @@
-"""The two values that describe a layer, its matrix and its activation, and what rows and results look like.
+"""The two values that describe a layer, its matrix and its activation.
 
 Both travel whole from ``functional`` to the kernels' launchers. A registered operation takes tensors and
 numbers alone and has their fields as arguments: ``flatten`` and ``structure`` lead from one to the other.
@@ -6,13 +6,13 @@ numbers alone and has their fields as arguments: ``flatten`` and ``structure`` l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lunet_fast.ops.precision import wide
+#: A value, and the log-determinant if it was asked for.
+WithLogabsdet = tuple[Tensor, Tensor | None]
 
 #: What ``torch.ops.lunet_fast`` operations call the fields.
 MATRIX_SCHEMA = "Tensor lu, Tensor? sign, Tensor? permutation, Tensor? bias"
@@ -66,6 +66,12 @@ class Activation(NamedTuple):
             return IDENTITY
         return self if self.parameters is None else self._replace(parameters=self.parameters[m])
 
+    def parameters_gradient(self, gradient: Tensor | None, x: Tensor) -> Tensor:
+        """``gradient`` in the parameters' dtype and shape; no elements if there is none."""
+        if self.parameters is None or gradient is None:
+            return (x if self.parameters is None else self.parameters).new_empty(0)
+        return gradient.to(self.parameters.dtype).reshape(self.parameters.shape)
+
 
 #: No activation.
 IDENTITY = Activation("identity", None, ())
@@ -75,52 +81,17 @@ def flatten(values: Sequence[Any]) -> list[Any]:
     """``values`` with the fields of matrices and activations in their places."""
     flat: list[Any] = []
     for value in values:
-        if isinstance(value, (Matrix, Activation)):
-            flat.extend(value)
-        else:
-            flat.append(value)
+        flat.extend(value if isinstance(value, (Matrix, Activation)) else (value,))
     return flat
 
 
-def structure(flat: Sequence[Any], leading: int, has_matrix: bool) -> list[Any]:
-    """The inverse of ``flatten`` where ``leading`` values stand before the first of the two."""
+def structure(flat: Sequence[Any], schema: str) -> list[Any]:
+    """The inverse of ``flatten`` for the arguments of an operation with this schema."""
+    has_matrix = MATRIX_SCHEMA in schema
+    leading = schema.partition(MATRIX_SCHEMA if has_matrix else ACTIVATION_SCHEMA)[0].count(",")
     values, rest = list(flat[:leading]), flat[leading:]
     if has_matrix:
         values.append(Matrix(*rest[:4]))
         rest = rest[4:]
     kind, parameters, constants = rest[:3]
     return [*values, Activation(kind, parameters, tuple(constants)), *rest[3:]]
-
-
-def rows(x: Tensor) -> Tensor:
-    """x as contiguous rows [N, D]; a 0-dimensional x is one row of one."""
-    if x.dim() == 2:
-        return x.contiguous()
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1).contiguous()
-
-
-def rows_of(x: Tensor, lu: Tensor) -> Tensor:
-    """x as contiguous rows [N, D] of a layer, or [K, N, D] of stacked layers."""
-    if lu.dim() == 2:
-        return rows(x)
-    return x.reshape(lu.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).contiguous()
-
-
-def shaped(result: Tensor | None, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """``result`` in ``shape``, that of ``like`` if not given; where it was not asked for, no elements."""
-    if result is None:
-        return like.new_empty(0)
-    shape = like.shape if shape is None else shape
-    return result if result.shape == shape else result.reshape(shape)
-
-
-def row_values(total: Tensor | None, x: Tensor) -> Tensor:
-    """One value for each row of x, float32 or wider, in x's leading shape; no elements if not asked for."""
-    return x.new_empty(0, dtype=wide(x.dtype)) if total is None else total.reshape(x.shape[:-1])
-
-
-def gradient_of(parameter: Tensor, gradient: Tensor | None) -> Tensor:
-    """``gradient`` in the parameter's dtype and shape; no elements if not asked for."""
-    if gradient is None:
-        return parameter.new_empty(0)
-    return gradient.to(parameter.dtype).reshape(parameter.shape)

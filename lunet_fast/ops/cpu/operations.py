@@ -11,37 +11,16 @@ from lunet_fast.ops import dispatch
 from lunet_fast.ops.by_layers import net_backward_by_layers, net_by_layers
 from lunet_fast.ops.cpu import layer, leaky_softplus  # noqa: F401  (importing a kind is what registers it)
 from lunet_fast.ops.cpu.elementwise import elementwise
-from lunet_fast.ops.cpu.layer import Gradients, Needs, keeps_factors
+from lunet_fast.ops.cpu.layer import Needs, keeps_factors
 from lunet_fast.ops.cpu.matrix import Packed, composes
 from lunet_fast.ops.dispatch import implements
-from lunet_fast.ops.values import Activation, Matrix, gradient_of, row_values, rows, rows_of, shaped
-
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
+from lunet_fast.ops.rows import Four, layer_gradients, row_gradient, row_values, rows, rows_of, shaped
+from lunet_fast.ops.values import Activation, Matrix
 
 
 @implements("pytorch")
 def kept(x: Tensor, matrix: Matrix) -> tuple[bool, bool]:
     return True, keeps_factors(x, matrix.lu)
-
-
-def _flat(grad_logabsdet: Tensor | None) -> Tensor | None:
-    return None if grad_logabsdet is None else grad_logabsdet.reshape(-1).contiguous()
-
-
-def _parameters_gradient(activation: Activation, gradient: Tensor | None, x: Tensor) -> Tensor:
-    if activation.parameters is None:
-        return x.new_empty(0)
-    return gradient_of(activation.parameters, gradient)
-
-
-def _results(gradients: Gradients, x: Tensor, matrix: Matrix, activation: Activation) -> Four:
-    lu = matrix.lu
-    return (
-        shaped(gradients.x, x),
-        shaped(None if gradients.lu is None else gradients.lu.to(lu.dtype), lu),
-        shaped(None if gradients.bias is None else gradients.bias.to(lu.dtype), lu, lu.shape[:-1]),
-        _parameters_gradient(activation, gradients.parameters, x),
-    )
 
 
 # --- activation -----------------------------------------------------------------------------------------
@@ -69,8 +48,8 @@ def activation_backward(
     phi = elementwise(activation, x.dtype)
     assert phi is not None
     backward = phi.inverse_backward if inverse else phi.backward
-    grad_x, totals = backward(rows(grad), _flat(grad_logabsdet), rows(x))
-    return shaped(grad_x, x), _parameters_gradient(activation, totals, x)
+    grad_x, totals = backward(rows(grad), row_gradient(grad_logabsdet), rows(x))
+    return shaped(grad_x, x), activation.parameters_gradient(totals, x)
 
 
 @implements("pytorch")
@@ -122,10 +101,10 @@ def layer_backward(
     if weight.dim() > lu.dim():
         h_rows = None if phi is None else rows(h)
         gradients = layer.factored_backward(
-            *(grad_rows, _flat(grad_logabsdet), x_rows, h_rows, weight, lu, matrix.permutation, phi),
+            *(grad_rows, row_gradient(grad_logabsdet), x_rows, h_rows, weight, lu, matrix.permutation, phi),
             Needs(*needs),
         )
-        return _results(gradients, x, matrix, activation)
+        return layer_gradients(x, matrix, activation, *gradients)
     packed, h_rows = Packed.of(matrix), None
     if phi is not None:
         # A forward that Triton did may not have saved h.
@@ -133,7 +112,7 @@ def layer_backward(
     backward: Any = layer.stacked_backward if matrix.stacked else layer.layer_backward
     gradients = backward(
         grad_rows,
-        None if grad_logabsdet is None else grad_logabsdet.reshape(x_rows.shape[:-1]).contiguous(),
+        row_gradient(grad_logabsdet, x_rows.shape[:-1]),
         x_rows,
         h_rows,
         weight if matrix.stacked or composes(*x_rows.shape) else None,
@@ -141,7 +120,7 @@ def layer_backward(
         phi,
         Needs(*needs),
     )
-    return _results(gradients, x, matrix, activation)
+    return layer_gradients(x, matrix, activation, *gradients)
 
 
 def _preactivation(x_rows: Tensor, packed: Packed, matrix: Matrix) -> Tensor:
@@ -193,10 +172,10 @@ def layer_inverse_backward(
         return wanted[0], wanted[1], wanted[2], stacked[3].sum(0)
     phi = elementwise(activation, x.dtype)
     gradients = layer.layer_inverse_backward(
-        *(rows(grad), _flat(grad_logabsdet), rows(x), None if phi is None else rows(h)),
+        *(rows(grad), row_gradient(grad_logabsdet), rows(x), None if phi is None else rows(h)),
         *(Packed.of(matrix), phi, Needs(*needs)),
     )
-    return _results(gradients if needs[0] else gradients._replace(x=None), x, matrix, activation)
+    return layer_gradients(x, matrix, activation, *(gradients if needs[0] else gradients._replace(x=None)))
 
 
 # --- net ------------------------------------------------------------------------------------------------

@@ -33,42 +33,44 @@ class DataSet:
     """What is published about a data set: its files, their checksums, and where they are."""
 
     name: str
-    title: str
-    """As the literature writes the name."""
     sep: str
-    ratings: str
-    movies: str
-    people: str
+    files: tuple[str, str, str]
+    """Of ratings, of movies and of people."""
     sha256: Mapping[str, str]
     counts: Counts | None
-    url: str
     md5: str
+    """Of the zip."""
     wheel: Wheel | None = None
+
+    @property
+    def title(self) -> str:
+        """The name as the literature writes it."""
+        return self.name.upper()
 
     @property
     def zip(self) -> str:
         return f"{self.name}.zip"
 
     @property
-    def files(self) -> tuple[str, str, str]:
-        return self.ratings, self.movies, self.people
+    def url(self) -> str:
+        return f"https://files.grouplens.org/datasets/movielens/{self.zip}"
+
+    @property
+    def ratings(self) -> str:
+        return self.files[0]
 
 
 DATASETS: dict[str, DataSet] = {
     "ml-100k": DataSet(
         name="ml-100k",
-        title="ML-100K",
         sep="\t",
-        ratings="u.data",
-        movies="u.item",
-        people="u.user",
+        files=("u.data", "u.item", "u.user"),
         sha256={
             "u.data": "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490",
             "u.item": "553841ebc7de3a0fd0d6b62a204ea30c1e651aacfb2814c7a6584ac52f2c5701",
             "u.user": "f120e114da2e8cf314fd28f99417c94ae9ddf1cb6db8ce0e4b5995d40e90e62c",
         },
         counts=None,
-        url="https://files.grouplens.org/datasets/movielens/ml-100k.zip",
         md5="0e33842e24a9c977be4e0107933c0723",
         wheel=Wheel(
             requirement="recbole==1.2.1",
@@ -84,11 +86,8 @@ DATASETS: dict[str, DataSet] = {
     ),
     "ml-1m": DataSet(
         name="ml-1m",
-        title="ML-1M",
         sep="::",
-        ratings="ratings.dat",
-        movies="movies.dat",
-        people="users.dat",
+        files=("ratings.dat", "movies.dat", "users.dat"),
         sha256={
             # A re-packed copy in circulation, with some timestamps set to 0; the original passes by its
             # counts.
@@ -97,7 +96,6 @@ DATASETS: dict[str, DataSet] = {
             "users.dat": "1dc3a95300cb19f7c10e027daf29b8cdf1d908dab65b5edfb45950aa389a10a3",
         },
         counts=Counts(6040, 3706, {1.0: 56174, 2.0: 107557, 3.0: 261197, 4.0: 348971, 5.0: 226310}),
-        url="https://files.grouplens.org/datasets/movielens/ml-1m.zip",
         md5="c4d9eecfca2ab87c1945afe126590906",
     ),
 }

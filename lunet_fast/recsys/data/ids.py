@@ -28,6 +28,21 @@ INT64 = np.iinfo(np.int64)
 PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 
 
+class TwoIdMaps:
+    """What has an index for each of its users and items."""
+
+    users: IdMap
+    items: IdMap
+
+    @property
+    def n_users(self) -> int:
+        return len(self.users)
+
+    @property
+    def n_items(self) -> int:
+        return len(self.items)
+
+
 class IdMap:
     """The ids of a data set, sorted, and the way from an id to its index.
 

@@ -91,9 +91,10 @@ def load(dataset: str, data_dir: str | os.PathLike[str] | None = None) -> Rating
         movies: pd.DataFrame | None = wheel_movies(located.files[f"{spec.name}.item"])
         people: pd.DataFrame | None = wheel_people(located.files[f"{spec.name}.user"])
     else:
+        _, of_movies, of_people = spec.files
         ratings = parse(spec, located.files[spec.ratings], located.source)
-        movies = movies_of(spec, located.files.get(spec.movies))
-        people = people_of(spec, located.files.get(spec.people))
+        movies = movies_of(spec, located.files.get(of_movies))
+        people = people_of(spec, located.files.get(of_people))
     return replace(
         ratings,
         item_info=None if movies is None else movies.reindex(ratings.items.ids).reset_index(drop=True),

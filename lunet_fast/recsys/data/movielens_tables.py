@@ -31,7 +31,7 @@ def movies_of(spec: DataSet, data: bytes | None) -> pd.DataFrame | None:
     """Titles and genres of ``u.item`` or ``movies.dat``; None without the file."""
     if data is None:
         return None
-    if spec.movies == "u.item":
+    if "u.item" in spec.files:
         rows = [
             (
                 int(f[0]),
@@ -51,7 +51,7 @@ def people_of(spec: DataSet, data: bytes | None) -> pd.DataFrame | None:
     """What is known of the users, from ``u.user`` or ``users.dat``; None without the file."""
     if data is None:
         return None
-    if spec.people == "u.user":
+    if "u.user" in spec.files:
         return _people_table(_fields(data, "|", "latin-1"))
     rows = [
         [number, age, gender, job, code] for number, gender, age, job, code in _fields(data, "::", "latin-1")

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from lunet_fast.recsys.data.errors import RatingFileError
-from lunet_fast.recsys.data.ids import IdMap
+from lunet_fast.recsys.data.ids import IdMap, TwoIdMaps
 from lunet_fast.recsys.data.limits import read_bytes
 from lunet_fast.recsys.data.parquet_table import read_parquet
 from lunet_fast.recsys.data.table import Table, by_role, frame_table
@@ -41,7 +41,7 @@ _HISTOGRAM_BINS = 10
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Ratings:
+class Ratings(TwoIdMaps):
     """N ratings of items by users.
 
     ``user`` and ``item`` are indices, int64 [N]; ``rating`` is float32 [N]; ``timestamp`` is int64 [N] in
@@ -89,14 +89,6 @@ class Ratings:
 
     def __repr__(self) -> str:
         return f"Ratings({self.name}: {self.n_users} users, {self.n_items} items, {len(self)} ratings)"
-
-    @property
-    def n_users(self) -> int:
-        return len(self.users)
-
-    @property
-    def n_items(self) -> int:
-        return len(self.items)
 
     def select(self, index: torch.Tensor | npt.NDArray[Any] | Sequence[int]) -> Ratings:
         """The rows ``index`` (integers, or a boolean mask of length N) in that order; the id maps stay."""

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lunet_fast.recsys.data.errors import check_whole
 from lunet_fast.recsys.data.first_pass import FirstPass, Index, Int32Array, Progress
-from lunet_fast.recsys.data.ids import IdMap, Int64Array
+from lunet_fast.recsys.data.ids import IdMap, Int64Array, TwoIdMaps
 from lunet_fast.recsys.data.pair_hash import is_tested
 from lunet_fast.recsys.data.parquet_pieces import (
     Float32Array,
@@ -60,7 +60,7 @@ _ORDER, _BUFFER = 5, 6  # streams of a seed; splits has 0 to 3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RatingStream:
+class RatingStream(TwoIdMaps):
     """Ratings in Parquet files, divided into a training and a test part and read batch by batch.
 
     Made by :meth:`open`. ``users`` and ``items`` map the ids of all rows to indices, ``scale`` is the
@@ -189,14 +189,6 @@ class RatingStream:
             f"RatingStream({self.name}: {self.n_users} users, {self.n_items} items, {self.n_rows} training "
             f"and {self.n_test} test ratings)"
         )
-
-    @property
-    def n_users(self) -> int:
-        return len(self.users)
-
-    @property
-    def n_items(self) -> int:
-        return len(self.items)
 
     def batches(
         self, epoch: int, batch_size: int, *, start: int = 0, seed: int | None = None

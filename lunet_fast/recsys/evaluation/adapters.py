@@ -21,19 +21,8 @@ import torch
 from torch import Tensor
 
 from lunet_fast.recsys.data.ratings import Ratings
-from lunet_fast.recsys.evaluation.fitted import (
-    NEGATIVES,
-    Fitted,
-    biased_product,
-    count_parameters,
-    interactions_of,
-    labelled_batches,
-    over_all_items,
-    product,
-    rated_rows,
-    shape_of,
-    zero_unrated,
-)
+from lunet_fast.recsys.evaluation import fitted
+from lunet_fast.recsys.evaluation.fitted import Fitted, interactions_of, product, shape_of, zero_unrated
 
 #: Matrix factorisation: factors, rate, L2 and epochs by the size.
 MF = {"ml-100k": (100, 0.005, 0.08, 100), "ml-1m": (200, 0.01, 0.05, 30)}
@@ -99,12 +88,11 @@ def matrix_factorisation(training: Ratings, seed: int, size: str, threads: int =
         k=k, learning_rate=rate, lambda_reg=l2, max_iter=epochs, use_bias=True, **way
     )
     model.fit(_cornac_data(training, seed))
-    return biased_product(
+    return fitted.biased_product(
         training.rating.double().mean(),
         torch.from_numpy(model.u_biases),
         torch.from_numpy(model.i_biases),
-        zero_unrated(model.u_factors, training.user),
-        zero_unrated(model.i_factors, training.item),
+        (zero_unrated(model.u_factors, training.user), zero_unrated(model.i_factors, training.item)),
     )
 
 
@@ -130,7 +118,7 @@ def neumf(training: Ratings, seed: int, size: str) -> Fitted:
     """
     epochs, batch = {"ml-100k": (20, 1024), "ml-1m": (10, 4096)}[size]
     data = _cornac_data(training, seed)
-    epoch = labelled_batches(training, batch, seed)
+    epoch = fitted.labelled_batches(training, batch, seed)
 
     def batches(*_: Any, **__: Any) -> Iterator[list[Any]]:
         for columns in epoch():
@@ -142,7 +130,7 @@ def neumf(training: Ratings, seed: int, size: str) -> Fitted:
         layers=[64, 32, 16, 8],
         num_epochs=epochs,
         batch_size=batch,
-        num_neg=NEGATIVES,
+        num_neg=fitted.NEGATIVES,
         lr=3e-3,
         backend="pytorch",
         verbose=False,
@@ -156,7 +144,9 @@ def neumf(training: Ratings, seed: int, size: str) -> Fitted:
         found: Tensor = net.logit(torch.cat((net.gmf.h(users, items), net.mlp.h(users, items)), -1))
         return found.squeeze(-1)
 
-    return Fitted(count_parameters(net), score_items=over_all_items(logits, training.n_items, 256))
+    return Fitted(
+        fitted.count_parameters(net), score_items=fitted.over_all_items(logits, training.n_items, 256)
+    )
 
 
 def autoencoder(training: Ratings, seed: int, size: str) -> Fitted:
@@ -179,10 +169,10 @@ def autoencoder(training: Ratings, seed: int, size: str) -> Fitted:
     @torch.no_grad()
     def score_items(users: Tensor) -> Tensor:
         # Without the softmax of its own decode, in which the small ones become equal.
-        scores: Tensor = vae.decoder(vae.encode(rated_rows(seen, users))[0])
+        scores: Tensor = vae.decoder(vae.encode(fitted.rated_rows(seen, users))[0])
         return scores
 
-    return Fitted(count_parameters(vae), score_items=score_items)
+    return Fitted(fitted.count_parameters(vae), score_items=score_items)
 
 
 def _cornac_data(training: Ratings, seed: int) -> Any:
@@ -224,14 +214,13 @@ def svdpp(training: Ratings, seed: int, size: str) -> Fitted:
     share = seen.user_counts.clamp(min=1).double().rsqrt().unsqueeze(1)
     user_vectors = ours(model.pu, users, n_users)
     user_vectors += seen.sum_over_items(ours(model.yj, items, n_items)) * share
-    fitted = biased_product(
+    biased = fitted.biased_product(
         training.rating.double().mean(),
         ours(model.bu, users, n_users),
         ours(model.bi, items, n_items),
-        user_vectors,
-        ours(model.qi, items, n_items),
+        (user_vectors, ours(model.qi, items, n_items)),
     )
-    return Fitted(fitted.parameters + model.yj.size, predict=fitted.predict)
+    return Fitted(biased.parameters + model.yj.size, predict=biased.predict)
 
 
 def knn(training: Ratings, seed: int, size: str) -> Fitted:

@@ -43,19 +43,18 @@ def biased_product(
     mean: Tensor,
     user_bias: Tensor,
     item_bias: Tensor,
-    user_vectors: Tensor | None = None,
-    item_vectors: Tensor | None = None,
+    vectors: tuple[Tensor, Tensor] | None = None,
 ) -> Fitted:
-    """Ratings mean + b_u + b_i + p_u.q_i."""
+    """Ratings mean + b_u + b_i + p_u.q_i; ``vectors`` are the users' and the items'."""
 
     def predict(users: Tensor, items: Tensor) -> Tensor:
         found = mean + user_bias[users] + item_bias[items]
-        if user_vectors is not None and item_vectors is not None:
-            found = found + (user_vectors[users] * item_vectors[items]).sum(1)
+        if vectors is not None:
+            found = found + (vectors[0][users] * vectors[1][items]).sum(1)
         return found.float()
 
-    tables = (user_bias, item_bias, user_vectors, item_vectors)
-    return Fitted(1 + sum(table.numel() for table in tables if table is not None), predict=predict)
+    tables = (user_bias, item_bias, *(vectors or ()))
+    return Fitted(1 + sum(table.numel() for table in tables), predict=predict)
 
 
 def product(user_vectors: Tensor, item_vectors: Tensor, item_bias: Tensor | None = None) -> Fitted:

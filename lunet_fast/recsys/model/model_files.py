@@ -29,7 +29,9 @@ class TrainedModel:
     users: IdMap
     items: IdMap
     scale: tuple[float, float]
+    """The lowest and the highest rating that is possible."""
     item_info: pd.DataFrame | None = None
+    """Titles and genres, a row for each index."""
 
 
 def save_model(path: Path | None, trained: TrainedModel, dealt: DealtTables | None = None) -> None:

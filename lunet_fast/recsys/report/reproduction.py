@@ -66,18 +66,10 @@ def document(found: Reproduction) -> Document:
             results=results,
             committed=committed,
             reading=summary.reading(found, results),
-            tables=tables,
-            quoted=quoted,
-            names=tables.NAMES,
             show=parts.show,
             code=parts.code,
             opened=parts.details,
-            literal=literal,
-            title=dataset_title,
-            machine=machine_line,
-            is_dirty=is_dirty,
-            settings=_settings,
-            included=_included,
+            **_VOCABULARY,
         )
     )
     name = "LU-Net for recommendation: the paper's experiments, run again"
@@ -97,3 +89,17 @@ def _settings(runs: Sequence[Any]) -> tuple[str, list[str]]:
 def _included(text: str) -> str:
     """A Markdown file as a part of a section: without its title, its headings a level lower."""
     return re.sub(r"^##", "###", re.sub(r"\A# .*\n", "", text), flags=re.MULTILINE)
+
+
+#: What the template calls, whatever it reports on.
+_VOCABULARY: dict[str, Any] = {
+    "tables": tables,
+    "quoted": quoted,
+    "names": tables.NAMES,
+    "literal": literal,
+    "title": dataset_title,
+    "machine": machine_line,
+    "is_dirty": is_dirty,
+    "settings": _settings,
+    "included": _included,
+}
