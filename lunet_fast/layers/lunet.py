@@ -220,7 +220,7 @@ class LUNet(nn.Module):
                     found = small.inverse_net(x, layers, logabsdet=logabsdet)
                     if found is not None:
                         return found
-            phi = self._common_activation() if dispatch.fuses_net(x) else None
+            phi = self._common_activation(x) if dispatch.fuses_net(x) else None
             if phi is not None:
                 return self._run_as_one(x, phi, inverse=inverse, logabsdet=logabsdet)
             return self._run_each(x, inverse=inverse, logabsdet=logabsdet)
@@ -249,9 +249,9 @@ class LUNet(nn.Module):
                 x = layer.inverse(x) if inverse else layer(x)
         return x, total
 
-    def _common_activation(self) -> Activation | None:
-        """That of all active layers as ``functional.net`` takes it, or None if it does not take these layers:
-        what it computes, they compute."""
+    def _common_activation(self, x: Tensor) -> Activation | None:
+        """That of all active layers as ``functional.net`` takes it for x, or None if it does not take these
+        layers: what it computes, they compute."""
         layers = self._layers()
         if len(layers) < 2 or not all(map(_is_plain, layers)) or layers[-1].activation is not None:
             return None
@@ -264,7 +264,7 @@ class LUNet(nn.Module):
             for layer in layers
         )
         given = [layer._fused() for layer in layers[:-1]]
-        described = [phi for phi in given if phi is not None and not phi.linear]
+        described = [phi for phi in given if phi is not None and not phi.linear and dispatch.fuses(x, phi)]
         if not alike or len(described) < len(given):
             return None
         fixed = {phi._replace(parameters=None) for phi in described}
