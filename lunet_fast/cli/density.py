@@ -35,7 +35,10 @@ density_app = typer.Typer(
 TrainCommand = settings_command(
     "lunet_fast.density.config:DensityConfig",
     {
-        "The flow": ("layers", "components", "alpha", "slopes", "signs", "permutation", "conditional"),
+        "The flow": (
+            *("layers", "activation", "bins", "input_bins", "tails", "components", "signs", "permutation"),
+            *("conditional", "alpha", "slopes"),
+        ),
         "Training": ("steps", "patience", "batch_size", "learning_rate", "weight_decay", "seed", "threads"),
     },
 )

@@ -14,7 +14,7 @@ from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.data import Parts, Rows, split
 from lunet_fast.density.evaluation import evaluate
 from lunet_fast.density.files import load_flow, save_flow
-from lunet_fast.density.model import DensityModel, build_flow, whiten
+from lunet_fast.density.model import DensityModel, build_flow, fit_input, whiten
 from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.training.distributed import Workers, existing_device
 from lunet_fast.training.figures import save_loss_figure
@@ -109,9 +109,9 @@ def _untrained(training: Rows, classes: int, config: DensityConfig) -> DensityMo
         shares = counts / counts.sum()
     with seeded(config.seed), cpu_threads(config.threads):
         flow = build_flow(config, training.features, classes)
-        if config.whiten:
-            noise = torch.Generator().manual_seed(config.seed)
-            whiten(flow, preprocessing.forward(training.values, noise)[0])
+        noise = torch.Generator().manual_seed(config.seed)
+        start = whiten if config.whiten else fit_input
+        start(flow, preprocessing.forward(training.values, noise)[0])
     return DensityModel(flow, preprocessing, training.features, shares)
 
 
