@@ -96,5 +96,7 @@ def inverse(y: Tensor, parameters: Tensor) -> Tensor:
     inside = torch.minimum(torch.maximum(height, own.heights[0]), own.heights[-1])
     above = inside - _at(own.heights, index)
     slope = (start * start + 2.0 * above * bend).clamp_min(torch.finfo(start.dtype).tiny).sqrt()
-    w = 2.0 * above / (start + slope)
-    return (own.low + own.step * (index + w + (height - inside) / (start + w * bend))).to(y.dtype)
+    beyond = height - inside
+    # The far right multiplies what is wrong in w: there it is 1 exactly, as in ``forward``.
+    w = torch.where(beyond > 0, 1.0, 2.0 * above / (start + slope))
+    return (own.low + own.step * (index + w + beyond / (start + w * bend))).to(y.dtype)

@@ -178,9 +178,9 @@ class MonotoneSpline(Elementwise):
             above = inside - self._look_up(self.heights, place, v)
             slope = torch.addcmul(start.square(), above, bend, value=2.0)
             slope = slope.clamp_min_(torch.finfo(slope.dtype).tiny).sqrt_()
-            w = above.mul_(2.0).div_(slope.add_(start))
-            t = torch.addcmul(start, w, bend)
-            t = torch.div(torch.sub(v, inside, out=inside), t, out=t).add_(w).add_(index)
+            beyond = torch.sub(v, inside, out=inside)
+            w = above.mul_(2.0).div_(slope.add_(start)).masked_fill_(beyond > 0, 1.0)
+            t = beyond.div_(torch.addcmul(start, w, bend)).add_(w).add_(index)
             x_part.copy_(torch.addcmul(self.low, t, self.step))
         return x
 
