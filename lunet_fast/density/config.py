@@ -85,8 +85,9 @@ class DensityConfig(Settings):
         return super().from_dict(values)
 
     def rate(self, features: int) -> float:
-        """The learning rate on ℝᴰ: 5e-3, and in more than 64 dimensions less by 64/D.
+        """The learning rate on ℝᴰ."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        from lunet_fast.layers.fitting import default_rate  # here, so that settings do not wait for PyTorch
 
-        A step of Adam's moves every entry of a [D, D] matrix by about the rate, and so A by up to D times it.
-        """
-        return 5e-3 * min(1.0, 64 / features) if self.learning_rate is None else self.learning_rate
+        return default_rate(features)

@@ -16,6 +16,7 @@ from lunet_fast.density.evaluation import evaluate
 from lunet_fast.density.files import load_flow, save_flow
 from lunet_fast.density.model import DensityModel, build_flow, fit_input, whiten
 from lunet_fast.density.preprocessing import Preprocessing
+from lunet_fast.layers.fitting import average_, parameter_groups
 from lunet_fast.training.distributed import Workers, existing_device
 from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, write_json
@@ -134,7 +135,8 @@ def fit_flow(
     if conditional and training.labels is not None:
         columns = (*columns, training.labels.to(device))
     parameters = list(model.flow.parameters())
-    optimizer = _optimizer(model.flow, config, model.features)
+    groups = parameter_groups(model.flow, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.rate(model.features), fused=True)
     if config.clip < float("inf"):
         optimizer.register_step_pre_hook(lambda *_: _clip(parameters, config.clip))
     optimizer.register_step_post_hook(lambda *_: kept.update(config.average))
@@ -169,21 +171,6 @@ def fit_flow(
     return chosen, curve, int(kept.round)
 
 
-def _optimizer(flow: nn.Module, config: DensityConfig, features: int) -> torch.optim.Optimizer:
-    """AdamW, with decay on the matrices of the map alone: biases, slopes and the base want no zero."""
-    base = getattr(flow, "base", None)
-    spared = {id(p) for p in base.parameters()} if isinstance(base, nn.Module) else set()
-    decayed = [p for p in flow.parameters() if p.dim() > 1 and id(p) not in spared]
-    of_matrices = {id(p) for p in decayed}
-    others = [p for p in flow.parameters() if id(p) not in of_matrices]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.rate(features), fused=True)
-
-
 def _clip(parameters: list[nn.Parameter], longest: float) -> None:
     nn.utils.clip_grad_norm_(parameters, longest, foreach=True)
 
@@ -208,12 +195,9 @@ class _Kept(nn.Module):
         self.averages: list[Tensor] = list(self.average.parameters())
         self.weights: list[Tensor] = list(flow.parameters())
 
-    @torch.no_grad()
     def update(self, factor: float) -> None:
-        # Over the last tenth of the steps at most: the first weights shall not linger in a short training.
         self.updates += 1
-        count = int(self.updates)
-        torch._foreach_lerp_(self.averages, self.weights, 1.0 - min(factor, count / (count + 10.0)))
+        average_(self.averages, self.weights, factor, int(self.updates))
 
     def offer(self, loss: float) -> None:
         """The mean has this validation loss now: keep it if it is the best yet."""
