@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lunet_fast.density.config import DensityConfig
-from lunet_fast.density.data import Parts, Rows, split
+from lunet_fast.density.data import Parts, Rows, source_of, split
 from lunet_fast.density.evaluation import evaluate
 from lunet_fast.density.files import load_flow, save_flow
 from lunet_fast.density.model import DensityModel, build_flow, fit_input, whiten
@@ -45,10 +45,11 @@ def train_density(
     rows: Rows,
     config: DensityConfig,
     *,
+    test: Rows | None = None,
     device: torch.device | str = "cpu",
     **options: Unpack[Options],
 ) -> DensityResult:
-    """Train a flow on 70 % of the rows, choose its weights by 10 %, evaluate it on 20 %.
+    """Train a flow on 70 % of the rows, choose its weights by 10 %, evaluate it on 20 % or on ``test``.
 
     ``options`` are :class:`~lunet_fast.training.run.Options`: the run folder ``out``, ``resume``,
     ``overwrite``, ``checkpoint_seconds``, ``progress`` and ``stop``. ``device`` is where it is trained; the
@@ -59,10 +60,10 @@ def train_density(
     density.
     """
     workers = Workers(device=existing_device(device))
-    parts = split(rows, config.seed)
+    parts = split(rows, config.seed, test)
     config = config.replace(learning_rate=config.rate(rows.features))
     run = Run(workers, **options)
-    recorded = {"dataset": rows.name, "source": rows.source, "rows": len(rows), **config.to_dict()}
+    recorded = _recorded(rows, test, config)
     stored = run.finished(recorded)
     if stored is not None:
         return DensityResult(load_flow(stored.model).model, read_json(stored.metrics), Curve())
@@ -87,7 +88,7 @@ def train_density(
             **flat_versions(),
         }
         if run.folder is not None:
-            save_flow(run.folder.model, model, config, rows)
+            save_flow(run.folder.model, model, config, replace(rows, source=source_of(rows, test)))
             save_loss_figure(
                 run.folder.loss,
                 f"{rows.name}, {config.layers} layers",
@@ -99,6 +100,18 @@ def train_density(
             )
             write_json(run.folder.metrics, metrics)
     return DensityResult(model, metrics, curve)
+
+
+def _recorded(rows: Rows, test: Rows | None, config: DensityConfig) -> dict[str, Any]:
+    """What ``config.json`` has. What would say nothing is left out, as it was before it could be chosen."""
+    settings = config.to_dict()
+    if config.activation == "leaky_softplus" and config.input_bins == 0:
+        for name in ("activation", "bins", "input_bins", "tails"):
+            del settings[name]
+    recorded = {"dataset": rows.name, "source": source_of(rows, test), "rows": len(rows), **settings}
+    if rows.levels is not None and rows.image is None:
+        recorded["levels"] = rows.levels
+    return recorded
 
 
 def _untrained(training: Rows, classes: int, config: DensityConfig) -> DensityModel:
