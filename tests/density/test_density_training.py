@@ -288,3 +288,15 @@ def test_divergence_and_integral_of_the_truth_itself() -> None:
     assert abs(kl) < 1e-4
     assert error < 1e-5
     assert integral(model, rows.target) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_flow_from_before_splines_says_what_it_said() -> None:
+    """``fixtures/flow`` was written when LeakySoftplus was the only activation: 3 layers on 200 rows of moons."""
+    folder = Path(__file__).parents[1] / "fixtures" / "flow"
+    expected = json.loads((folder / "expected.json").read_text())
+    trained = load_flow(folder / "moons.safetensors")
+    found = trained.model.log_prob(torch.tensor(expected["x"]))
+    torch.testing.assert_close(found, torch.tensor(expected["log_prob"]), rtol=1e-5, atol=1e-5)
+    recorded = json.loads((folder / "config.json").read_text())
+    wanted = _recorded(moons(200), None, trained.config)
+    assert {**recorded, "source": ""} == {**json.loads(json.dumps(wanted)), "source": ""}
