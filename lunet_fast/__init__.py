@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lunet_fast.layers.flow import LUFlow, NormalMixture, StandardNormal
     from lunet_fast.layers.lu_dense import LUDense
     from lunet_fast.layers.lunet import Condition, ConditionWarning, LUNet
+    from lunet_fast.layers.splines import MonotoneSpline
     from lunet_fast.ops import reference
     from lunet_fast.ops.dispatch import get_backend, set_backend
     from lunet_fast.recsys.serving.recommend import LUNetRecommender
@@ -34,6 +35,7 @@ __all__ = [
     "LUNet",
     "LUNetRecommender",
     "LeakySoftplus",
+    "MonotoneSpline",
     "NormalMixture",
     "StandardNormal",
     "functional",
@@ -53,6 +55,7 @@ _MODULES = {
     "LUNet": "layers.lunet",
     "LUNetRecommender": "recsys.serving.recommend",
     "LeakySoftplus": "layers.activations",
+    "MonotoneSpline": "layers.splines",
     "NormalMixture": "layers.flow",
     "StandardNormal": "layers.flow",
     "functional": "functional",

@@ -69,9 +69,16 @@ def _check_floating(name: str, x: Tensor) -> None:
 
 def _check_slopes(x: Tensor, phi: Activation) -> None:
     slopes = phi.parameters
+    if slopes is None or slopes.shape == (3,):
+        return
     if torch._C._get_tracing_state() is not None:  # then a comparison of shapes is one to warn of
         return
-    if phi.kind != "leaky_softplus" or slopes is None or slopes.shape == (3,):
+    if phi.kind != "leaky_softplus":
+        if x.dim() == 0 or slopes.shape[-1] != x.shape[-1]:
+            raise ValueError(
+                f"x must have {slopes.shape[-1]} features in its last dimension, as its activation has, got "
+                f"shape {tuple(x.shape)}"
+            )
         return
     if x.dim() == 0 or slopes.shape != (3, x.shape[-1]):
         raise ValueError(f"slopes must be [3] or [3, D] as a tensor, got shape {tuple(slopes.shape)}")

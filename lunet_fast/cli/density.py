@@ -35,7 +35,10 @@ density_app = typer.Typer(
 TrainCommand = settings_command(
     "lunet_fast.density.config:DensityConfig",
     {
-        "The flow": ("layers", "components", "alpha", "slopes", "signs", "permutation", "conditional"),
+        "The flow": (
+            *("layers", "activation", "bins", "input_bins", "tails", "components", "signs", "permutation"),
+            *("conditional", "alpha", "slopes"),
+        ),
         "Training": ("steps", "patience", "batch_size", "learning_rate", "weight_decay", "seed", "threads"),
     },
 )
@@ -52,6 +55,19 @@ LabelColumn = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Column of classes in your file: not a number of the density."),
 ]
+Levels = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Your file's numbers are the integers 0 to N − 1, to be dequantised; 0: real numbers.",
+        show_default="found",
+    ),
+]
+TestFile = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", help="The test rows, in a file of their own; then 90 % of the others train."),
+]
 Run = Annotated[
     Path, typer.Option("--run", metavar="DIR", help="Run folder: what `density train` has as `--out`.")
 ]
@@ -64,6 +80,8 @@ def train_command(
     context: typer.Context,
     dataset: Dataset = "digits",
     label_column: LabelColumn = None,
+    levels: Levels = None,
+    test_file: TestFile = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Run folder to write.", show_default="runs/density/DATASET"),
@@ -76,6 +94,7 @@ def train_command(
 
     70 % of the rows train, 10 % choose when to stop, 20 % are the test. Integers (images) are dequantised and
     their loss is in bits a dimension; the loss of other numbers is in nats a row. All Jacobians are counted.
+    Whether the numbers of a file are integers is found out and told.
 
     Writes `metrics.json`, `config.json`, `model.safetensors` and pictures into the run folder. Ctrl-C and
     SIGTERM save a checkpoint; the same command with `--resume` goes on to the same weights.
@@ -89,6 +108,8 @@ def train_command(
         lunet-fast density train --dataset moons --layers 8
 
         lunet-fast density train --dataset sensors.parquet --label-column kind
+
+        lunet-fast density train --dataset train.csv --test-file test.csv --levels 16
     """
     from lunet_fast.cli.progress import training_progress
     from lunet_fast.cli.signals import training_told
@@ -100,32 +121,44 @@ def train_command(
     folder = RunFolder(out or Path("runs") / "density" / (run_name(dataset, data.NAMES) or "data"))
     with training_told(folder.checkpoints) as stop:
         config = DensityConfig(**context.obj)
-        rows = data.read(dataset, label_column=label_column, seed=config.seed)
+        rows = data.read(dataset, label_column=label_column, seed=config.seed, levels=levels)
+        test = data.read(test_file, label_column=label_column, like=rows) if test_file else None
+        if levels is None and dataset not in data.NAMES:
+            output.line(_told_of_levels(rows))
         console = Console(quiet=not output.told)
         with training_progress(console, unit="round", held_out="validation") as progress:
             result = train_density(
                 rows,
                 config,
+                test=test,
                 **continuation.arguments(folder),
                 device=device,
                 progress=progress,
                 stop=stop,
             )
-        _save_pictures(folder.path, rows, result.model, config.seed)
+        _save_pictures(folder.path, data.split(rows, config.seed, test).test, result.model, config.seed)
     output.figures(result.metrics, lambda: _show(Console(), result.metrics))
     output.line(f"written to {folder.path}")
 
 
-def _save_pictures(folder: Path, rows: Rows, model: DensityModel, seed: int) -> None:
-    """What can be seen of the density: of 2-D toy data a map, of images samples and an interpolation."""
-    from lunet_fast.density import data, pictures
+def _told_of_levels(rows: Rows) -> str:
+    if rows.levels is None:
+        return f"{rows.name}: real numbers, loss in nats a row (--levels N for integers from 0 to N − 1)"
+    return (
+        f"{rows.name}: integers from 0 to {rows.levels - 1}, dequantised, loss in bits a dimension "
+        "(--levels 0 for real numbers)"
+    )
 
-    if rows.target is not None:
-        pictures.save_heat_maps(folder / "density.png", model, rows.target)
-    if rows.image is not None and rows.levels is not None:
-        test = data.split(rows, seed).test
+
+def _save_pictures(folder: Path, test: Rows, model: DensityModel, seed: int) -> None:
+    """What can be seen of the density: of 2-D toy data a map, of images samples and an interpolation."""
+    from lunet_fast.density import pictures
+
+    if test.target is not None:
+        pictures.save_heat_maps(folder / "density.png", model, test.target)
+    if test.image is not None and test.levels is not None:
         samples = _drawn(model, pictures.SIDE**2, seed)
-        pictures.save_samples(folder / "samples.png", samples, test.values, rows.image, rows.levels)
+        pictures.save_samples(folder / "samples.png", samples, test.values, test.image, test.levels)
         pictures.save_interpolation(folder / "interpolation.png", model, test)
 
 
@@ -136,6 +169,7 @@ def evaluate_command(
     run: Run = Path("runs/density/digits"),
     dataset: TrainedOn = None,
     label_column: LabelColumn = None,
+    test_file: TestFile = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -166,11 +200,12 @@ def evaluate_command(
         prepare_out(out)
         trained = _load(run, device)
         model, seed = trained.model, trained.config.seed
-        rows = _read_again(run, trained, dataset, label_column)
-        parts = data.split(rows, seed)
+        rows, test = _read_again(run, trained, dataset, label_column, test_file)
+        parts = data.split(rows, seed, test)
         values = evaluate(model, parts)
         if against is not None:
-            others = data.read(against, label_column=label_column)
+            levels = model.preprocessing.levels or 0
+            others = data.read(against, label_column=label_column, levels=levels)
             _check_fits(run, trained, others)
             inside = model.log_prob(parts.test.values, 10)
             values["auroc"] = auroc(inside, model.log_prob(others.values, 10))
@@ -180,18 +215,23 @@ def evaluate_command(
     output.figures(metrics, lambda: _show(Console(), metrics))
 
 
-def _read_again(run: Path, trained: TrainedFlow, dataset: str | None, label_column: str | None) -> Rows:
-    """The data of the run; ``ValueError`` where these are others."""
+def _read_again(
+    run: Path, trained: TrainedFlow, dataset: str | None, label_column: str | None, test_file: str | None
+) -> tuple[Rows, Rows | None]:
+    """The data of the run, and those of its test if in another file; ``ValueError`` where these are others."""
     from lunet_fast.density import data
 
     name = dataset or trained.dataset
     if dataset is None and name not in data.NAMES:
         raise ValueError(f"--run {run}: was trained on a file called {name}: name it with --dataset PATH")
-    rows = data.read(name, label_column=label_column, seed=trained.config.seed)
+    levels = trained.model.preprocessing.levels or 0
+    rows = data.read(name, label_column=label_column, seed=trained.config.seed, levels=levels)
     _check_fits(run, trained, rows)
-    if rows.source != trained.source:
-        raise ValueError(f"--dataset {name}: is {rows.source}, and the run was trained on {trained.source}")
-    return rows
+    test = data.read(test_file, label_column=label_column, like=rows) if test_file else None
+    source = data.source_of(rows, test)
+    if source != trained.source:
+        raise ValueError(f"--dataset {name}: is {source}, and the run was trained on {trained.source}")
+    return rows, test
 
 
 @density_app.command("sample")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -21,6 +21,14 @@ class DensityConfig(Settings):
 
     layers: Annotated[int, Field(ge=1, le=1000)] = 4
     """M, the number of LU layers; the last one is linear."""
+    activation: Literal["spline", "leaky_softplus"] = "spline"
+    """Between the layers: a monotone ``spline`` of each coordinate, or ``leaky_softplus``, one bend of it."""
+    bins: Annotated[int, Field(ge=2, le=1000)] = 8
+    """Of each spline between the layers."""
+    input_bins: Annotated[int, Field(ge=0, le=1000)] = 16
+    """Of a spline before the first layer, over the range of the training rows; at least 2, or 0 for none."""
+    tails: Literal["free", "identity"] = "free"
+    """Slopes of splines outside of their bins: ``free`` go on with those of the ends, ``identity`` are 1."""
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.7
     """Left slope of LeakySoftplus where it starts. Near 1, a deep net starts near a linear one."""
     slopes: Literal["fixed", "layer", "coordinate"] = "coordinate"
@@ -60,6 +68,8 @@ class DensityConfig(Settings):
 
     @model_validator(mode="after")
     def _learnable(self) -> Self:
+        if self.input_bins == 1:
+            raise ValueError("input_bins=1 must be 0, for no spline before the first layer, or at least 2")
         if self.slopes != "fixed" and not 1e-3 < self.alpha < 1 - 1e-3:
             raise ValueError(
                 f"alpha={self.alpha} must be a number above 0.001 and below 0.999 where it is learnt: move "
@@ -67,9 +77,17 @@ class DensityConfig(Settings):
             )
         return self
 
-    def rate(self, features: int) -> float:
-        """The learning rate on ℝᴰ: 5e-3, and in more than 64 dimensions less by 64/D.
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """As of every :class:`Settings`; those written before there were splines have none."""
+        if isinstance(values, dict) and "activation" not in values:
+            values = {"activation": "leaky_softplus", "input_bins": 0, **values}
+        return super().from_dict(values)
 
-        A step of Adam's moves every entry of a [D, D] matrix by about the rate, and so A by up to D times it.
-        """
-        return 5e-3 * min(1.0, 64 / features) if self.learning_rate is None else self.learning_rate
+    def rate(self, features: int) -> float:
+        """The learning rate on ℝᴰ."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        from lunet_fast.layers.fitting import default_rate  # here, so that settings do not wait for PyTorch
+
+        return default_rate(features)

@@ -26,6 +26,9 @@ NAMES = (DIGITS, *TABULAR, *TARGETS)
 TARGET_ROWS = 10_000
 """Rows drawn of a density on the plane, for all parts together."""
 
+MOST_LEVELS = 1 << 16
+"""Integers of a table from 0 to less than this are taken as levels, unless told otherwise."""
+
 MOST_IDX_BYTES = 1 << 31
 """Of an unpacked IDX file; MNIST's largest has 47 million."""
 
@@ -55,8 +58,9 @@ class Rows:
     """Rows of one data set.
 
     ``values`` [N, D] float32, finite; with ``levels``, integers from 0 to levels − 1. ``labels`` [N] int64
-    from 0 on, or None. ``image`` is (height, width) where a row is a picture. ``target`` is the density that
-    the rows were drawn from, where it is known. ``source`` says where they are from, for the results.
+    from 0 on, or None; ``label_names`` what they were called, where they had names. ``image`` is (height,
+    width) where a row is a picture. ``target`` is the density that the rows were drawn from, where it is known.
+    ``source`` says where they are from, for the results.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Rows:
     image: tuple[int, int] | None = None
     target: Target | None = None
     source: str = ""
+    label_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -94,8 +99,15 @@ class Parts:
     test: Rows
 
 
-def split(rows: Rows, seed: int) -> Parts:
+def source_of(rows: Rows, test: Rows | None) -> str:
+    """Where the rows of a training and those of its test are from."""
+    return rows.source if test is None else f"{rows.source}; test: {test.source}"
+
+
+def split(rows: Rows, seed: int, test: Rows | None = None) -> Parts:
     """20 % for the test, 10 % for validation, the rest for training; ``seed`` alone says which is which.
+
+    With ``test``, other rows of the same kind, these are the test, and all but the validation's train.
 
     Raises :class:`DataError` for fewer than 10 rows.
     """
@@ -103,18 +115,31 @@ def split(rows: Rows, seed: int) -> Parts:
     if count < 10:
         raise DataError(f"{rows.name} has {count} rows: at least 10 are needed for three parts")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    test, validation = math.ceil(TEST_SHARE * count), math.ceil(VALIDATION_SHARE * count)
-    parts = order[test + validation :], order[test : test + validation], order[:test]
+    held, validation = math.ceil(TEST_SHARE * count), math.ceil(VALIDATION_SHARE * count)
+    if test is not None:
+        return Parts(rows.where(order[validation:]), rows.where(order[:validation]), test)
+    parts = order[held + validation :], order[held : held + validation], order[:held]
     return Parts(*(rows.where(part) for part in parts))
 
 
-def read(dataset: str, *, label_column: str | None = None, seed: int = 0) -> Rows:
+def read(
+    dataset: str,
+    *,
+    label_column: str | None = None,
+    seed: int = 0,
+    levels: int | None = None,
+    like: Rows | None = None,
+) -> Rows:
     """A data set by name (:data:`NAMES`), or the file of that path.
 
     Files: IDX as MNIST has it (``…-ubyte``, also ``.gz``; the labels are taken from the file beside it whose
     name has ``labels-idx1`` for ``images-idx3``), ``.npy``, and ``.csv``, ``.tsv`` or ``.parquet`` with a
     number in every cell. ``label_column`` names a column of classes. Densities on the plane are drawn with
     ``seed``.
+
+    A table of integers from 0 on has a density without bound, so they are levels, one more than the greatest;
+    ``levels`` says how many there are instead, 0 that the numbers of any file are real ones. ``like`` are rows
+    beside which these are to be used: features, levels and the numbers of labels are theirs.
 
     Raises :class:`DataError` for a file that is damaged or holds anything but finite numbers,
     ``FileNotFoundError`` for one that is not there, ``ImportError`` where scikit-learn or pyarrow is missing.
@@ -150,7 +175,41 @@ def read(dataset: str, *, label_column: str | None = None, seed: int = 0) -> Row
         )
     if rows.values.numel() == 0:
         raise DataError(f"{path}: is empty, shape {tuple(rows.values.shape)}")
-    return rows
+    if like is not None:
+        levels = like.levels or 0
+        rows = _numbered_like(path, rows, like)
+    return _levelled(path, rows, levels)
+
+
+def _levelled(path: Path, rows: Rows, levels: int | None) -> Rows:
+    """The rows with this number of levels, found if None, 0 for none."""
+    if levels == 0:
+        return replace(rows, levels=None, image=None)
+    values = rows.values
+    whole = bool((values == values.round()).all())
+    low, high = float(values.min()), float(values.max())
+    if levels is None:
+        if rows.levels is not None or not whole or low < 0 or high >= MOST_LEVELS or high == 0:
+            return rows
+        return replace(rows, levels=int(high) + 1)
+    if not whole or low < 0 or high >= levels:
+        found = f"numbers from {low:g} to {high:g}" if whole else "numbers that are no integers"
+        raise DataError(f"{path}: must hold integers from 0 to {levels - 1} for {levels} levels, holds {found}")
+    return replace(rows, levels=levels)
+
+
+def _numbered_like(path: Path, rows: Rows, like: Rows) -> Rows:
+    """The rows with their labels numbered as those of ``like``."""
+    if rows.features != like.features:
+        raise DataError(f"{path}: has {rows.features} features, and {like.name} {like.features}")
+    if like.label_names is None or rows.label_names is None or rows.labels is None:
+        return rows
+    known = {name: number for number, name in enumerate(like.label_names)}
+    new = [name for name in rows.label_names if name not in known]
+    if new:
+        raise DataError(f"{path}: has the label {new[0]!r}, which {like.name} has not")
+    numbers = torch.tensor([known[name] for name in rows.label_names])
+    return replace(rows, labels=numbers[rows.labels], label_names=like.label_names)
 
 
 def _scikit(name: str) -> Rows:
@@ -190,13 +249,14 @@ def _table(path: Path, label_column: str | None) -> Rows:
         raise
     except Exception as error:  # pandas and pyarrow raise what they like
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
-    labels = None
+    labels, names = None, None
     if label_column is not None:
         if label_column not in table.columns:
             raise DataError(
                 f"{path}: has no column {label_column!r}; it has {', '.join(map(str, table.columns))}"
             )
-        labels = torch.from_numpy(pd.factorize(table.pop(label_column), sort=True)[0].astype(np.int64))
+        numbers, found = pd.factorize(table.pop(label_column), sort=True)
+        labels, names = torch.from_numpy(numbers.astype(np.int64)), tuple(map(str, found))
         if len(labels) and int(labels.min()) < 0:
             raise DataError(f"{path}: column {label_column!r} is empty in some row: leave such rows out")
     for name in table.columns:
@@ -209,7 +269,7 @@ def _table(path: Path, label_column: str | None) -> Rows:
         values = torch.from_numpy(table.to_numpy(dtype=np.float32, na_value=np.nan))
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}: some column does not hold real numbers ({error})") from error
-    return Rows(path.stem, values, labels, source=_digest(path))
+    return Rows(path.stem, values, labels, source=_digest(path), label_names=names)
 
 
 def _idx_images(path: Path) -> Rows:

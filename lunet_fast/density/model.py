@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.preprocessing import Preprocessing
-from lunet_fast.layers.activations import LeakySoftplus
+from lunet_fast.layers.activations import BijectiveActivation, LeakySoftplus
 from lunet_fast.layers.conditional import ConditionalLUNet
 from lunet_fast.layers.flow import LUFlow, NormalMixture
 from lunet_fast.layers.lunet import LUNet
+from lunet_fast.layers.splines import MonotoneSpline
 
 ROWS_AT_ONCE = 8192
 """Rows, times classes, in one pass of an evaluation: what bounds its memory."""
@@ -24,11 +25,15 @@ def build_flow(config: DensityConfig, features: int, classes: int = 0) -> LUFlow
 
     ``classes`` are needed where ``config.conditional``: ``ValueError`` without.
     """
-    activation = LeakySoftplus(
-        config.alpha,
-        learnable=config.slopes != "fixed",
-        features=features if config.slopes == "coordinate" else None,
-    )
+    activation: BijectiveActivation
+    if config.activation == "spline":
+        activation = MonotoneSpline(features, config.bins, config.tails)
+    else:
+        activation = LeakySoftplus(
+            config.alpha,
+            learnable=config.slopes != "fixed",
+            features=features if config.slopes == "coordinate" else None,
+        )
     net: Any = LUNet(
         features,
         config.layers,
@@ -36,6 +41,7 @@ def build_flow(config: DensityConfig, features: int, classes: int = 0) -> LUFlow
         permutation=config.permutation,
         signs=config.signs,
         structure_seed=config.seed,
+        input=MonotoneSpline(features, config.input_bins, config.tails) if config.input_bins else None,
     )
     if config.conditional:
         if classes < 1:
@@ -46,9 +52,21 @@ def build_flow(config: DensityConfig, features: int, classes: int = 0) -> LUFlow
     return LUFlow(net, NormalMixture(features, config.components) if config.components > 1 else None)
 
 
+def fit_input(flow: LUFlow, y: Tensor) -> None:
+    """Set the interval of the spline before the first layer, if there is one, to that of rows y [N, D]."""
+    spline = _net_of(flow).input
+    if isinstance(spline, MonotoneSpline):
+        spline.fit_range(y)
+
+
 def whiten(flow: LUFlow, y: Tensor) -> None:
-    """``LUNet.whiten`` of the flow's net on rows y [N, D]."""
-    cast(LUNet, flow.net.net if isinstance(flow.net, ConditionalLUNet) else flow.net).whiten(y)
+    """``fit_input``, and ``LUNet.whiten`` of the flow's net on rows y [N, D]."""
+    fit_input(flow, y)
+    _net_of(flow).whiten(y)
+
+
+def _net_of(flow: LUFlow) -> LUNet:
+    return cast(LUNet, flow.net.net if isinstance(flow.net, ConditionalLUNet) else flow.net)
 
 
 @dataclass

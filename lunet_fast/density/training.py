@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lunet_fast.density.config import DensityConfig
-from lunet_fast.density.data import Parts, Rows, split
+from lunet_fast.density.data import Parts, Rows, source_of, split
 from lunet_fast.density.evaluation import evaluate
 from lunet_fast.density.files import load_flow, save_flow
-from lunet_fast.density.model import DensityModel, build_flow, whiten
+from lunet_fast.density.model import DensityModel, build_flow, fit_input, whiten
 from lunet_fast.density.preprocessing import Preprocessing
+from lunet_fast.layers.fitting import average_, parameter_groups
 from lunet_fast.training.distributed import Workers, existing_device
 from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, write_json
@@ -44,10 +45,11 @@ def train_density(
     rows: Rows,
     config: DensityConfig,
     *,
+    test: Rows | None = None,
     device: torch.device | str = "cpu",
     **options: Unpack[Options],
 ) -> DensityResult:
-    """Train a flow on 70 % of the rows, choose its weights by 10 %, evaluate it on 20 %.
+    """Train a flow on 70 % of the rows, choose its weights by 10 %, evaluate it on 20 % or on ``test``.
 
     ``options`` are :class:`~lunet_fast.training.run.Options`: the run folder ``out``, ``resume``,
     ``overwrite``, ``checkpoint_seconds``, ``progress`` and ``stop``. ``device`` is where it is trained; the
@@ -58,10 +60,10 @@ def train_density(
     density.
     """
     workers = Workers(device=existing_device(device))
-    parts = split(rows, config.seed)
+    parts = split(rows, config.seed, test)
     config = config.replace(learning_rate=config.rate(rows.features))
     run = Run(workers, **options)
-    recorded = {"dataset": rows.name, "source": rows.source, "rows": len(rows), **config.to_dict()}
+    recorded = _recorded(rows, test, config)
     stored = run.finished(recorded)
     if stored is not None:
         return DensityResult(load_flow(stored.model).model, read_json(stored.metrics), Curve())
@@ -86,7 +88,7 @@ def train_density(
             **flat_versions(),
         }
         if run.folder is not None:
-            save_flow(run.folder.model, model, config, rows)
+            save_flow(run.folder.model, model, config, replace(rows, source=source_of(rows, test)))
             save_loss_figure(
                 run.folder.loss,
                 f"{rows.name}, {config.layers} layers",
@@ -100,6 +102,18 @@ def train_density(
     return DensityResult(model, metrics, curve)
 
 
+def _recorded(rows: Rows, test: Rows | None, config: DensityConfig) -> dict[str, Any]:
+    """What ``config.json`` has. What would say nothing is left out, as it was before it could be chosen."""
+    settings = config.to_dict()
+    if config.activation == "leaky_softplus" and config.input_bins == 0:
+        for name in ("activation", "bins", "input_bins", "tails"):
+            del settings[name]
+    recorded = {"dataset": rows.name, "source": source_of(rows, test), "rows": len(rows), **settings}
+    if rows.levels is not None and rows.image is None:
+        recorded["levels"] = rows.levels
+    return recorded
+
+
 def _untrained(training: Rows, classes: int, config: DensityConfig) -> DensityModel:
     """The model before its first step: preprocessing and whitening by the training part."""
     preprocessing = Preprocessing.of(training.values, training.levels)
@@ -109,9 +123,9 @@ def _untrained(training: Rows, classes: int, config: DensityConfig) -> DensityMo
         shares = counts / counts.sum()
     with seeded(config.seed), cpu_threads(config.threads):
         flow = build_flow(config, training.features, classes)
-        if config.whiten:
-            noise = torch.Generator().manual_seed(config.seed)
-            whiten(flow, preprocessing.forward(training.values, noise)[0])
+        noise = torch.Generator().manual_seed(config.seed)
+        start = whiten if config.whiten else fit_input
+        start(flow, preprocessing.forward(training.values, noise)[0])
     return DensityModel(flow, preprocessing, training.features, shares)
 
 
@@ -134,7 +148,8 @@ def fit_flow(
     if conditional and training.labels is not None:
         columns = (*columns, training.labels.to(device))
     parameters = list(model.flow.parameters())
-    optimizer = _optimizer(model.flow, config, model.features)
+    groups = parameter_groups(model.flow, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.rate(model.features), fused=True)
     if config.clip < float("inf"):
         optimizer.register_step_pre_hook(lambda *_: _clip(parameters, config.clip))
     optimizer.register_step_post_hook(lambda *_: kept.update(config.average))
@@ -169,21 +184,6 @@ def fit_flow(
     return chosen, curve, int(kept.round)
 
 
-def _optimizer(flow: nn.Module, config: DensityConfig, features: int) -> torch.optim.Optimizer:
-    """AdamW, with decay on the matrices of the map alone: biases, slopes and the base want no zero."""
-    base = getattr(flow, "base", None)
-    spared = {id(p) for p in base.parameters()} if isinstance(base, nn.Module) else set()
-    decayed = [p for p in flow.parameters() if p.dim() > 1 and id(p) not in spared]
-    of_matrices = {id(p) for p in decayed}
-    others = [p for p in flow.parameters() if id(p) not in of_matrices]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.rate(features), fused=True)
-
-
 def _clip(parameters: list[nn.Parameter], longest: float) -> None:
     nn.utils.clip_grad_norm_(parameters, longest, foreach=True)
 
@@ -208,12 +208,9 @@ class _Kept(nn.Module):
         self.averages: list[Tensor] = list(self.average.parameters())
         self.weights: list[Tensor] = list(flow.parameters())
 
-    @torch.no_grad()
     def update(self, factor: float) -> None:
-        # Over the last tenth of the steps at most: the first weights shall not linger in a short training.
         self.updates += 1
-        count = int(self.updates)
-        torch._foreach_lerp_(self.averages, self.weights, 1.0 - min(factor, count / (count + 10.0)))
+        average_(self.averages, self.weights, factor, int(self.updates))
 
     def offer(self, loss: float) -> None:
         """The mean has this validation loss now: keep it if it is the best yet."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lunet_fast import functional
-from lunet_fast.layers.activations import is_replaced
+from lunet_fast.layers.activations import call, is_replaced
 from lunet_fast.layers.arguments import check_tensor, checked_size
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.layers.lunet import LUNet
@@ -21,6 +21,8 @@ SCALE_LIMIT = 3.0
 
 class ConditionalLUNet(nn.Module):
     """f(·; c): in each layer h = e^δ(c) ∘ (A x + b) + β(c), with δ, β [D] from a conditioner.
+
+    An ``input`` of the net comes before them, the same for every context.
 
     diag(e^δ)·L·U = (diag(e^δ) L diag(e^−δ))·(diag(e^δ) U) is again unit lower times upper: the context adds
     δ_i to log u_ii and leaves the factors triangular, so that inversion stays O(D²) and the log-determinant,
@@ -113,6 +115,9 @@ class GivenContext:
     def _forward(self, x: Tensor, *, logabsdet: bool) -> tuple[Tensor, Tensor]:
         check_tensor("x", x)
         total = x.new_zeros(())
+        if self.net.input is not None:
+            x, share = call(self.net.input, x, inverse=False, logabsdet=logabsdet)
+            total = total if share is None else total + share
         for layer, delta, beta in zip(self._layers(), self.delta, self.beta, strict=True):
             h, _ = functional.layer(x, layer._matrix(), IDENTITY, inverse=False, logabsdet=False)
             x = torch.addcmul(beta, delta.exp(), h)
@@ -139,6 +144,9 @@ class GivenContext:
             h = (y - beta) * (-delta).exp()
             y, _ = functional.layer(h, layer._matrix(), IDENTITY, inverse=True, logabsdet=False)
             total = total - layer.logabsdet() - delta.sum(-1)
+        if self.net.input is not None:
+            y, share = call(self.net.input, y, inverse=True, logabsdet=logabsdet)
+            total = total if share is None else total + share
         return y, _written_out(total, y.shape[:-1])
 
     def as_transform(self) -> InvertibleTransform:

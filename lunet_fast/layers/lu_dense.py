@@ -15,6 +15,7 @@ from lunet_fast.layers.arguments import check_dtype, check_tensor, checked_size
 from lunet_fast.layers.readonly import ReadOnlyTensor, read_only
 from lunet_fast.layers.structure import StructuredLayer
 from lunet_fast.layers.transforms import InvertibleTransform
+from lunet_fast.ops import dispatch
 from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND, wide
 from lunet_fast.ops.values import IDENTITY, Activation, Matrix
 
@@ -170,7 +171,7 @@ class LUDense(StructuredLayer):
         """The layer or its inverse at x, and that direction's log-determinant or None."""
         check_tensor("y" if inverse else "x", x)
         phi = self._fused()
-        if phi is not None:
+        if phi is not None and dispatch.fuses(x, phi):
             return functional.layer(x, self._matrix(), phi, inverse=inverse, logabsdet=logabsdet)
         activation, share = cast(BijectiveActivation, self.activation), None
         if inverse:

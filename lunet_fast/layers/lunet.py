@@ -6,14 +6,14 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lunet_fast import functional
 from lunet_fast.layers import reversible, small
-from lunet_fast.layers.activations import BijectiveActivation, LeakySoftplus, is_replaced
+from lunet_fast.layers.activations import BijectiveActivation, LeakySoftplus, call, is_replaced
 from lunet_fast.layers.arguments import check_tensor, checked_size
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.layers.transforms import InvertibleTransform
@@ -38,6 +38,8 @@ class ConditionWarning(UserWarning):
 class LUNet(nn.Module):
     """f = A_M ∘ φ ∘ A_{M−1} ∘ … ∘ φ ∘ A_1 with affine A_m: invertible, its Jacobian's determinant in O(M·D).
 
+    With an ``input`` ψ, f = A_M ∘ φ ∘ … ∘ A_1 ∘ ψ.
+
     f starts near the identity: each layer after an activation undoes the activation's tangent at 0.
 
     Args:
@@ -55,16 +57,19 @@ class LUNet(nn.Module):
             matrix of signs. As a flow on digits, "negative" is worth 0.05 bits a dimension.
         structure_seed: what random permutations and signs are drawn from, and nothing else is, so that nets
             made in several processes, each with a seed of its own for the weights, are of one structure.
+        input: ψ, a ``BijectiveActivation`` before the first matrix, or None; copied. A ``MonotoneSpline``
+            whose ``fit_range`` has seen the data bends each of its coordinates to what the layers can carry.
 
     Raises:
         ValueError: features or layers below 1, or memory, permutation or signs is not one of its values.
-        TypeError: features, layers or structure_seed is not an int.
+        TypeError: features, layers or structure_seed is not an int, or input no ``BijectiveActivation``.
 
     Shapes: every method takes [..., D]. Cost for N rows: M times that of ``LUDense``. NaN and infinities pass
     as through ``LUDense``.
 
     Memory. "saved" keeps each layer's input and pre-activation for backward, about 2·M·N·D numbers.
-    "reversible" keeps only the result, N·D, and up to 32 rows of each layer's input; backward recovers the
+    "reversible" keeps only the result, N·D (and the input's, if there is one), and up to 32 rows of each
+    layer's input; backward recovers the
     inputs by inversion and recomputes a layer at a time, about 7·N·D numbers at once whatever M, for
     about twice the time of a training step.
 
@@ -82,6 +87,8 @@ class LUNet(nn.Module):
     shows them: the call ``layer(x)``, which is the forward pass without a log-determinant.
     """
 
+    input: BijectiveActivation | None
+
     def __init__(
         self,
         features: int,
@@ -95,6 +102,7 @@ class LUNet(nn.Module):
         permutation: str | None = None,
         signs: str = "positive",
         structure_seed: int = 0,
+        input: BijectiveActivation | None = None,
     ) -> None:
         super().__init__()
         features, layers = checked_size("features", features), checked_size("layers", layers)
@@ -107,6 +115,11 @@ class LUNet(nn.Module):
         if signs not in SIGNS:
             raise ValueError(f"signs must be one of {', '.join(SIGNS)}, got {signs!r}")
         self.signs = signs
+        if input is not None and not isinstance(input, BijectiveActivation):
+            raise TypeError(f"input must be a BijectiveActivation or None, got {type(input).__name__}")
+        self.register_module("input", copy.deepcopy(input))
+        if input is not None:
+            self.input.to(device=device, dtype=dtype)
         activation = LeakySoftplus(0.1) if activation is None else activation
         # By a generator of its own, on the CPU, whatever the net's device.
         generator = torch.Generator("cpu").manual_seed(checked_size("structure_seed", structure_seed, 0))
@@ -140,6 +153,12 @@ class LUNet(nn.Module):
             layer.reset_parameters()
             if layer.activation is not None:
                 layer.activation.reset_parameters()
+        if self.input is not None:
+            self.input.reset_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state["_modules"].setdefault("input", None)  # pickled before there was one
+        super().__setstate__(state)
 
     def whiten(self, x: Tensor) -> None:
         """Set every A and b so that on the rows of x [..., D] each layer's h = A x + b is white.
@@ -173,6 +192,8 @@ class LUNet(nn.Module):
             layer._check_writable("bias")
         rows = rows.to(layers[0].lu.device, torch.float64)
         with torch.no_grad(), without_autocast(rows):
+            if self.input is not None:
+                rows = self.input(rows)
             for layer in layers:
                 rows = _whiten(layer, rows)
 
@@ -209,8 +230,20 @@ class LUNet(nn.Module):
         return x, cast(Tensor, logabsdet)
 
     def _run(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
-        """f or its inverse at x, and its log-determinant if asked for: here it is decided how."""
+        """f or its inverse at x, and its log-determinant if asked for."""
         check_tensor("y" if inverse else "x", x)
+        if self.input is None:
+            return self._run_layers(x, inverse=inverse, logabsdet=logabsdet)
+        if inverse:
+            x, total = self._run_layers(x, inverse=True, logabsdet=logabsdet)
+            x, share = call(self.input, x, inverse=True, logabsdet=logabsdet)
+        else:
+            x, share = call(self.input, x, inverse=False, logabsdet=logabsdet)
+            x, total = self._run_layers(x, inverse=False, logabsdet=logabsdet)
+        return x, None if total is None or share is None else total + share
+
+    def _run_layers(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
+        """``_run`` of the layers: here it is decided how."""
         if self.memory == "saved":
             layers = self._layers()
             if all(map(_is_plain, self.layers)):
@@ -220,7 +253,7 @@ class LUNet(nn.Module):
                     found = small.inverse_net(x, layers, logabsdet=logabsdet)
                     if found is not None:
                         return found
-            phi = self._common_activation() if dispatch.fuses_net(x) else None
+            phi = self._common_activation(x) if dispatch.fuses_net(x) else None
             if phi is not None:
                 return self._run_as_one(x, phi, inverse=inverse, logabsdet=logabsdet)
             return self._run_each(x, inverse=inverse, logabsdet=logabsdet)
@@ -249,9 +282,9 @@ class LUNet(nn.Module):
                 x = layer.inverse(x) if inverse else layer(x)
         return x, total
 
-    def _common_activation(self) -> Activation | None:
-        """That of all active layers as ``functional.net`` takes it, or None if it does not take these layers:
-        what it computes, they compute."""
+    def _common_activation(self, x: Tensor) -> Activation | None:
+        """That of all active layers as ``functional.net`` takes it for x, or None if it does not take these
+        layers: what it computes, they compute."""
         layers = self._layers()
         if len(layers) < 2 or not all(map(_is_plain, layers)) or layers[-1].activation is not None:
             return None
@@ -264,7 +297,7 @@ class LUNet(nn.Module):
             for layer in layers
         )
         given = [layer._fused() for layer in layers[:-1]]
-        described = [phi for phi in given if phi is not None and not phi.linear]
+        described = [phi for phi in given if phi is not None and not phi.linear and dispatch.fuses(x, phi)]
         if not alike or len(described) < len(given):
             return None
         fixed = {phi._replace(parameters=None) for phi in described}
@@ -313,15 +346,16 @@ class LUNet(nn.Module):
         where, rows = ("x", x) if x is not None and x.numel() else self._normal_rows()
         with torch.no_grad():
             kept = self._digits_kept(rows)
+            if self.input is not None:
+                slope = self._slope_range(self.input, x)
+                report.append(LayerCondition("input", 1.0, 1.0, *slope))
+                x = None if x is None else self.input(x)
             for index, layer in enumerate(self._layers()):
                 lower, upper = (t.double() for t in reference.factors(layer.lu, layer.sign))
                 slope = (1.0, 1.0)
                 if layer.activation is not None:
-                    slope = layer.activation.derivative_range(self.features)
-                    if x is not None and x.numel():
-                        h = reference.affine(x, layer._matrix())
-                        low, high = layer.activation.log_derivative(h.double()).aminmax()
-                        slope = (math.exp(low), math.exp(high))
+                    h = reference.affine(x, layer._matrix()) if x is not None and x.numel() else None
+                    slope = self._slope_range(layer.activation, h)
                 report.append(LayerCondition(f"layers.{index}", _kappa_1(lower), _kappa_1(upper), *slope))
                 if x is not None:
                     x = layer(x)
@@ -338,6 +372,13 @@ class LUNet(nn.Module):
                 stacklevel=2,
             )
         return condition
+
+    def _slope_range(self, activation: BijectiveActivation, h: Tensor | None) -> tuple[float, float]:
+        """(least, greatest) φ′ on h, or of all if there are no rows."""
+        if h is None or not h.numel():
+            return activation.derivative_range(self.features)
+        low, high = activation.log_derivative(h.double()).aminmax()
+        return math.exp(low), math.exp(high)
 
     def _normal_rows(self) -> tuple[str, Tensor]:
         """Their name, and 64 rows, the same at each call."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lunet_fast import functional
 from lunet_fast.layers.activations import LeakySoftplus, call
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.ops import dispatch, reference
@@ -157,7 +158,9 @@ def _activate(h: Tensor, layer: LUDense, logabsdet: bool) -> tuple[Tensor, Tenso
         return h, None
     if phi is None:
         return call(activation, h, inverse=False, logabsdet=logabsdet)
-    if phi.kind == "leaky_softplus" and phi.parameters is None:
+    if phi.kind != "leaky_softplus":
+        return functional.activation(h, phi, inverse=False, logabsdet=logabsdet)
+    if phi.parameters is None:
         a, c, kappa = phi.constants
         soft = F.softplus(h, kappa, 40.0)
         if kappa == 1.0 and a + c == 1.0 and a <= 0.5:

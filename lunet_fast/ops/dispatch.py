@@ -10,10 +10,11 @@ permutation. A net's lu is [M, D, D], its layers stand one after another and the
 were not asked for have no elements, since an operation's results cannot be optional.
 
 An implementation is a module that says ``@implements("its backend")`` over a function of each operation's
-name. It takes the operation's arguments with matrix and activation as the values of ``values.py``. Two
-functions more say what this module has to know while shapes alone are known: ``kept(x, matrix)``, whether
-a forward keeps h for its backward, and whether U and L − I beside A; and ``fuses_net(x)``, whether layers
-that are all alike are better run as one ``net`` operation.
+name. It takes the operation's arguments with matrix and activation as the values of ``values.py``. Three
+functions more say what this module has to know while shapes alone are known: ``knows(activation)``, whether
+there are kernels for this kind; ``kept(x, matrix)``, whether a forward keeps h for its backward, and whether
+U and L − I beside A; and ``fuses_net(x)``, whether layers that are all alike are better run as one ``net``
+operation. PyTorch knows all kinds, and has what another implementation does not know.
 """
 
 from __future__ import annotations
@@ -99,8 +100,14 @@ def takes_triton(x: Tensor) -> bool:
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether an operation on x goes to the Triton kernels."""
+    """Whether an operation on x goes to the Triton kernels, its activation being one that they know."""
     return takes_triton(x) and x.numel() > 0
+
+
+def fuses(x: Tensor, activation: Activation) -> bool:
+    """Whether the implementation that takes a layer's product with x knows its activation too; if not, the
+    two are better called one after the other."""
+    return not takes_triton(x) or implementation("triton", "knows")(activation)
 
 
 # --- implementations ------------------------------------------------------------------------------------
@@ -135,12 +142,15 @@ def run(name: str, x: Tensor, *args: Any) -> Any:
         # which W is formed and triangles are solved.
         with torch.autocast(x.device.type, enabled=False):
             return run(name, x, *args)
-    return implementation("triton" if runs_triton(x) else "pytorch", name)(x, *args)
+    activation = next(arg for arg in args if isinstance(arg, Activation))
+    kernels = runs_triton(x) and implementation("triton", "knows")(activation)
+    return implementation("triton" if kernels else "pytorch", name)(x, *args)
 
 
-def kept(x: Tensor, matrix: Matrix) -> tuple[bool, bool]:
+def kept(x: Tensor, matrix: Matrix, activation: Activation) -> tuple[bool, bool]:
     """Whether a layer's forward keeps h for its backward, and whether it keeps U and L − I beside A."""
-    return implementation("triton" if takes_triton(x) else "pytorch", "kept")(x, matrix)
+    kernels = takes_triton(x) and implementation("triton", "knows")(activation)
+    return implementation("triton" if kernels else "pytorch", "kept")(x, matrix)
 
 
 def fuses_net(x: Tensor) -> bool:
@@ -191,7 +201,7 @@ def _fake_forward(name: str, args: list[Any]) -> tuple[Tensor, ...]:
     results = [x.new_empty(x.shape), total]
     if name.startswith("layer"):
         save, (matrix,) = args[4], values
-        keeps_h, keeps_factors = kept(x, matrix)
+        keeps_h, keeps_factors = kept(x, matrix, activation)
         keeps_h = save and not activation.linear and (keeps_h or name == "layer_inverse")
         results.append(x.new_empty(x.shape if keeps_h else (0,)))
         if name == "layer_forward":

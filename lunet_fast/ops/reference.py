@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lunet_fast.ops import spline
 from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND, wide, without_autocast
 from lunet_fast.ops.values import IDENTITY, Activation, Matrix, WithLogabsdet
 
@@ -189,6 +190,11 @@ def _slopes_of(activation: Activation) -> Slopes:
     return activation.constants if activation.parameters is None else activation.parameters
 
 
+def _learnt(activation: Activation) -> Tensor:
+    assert activation.parameters is not None
+    return activation.parameters
+
+
 #: The formulas of each kind of activation.
 ACTIVATIONS = {
     "leaky_softplus": Formula(
@@ -196,7 +202,13 @@ ACTIVATIONS = {
         lambda y, activation: leaky_softplus_inverse(y, _slopes_of(activation)),
         lambda y, activation: solve_leaky_softplus(y, _slopes_of(activation)),
         lambda x, activation: log_derivative_sum(x, _slopes_of(activation)),
-    )
+    ),
+    spline.KIND: Formula(
+        lambda x, activation: spline.forward(x, _learnt(activation)),
+        lambda y, activation: spline.inverse(y, _learnt(activation)),
+        lambda y, activation: spline.inverse(y, _learnt(activation)),
+        lambda x, activation: spline.log_derivative(x, _learnt(activation)).sum(-1),
+    ),
 }
 
 

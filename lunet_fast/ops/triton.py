@@ -59,6 +59,11 @@ def precision_of(x: Tensor) -> str:
 
 
 @implements("triton")
+def knows(activation: Activation) -> bool:
+    return activation.kind in ("identity", "leaky_softplus")
+
+
+@implements("triton")
 def kept(x: Tensor, given: Matrix) -> tuple[bool, bool]:
     return not tiles.recomputes(x.shape[-1]), False
 

@@ -103,3 +103,23 @@ def test_resume_a_finished_run(moons: Path) -> None:
     result = invoke(*TRAIN, "--dataset", "moons", "--out", str(moons))
     assert result.exit_code == 2
     assert "--overwrite" in result.output
+
+
+def test_integers_of_a_file_and_a_test_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 60), ("test", 12)):
+        np.savetxt(tmp_path / f"{name}.csv", rng.integers(0, 9, (count, 2)), "%d", ",", header="a,b", comments="")
+    data, test, run = (str(tmp_path / name) for name in ("train.csv", "test.csv", "run"))
+    files = ("--dataset", data, "--test-file", test)
+    result = invoke(*TRAIN, *files, "--out", run)
+    assert result.exit_code == 0, result.output
+    assert "integers from 0 to 8, dequantised" in " ".join(result.output.split())
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["unit"], metrics["test_rows"], metrics["train_rows"]) == ("bits/dim", 12, 54)
+    again = str(tmp_path / "again.json")
+    result = invoke("density", "evaluate", "--run", run, *files, "--out", again)
+    assert result.exit_code == 0, result.output
+    assert json.loads(Path(again).read_text())["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-6)
+    result = invoke("density", "evaluate", "--run", run, "--dataset", data)
+    assert result.exit_code == 2
+    assert "the run was trained on" in " ".join(result.output.split())

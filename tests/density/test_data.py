@@ -145,3 +145,43 @@ def test_parts_are_the_rows_each_once(count: int) -> None:
 def test_too_few_rows() -> None:
     with pytest.raises(DataError, match="has 9 rows"):
         data.split(data.Rows("few", torch.zeros(9, 1)), 0)
+
+
+def test_integer_tables_have_levels(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.npy")
+    np.save(path, np.array([[0, 15], [3, 4]], dtype=np.int16))
+    assert data.read(path).levels == 16
+    assert data.read(path, levels=20).levels == 20
+    assert data.read(path, levels=0).levels is None
+    with pytest.raises(DataError, match="must hold integers from 0 to 9 for 10 levels, holds numbers from 0 to 15"):
+        data.read(path, levels=10)
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n3,4\n")
+    assert data.read(str(tmp_path / "x.csv")).levels == 5
+
+
+@pytest.mark.parametrize("values", [[[0.5, 1.0]], [[-1.0, 3.0]], [[0.0, 1e6]]])
+def test_other_tables_have_none(tmp_path: Path, values: list[list[float]]) -> None:
+    np.save(tmp_path / "x.npy", np.array(values))
+    assert data.read(str(tmp_path / "x.npy")).levels is None
+    with pytest.raises(DataError, match="for 7 levels, holds numbers"):
+        data.read(str(tmp_path / "x.npy"), levels=7)
+
+
+def test_test_rows_of_another_file(tmp_path: Path) -> None:
+    pd.DataFrame({"a": range(20), "kind": ["u", "v", "w", "v"] * 5}).to_csv(tmp_path / "a.csv", index=False)
+    pd.DataFrame({"a": [3, 1], "kind": ["w", "v"]}).to_csv(tmp_path / "b.csv", index=False)
+    rows = data.read(str(tmp_path / "a.csv"), label_column="kind")
+    test = data.read(str(tmp_path / "b.csv"), label_column="kind", like=rows)
+    assert test.levels == rows.levels == 20
+    assert test.labels is not None
+    assert test.labels.tolist() == [2, 1]
+    parts = data.split(rows, 0, test)
+    assert (len(parts.training), len(parts.validation), parts.test) == (18, 2, test)
+    assert data.source_of(rows, test).startswith(rows.source)
+    for content, told in (("a,kind\n1,x\n", "label 'x', which a has not"), ("a\n25\n", "integers from 0 to 19")):
+        (tmp_path / "c.csv").write_text(content)
+        with pytest.raises(DataError, match=told):
+            data.read(str(tmp_path / "c.csv"), label_column="kind" if "kind" in content else None, like=rows)
+    (tmp_path / "c.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match="has 2 features, and a 1"):
+        data.read(str(tmp_path / "c.csv"), like=rows)

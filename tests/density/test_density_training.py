@@ -17,7 +17,8 @@ from lunet_fast.density.evaluation import auroc, divergence, integral, sliced_di
 from lunet_fast.density.files import load_flow
 from lunet_fast.density.model import DensityModel, build_flow, whiten
 from lunet_fast.density.preprocessing import Preprocessing
-from lunet_fast.density.training import DensityResult, train_density
+from lunet_fast.density.training import DensityResult, _recorded, train_density
+from lunet_fast.layers.splines import MonotoneSpline
 from lunet_fast.training.files import CheckpointError, RunFolderError
 from lunet_fast.training.loop import Interrupted, Progress, Stop
 
@@ -226,6 +227,29 @@ def test_settings_that_cannot_work(field: str, value: object) -> None:
         DensityConfig(**{field: value})
 
 
+def test_settings_and_runs_from_before_splines() -> None:
+    old = {"layers": 3, "alpha": 0.3, "weight_decay": 0.2}
+    config = DensityConfig.from_dict(old)
+    assert (config.activation, config.input_bins) == ("leaky_softplus", 0)
+    recorded = _recorded(moons(), None, config)
+    assert not {"activation", "bins", "input_bins", "tails"} & recorded.keys()
+    with pytest.raises(ValueError, match="input_bins=1 must be 0"):
+        DensityConfig(input_bins=1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"activation": "leaky_softplus", "input_bins": 0}, {"tails": "identity"}, {"input_bins": 0}]
+)
+def test_every_kind_there_and_back(tmp_path: Path, change: dict[str, Any]) -> None:
+    result = train_density(moons(), SHORT.replace(steps=20, **change), out=tmp_path)
+    trained = load_flow(tmp_path / "model.safetensors")
+    x = moons().values[:20]
+    assert torch.equal(trained.model.log_prob(x), result.model.log_prob(x))
+    splines = [m for m in trained.model.flow.modules() if isinstance(m, MonotoneSpline)]
+    wanted = 0 if "activation" in change else 2 + trained.config.input_bins // 16
+    assert len(splines) == wanted
+
+
 def test_settings_by_way_of_json() -> None:
     config = SHORT.replace(permutation="random", alpha=0.3)
     assert DensityConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -264,3 +288,15 @@ def test_divergence_and_integral_of_the_truth_itself() -> None:
     assert abs(kl) < 1e-4
     assert error < 1e-5
     assert integral(model, rows.target) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_flow_from_before_splines_says_what_it_said() -> None:
+    """``fixtures/flow`` was written when LeakySoftplus was the only activation: 3 layers on 200 rows of moons."""
+    folder = Path(__file__).parents[1] / "fixtures" / "flow"
+    expected = json.loads((folder / "expected.json").read_text())
+    trained = load_flow(folder / "moons.safetensors")
+    found = trained.model.log_prob(torch.tensor(expected["x"]))
+    torch.testing.assert_close(found, torch.tensor(expected["log_prob"]), rtol=1e-5, atol=1e-5)
+    recorded = json.loads((folder / "config.json").read_text())
+    wanted = _recorded(moons(200), None, trained.config)
+    assert {**recorded, "source": ""} == {**json.loads(json.dumps(wanted)), "source": ""}

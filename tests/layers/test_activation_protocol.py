@@ -24,6 +24,7 @@ from lunet_fast import (
     LUDense,
     LUFlow,
     LUNet,
+    MonotoneSpline,
 )
 
 D = 5
@@ -65,11 +66,22 @@ class Bent(LeakySoftplus):
         return torch.log(3.0 - torch.tanh(x).square())
 
 
+def spline(**options: object) -> MonotoneSpline:
+    """A spline with knots where no number of these tests is, and slopes that are not all 1."""
+    phi = MonotoneSpline(D, low=-2.37, high=3.11, **options)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        phi.raw.copy_(0.4 * torch.randn(phi.raw.shape, generator=generator))
+    return phi
+
+
 ACTIVATIONS: dict[str, Callable[[], BijectiveActivation]] = {
     "LeakySoftplus": lambda: LeakySoftplus(0.2),
     "LeakySoftplus, learnt": lambda: LeakySoftplus(0.3, learnable=True, features=D),
     "GeneralizedLeakySoftplus": lambda: GeneralizedLeakySoftplus(2.0, 0.4),
     "GeneralizedLeakySoftplus, learnt": lambda: GeneralizedLeakySoftplus(0.7, 0.5, learnable=True),
+    "MonotoneSpline": spline,
+    "MonotoneSpline, identity tails": lambda: spline(bins=5, tails="identity"),
     "a user's own": lambda: SinhArcsinh(D),
     "a subclass": lambda: Bent(0.2),
 }
@@ -225,8 +237,10 @@ def test_a_flow_integrates_to_one_and_samples_what_it_says(make: Callable[[], Bi
 def _of_one(phi: BijectiveActivation) -> BijectiveActivation:
     """The activation for one coordinate instead of D."""
     for name, parameter in phi.named_parameters():
-        if parameter.shape == (D,):
-            setattr(phi, name, nn.Parameter(parameter.detach()[:1].clone()))
+        if parameter.shape[-1:] == (D,):
+            setattr(phi, name, nn.Parameter(parameter.detach()[..., :1].clone()))
+    for name, buffer in phi.named_buffers():
+        phi.register_buffer(name, buffer[..., :1].clone())
     return phi
 
 

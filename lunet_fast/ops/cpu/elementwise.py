@@ -70,6 +70,16 @@ class Elementwise(ABC):
             self.activate_into(y_part, h_part)
         return y
 
+    def activated(self, h: Tensor, *, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
+        """(φ(h) [N, D], Σ log φ′(h) [N] or None): for a kind for which the two have work in common."""
+        return self.activate(h), self.log_derivative_sum(h) if logabsdet else None
+
+    def activated_into(self, y: Tensor, total: Tensor | None, h: Tensor) -> None:
+        """y ← φ(h), and total [N] ← Σ log φ′(h) unless None."""
+        self.activate_into(y, h)
+        if total is not None:
+            self.log_derivative_sum_into(total, h)
+
     def log_derivative_sum(self, h: Tensor) -> Tensor:
         """Σ log φ′(h) over each row, [N], float32 or wider."""
         total = torch.empty(h.shape[0], dtype=wide(h.dtype), device=h.device)

@@ -78,10 +78,8 @@ def layer_forward(
         h = h.to(x.dtype)
     if phi is None:
         return h, _constant_logabsdet(packed, x.shape[0]) if logabsdet else None, None, weight
-    total = None
-    if logabsdet:
-        total = phi.log_derivative_sum(h).add_(packed.log_diagonal.sum())
-    return phi.activate(h), total, h, weight
+    y, total = phi.activated(h, logabsdet=logabsdet)
+    return y, None if total is None else total.add_(packed.log_diagonal.sum()), h, weight
 
 
 def factored_forward(
@@ -128,8 +126,8 @@ def _activated_product(
     """(φ(A x + b), log|det J| or None, h = A x + b or None); φ meets each run of rows still in the cache."""
     if is_one_sweep(x, product=True):
         whole = _affine(x, weight, bias)
-        logs = phi.log_derivative_sum(whole).add_(packed.log_diagonal.sum()) if logabsdet else None
-        return phi.activate(whole), logs, whole
+        y, logs = phi.activated(whole, logabsdet=logabsdet)
+        return y, None if logs is None else logs.add_(packed.log_diagonal.sum()), whole
     y = torch.empty_like(x)
     h = torch.empty_like(x) if save else None
     total = torch.empty(x.shape[0], dtype=wide(x.dtype), device=x.device) if logabsdet else None
@@ -148,9 +146,7 @@ def _activated_product(
             torch.mm(x_part, weight.T, out=h_part)
         else:
             torch.addmm(bias, x_part, weight.T, out=h_part)
-        phi.activate_into(y_part, h_part)
-        if total is not None:
-            phi.log_derivative_sum_into(total[rows], h_part)
+        phi.activated_into(y_part, None if total is None else total[rows], h_part)
     return y, None if total is None else total.add_(packed.log_diagonal.sum()), h
 
 
@@ -401,9 +397,9 @@ def stacked_forward(
     constant = packed.log_diagonal.sum(-1, keepdim=True)
     if phi is None:
         return h, constant.expand(x.shape[:2]).contiguous() if logabsdet else None, None, weight
-    rows = h.flatten(0, 1)
-    total = phi.log_derivative_sum(rows).reshape(x.shape[:2]).add_(constant) if logabsdet else None
-    return phi.activate(rows).reshape(x.shape), total, h if save else None, weight
+    y, total = phi.activated(h.flatten(0, 1), logabsdet=logabsdet)
+    total = None if total is None else total.reshape(x.shape[:2]).add_(constant)
+    return y.reshape(x.shape), total, h if save else None, weight
 
 
 def stacked_backward(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lunet_fast.ops import dispatch
 from lunet_fast.ops.by_layers import net_backward_by_layers, net_by_layers
-from lunet_fast.ops.cpu import layer, leaky_softplus  # noqa: F401  (importing a kind is what registers it)
+from lunet_fast.ops.cpu import layer, leaky_softplus, spline  # noqa: F401  (importing a kind registers it)
 from lunet_fast.ops.cpu.elementwise import elementwise
 from lunet_fast.ops.cpu.layer import Needs, keeps_factors
 from lunet_fast.ops.cpu.matrix import Packed, composes
@@ -30,7 +30,8 @@ def kept(x: Tensor, matrix: Matrix) -> tuple[bool, bool]:
 def activation_forward(x: Tensor, activation: Activation, logabsdet: bool) -> tuple[Tensor, Tensor]:
     phi, h = elementwise(activation, x.dtype), rows(x)
     assert phi is not None
-    return shaped(phi.activate(h), x), row_values(phi.log_derivative_sum(h) if logabsdet else None, x)
+    y, total = phi.activated(h, logabsdet=logabsdet)
+    return shaped(y, x), row_values(total, x)
 
 
 @implements("pytorch")
@@ -67,7 +68,7 @@ def layer_forward(x: Tensor, matrix: Matrix, activation: Activation, logabsdet: 
     """(y, log|det J| per row, h, A). The last two are for backward: h is empty without an activation, and
     A holds nothing meaningful when it was not formed (``composes``). Where U and L − I are kept too, they are
     what ``factored_forward`` keeps instead: s·h, and [3, D, D]."""
-    keeps_h, factored = dispatch.kept(x, matrix) if save else (False, False)
+    keeps_h, factored = dispatch.kept(x, matrix, activation) if save else (False, False)
     packed, phi = Packed.of(matrix), elementwise(activation, x.dtype)
     weight: Tensor | None
     if factored:
