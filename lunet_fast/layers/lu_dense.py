@@ -35,7 +35,8 @@ class LUDense(StructuredLayer):
     upper triangle U, diagonal s with u_ii = sign_i·exp(s_i)) and ``bias`` [D]. The signs ``sign`` [D] and the
     row permutation ``permutation`` [D] are buffers; see ``lunet_fast.layers.structure`` for what averaging
     can do to them. u_ii cannot reach zero: exp is positive, and |s_i| beyond 80 (700 in float64, 9 in
-    float16) counts as that bound. The exponential makes log|det A| = Σ s_i linear in the parameters, and weight decay pulls A towards the identity instead of towards a singular matrix.
+    float16) counts as that bound. The exponential makes log|det A| = Σ s_i linear in the parameters,
+    and weight decay pulls A towards the identity instead of towards a singular matrix.
 
     The layer starts at A = I + O(0.1/√D) with b = 0.
 
