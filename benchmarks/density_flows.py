@@ -129,7 +129,7 @@ DIGITS_FLOWS: dict[str, dict[str, Make]] = {
     "LULinear + splines (nflows)": {"S": nflows(1, 8), "M": nflows(2, 12), "L": nflows(3, 32)},
 }
 
-#: On the plane (D 2), at three sizes of about 150, 300 and 1,200 numbers.
+#: For 2-D toy densities, at three sizes of about 150, 300 and 1,200 parameters.
 PLANE_FLOWS: dict[str, dict[str, Make]] = {
     "LU-Net": {"S": lunet(8), "M": lunet(16), "L": lunet(32)},
     "RealNVP (zuko)": {

@@ -32,12 +32,12 @@ class Weight(ReadOnlyTensor):  # type: ignore[metaclass]
 class LUDense(StructuredLayer):
     """y = φ(A x + b) with A = Pᵀ L U, (2.1): a drop-in for a square ``nn.Linear`` that can be inverted.
 
-    It has as many numbers as ``nn.Linear``: one parameter ``lu`` [D, D] (strict lower triangle L, strict
+    It has as many parameters as ``nn.Linear``: one parameter ``lu`` [D, D] (strict lower triangle L, strict
     upper triangle U, diagonal s with u_ii = sign_i·exp(s_i)) and ``bias`` [D]. The signs ``sign`` [D] and the
-    row permutation ``permutation`` [D] are buffers; see ``lunet_fast.structure`` for what averaging can do to
-    them. u_ii cannot reach zero: exp is positive, and |s_i| beyond 80 (700 in
-    float64, 9 in float16) counts as that bound. The exponential makes log|det A| = Σ s_i linear in the
-    parameters, and weight decay pulls A towards the identity instead of towards a singular matrix.
+    row permutation ``permutation`` [D] are buffers; see ``lunet_fast.layers.structure`` for what averaging
+    can do to them. u_ii cannot reach zero: exp is positive, and |s_i| beyond 80 (700 in float64, 9 in
+    float16) counts as that bound. The exponential makes log|det A| = Σ s_i linear in the parameters,
+    and weight decay pulls A towards the identity instead of towards a singular matrix.
 
     The layer starts at A = I + O(0.1/√D) with b = 0.
 

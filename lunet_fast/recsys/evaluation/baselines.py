@@ -1,8 +1,8 @@
 """Other recommenders, tuned and behind one interface, for ``lunet-fast compare``.
 
-Each :class:`Baseline` takes the training part as :class:`~.ratings.Ratings` and gives back a
-:class:`~.fitted.Fitted`, which speaks of users and items by our indices. The methods whose package is "ours"
-are here; the others are in :mod:`~lunet_fast.recsys.evaluation.adapters`, and their packages come with
+Each :class:`Baseline` takes the training part as :class:`~lunet_fast.recsys.data.ratings.Ratings` and gives
+back a :class:`~.fitted.Fitted`, which speaks of users and items by our indices. The methods whose package is
+"ours" are here; the others are in :mod:`~lunet_fast.recsys.evaluation.adapters`, and their packages come with
 ``pip install "lunet-fast[baselines]"``.
 
 For the methods that rank, every training rating is an interaction, whatever its value. The settings for
@@ -66,7 +66,7 @@ class Baseline:
             training: the training part on the CPU; the ids of its users and items may be more than occur.
             seed: for methods that draw numbers; seeds count modulo 2^31.
             size: the bundled data set nearest in size, ``ml-100k`` or ``ml-1m``
-                (:func:`~.config.nearest_dataset`).
+                (:func:`~lunet_fast.recsys.model.config.nearest_dataset`).
 
         Raises:
             ImportError: the package is missing, see :func:`missing`.

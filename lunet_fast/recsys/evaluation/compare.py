@@ -138,9 +138,9 @@ def compare(
 ) -> Comparison:
     """Train and measure ``methods`` with every seed, one process at a time, on one thread each.
 
-    Rating methods are measured on the random split of :func:`~.splits.random_split`, ranking methods on
-    :func:`~.splits.leave_one_out`, the hybrid model with one set of weights on :func:`~.splits.joint_split`,
-    whose training part is smaller. A seed is that of the split, of the candidates and of the method.
+    Of :mod:`~lunet_fast.recsys.data.splits`, rating methods are measured on ``random_split``, ranking methods
+    on ``leave_one_out``, the hybrid model with one set of weights on ``joint_split``, whose training part is
+    smaller. A seed is that of the split, of the candidates and of the method.
 
     Args:
         ratings: the complete data, on the CPU. Without distinct ratings (interactions) there is nothing to

@@ -160,7 +160,8 @@ def _seed_list(comparison: Comparison) -> str:
 def csv_text(comparison: Comparison) -> str:
     """The rows with every digit, a column for each figure and its spread, lists of seeds by spaces.
 
-    Texts are :func:`~.spreadsheet.spreadsheet_safe`: what another package says of its failure is not ours.
+    Texts are :func:`~lunet_fast.recsys.data.spreadsheet.spreadsheet_safe`: what another package says of its
+    failure is not ours.
     """
     header = ["key", "method", "package", "kind", "seeds"]
     for name in FIGURES:

@@ -30,7 +30,7 @@ class Fitted:
     """
 
     parameters: int
-    """Numbers that training has set; 0 for a method that has none to speak of."""
+    """Of the trained method; 0 for one that has none to speak of."""
     predict: Callable[[Tensor, Tensor], Tensor | None] = lambda users, items: None
     """(users ``[N]``, items ``[N]``) -> ratings float32 ``[N]``, not clipped to the scale; None from a method
     that does not predict ratings."""

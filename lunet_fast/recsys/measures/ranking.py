@@ -54,9 +54,9 @@ def sampled_ranking(
     """Leave-one-out: each held-out pair's item against its candidates; HR@k, NDCG@k and MRR.
 
     ``users`` and ``items``, int64 ``[H]``, are the held-out pairs, ``candidates`` int64 ``[H, C]`` their
-    :func:`~.splits.draw_candidates`, -1 for none. Returns ``hr@k`` and ``ndcg@k`` for each k of ``ks``, and
-    ``mrr``, means over the H pairs; ranks, ties and -inf are those of :func:`~.metrics.ranks`. A pair without
-    any candidate has rank 1.
+    :func:`~lunet_fast.recsys.data.splits.draw_candidates`, -1 for none. Returns ``hr@k`` and ``ndcg@k`` for
+    each k of ``ks``, and ``mrr``, means over the H pairs; ranks, ties and -inf are those of
+    :func:`~.metrics.ranks`. A pair without any candidate has rank 1.
 
     Users are scored USER_CHUNK at a time, and the result does not depend on that number. Time beside
     ``score_items`` O(H C); USER_CHUNK (I + C) numbers of memory. ValueError where the shapes do not fit,

@@ -171,8 +171,9 @@ def evaluate(model: RatingModel, parts: Parts, device: torch.device | str = "cpu
     """All metrics of a model on the parts that it was not trained on; the model is on the CPU afterwards.
 
     ``test_mse`` and ``test_rmse`` of the clipped predictions on the test part; the reconstruction error over
-    the test pairs, or else the held-out ones; and :func:`~.protocols.evaluate_ranking`'s. With the threads
-    of ``model.config`` they are those of ``metrics.json`` to the last digit.
+    the test pairs, or else the held-out ones; and those of
+    :func:`~lunet_fast.recsys.measures.protocols.evaluate_ranking`. With the threads of ``model.config`` they
+    are those of ``metrics.json`` to the last digit.
     """
     values: dict[str, float] = {}
     pairs = parts.test or parts.held_out

@@ -107,13 +107,14 @@ def reproduce(
 
     Beside them ``reproduction.json``, from which :func:`write_report` writes them again. The run folders lie
     below ``out``. A finished training there is used as it is, an interrupted one goes on
-    (:func:`~.training.train` with ``resume``); one with other settings is refused by ``RunFolderError``.
+    (:func:`~lunet_fast.recsys.model.training.train` with ``resume``); one with other settings is refused by
+    ``RunFolderError``.
 
     Args:
         out: the folder, made where it is not there.
         machine: processor, versions, commit and date, for the report.
         datasets, seeds, skip: as for :func:`plan`.
-        data_dir: as for :func:`.movielens.load`.
+        data_dir: as for :func:`~lunet_fast.recsys.data.movielens.load`.
         results: folder with committed result files, whose parts the report quotes; what was not trained here
             is taken from there too where it can be, and marked.
         device: where to train.
