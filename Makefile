@@ -13,7 +13,7 @@ TORCH     := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow fuzz scale lint format bench bench-all bench-compare bench-density kernels-report gpu-check clean
+.PHONY: help train test test-slow test-oldest fuzz scale lint format bench bench-all bench-compare bench-density kernels-report gpu-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,6 +28,9 @@ test: $(VENV)/.dev  ## the test suite, about 5 minutes on 2 cores
 test-slow: $(VENV)/.dev  ## the long tests, thirty kills among them; about 40 minutes
 	$(BIN)/python -m pytest -q -m slow
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/kernels/interpreted
+
+test-oldest: build/oldest/.installed  ## the layers on the oldest PyTorch, Triton and NumPy promised; 15 minutes
+	build/oldest/bin/python benchmarks/oldest.py
 
 fuzz: $(VENV)/.dev  ## 130,000 broken files; atheris guides them where `pip install '.[fuzz]'` has it
 	$(BIN)/python tests/fuzz/ratings.py --inputs 120000 --archives 5000 --models 5000 --seed 0
@@ -81,6 +84,14 @@ $(VENV)/.torch: constraints.txt
 	else \
 		$(BIN)/python -m pip install --constraint constraints.txt $(TORCH); \
 	fi
+	@touch $@
+
+# pyproject.toml's lower bounds; NumPy is the newest that this Triton's interpreter works with.
+OLDEST := torch==2.11.0 triton==3.6.0 'numpy<2.4'
+
+build/oldest/.installed: Makefile
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet $(OLDEST) pandas pytest hypothesis mpmath
 	@touch $@
 
 $(VENV)/.train: $(VENV)/.torch pyproject.toml

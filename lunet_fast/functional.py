@@ -10,8 +10,9 @@ Stacked layers. With lu [K, D, D], bias and sign [K, D], x is [K, ..., D]: K lay
 shared and without permutation, forward and its backward as batched products, the inverse one layer after
 another. ``torch.func.vmap`` over parameters comes out as this.
 
-dtypes. x has the dtype of ``lu``. Under autocast x is lowered to the autocast dtype in the forward
-direction, as for a linear layer; the inverse is computed in float32 or wider.
+dtypes. x has the dtype of ``lu``; or, in bfloat16 and float16, that of ``sign`` beside a float32 ``lu``.
+Under autocast x is lowered to the autocast dtype in the forward direction, as for a linear layer; the inverse
+is computed in float32 or wider.
 
 Cost, for N rows. Forward: 2·N·D² flops plus 2·D³/3 to form L U when N > D; inverse the same; the
 log-determinant O(D) per row on top. Memory: the result, and h = A x + b when gradients are recorded.
@@ -115,14 +116,16 @@ def _check_shapes(
         )
 
 
-def _matching(name: str, x: Tensor, lu: Tensor, *, lower: bool) -> Tensor:
-    """x in the dtype to compute in: the autocast dtype if ``lower`` and autocast is on, else that of lu."""
+def _matching(name: str, x: Tensor, lu: Tensor, sign: Tensor | None, *, lower: bool) -> Tensor:
+    """x in the dtype to compute in: the autocast dtype if ``lower`` and autocast is on, else its own."""
     if reference.autocast_enabled(x) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type) if lower else reference.wide(lu.dtype))
     if x.dtype != lu.dtype:
-        raise TypeError(
-            f"{name} is {x.dtype} and the layer's lu is {lu.dtype}; convert one with .to(), or use autocast"
-        )
+        stored_wide = sign is not None and x.dtype == sign.dtype and reference.wide(x.dtype) == lu.dtype
+        if not stored_wide:
+            raise TypeError(
+                f"{name} is {x.dtype} and the layer's lu is {lu.dtype}; convert one with .to(), or use autocast"
+            )
     return x
 
 
@@ -164,7 +167,7 @@ def _layer(
     logabsdet: bool,
 ) -> tuple[Tensor, Tensor]:
     _check("x", x, lu, bias, sign, permutation)
-    x = _matching("x", x, lu, lower=True)
+    x = _matching("x", x, lu, sign, lower=True)
     learnt, fixed = _split(slopes, x)
     return autograd.layer(x, lu, bias, learnt, sign, permutation, fixed, logabsdet)
 
@@ -179,7 +182,7 @@ def _layer_inverse(
     logabsdet: bool,
 ) -> tuple[Tensor, Tensor]:
     _check("y", y, lu, bias, sign, permutation)
-    y = _matching("y", y, lu, lower=False)
+    y = _matching("y", y, lu, sign, lower=False)
     learnt, fixed = _split(slopes, y)
     return autograd.layer_inverse(y, lu, bias, learnt, sign, permutation, fixed, logabsdet)
 
@@ -264,7 +267,7 @@ def net(
             f"x must have {lu.shape[-1]} features in its last dimension, on {lu.device}, got shape "
             f"{tuple(x.shape)} on {x.device}"
         )
-    x = _matching("x", x, lu, lower=not inverse)
+    x = _matching("x", x, lu, sign, lower=not inverse)
     learnt, fixed = (slopes, (1.0, 0.0, 1.0)) if isinstance(slopes, Tensor) else _split(slopes, x)
     y, total = autograd.net(x, lu, bias, learnt, sign, fixed, inverse, logabsdet)
     return y, total if logabsdet else None

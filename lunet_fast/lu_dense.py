@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +21,13 @@ class LUDense(nn.Module):
     It has as many numbers as ``nn.Linear``: one parameter ``lu`` [D, D] (strict lower triangle L, strict
     upper triangle U, diagonal s with u_ii = sign_i·exp(s_i)) and ``bias`` [D]. The signs and the row
     permutation P are buffers. u_ii cannot reach zero: exp is positive, and |s_i| beyond 80 (700 in
-    float64, 9 in float16) counts as that bound. The exponential makes log|det A| = Σ s_i linear in the
+    float64) counts as that bound. The exponential makes log|det A| = Σ s_i linear in the
     parameters, and weight decay pulls A towards the identity instead of towards a singular matrix.
+
+    In bfloat16 and float16, by ``dtype`` or by ``.to()``, rows come in and go out in that dtype and products
+    are taken in it, but the parameters stay float32: an error in one factor reaches A multiplied by the
+    other, ‖|L||U|‖/‖A‖ times, which is 20 to 600 for ``nn.Linear``'s initial weights of D = 64 to 1024. The
+    attribute ``dtype`` is the rows'.
 
     The layer starts at A = I + O(0.1/√D) with b = 0.
 
@@ -29,7 +35,7 @@ class LUDense(nn.Module):
         in_features: D.
         out_features: D again, if given: only square layers are invertible.
         bias: learn an additive b.
-        device, dtype: as in ``nn.Linear``.
+        device, dtype: as in ``nn.Linear``; for bfloat16 and float16 see below.
         activation: a ``LeakySoftplus``, a ``GeneralizedLeakySoftplus``, or None for an affine layer.
         permutation: [D] int64, the rows of P: (P A)[i] = A[permutation[i]]; None for no permutation.
 
@@ -76,10 +82,12 @@ class LUDense(nn.Module):
             )
         self.in_features = in_features
         self.out_features = in_features
-        self.lu = nn.Parameter(torch.empty(in_features, in_features, device=device, dtype=dtype))
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        stored = reference.wide(dtype)
+        self.lu = nn.Parameter(torch.empty(in_features, in_features, device=device, dtype=stored))
         if bias:
             self.bias: nn.Parameter | None = nn.Parameter(
-                torch.empty(in_features, device=device, dtype=dtype)
+                torch.empty(in_features, device=device, dtype=stored)
             )
         else:
             self.register_parameter("bias", None)
@@ -98,6 +106,24 @@ class LUDense(nn.Module):
             self.sign.fill_(1.0)
             if self.bias is not None:
                 self.bias.zero_()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows; the parameters' too, unless it is bfloat16 or float16, where they are float32."""
+        return self.sign.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LUDense:
+        parameters = [p for p in self._parameters.values() if p is not None]
+        own = {id(t) for p in parameters for t in (p, p.grad) if t is not None}
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            stored = reference.wide(found.dtype) if found.is_floating_point() else found.dtype
+            if id(tensor) not in own or found.dtype == stored or tensor.dtype == found.dtype:
+                return found
+            return tensor.to(found.device, stored)
+
+        return super()._apply(moved, recurse)
 
     def _slopes(self) -> Slopes | None:
         return None if self.activation is None else self.activation.slopes()
@@ -133,7 +159,7 @@ class LUDense(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A = Pᵀ L U [D, D], formed anew at each access and differentiable; read-only. O(D³)."""
-        return functional.lu_weight(self.lu, self.sign, self.permutation)
+        return functional.lu_weight(self.lu, self.sign, self.permutation).to(self.dtype)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, activation: BijectiveActivation | None = None) -> LUDense:
@@ -146,7 +172,8 @@ class LUDense(nn.Module):
         Raises:
             TypeError: not an ``nn.Linear``.
             ValueError: the weight is not square, not finite, or singular to working precision
-                (min|u_ii| ≤ D·eps·max|u_ii|), or u_ii lies outside what the layer can hold.
+                (min|u_ii| ≤ D·eps·max|u_ii|, eps that of float32 or wider), or u_ii lies outside what the layer
+                can hold.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
@@ -166,15 +193,16 @@ class LUDense(nn.Module):
         diagonal = packed.diagonal()
         magnitude = diagonal.abs()
         low, high = float(magnitude.min()), float(magnitude.max())
-        if low <= rows * torch.finfo(weight.dtype).eps * high:
+        # By the precision of the factorisation: low digits of the weight are no error of it.
+        if low <= rows * torch.finfo(work.dtype).eps * high:
             raise ValueError(
                 f"linear.weight is singular to working precision: |u_ii| from {low:.3g} to {high:.3g}"
             )
-        bound = reference.LOG_DIAGONAL_BOUND[weight.dtype]
+        bound = reference.LOG_DIAGONAL_BOUND[work.dtype]
         if max(-math.log(low), math.log(high)) > bound:
             raise ValueError(
                 f"linear.weight has |u_ii| from {low:.3g} to {high:.3g}; this layer holds exp(±{bound:g}) in "
-                f"{weight.dtype}: rescale the weight or use a wider dtype"
+                f"{work.dtype}: rescale the weight or use a wider dtype"
             )
         layer = cls(
             columns,
@@ -204,7 +232,7 @@ class LUDense(nn.Module):
             self.out_features,
             bias=self.bias is not None,
             device=self.lu.device,
-            dtype=self.lu.dtype,
+            dtype=self.dtype,
         )
         with torch.no_grad():
             linear.weight.copy_(self.weight)
