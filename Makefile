@@ -30,7 +30,7 @@ test-slow: $(VENV)/.dev  ## the long tests, thirty kills among them; about 40 mi
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/kernels/interpreted
 
 test-oldest: build/oldest/.installed  ## the layers on the oldest PyTorch, Triton and NumPy promised; 15 minutes
-	build/oldest/bin/python benchmarks/oldest.py
+	PYTHONPATH=. build/oldest/bin/python benchmarks/oldest.py
 
 fuzz: $(VENV)/.dev  ## 130,000 broken files; atheris guides them where `pip install '.[fuzz]'` has it
 	$(BIN)/python tests/fuzz/ratings.py --inputs 120000 --archives 5000 --models 5000 --seed 0

@@ -124,7 +124,8 @@ def _matching(name: str, x: Tensor, lu: Tensor, sign: Tensor | None, *, lower: b
         stored_wide = sign is not None and x.dtype == sign.dtype and reference.wide(x.dtype) == lu.dtype
         if not stored_wide:
             raise TypeError(
-                f"{name} is {x.dtype} and the layer's lu is {lu.dtype}; convert one with .to(), or use autocast"
+                f"{name} is {x.dtype} and the layer's lu is {lu.dtype}; convert one with .to(), or use "
+                "autocast"
             )
     return x
 

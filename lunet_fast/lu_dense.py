@@ -172,8 +172,8 @@ class LUDense(nn.Module):
         Raises:
             TypeError: not an ``nn.Linear``.
             ValueError: the weight is not square, not finite, or singular to working precision
-                (min|u_ii| ≤ D·eps·max|u_ii|, eps that of float32 or wider), or u_ii lies outside what the layer
-                can hold.
+                (min|u_ii| ≤ D·eps·max|u_ii|, eps that of float32 or wider), or u_ii lies outside what the
+                layer can hold.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
