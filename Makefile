@@ -13,7 +13,7 @@ TORCH     := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow docs fuzz scale lint format bench bench-all bench-compare bench-density kernels-report gpu-check clean
+.PHONY: help train test test-slow test-oldest docs fuzz scale lint format bench bench-all bench-compare bench-density kernels-report gpu-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -32,6 +32,9 @@ test-slow: $(VENV)/.dev  ## the long tests, thirty kills among them; about 40 mi
 docs: $(VENV)/.dev  ## the documentation into site/, warnings as errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "documentation: site/index.html"
+
+test-oldest: build/oldest/.installed  ## the layers on the oldest PyTorch, Triton and NumPy promised; 15 minutes
+	PYTHONPATH=. build/oldest/bin/python benchmarks/oldest.py
 
 fuzz: $(VENV)/.dev  ## 130,000 broken files; atheris guides them where `pip install '.[fuzz]'` has it
 	$(BIN)/python tests/fuzz/ratings.py --inputs 120000 --archives 5000 --models 5000 --seed 0
@@ -85,6 +88,14 @@ $(VENV)/.torch: constraints.txt
 	else \
 		$(BIN)/python -m pip install --constraint constraints.txt $(TORCH); \
 	fi
+	@touch $@
+
+# pyproject.toml's lower bounds; NumPy is the newest that this Triton's interpreter works with.
+OLDEST := torch==2.11.0 triton==3.6.0 'numpy<2.4'
+
+build/oldest/.installed: Makefile
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet $(OLDEST) pandas pytest hypothesis mpmath
 	@touch $@
 
 $(VENV)/.train: $(VENV)/.torch pyproject.toml

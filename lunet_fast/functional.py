@@ -10,8 +10,9 @@ Stacked layers. With lu [K, D, D], bias and sign [K, D], x is [K, ..., D]: K lay
 shared and without permutation, forward and its backward as batched products, the inverse one layer after
 another. ``torch.func.vmap`` over parameters comes out as this.
 
-dtypes. x has the dtype of ``lu``. Under autocast x is lowered to the autocast dtype in the forward
-direction, as for a linear layer; the inverse is computed in float32 or wider.
+dtypes. x has the dtype of ``lu``; or, in bfloat16 and float16, that of ``sign`` beside a float32 ``lu``.
+Under autocast x is lowered to the autocast dtype in the forward direction, as for a linear layer; the inverse
+is computed in float32 or wider.
 
 Cost, for N rows. Forward: 2·N·D² flops plus 2·D³/3 to form L U when N > D; inverse the same; the
 log-determinant O(D) per row on top. Memory: the result, and h = A x + b when gradients are recorded.
@@ -126,14 +127,18 @@ def _check_shapes(name: str, x: Tensor, matrix: Matrix) -> None:
         )
 
 
-def _matching(name: str, x: Tensor, lu: Tensor, *, lower: bool) -> Tensor:
-    """x in the dtype to compute in: the autocast dtype if ``lower`` and autocast is on, else that of lu."""
+def _matching(name: str, x: Tensor, matrix: Matrix, *, lower: bool) -> Tensor:
+    """x in the dtype to compute in: the autocast dtype if ``lower`` and autocast is on, else its own."""
+    lu, sign = matrix.lu, matrix.sign
     if autocast_enabled(x) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type) if lower else wide(lu.dtype))
     if x.dtype != lu.dtype:
-        raise TypeError(
-            f"{name} is {x.dtype} and the layer's lu is {lu.dtype}; convert one with .to(), or use autocast"
-        )
+        stored_wide = sign is not None and x.dtype == sign.dtype and wide(x.dtype) == lu.dtype
+        if not stored_wide:
+            raise TypeError(
+                f"{name} is {x.dtype} and the layer's lu is {lu.dtype}; convert one with .to(), or use "
+                "autocast"
+            )
     return x
 
 
@@ -150,7 +155,7 @@ def layer(x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsde
     ``lu_dense``."""
     _check("y" if inverse else "x", x, matrix)
     _check_slopes(x, phi)
-    x = _matching("y" if inverse else "x", x, matrix.lu, lower=not inverse)
+    x = _matching("y" if inverse else "x", x, matrix, lower=not inverse)
     name = "layer_inverse" if inverse else "layer_forward"
     return autograd.apply(name, x, matrix, phi, logabsdet)
 
@@ -170,7 +175,7 @@ def net(x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet:
             f"x must have {lu.shape[-1]} features in its last dimension, on {lu.device}, got shape "
             f"{tuple(x.shape)} on {x.device}"
         )
-    x = _matching("x", x, lu, lower=not inverse)
+    x = _matching("x", x, matrix, lower=not inverse)
     return autograd.apply("net_inverse" if inverse else "net_forward", x, matrix, phi, logabsdet)
 
 

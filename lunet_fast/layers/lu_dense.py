@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -35,9 +36,14 @@ class LUDense(StructuredLayer):
     It has as many parameters as ``nn.Linear``: one parameter ``lu`` [D, D] (strict lower triangle L, strict
     upper triangle U, diagonal s with u_ii = sign_i·exp(s_i)) and ``bias`` [D]. The signs ``sign`` [D] and the
     row permutation ``permutation`` [D] are buffers; see ``lunet_fast.layers.structure`` for what averaging
-    can do to them. u_ii cannot reach zero: exp is positive, and |s_i| beyond 80 (700 in float64, 9 in
-    float16) counts as that bound. The exponential makes log|det A| = Σ s_i linear in the parameters,
-    and weight decay pulls A towards the identity instead of towards a singular matrix.
+    can do to them. u_ii cannot reach zero: exp is positive, and |s_i| beyond 80 (700 in float64) counts as
+    that bound. The exponential makes log|det A| = Σ s_i linear in the parameters, and weight decay pulls A
+    towards the identity instead of towards a singular matrix.
+
+    In bfloat16 and float16, by ``dtype`` or by ``.to()``, rows come in and go out in that dtype and products
+    are taken in it, but the parameters stay float32: an error in one factor reaches A multiplied by the
+    other, ‖|L||U|‖/‖A‖ times, which is 20 to 600 for ``nn.Linear``'s initial weights of D = 64 to 1024. The
+    attribute ``dtype`` is the rows'.
 
     The layer starts at A = I + O(0.1/√D) with b = 0.
 
@@ -45,7 +51,7 @@ class LUDense(StructuredLayer):
         in_features: D.
         out_features: D again, if given: only square layers are invertible.
         bias: learn an additive b.
-        device, dtype: as in ``nn.Linear``.
+        device, dtype: as in ``nn.Linear``; for bfloat16 and float16 see above.
         activation: a ``BijectiveActivation``, or None for an affine layer.
         permutation: [D] int64, the rows of P: (P A)[i] = A[permutation[i]]; None for no permutation.
 
@@ -98,10 +104,12 @@ class LUDense(StructuredLayer):
             )
         self.in_features = in_features
         self.out_features = in_features
-        self.lu = nn.Parameter(torch.empty(in_features, in_features, device=device, dtype=dtype))
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        stored = wide(dtype)
+        self.lu = nn.Parameter(torch.empty(in_features, in_features, device=device, dtype=stored))
         if bias:
             self.bias: nn.Parameter | None = nn.Parameter(
-                torch.empty(in_features, device=device, dtype=dtype)
+                torch.empty(in_features, device=device, dtype=stored)
             )
         else:
             self.register_parameter("bias", None)
@@ -132,6 +140,24 @@ class LUDense(StructuredLayer):
             self._write("lu", lu)
             if self.bias is not None:
                 self._write("bias", bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows; the parameters' too, unless it is bfloat16 or float16, where they are float32."""
+        return self._buffers["sign"].dtype  # type: ignore[union-attr]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        parameters = [p for p in self._parameters.values() if p is not None]
+        own = {id(t) for p in parameters for t in (p, p.grad) if t is not None}
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            stored = wide(found.dtype) if found.is_floating_point() else found.dtype
+            if id(tensor) not in own or found.dtype == stored or tensor.dtype == found.dtype:
+                return found
+            return tensor.to(found.device, stored)
+
+        return super()._apply(moved, recurse)
 
     def _write(self, name: str, value: Tensor) -> None:
         """Give the parameter of this name a value; under ``torch.no_grad``.
@@ -208,7 +234,7 @@ class LUDense(StructuredLayer):
         Read-only: a write to it, to its ``.data`` or to its rows would be lost and raises ``RuntimeError``;
         not within ``torch.compile``, tracing and ``torch.func``, where it is a plain tensor.
         """
-        return read_only(functional.lu_weight(self.lu, *self._structure()), Weight)
+        return read_only(functional.lu_weight(self.lu, *self._structure()).to(self.dtype), Weight)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, activation: BijectiveActivation | None = None) -> LUDense:
@@ -221,7 +247,8 @@ class LUDense(StructuredLayer):
         Raises:
             TypeError: not an ``nn.Linear``, or of a dtype that this layer does not have, as complex64.
             ValueError: the weight is not square, not finite, or singular to working precision
-                (min|u_ii| ≤ D·eps·max|u_ii|), or u_ii lies outside what the layer can hold.
+                (min|u_ii| ≤ D·eps·max|u_ii|, eps that of float32 or wider), or u_ii lies outside what the
+                layer can hold.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
@@ -242,15 +269,16 @@ class LUDense(StructuredLayer):
         diagonal = packed.diagonal()
         magnitude = diagonal.abs()
         low, high = float(magnitude.min()), float(magnitude.max())
-        if low <= rows * torch.finfo(weight.dtype).eps * high:
+        # By the precision of the factorisation: low digits of the weight are no error of it.
+        if low <= rows * torch.finfo(work.dtype).eps * high:
             raise ValueError(
                 f"linear.weight is singular to working precision: |u_ii| from {low:.3g} to {high:.3g}"
             )
-        bound = LOG_DIAGONAL_BOUND[weight.dtype]
+        bound = LOG_DIAGONAL_BOUND[work.dtype]
         if max(-math.log(low), math.log(high)) > bound:
             raise ValueError(
                 f"linear.weight has |u_ii| from {low:.3g} to {high:.3g}; this layer holds exp(±{bound:g}) in "
-                f"{weight.dtype}: rescale the weight or use a wider dtype"
+                f"{work.dtype}: rescale the weight or use a wider dtype"
             )
         layer = cls(
             columns,
@@ -280,7 +308,7 @@ class LUDense(StructuredLayer):
             self.out_features,
             bias=self.bias is not None,
             device=self.lu.device,
-            dtype=self.lu.dtype,
+            dtype=self.dtype,
         )
         with torch.no_grad():
             linear.weight.copy_(self.weight)

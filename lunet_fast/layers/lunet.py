@@ -78,7 +78,7 @@ class LUNet(nn.Module):
     and at least the activation's slopes apart, so depth is limited. A fresh net (D = 64, normal data) in
     float32 passes with 9 layers at α = 0.1, 19 at 0.5 and 64 at 0.9, in float64 with 13, 39 and 128.
 
-    "reversible" computes in float32 or float64, under autocast too; bfloat16 or float16 parameters raise
+    "reversible" computes in float32 or float64, under autocast too; a bfloat16 or float16 net raises
     TypeError. Under ``torch.compile`` and ``torch.func``, in forward mode, and where a layer has hooks of
     its own (those of FSDP, for one) or is not a plain ``LUDense``, layers are called one by one, as "saved".
 
@@ -317,10 +317,10 @@ class LUNet(nn.Module):
 
     def _invertible(self, x: Tensor) -> Tensor:
         """x in a dtype that inversion can be trusted in; low precision from autocast is widened."""
-        dtype = self._layers()[0].lu.dtype  # a replica of DataParallel has no parameters()
+        dtype = self._layers()[0].dtype  # a replica of DataParallel has no parameters()
         if dtype not in reversible.DTYPES:
             raise TypeError(
-                f"memory='reversible' needs float32 or float64 parameters, got {dtype}, in which inversion "
+                f"memory='reversible' needs a float32 or float64 net, not {dtype}, in which inversion "
                 "loses what gradients need; set memory='saved', or keep float32 parameters and use autocast"
             )
         lowered = autocast_enabled(x) and x.is_floating_point() and x.dtype != torch.float64
@@ -359,7 +359,7 @@ class LUNet(nn.Module):
                 report.append(LayerCondition(f"layers.{index}", _kappa_1(lower), _kappa_1(upper), *slope))
                 if x is not None:
                     x = layer(x)
-        dtype = self._layers()[0].lu.dtype
+        dtype = self._layers()[0].dtype
         condition = Condition(tuple(report), -math.log10(torch.finfo(dtype).eps), kept)
         if not condition.is_good:
             # NaN, which compares with nothing, is the worst.
@@ -382,9 +382,9 @@ class LUNet(nn.Module):
 
     def _normal_rows(self) -> tuple[str, Tensor]:
         """Their name, and 64 rows, the same at each call."""
-        like = self._layers()[0].lu
+        like = self._layers()[0]
         rows = torch.randn(64, self.features, generator=torch.Generator().manual_seed(0))
-        return "standard normal rows", rows.to(like.device, like.dtype)
+        return "standard normal rows", rows.to(like.lu.device, like.dtype)
 
     def _digits_kept(self, x: Tensor) -> float:
         """Decimal digits that f⁻¹(f(x)) has in its worst row, -inf where it is not finite.

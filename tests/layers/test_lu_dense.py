@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import truth
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
@@ -606,8 +606,55 @@ def test_half_precision_forward(dtype: torch.dtype, activation: str) -> None:
         # h is known to eps of its size, and log phi' moves with it by at most 0.3 a unit here.
         assert ((logabsdet.double() - exact_logabsdet).abs() <= 3 * eps * 24**0.5 * size).all()
         y.float().sum().backward()
-        assert layer.lu.grad.dtype == dtype
+        assert layer.lu.grad.dtype == layer.lu.dtype == torch.float32
         assert layer.lu.grad.isfinite().all()
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found.detach().double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [64, 600])
+@pytest.mark.parametrize("d", [32, 256])
+def test_half_precision_is_as_good_as_a_linear_layer(d: int, rows: int, dtype: torch.dtype) -> None:
+    """Factors in the low dtype would lose ten times as much: pivoting makes them large beside A."""
+    linear, x = nn.Linear(d, d), normal(rows, d, dtype=torch.float32)
+    exact = (x.double() @ linear.weight.double().T + linear.bias.double()).detach()
+    layer = LUDense.from_linear(linear).to(dtype)
+    y = layer(x.to(dtype))
+    assert (y.dtype, layer.dtype, layer.lu.dtype) == (dtype, dtype, torch.float32)
+    assert relative(y, exact) <= 1.2 * relative(linear.to(dtype)(x.to(dtype)), exact)
+
+
+def test_half_precision_and_back_keeps_the_factors() -> None:
+    layer = make(24, "leaky", dtype=torch.float32, coupling=0.3)
+    layer(normal(4, 24, dtype=torch.float32)).sum().backward()
+    kept, gradient = layer.lu.detach().clone(), layer.lu.grad.clone()
+    for low in (torch.bfloat16, torch.float16):
+        layer = layer.to(low)
+        assert layer.to_linear().weight.dtype == layer.weight.dtype == low
+        layer = layer.to(torch.float32)
+        assert torch.equal(layer.lu, kept)
+        assert torch.equal(layer.lu.grad, gradient)
+    assert layer.double().lu.dtype == torch.float64
+    assert layer.bfloat16().lu.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_a_half_precision_layer_is_trained(dtype: torch.dtype) -> None:
+    layer, x = LUDense(8, dtype=dtype), normal(40, 8, dtype=dtype)
+    target = x.flip(-1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.3)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        losses.append((layer(x) - target).float().square().mean())
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    with pytest.raises(TypeError, match="use autocast"):
+        LUDense(8)(x)
 
 
 @pytest.mark.parametrize("rows", [3, 100])
@@ -623,6 +670,40 @@ def test_bfloat16_inverse_is_the_inverse_of_what_was_stored(rows: int) -> None:
 
 
 # ---- nn.Linear
+
+
+@given(
+    d=st.integers(1, 64),
+    seed=st.integers(0, 10_000),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    scale=st.sampled_from([1e-3, 1.0, 30.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_from_linear_takes_sound_low_weights(d: int, seed: int, dtype: torch.dtype, scale: float) -> None:
+    """Their digits are few, but exact: whether they are singular is for the factorisation to say."""
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(d, d, dtype=dtype)
+    with torch.no_grad():
+        # Singular values within 1 of 4: sound by construction, whatever rounding does.
+        basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0]
+        linear.weight.copy_(scale * (basis * torch.linspace(3, 5, d, dtype=torch.float64)))
+    layer = LUDense.from_linear(linear)
+    assert layer.dtype == dtype
+    exact = linear.weight.detach().double()
+    state = truth.read(layer)
+    assert relative(truth.weight(state.lu, state.sign, state.permutation), exact) <= 1e-5
+    assert torch.equal(layer.to_linear().weight, linear.weight) or (
+        relative(layer.to_linear().weight, exact) <= torch.finfo(dtype).eps
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_from_linear_refuses_singular_weights_of_any_dtype(dtype: torch.dtype) -> None:
+    linear = nn.Linear(20, 20, dtype=dtype)
+    with torch.no_grad():
+        linear.weight[3] = 2 * linear.weight[11]
+    with pytest.raises(ValueError, match="singular to working precision"):
+        LUDense.from_linear(linear)
 
 
 @dtypes

@@ -479,7 +479,7 @@ def test_rows_that_are_not_finite_stay_by_themselves() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_refused(method: str, dtype: torch.dtype) -> None:
     net = make(dtype=torch.float32).to(dtype)
-    with pytest.raises(TypeError, match="needs float32 or float64 parameters"):
+    with pytest.raises(TypeError, match="needs a float32 or float64 net"):
         getattr(net, method)(normal(3, D).to(dtype))
     net.memory = "saved"
     assert outputs(net, method, normal(3, D).to(dtype))[0].dtype == dtype
