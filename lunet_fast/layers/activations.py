@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from typing import Any
@@ -49,6 +48,14 @@ class BijectiveActivation(nn.Module, ABC):
     Raises:
         TypeError: the subclass lacks one of the three methods.
     """
+
+    # The class in which ``fused`` was defined last, for which it speaks.
+    _described: type[BijectiveActivation]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "fused" in vars(cls):
+            cls._described = cls
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -103,6 +110,9 @@ class BijectiveActivation(nn.Module, ABC):
             return self.forward(zeros), self.log_derivative(zeros).exp()
 
 
+BijectiveActivation._described = BijectiveActivation
+
+
 def call(
     activation: BijectiveActivation, x: Tensor, *, inverse: bool, logabsdet: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -115,22 +125,15 @@ def call(
 def fused_of(activation: BijectiveActivation) -> Activation | None:
     """``activation.fused()``, or None where the module has to be called: a subclass or a patch replaced one
     of its methods, or hooks hang on it."""
-    if is_replaced(activation, _described_by(type(activation))):
+    if is_replaced(activation, activation._described):
         return None
     return activation.fused()
-
-
-@functools.cache
-def _described_by(cls: type[BijectiveActivation]) -> type:
-    """The class in which ``fused`` was defined last, for which it speaks."""
-    return next(each for each in cls.__mro__ if "fused" in vars(each))
 
 
 #: What of a layer or an activation can be replaced.
 _METHODS = ("forward", "inverse", "log_derivative", "forward_and_logabsdet", "inverse_and_logabsdet")
 
 
-@functools.cache
 def _overrides(cls: Any, base: Any) -> bool:
     return any(getattr(cls, name, None) is not getattr(base, name, None) for name in _METHODS)
 
@@ -208,7 +211,7 @@ class SoftplusFamily(BijectiveActivation):
 
     def _is_other(self) -> bool:
         """Whether φ is another function: a subclass or a patch replaced it."""
-        return is_replaced(self, _described_by(type(self)), hooks=False)
+        return is_replaced(self, self._described, hooks=False)
 
     def tangent_at_zero(self, features: int) -> tuple[Tensor | float, Tensor | float]:
         """(φ(0), φ′(0)) of a fresh activation."""
