@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -236,8 +236,7 @@ def _process_told(workers: Workers, stop: Signals) -> Iterator[None]:
         fail(RuntimeError(f"process {workers.rank} of {workers.world_size}: {error}"), 1)
 
 
-@dataclass(frozen=True)
-class Training:
+class Training(NamedTuple):
     """What a user asks for."""
 
     dataset: str

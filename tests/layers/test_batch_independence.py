@@ -3,7 +3,7 @@
 Twice the same call, and rows that are spoilt beside it, leave a row its bits. Its place and the number of
 rows do not: PyTorch's BLAS sums products at the edge of a tile in another order, one row goes another way
 than many, and so do N ≤ D and N > D rows. There a row is the same to rounding, which is what is asserted.
-The kernels' own rows have their bits whatever their place (``kernels/interpreted/test_canaries.py``).
+The kernels' own rows have their bits whatever their place (``tests/kernels/interpreted/test_canaries.py``).
 """
 
 from __future__ import annotations

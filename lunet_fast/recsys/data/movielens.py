@@ -25,8 +25,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -65,8 +66,7 @@ class DataNotFoundError(FileNotFoundError):
     """No source has the data set; the message lists each one, why it failed, and which file to put where."""
 
 
-@dataclass(frozen=True)
-class Located:
+class Located(NamedTuple):
     """The files of a data set, read and checked: name -> content, and the place they came from."""
 
     dataset: str
@@ -196,8 +196,7 @@ def _logged(located: Located) -> Located:
 # Sources: each gives the files, checked, or says in one line why it cannot ----------------------------------
 
 
-@dataclass(frozen=True)
-class _Archive:
+class _Archive(NamedTuple):
     """A zip or wheel that can be fetched and cached."""
 
     file: str
