@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
+    enable_single_level_autograd_function,
+)
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -589,7 +591,7 @@ class Net(torch.autograd.Function):
         return _vmap(pair, args[:5], in_dims[:5]), (0, 0)
 
 
-def _eager(traceable: type[torch.autograd.Function], inputs: int) -> type[torch.autograd.Function]:
+def _eager(traceable: type[torch.autograd.Function], inputs: int) -> Any:
     """The Function for eager mode: with forward-mode derivatives and quick to call.
 
     torch.compile refuses to trace a Function that defines jvp, so what it traces is the class without.
