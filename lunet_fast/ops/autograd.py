@@ -224,9 +224,21 @@ def _function(operation: Operation) -> type[torch.autograd.Function]:
     """The Function of an operation: its results, the first differentiable and those kept for backward not."""
     name, inverse, kept = operation.name, operation.inverse, operation.kept
 
-    def forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        *fields, logabsdet, save = args
-        return _run(name, x, *_values(*fields), logabsdet, *((save,) if kept else ()))
+    # With its arguments written out: torch.compile counts them.
+    def forward(
+        x: Tensor,
+        lu: Tensor | None,
+        bias: Tensor | None,
+        parameters: Tensor | None,
+        sign: Tensor | None,
+        permutation: Tensor | None,
+        kind: str,
+        constants: tuple[float, ...],
+        logabsdet: bool,
+        save: bool,
+    ) -> tuple[Tensor, ...]:
+        values = _values(lu, bias, parameters, sign, permutation, kind, constants)
+        return _run(name, x, *values, logabsdet, *((save,) if kept else ()))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.kind, ctx.constants, ctx.logabsdet = inputs[TENSORS : TENSORS + 3]
