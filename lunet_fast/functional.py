@@ -70,9 +70,8 @@ def _check_floating(name: str, x: Tensor) -> None:
 
 def _check_slopes(x: Tensor, phi: Activation) -> None:
     slopes = phi.parameters
-    if slopes is None or slopes.shape == (3,):
-        return
-    if torch._C._get_tracing_state() is not None:  # then a comparison of shapes is one to warn of
+    # While being traced, a comparison of shapes is one to warn of.
+    if slopes is None or torch._C._get_tracing_state() is not None or slopes.shape == (3,):
         return
     if phi.kind != "leaky_softplus":
         if x.dim() == 0 or slopes.shape[-1] != x.shape[-1]:

@@ -177,38 +177,25 @@ def leaky_softplus_inverse_and_logabsdet(y: Tensor, slopes: Slopes) -> tuple[Ten
 
 
 class Formula(NamedTuple):
-    """An activation in differentiable PyTorch; each function takes x or y and the ``Activation``."""
+    """An activation in differentiable PyTorch; each function takes x or y and ``Activation.numbers``."""
 
-    forward: Callable[[Tensor, Activation], Tensor]
-    inverse: Callable[[Tensor, Activation], Tensor]
-    solve: Callable[[Tensor, Activation], Tensor]
+    forward: Callable[[Tensor, Any], Tensor]
+    inverse: Callable[[Tensor, Any], Tensor]
+    solve: Callable[[Tensor, Any], Tensor]
     """The inverse in PyTorch's operations alone, for what records them."""
-    log_derivative_sum: Callable[[Tensor, Activation], Tensor]
+    log_derivative_sum: Callable[[Tensor, Any], Tensor]
 
 
-def _slopes_of(activation: Activation) -> Slopes:
-    return activation.constants if activation.parameters is None else activation.parameters
-
-
-def _learnt(activation: Activation) -> Tensor:
-    assert activation.parameters is not None
-    return activation.parameters
+def _spline_log_derivative_sum(x: Tensor, parameters: Tensor) -> Tensor:
+    return spline.log_derivative(x, parameters).sum(-1)
 
 
 #: The formulas of each kind of activation.
 ACTIVATIONS = {
     "leaky_softplus": Formula(
-        lambda x, activation: leaky_softplus(x, _slopes_of(activation)),
-        lambda y, activation: leaky_softplus_inverse(y, _slopes_of(activation)),
-        lambda y, activation: solve_leaky_softplus(y, _slopes_of(activation)),
-        lambda x, activation: log_derivative_sum(x, _slopes_of(activation)),
+        leaky_softplus, leaky_softplus_inverse, solve_leaky_softplus, log_derivative_sum
     ),
-    spline.KIND: Formula(
-        lambda x, activation: spline.forward(x, _learnt(activation)),
-        lambda y, activation: spline.inverse(y, _learnt(activation)),
-        lambda y, activation: spline.inverse(y, _learnt(activation)),
-        lambda x, activation: spline.log_derivative(x, _learnt(activation)).sum(-1),
-    ),
+    spline.KIND: Formula(spline.forward, spline.inverse, spline.inverse, _spline_log_derivative_sum),
 }
 
 
@@ -223,11 +210,11 @@ def family(slopes: Slopes | None) -> Activation:
 
 def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """(φ(x), Σ log φ′(x) over the last dimension) or, with ``inverse``, (φ⁻¹(x), that of φ⁻¹ at x)."""
-    formula = ACTIVATIONS[phi.kind]
+    formula, numbers = ACTIVATIONS[phi.kind], phi.numbers
     if inverse:
-        x = formula.inverse(x, phi)
-        return x, -formula.log_derivative_sum(x, phi) if logabsdet else None
-    return formula.forward(x, phi), formula.log_derivative_sum(x, phi) if logabsdet else None
+        x = formula.inverse(x, numbers)
+        return x, -formula.log_derivative_sum(x, numbers) if logabsdet else None
+    return formula.forward(x, numbers), formula.log_derivative_sum(x, numbers) if logabsdet else None
 
 
 def affine(x: Tensor, matrix: Matrix) -> Tensor:

@@ -45,11 +45,11 @@ def quiet() -> Iterator[None]:
 
 def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """(φ(x), Σ log φ′ [...]) or, with ``inverse``, (φ⁻¹(x), −Σ log φ′ [...])."""
-    formula = reference.ACTIVATIONS[phi.kind]
+    formula, numbers = reference.ACTIVATIONS[phi.kind], phi.numbers
     if not inverse:
-        return formula.forward(x, phi), formula.log_derivative_sum(x, phi) if logabsdet else None
-    x = formula.solve(x, phi)
-    return x, -formula.log_derivative_sum(x, phi) if logabsdet else None
+        return formula.forward(x, numbers), formula.log_derivative_sum(x, numbers) if logabsdet else None
+    x = formula.solve(x, numbers)
+    return x, -formula.log_derivative_sum(x, numbers) if logabsdet else None
 
 
 def layer(x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:

@@ -60,6 +60,11 @@ class Activation(NamedTuple):
         """Whether there is no activation."""
         return self.kind == "identity"
 
+    @property
+    def numbers(self) -> Tensor | tuple[float, ...]:
+        """The parameters if there are any, else the constants."""
+        return self.constants if self.parameters is None else self.parameters
+
     def at(self, m: int, layers: int) -> Activation:
         """That of layer m of a net of so many layers, the last one linear."""
         if m == layers - 1:
