@@ -283,6 +283,7 @@ def test_saved_loaded_and_copied(make: Callable[[], BijectiveActivation]) -> Non
 
 @each
 def test_compiled_and_mapped(make: Callable[[], BijectiveActivation]) -> None:
+    torch._dynamo.reset()  # it compiles one function a few times only
     net, x = net_of(make).float(), rows().float()
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), net(x))
