@@ -20,8 +20,9 @@ GRID = tuple(
     for components in (1, 30)
     for rate, decay in ((1e-3, 0.01), (5e-3, 0.01), (5e-3, 0.2))
 )
-DIGITS = DensityConfig(steps=5000, patience=12, learning_rate=5e-3)
-PLANE = DensityConfig(steps=2500, patience=25, batch_size=512, weight_decay=0.0, signs="random")
+LEAKY = DensityConfig(activation="leaky_softplus", input_bins=0, weight_decay=0.2)
+DIGITS = LEAKY.replace(steps=5000, patience=12, learning_rate=5e-3)
+PLANE = LEAKY.replace(steps=2500, patience=25, batch_size=512, weight_decay=0.0, signs="random")
 
 
 class Peer(nn.Module):

@@ -57,8 +57,8 @@ class DensityConfig(Settings):
     learning_rate: Positive | None = None
     """Adam's, falling linearly to 0 at the last step. By default 5e-3, and in more than 64 dimensions
     0.32/D."""
-    weight_decay: NotNegative = 0.2
-    """Of the matrices (decoupled, as in AdamW), which it draws towards the identity."""
+    weight_decay: NotNegative = 0.5
+    """Of matrices and splines (decoupled, as in AdamW), which it draws towards the identity."""
     clip: Positive = 5.0
     """Longest gradient; longer ones are shortened to it."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.998
@@ -81,7 +81,7 @@ class DensityConfig(Settings):
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """As of every :class:`Settings`; those written before there were splines have none."""
         if isinstance(values, dict) and "activation" not in values:
-            values = {"activation": "leaky_softplus", "input_bins": 0, **values}
+            values = {"activation": "leaky_softplus", "input_bins": 0, "weight_decay": 0.2, **values}
         return super().from_dict(values)
 
     def rate(self, features: int) -> float:

@@ -110,7 +110,7 @@ class BijectiveActivation(nn.Module, ABC):
             return self.forward(zeros), self.log_derivative(zeros).exp()
 
 
-BijectiveActivation._described = BijectiveActivation
+BijectiveActivation._described = BijectiveActivation  # type: ignore[type-abstract]
 
 
 def call(

@@ -107,6 +107,9 @@ class MonotoneSpline(BijectiveActivation):
         A constant coordinate gets the interval of width 2 about it. The slopes stay: on data, call it before
         training. O(N·log N) for N rows.
 
+        (Slopes that make each coordinate normal from the start are no better: on digits, after training, the
+        validation loss is 1.902 and 1.938 with them and 1.903 and 1.934 without.)
+
         Raises:
             ValueError: another last dimension than D, or values that are not finite, or none.
         """
@@ -121,29 +124,6 @@ class MonotoneSpline(BijectiveActivation):
         low, high = torch.where(flat, low - 1.0, low), torch.where(flat, high + 1.0, high)
         with torch.no_grad():
             self.grid.copy_(torch.stack([low, (high - low) / self.bins]))
-
-    def gaussianise(self, x: Tensor) -> None:
-        """``fit_range``, and slopes with which each coordinate of x [..., D] comes out near a normal one.
-
-        φ′ at a knot is proportional to that of Φ⁻¹∘F, F the distribution of the data, over the two halves of
-        bins about it, as far as the bound allows; which normal distribution it is, is left to what follows.
-        """
-        self.fit_range(x)
-        rows = x.detach().reshape(-1, self.features).to(self.grid.device, torch.float64)
-        ordered = rows.sort(0).values.T.contiguous()
-        low, step = self.grid.double()
-        places = torch.tensor([0.0, *(k + 0.5 for k in range(self.bins)), float(self.bins)], dtype=torch.float64)
-        edges = (low + places.to(low.device).unsqueeze(-1) * step).T.contiguous()
-        below = torch.searchsorted(ordered, edges).T.double()
-        normal = torch.special.ndtri((below + 0.5) / (len(rows) + 1.0))
-        widths = places.diff().to(low.device).unsqueeze(-1)
-        log_slope = (normal.diff(dim=0) / widths).clamp_min(1e-12).log()
-        log_slope = log_slope - log_slope.mean(0)
-        if self.tails == "identity":
-            log_slope = log_slope[1:-1]
-        share = (log_slope / self.bound).clamp(-0.95, 0.95)
-        with torch.no_grad():
-            self.raw.copy_(self.bound * torch.atanh(share))
 
     def fused(self) -> Activation:
         self._check_grid()

@@ -369,6 +369,37 @@ _TRACEABLE: dict[str, Any] = {operation.name: _function(operation) for operation
 _EAGER: dict[str, Any] = {name: _eager(traceable) for name, traceable in _TRACEABLE.items()}
 
 
+class _Recorded(torch.autograd.Function):
+    """An activation whose results are there already, with a backward that has kept what it needs.
+
+    In eager mode, where nobody watches. What else is asked of the backward goes through the formula.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, parameters: Tensor | None, activation: Activation, logabsdet: bool, found: Any
+    ) -> Outputs:
+        y, total, ctx.gradients = found
+        ctx.activation, ctx.logabsdet = activation._replace(parameters=None), logabsdet
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, parameters)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any, grad_logabsdet: Any) -> tuple[Tensor | None, ...]:
+        x, parameters = ctx.saved_tensors
+        grad, grad_logabsdet = _whole(grad, grad_logabsdet, x, ctx.logabsdet)
+        if torch.is_grad_enabled() or _is_watched(grad, grad_logabsdet):
+            kind, _, constants = ctx.activation
+            pair = _pair(OPERATIONS[0], kind, constants, ctx.logabsdet)
+            tensors = (x, None, None, parameters, None, None)
+            found = _vjp(pair, tensors, (grad, grad_logabsdet))
+            return found[0], found[3], None, None, None
+        with _below_autograd():
+            grad_x, grad_parameters = ctx.gradients(grad, grad_logabsdet if ctx.logabsdet else None)
+        return grad_x, None if parameters is None else grad_parameters, None, None, None
+
+
 def apply(name: str, x: Tensor, matrix: Matrix | None, phi: Activation, logabsdet: bool) -> WithLogabsdet:
     """The first two results of the operation ``name`` on x, past its Function where nothing is recorded."""
     values: Any = (phi,) if matrix is None else (matrix, phi)
@@ -382,11 +413,17 @@ def apply(name: str, x: Tensor, matrix: Matrix | None, phi: Activation, logabsde
         flags = (logabsdet, False) if name.startswith("layer") else (logabsdet,)
         with _below_autograd():
             y, total, *_ = dispatch.run(name, x, *values, *flags)
-    else:
-        kind, parameters, constants = phi
-        function = (_TRACEABLE if torch.compiler.is_compiling() else _EAGER)[name]
-        arguments = (x, lu, bias, parameters, sign, permutation, kind, constants, logabsdet, save)
-        y, total, *_ = function.apply(*arguments)
+        return y, total if logabsdet else None
+    if name == "activation_forward" and not _is_watched(x, None):
+        with _below_autograd():
+            found = dispatch.recorded(x, phi, logabsdet)
+        if found is not None:
+            y, total = _Recorded.apply(x, phi.parameters, phi, logabsdet, found)
+            return y, total if logabsdet else None
+    kind, parameters, constants = phi
+    function = (_TRACEABLE if torch.compiler.is_compiling() else _EAGER)[name]
+    arguments = (x, lu, bias, parameters, sign, permutation, kind, constants, logabsdet, save)
+    y, total, *_ = function.apply(*arguments)
     return y, total if logabsdet else None
 
 

@@ -143,8 +143,22 @@ def run(name: str, x: Tensor, *args: Any) -> Any:
         with torch.autocast(x.device.type, enabled=False):
             return run(name, x, *args)
     activation = next(arg for arg in args if isinstance(arg, Activation))
-    kernels = runs_triton(x) and implementation("triton", "knows")(activation)
-    return implementation("triton" if kernels else "pytorch", name)(x, *args)
+    return implementation(_backend_of(x, activation), name)(x, *args)
+
+
+def _backend_of(x: Tensor, activation: Activation) -> str:
+    return "triton" if runs_triton(x) and implementation("triton", "knows")(activation) else "pytorch"
+
+
+def recorded(x: Tensor, activation: Activation, logabsdet: bool) -> Any:
+    """(φ(x), Σ log φ′(x), a function of the two gradients that gives those of x and the parameters), where an
+    implementation keeps more for its backward than x; else None."""
+    if x.numel() == 0 or _backend_of(x, activation) == "triton":
+        return None
+    if autocast_enabled(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return recorded(x, activation, logabsdet)
+    return implementation("pytorch", "activation_recorded")(x, activation, logabsdet)
 
 
 def kept(x: Tensor, matrix: Matrix, activation: Activation) -> tuple[bool, bool]:

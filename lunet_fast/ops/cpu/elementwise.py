@@ -6,7 +6,7 @@ One that brings nothing is applied beside the layer in plain PyTorch (``layers/l
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from lunet_fast.ops.precision import wide
 from lunet_fast.ops.values import Activation
 
 Gradients = tuple[Tensor, Tensor | None]
+
+#: φ(h), Σ log φ′(h) or None, and ``Elementwise.backward`` of this h.
+Recorded = tuple[Tensor, Tensor | None, Callable[[Tensor, Tensor | None], Gradients]]
 
 
 class Elementwise(ABC):
@@ -79,6 +82,11 @@ class Elementwise(ABC):
         self.activate_into(y, h)
         if total is not None:
             self.log_derivative_sum_into(total, h)
+
+    def recorded(self, h: Tensor, *, logabsdet: bool) -> Recorded | None:
+        """``activated`` with a backward for which something is kept that would have to be found again; None
+        where there is nothing of the kind."""
+        return None
 
     def log_derivative_sum(self, h: Tensor) -> Tensor:
         """Σ log φ′(h) over each row, [N], float32 or wider."""

@@ -35,6 +35,24 @@ def activation_forward(x: Tensor, activation: Activation, logabsdet: bool) -> tu
 
 
 @implements("pytorch")
+def activation_recorded(x: Tensor, activation: Activation, logabsdet: bool) -> Any:
+    """``activation_forward`` and a function of ``activation_backward``'s first two arguments; None where that
+    would keep nothing."""
+    phi = elementwise(activation, x.dtype)
+    assert phi is not None
+    found = phi.recorded(rows(x), logabsdet=logabsdet)
+    if found is None:
+        return None
+    y, total, backward = found
+
+    def of_rows(grad: Tensor, grad_logabsdet: Tensor | None) -> tuple[Tensor, Tensor]:
+        grad_x, totals = backward(rows(grad), row_gradient(grad_logabsdet))
+        return shaped(grad_x, x), activation.parameters_gradient(totals, x)
+
+    return shaped(y, x), row_values(total, x), of_rows
+
+
+@implements("pytorch")
 def activation_inverse(x: Tensor, activation: Activation, logabsdet: bool) -> tuple[Tensor, Tensor]:
     phi = elementwise(activation, x.dtype)
     assert phi is not None

@@ -1,7 +1,8 @@
 """The monotone quadratic spline of ``ops/spline.py``, elementwise on rows.
 
-Per row and coordinate: the bin, three look-ups in tables [K, D], a few products. Nothing of K times the size
-of the rows is made.
+Per row and coordinate: the bin, three look-ups in tables [K + 2, D], a few products. Nothing of K times the
+size of the rows is made. The tails are bins too, the first and the last, in which the slope does not bend: so
+nothing has to ask where an element is.
 """
 
 from __future__ import annotations
@@ -15,21 +16,51 @@ import torch
 from torch import Tensor
 
 from lunet_fast.ops import spline
-from lunet_fast.ops.cpu.elementwise import KINDS, Elementwise
-from lunet_fast.ops.cpu.sweeps import sweeps
+from lunet_fast.ops.cpu.elementwise import KINDS, Elementwise, Gradients, Recorded
+from lunet_fast.ops.cpu.sweeps import column, is_one_sweep, sweeps
 from lunet_fast.ops.values import Activation
 
-_hardtanh_backward_out = torch.ops.aten.hardtanh_backward.grad_input
+#: Bins from which a search for a bin is faster than a look at each.
+SEARCHED = 32
+
+
+@functools.lru_cache(maxsize=32)
+def _from_slopes(bins: int, device: torch.device) -> Tensor:
+    """The matrix [3·(K + 2), K + 1] from slopes at the knots to the three tables: at the left ends of the
+    bins the heights Y − c and the slopes, and how much the slope rises in a bin.
+
+    The first bin ends where the second starts, a step further. In float64, so that its products are what they
+    are whatever precision float32 products are allowed.
+    """
+    eye = torch.eye(bins + 1, dtype=torch.float64)
+    heights = spline.knots(torch.cat([eye.new_zeros(1, bins + 1), eye.new_ones(1, bins + 1), eye])).heights
+    none = eye.new_zeros(1, bins + 1)
+    return torch.cat(
+        [heights[:1] - eye[:1], heights, eye[:1], eye, none, eye[1:] - eye[:-1], none],
+    ).to(device)
+
+
+@functools.lru_cache(maxsize=32)
+def _columns(bins: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The places of the second bin's columns in a flat table [K + 2, D].
+
+    In floating point the arithmetic of places is vectorised, in integers not; but it is exact up to a size.
+    """
+    exact = (bins + 2) * columns < 1 / torch.finfo(dtype).eps
+    return torch.arange(columns, 2 * columns, device=device, dtype=dtype if exact else torch.int64)
 
 
 class _Located(NamedTuple):
-    """Rows in their bins: flat places in the tables, t and w, step·φ′ and step·Δ."""
+    """Rows in their bins: flat places in the tables, t from 0 to 1 in a bin, step·φ′ and its rise there.
+
+    Infinities stand in a tail and NaN anywhere, with their slope; ``odd``, if given, are the rows that say so.
+    """
 
     place: Tensor
     t: Tensor
-    w: Tensor
     slope: Tensor
     bend: Tensor
+    odd: Tensor | None = None
 
 
 class MonotoneSpline(Elementwise):
@@ -38,63 +69,67 @@ class MonotoneSpline(Elementwise):
     def __init__(self, activation: Activation, dtype: torch.dtype) -> None:
         parameters = activation.parameters
         assert parameters is not None
-        self.parameters = parameters
-        self.dtype = dtype
-        own = spline.knots(parameters.to(dtype))
-        self.low, self.step, self.middle = own.low, own.step, own.middle
-        self.per_step = own.step.reciprocal()
-        self.bins = own.slopes.shape[0] - 1
+        self.parameters, self.dtype, self.bins = parameters, dtype, parameters.shape[0] - 3
+        own = parameters.to(dtype)
+        self.low, self.step = own[0], own[1]
+        self.per_step = self.step.reciprocal()
+        self.start = torch.mul(self.low, self.per_step).neg_()
         # In units of x, so that no pass over the rows has to multiply with the step.
-        self.slopes = own.slopes * own.step
-        self.bends = self.slopes[1:] - self.slopes[:-1]
-        self.heights = torch.addcmul(own.middle, own.heights, own.step)
+        tables = _from_slopes(self.bins, own.device) @ (own[2:] * self.step).double()
+        tables[: self.bins + 2] += torch.add(self.low, self.step, alpha=0.5 * self.bins)
+        self.heights, self.slopes, self.bends = tables.to(dtype).view(3, -1).unbind()
+        self.columns = _columns(self.bins, own.shape[1], dtype, own.device)
 
     @classmethod
     def of(cls, activation: Activation, dtype: torch.dtype) -> MonotoneSpline:
         return cls(activation, dtype)
 
-    @functools.cached_property
-    def _log_step(self) -> Tensor:
-        return self.step.log().sum()
-
     def _places(self, index: Tensor) -> Tensor:
-        """Flat places in a table [K, D] of bins [N, D] that are whole numbers in floating point.
-
-        As floating point they are vectorised, as integers not; but there they are exact up to a size only.
-        """
-        columns = self.low.shape[0]
-        across = torch.arange(columns, dtype=index.dtype, device=index.device)
-        if self.bins * columns < 1 / torch.finfo(index.dtype).eps:
-            place = torch.add(across, index, alpha=columns).long()
-        else:
-            place = index.long() * columns + across.long()
-        return place.reshape(-1)
+        """Flat places in a table of bins −1 … K [N, D], whole numbers in floating point."""
+        index = index.to(self.columns.dtype)
+        return torch.add(self.columns, index, alpha=len(self.columns)).long().view(-1)
 
     def _look_up(self, table: Tensor, place: Tensor, like: Tensor) -> Tensor:
-        return table.reshape(-1).index_select(0, place).reshape(like.shape)
+        return table.index_select(0, place).view(like.shape)
 
     def _locate(self, h: Tensor) -> _Located:
-        u = torch.sub(h.to(self.dtype), self.low).mul_(self.per_step)
-        index = u.clamp(0, self.bins - 1).floor_()
-        if not (h.device.type == "cpu" and math.isfinite(h.sum().item())):
-            index.nan_to_num_(0.0)  # NaN is in no bin
-        t = u.sub_(index)
-        w = t.clamp(0.0, 1.0)
+        u = torch.addcmul(self.start, h.to(self.dtype), self.per_step)
+        if h.device.type == "cpu":
+            try:
+                at = self._located(u)
+                # To look for infinities and NaN beforehand would take more passes over the rows.
+                if math.isfinite(at.slope.sum().item()):
+                    return at
+            except IndexError:  # NaN is in no bin
+                pass
+        u = torch.addcmul(self.start, h.to(self.dtype), self.per_step)
+        at = self._located(u.nan_to_num(0.0, self.bins + 1.0, -2.0))
+        return at._replace(slope=torch.where(u.isnan(), u, at.slope), odd=u)
+
+    def _located(self, u: Tensor) -> _Located:
+        """At u = (x − low)/step, in its memory."""
+        index = u.clamp(-1.0, self.bins).floor_()
         place = self._places(index)
-        bend = self._look_up(self.bends, place, w)
-        slope = self._look_up(self.slopes, place, w).addcmul_(w, bend)
-        return _Located(place, t, w, slope, bend)
+        bend = self._look_up(self.bends, place, u)
+        t = u.sub_(index)
+        slope = self._look_up(self.slopes, place, u).addcmul_(t, bend)
+        return _Located(place, t, slope, bend)
 
     # --- forward ---
 
     def _value(self, at: _Located) -> Tensor:
-        y = self._look_up(self.heights, at.place, at.w).addcmul_(at.t, at.slope)
-        return y.addcmul_(at.w.square(), at.bend, value=-0.5)
+        """Height + t·(the mean slope from 0 to t)."""
+        mean = torch.addcmul(at.slope, at.t, at.bend, value=-0.5)
+        y = self._look_up(self.heights, at.place, at.t).addcmul_(at.t, mean)
+        return y if at.odd is None else torch.where(at.odd.isfinite(), y, at.odd)
 
     def _log_sum(self, slope: Tensor) -> Tensor:
-        return slope.log().sum(-1).sub_(self._log_step)
+        return slope.log().sum(-1).sub_(self.step.log().sum())
 
     def activated(self, h: Tensor, *, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
+        if is_one_sweep(h, product=False):
+            at = self._locate(h)
+            return self._value(at).to(h.dtype), self._log_sum(at.slope) if logabsdet else None
         y = torch.empty_like(h)
         total = torch.empty(h.shape[0], dtype=self.dtype, device=h.device) if logabsdet else None
         for h_part, y_part, *total_part in sweeps(h, y, *(() if total is None else (total,))):
@@ -108,7 +143,7 @@ class MonotoneSpline(Elementwise):
             total.copy_(self._log_sum(at.slope))
 
     def activate_into(self, y: Tensor, h: Tensor) -> None:
-        y.copy_(self._value(self._locate(h)))
+        self.activated_into(y, None, h)
 
     def log_derivative_sum_into(self, total: Tensor, h: Tensor) -> None:
         total.copy_(self._log_sum(self._locate(h).slope))
@@ -118,14 +153,31 @@ class MonotoneSpline(Elementwise):
     def backward_into(
         self, grad_h: Tensor, grad_y: Tensor, h: Tensor, ld: Sequence[Tensor], totals: Tensor | None
     ) -> None:
-        at, g = self._locate(h), grad_y.to(self.dtype)
+        grad_h.copy_(self._located_backward(self._locate(h), grad_y.to(self.dtype), ld, totals))
+
+    def _located_backward(
+        self, at: _Located, g: Tensor, ld: Sequence[Tensor], totals: Tensor | None
+    ) -> Tensor:
+        """``backward_into`` of rows in their bins."""
         share = torch.div(ld[0], at.slope) if ld else None
         result = g * at.slope
         if share is not None:
-            result.add_(_within(share * at.bend, at.t))
-        grad_h.copy_(result.mul_(self.per_step))
+            result.addcmul_(share, at.bend)
         if totals is not None:
             self._accumulate(totals, g, share, at)
+        return result.mul_(self.per_step)
+
+    def recorded(self, h: Tensor, *, logabsdet: bool) -> Recorded | None:
+        if not is_one_sweep(h, product=False):
+            return None
+        at = self._locate(h)
+
+        def backward(grad_y: Tensor, grad_logabsdet: Tensor | None) -> Gradients:
+            totals = self.totals(h)
+            grad_h = self._located_backward(at, grad_y.to(self.dtype), column(grad_logabsdet), totals)
+            return grad_h.to(h.dtype), totals
+
+        return self._value(at).to(h.dtype), self._log_sum(at.slope) if logabsdet else None, backward
 
     def inverse_backward_into(
         self, grad_y: Tensor, grad_h: Tensor, h: Tensor, ld: Sequence[Tensor], totals: Tensor | None
@@ -133,37 +185,21 @@ class MonotoneSpline(Elementwise):
         at, g = self._locate(h), grad_h.to(self.dtype)
         share = torch.div(ld[0], at.slope) if ld else None
         if share is not None:
-            g = torch.addcmul(g, _within(share * at.bend, at.t), self.per_step, value=-1.0)
+            g = torch.addcmul(g, share * at.bend, self.per_step, value=-1.0)
         g = (g / at.slope).mul_(self.step)
         grad_y.copy_(g)
         if totals is not None:
-            self._accumulate(totals, -g, None if share is None else -share, at)
+            self._accumulate(totals, g.neg(), None if share is None else share.neg(), at)
 
     def _accumulate(self, totals: Tensor, g: Tensor, share: Tensor | None, at: _Located) -> None:
         """totals ← totals + the slopes' gradient from g of φ and ``share`` = ld/(step·φ′) of step·φ′."""
-        by_slope = g * at.t
-        if share is not None:
-            by_slope.add_(share)
-        half = (g * at.w).mul_(-0.5).add_(by_slope)  # of bend: w·(by_slope − g·w/2)
-        of_heights, of_slopes, of_bends = (
-            torch.zeros(self.bins * self.low.shape[0], dtype=g.dtype, device=g.device)
-            .scatter_add_(0, at.place, values.reshape(-1))
-            .view(self.bins, -1)
-            for values in (g, by_slope, half.mul_(at.w))
-        )
-        slopes = totals[2:]
-        of_slopes = (of_slopes - of_bends).mul_(self.step)
-        slopes[:-1].add_(of_slopes)
-        slopes[1:].addcmul_(of_bends, self.step)
-        of_heights.mul_(self.step)
-        of_rises = (of_heights.sum(0) - of_heights.cumsum(0)).mul_(0.5)
-        middle, whole = self.bins // 2, of_heights.sum(0)
-        of_rises[:middle].sub_(whole, alpha=0.5)
-        if self.bins % 2:
-            slopes[middle].sub_(whole, alpha=0.375)
-            slopes[middle + 1].sub_(whole, alpha=0.125)
-        slopes[:-1].add_(of_rises)
-        slopes[1:].add_(of_rises)
+        by_slope = g * at.t if share is None else torch.addcmul(share, g, at.t)
+        by_bend = torch.addcmul(by_slope, g, at.t, value=-0.5).mul_(at.t)
+        tables = torch.zeros(3, len(self.heights), dtype=g.dtype, device=g.device)
+        for table, values in zip(tables.unbind(), (g, by_slope, by_bend), strict=True):
+            table.scatter_add_(0, at.place, values.view(-1))
+        back = _from_slopes(self.bins, g.device).T @ tables.view(3 * (self.bins + 2), -1).double()
+        totals[2:].addcmul_(back.to(totals.dtype), self.step)
 
     # --- inverse ---
 
@@ -171,29 +207,34 @@ class MonotoneSpline(Elementwise):
         x = torch.empty_like(y)
         for y_part, x_part in sweeps(y, x):
             v = y_part.to(self.dtype)
-            index = self._bins_of(v)
-            place = self._places(index)
-            start, bend = (self._look_up(t, place, v) for t in (self.slopes, self.bends))
-            inside = torch.minimum(torch.maximum(v, self.heights[0]), self.heights[-1])
-            above = inside - self._look_up(self.heights, place, v)
-            slope = torch.addcmul(start.square(), above, bend, value=2.0)
-            slope = slope.clamp_min_(torch.finfo(slope.dtype).tiny).sqrt_()
-            beyond = torch.sub(v, inside, out=inside)
-            w = above.mul_(2.0).div_(slope.add_(start)).masked_fill_(beyond > 0, 1.0)
-            t = beyond.div_(torch.addcmul(start, w, bend)).add_(w).add_(index)
-            x_part.copy_(torch.addcmul(self.low, t, self.step))
+            if v.device.type == "cpu" and math.isfinite(v.sum().item()):
+                x_part.copy_(self._inverse(v))
+            else:
+                x_part.copy_(torch.where(v.isfinite(), self._inverse(v.nan_to_num(0.0, 0.0, 0.0)), v))
         return x
 
+    def _inverse(self, v: Tensor) -> Tensor:
+        """Of finite numbers: the root of t·(start + t·bend/2) = above without a difference."""
+        index = self._bins_of(v)
+        place = self._places(index)
+        start, bend = (self._look_up(t, place, v) for t in (self.slopes, self.bends))
+        above = v - self._look_up(self.heights, place, v)
+        slope = torch.addcmul(start.square(), above, bend, value=2.0)
+        slope = slope.clamp_min_(torch.finfo(slope.dtype).tiny).sqrt_()
+        t = above.div_(slope.add_(start).mul_(0.5))
+        return torch.addcmul(self.low, t.add_(index), self.step)
+
     def _bins_of(self, v: Tensor) -> Tensor:
-        """The bins [N, D] whose heights hold v, as whole numbers in its dtype; NaN in the last one."""
-        inner = self.heights[1:-1].T.contiguous()
-        return torch.searchsorted(inner, v.T.contiguous(), right=True).T.to(v.dtype)
-
-
-def _within(values: Tensor, t: Tensor) -> Tensor:
-    """``values`` where 0 ≤ t ≤ 1, else 0."""
-    info = torch.finfo(t.dtype)
-    return _hardtanh_backward_out(values, t, -info.tiny, 1.0 + 2.0 * info.eps, grad_input=values)
+        """The bins −1 … K [N, D] of these heights, as whole numbers in their dtype."""
+        ends = self.heights.view(self.bins + 2, -1)[1:]
+        if self.bins > SEARCHED:
+            places = torch.searchsorted(ends.T.contiguous(), v.T.contiguous(), right=True)
+            return places.T.to(v.dtype).contiguous().sub_(1.0)
+        # Twice the number of ends below, less their number; on an end, half of one may be missing.
+        twice, side = torch.zeros_like(v), torch.empty_like(v)
+        for end in ends:
+            twice.add_(torch.sign(torch.sub(v, end, out=side), out=side))
+        return twice.add_(self.bins - 1.0).mul_(0.5).floor_()
 
 
 KINDS[spline.KIND] = MonotoneSpline
