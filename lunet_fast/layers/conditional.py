@@ -145,8 +145,8 @@ class GivenContext:
             y, _ = functional.layer(h, layer._matrix(), IDENTITY, inverse=True, logabsdet=False)
             total = total - layer.logabsdet() - delta.sum(-1)
         if self.net.input is not None:
-            y, share = call(self.net.input, y, inverse=True, logabsdet=logabsdet)
-            total = total if share is None else total + share
+            y, of_input = call(self.net.input, y, inverse=True, logabsdet=logabsdet)
+            total = total if of_input is None else total + of_input
         return y, _written_out(total, y.shape[:-1])
 
     def as_transform(self) -> InvertibleTransform:

@@ -102,7 +102,7 @@ class LUNet(nn.Module):
         permutation: str | None = None,
         signs: str = "positive",
         structure_seed: int = 0,
-        input: BijectiveActivation | None = None,
+        input: BijectiveActivation | None = None,  # noqa: A002
     ) -> None:
         super().__init__()
         features, layers = checked_size("features", features), checked_size("layers", layers)
@@ -117,9 +117,8 @@ class LUNet(nn.Module):
         self.signs = signs
         if input is not None and not isinstance(input, BijectiveActivation):
             raise TypeError(f"input must be a BijectiveActivation or None, got {type(input).__name__}")
-        self.register_module("input", copy.deepcopy(input))
-        if input is not None:
-            self.input.to(device=device, dtype=dtype)
+        before_all = copy.deepcopy(input)
+        self.input = None if before_all is None else before_all.to(device=device, dtype=dtype)
         activation = LeakySoftplus(0.1) if activation is None else activation
         # By a generator of its own, on the CPU, whatever the net's device.
         generator = torch.Generator("cpu").manual_seed(checked_size("structure_seed", structure_seed, 0))

@@ -53,7 +53,8 @@ def _columns(bins: int, columns: int, dtype: torch.dtype, device: torch.device) 
 class _Located(NamedTuple):
     """Rows in their bins: flat places in the tables, t from 0 to 1 in a bin, step·φ′ and its rise there.
 
-    Infinities stand in a tail and NaN anywhere, with their slope; ``odd``, if given, are the rows that say so.
+    Infinities stand in a tail and NaN anywhere, with their slope; ``odd``, if given, are the rows that say
+    so.
     """
 
     place: Tensor
