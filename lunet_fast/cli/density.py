@@ -66,7 +66,7 @@ Levels = Annotated[
 ]
 TestFile = Annotated[
     str | None,
-    typer.Option(metavar="PATH", help="The test rows, in a file of their own; then 90 % of the others train."),
+    typer.Option(metavar="PATH", help="The test rows, in a file of their own; 90 % of the others train."),
 ]
 Run = Annotated[
     Path, typer.Option("--run", metavar="DIR", help="Run folder: what `density train` has as `--out`.")
@@ -218,7 +218,7 @@ def evaluate_command(
 def _read_again(
     run: Path, trained: TrainedFlow, dataset: str | None, label_column: str | None, test_file: str | None
 ) -> tuple[Rows, Rows | None]:
-    """The data of the run, and those of its test if in another file; ``ValueError`` where these are others."""
+    """The data of the run, and of its test if in another file; ``ValueError`` where these are others."""
     from lunet_fast.density import data
 
     name = dataset or trained.dataset

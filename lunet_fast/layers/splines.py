@@ -25,7 +25,7 @@ ENDS = (0.0005, 0.9995)
 
 
 class MonotoneSpline(BijectiveActivation):
-    """φ of each coordinate with a slope that is piecewise linear on K uniform bins of an interval [low, high].
+    """φ of each coordinate whose slope is piecewise linear on K uniform bins of an interval [low, high].
 
     φ′ is continuous with the values exp(b·tanh(raw_k/b)) at the K + 1 knots, so it lies between e⁻ᵇ and eᵇ
     and φ, quadratic in each bin, is onto ℝ. Outside of the interval φ is linear. The middle of the interval
@@ -177,7 +177,9 @@ class MonotoneSpline(BijectiveActivation):
 
     def tangent_at_zero(self, features: int) -> tuple[Tensor | float, Tensor | float]:
         """(0, 1): a fresh spline is the identity."""
-        return super().tangent_at_zero(features) if is_replaced(self, MonotoneSpline, hooks=False) else (0.0, 1.0)
+        if is_replaced(self, MonotoneSpline, hooks=False):
+            return super().tangent_at_zero(features)
+        return 0.0, 1.0
 
     def extra_repr(self) -> str:
         return f"features={self.features}, bins={self.bins}, tails={self.tails}, bound={self.bound:g}"

@@ -180,8 +180,7 @@ def _is_watched(*tensors: Any) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
         or any(
-            t is not None
-            and (type(t) not in (Tensor, Parameter) or is_legacy_batchedtensor(t) or t.is_meta)
+            t is not None and (type(t) not in (Tensor, Parameter) or is_legacy_batchedtensor(t) or t.is_meta)
             for t in tensors
         )
     )

@@ -108,7 +108,9 @@ def test_resume_a_finished_run(moons: Path) -> None:
 def test_integers_of_a_file_and_a_test_file(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name, count in (("train", 60), ("test", 12)):
-        np.savetxt(tmp_path / f"{name}.csv", rng.integers(0, 9, (count, 2)), "%d", ",", header="a,b", comments="")
+        np.savetxt(
+            tmp_path / f"{name}.csv", rng.integers(0, 9, (count, 2)), "%d", ",", header="a,b", comments=""
+        )
     data, test, run = (str(tmp_path / name) for name in ("train.csv", "test.csv", "run"))
     files = ("--dataset", data, "--test-file", test)
     result = invoke(*TRAIN, *files, "--out", run)

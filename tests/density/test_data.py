@@ -153,7 +153,9 @@ def test_integer_tables_have_levels(tmp_path: Path) -> None:
     assert data.read(path).levels == 16
     assert data.read(path, levels=20).levels == 20
     assert data.read(path, levels=0).levels is None
-    with pytest.raises(DataError, match="must hold integers from 0 to 9 for 10 levels, holds numbers from 0 to 15"):
+    with pytest.raises(
+        DataError, match="must hold integers from 0 to 9 for 10 levels, holds numbers from 0 to 15"
+    ):
         data.read(path, levels=10)
     (tmp_path / "x.csv").write_text("a,b\n1,2\n3,4\n")
     assert data.read(str(tmp_path / "x.csv")).levels == 5
@@ -178,7 +180,10 @@ def test_test_rows_of_another_file(tmp_path: Path) -> None:
     parts = data.split(rows, 0, test)
     assert (len(parts.training), len(parts.validation), parts.test) == (18, 2, test)
     assert data.source_of(rows, test).startswith(rows.source)
-    for content, told in (("a,kind\n1,x\n", "label 'x', which a has not"), ("a\n25\n", "integers from 0 to 19")):
+    for content, told in (
+        ("a,kind\n1,x\n", "label 'x', which a has not"),
+        ("a\n25\n", "integers from 0 to 19"),
+    ):
         (tmp_path / "c.csv").write_text(content)
         with pytest.raises(DataError, match=told):
             data.read(str(tmp_path / "c.csv"), label_column="kind" if "kind" in content else None, like=rows)

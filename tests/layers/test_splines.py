@@ -1,4 +1,4 @@
-"""MonotoneSpline against quadrature of its slope, at its ends and beyond them, and before the first matrix."""
+"""MonotoneSpline against quadrature of its slope, at its ends and beyond, and before the first matrix."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ from lunet_fast.ops.cpu.elementwise import KINDS, Elementwise, Gradients, Record
 from lunet_fast.ops.cpu.sweeps import column, is_one_sweep, sweeps
 from lunet_fast.ops.values import Activation
 
-
 #: Bins from which a search for a bin is faster than a look at each.
 SEARCHED = 32
 
@@ -54,7 +53,7 @@ def _columns(bins: int, columns: int, dtype: torch.dtype, device: torch.device) 
 class _Located(NamedTuple):
     """Rows in their bins: flat places in the tables, t = x − the bin's left end, φ′, and φ″ there.
 
-    Infinities stand in a tail and NaN anywhere, with their slope; ``odd``, if given, are the rows that say so.
+    Infinities stand in a tail and NaN anywhere, with their slope; ``odd``, if given, says where.
     """
 
     place: Tensor
