@@ -47,7 +47,7 @@ FEW = 5
 TABLE_MEMBERS = 4
 TABLE_FOLDS = 3
 
-FLOW = DensityConfig(steps=1500, patience=5)
+FLOW = DensityConfig(activation="leaky_softplus", input_bins=0, weight_decay=0.2, steps=1500, patience=5)
 SETTINGS = {
     "mixture": FLOW.replace(layers=1),
     "flow": FLOW,

@@ -66,9 +66,7 @@ Levels = Annotated[
 ]
 TestFile = Annotated[
     str | None,
-    typer.Option(
-        metavar="PATH", help="The test rows, in a file of their own; 90 % of the others then train."
-    ),
+    typer.Option(metavar="PATH", help="The test rows, in a file of their own; 90 % of the others train."),
 ]
 Run = Annotated[
     Path, typer.Option("--run", metavar="DIR", help="Run folder: what `density train` has as `--out`.")

@@ -59,8 +59,8 @@ class Rows:
 
     ``values`` [N, D] float32, finite; with ``levels``, integers from 0 to levels − 1. ``labels`` [N] int64
     from 0 on, or None; ``label_names`` what they were called, where they had names. ``image`` is (height,
-    width) where a row is a picture. ``target`` is the density that the rows were drawn from, where known.
-    ``source`` says where they are from, for the results.
+    width) where a row is a picture. ``target`` is the density that the rows were drawn from, where it is
+    known. ``source`` says where they are from, for the results.
     """
 
     name: str
@@ -137,9 +137,9 @@ def read(
     number in every cell. ``label_column`` names a column of classes. Densities on the plane are drawn with
     ``seed``.
 
-    A table of integers from 0 on has a density without bound, so they are levels, one more than the greatest;
-    ``levels`` says how many there are instead, 0 that the numbers of any file are real. ``like`` are rows
-    beside which these are to be used: features, levels and the numbers of labels are theirs.
+    A table of integers from 0 on has a density without bound, so they are levels, one more than the
+    greatest; ``levels`` says how many there are instead, 0 that the numbers of any file are real ones.
+    ``like`` are rows beside which these are to be used: features, levels and numbers of labels are theirs.
 
     Raises :class:`DataError` for a file that is damaged or holds anything but finite numbers,
     ``FileNotFoundError`` for one that is not there, ``ImportError`` where scikit-learn or pyarrow is missing.
@@ -194,8 +194,9 @@ def _levelled(path: Path, rows: Rows, levels: int | None) -> Rows:
         return replace(rows, levels=int(high) + 1)
     if not whole or low < 0 or high >= levels:
         found = f"numbers from {low:g} to {high:g}" if whole else "numbers that are no integers"
-        wanted = f"integers from 0 to {levels - 1} for {levels} levels"
-        raise DataError(f"{path}: must hold {wanted}, holds {found}")
+        raise DataError(
+            f"{path}: must hold integers from 0 to {levels - 1} for {levels} levels, holds {found}"
+        )
     return replace(rows, levels=levels)
 
 

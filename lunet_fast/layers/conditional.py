@@ -116,8 +116,8 @@ class GivenContext:
         check_tensor("x", x)
         total = x.new_zeros(())
         if self.net.input is not None:
-            x, share = call(self.net.input, x, inverse=False, logabsdet=logabsdet)
-            total = total if share is None else total + share
+            x, own = call(self.net.input, x, inverse=False, logabsdet=logabsdet)
+            total = total if own is None else total + own
         for layer, delta, beta in zip(self._layers(), self.delta, self.beta, strict=True):
             h, _ = functional.layer(x, layer._matrix(), IDENTITY, inverse=False, logabsdet=False)
             x = torch.addcmul(beta, delta.exp(), h)
@@ -145,8 +145,8 @@ class GivenContext:
             y, _ = functional.layer(h, layer._matrix(), IDENTITY, inverse=True, logabsdet=False)
             total = total - layer.logabsdet() - delta.sum(-1)
         if self.net.input is not None:
-            y, of_input = call(self.net.input, y, inverse=True, logabsdet=logabsdet)
-            total = total if of_input is None else total + of_input
+            y, own = call(self.net.input, y, inverse=True, logabsdet=logabsdet)
+            total = total if own is None else total + own
         return y, _written_out(total, y.shape[:-1])
 
     def as_transform(self) -> InvertibleTransform:

@@ -69,9 +69,8 @@ class LUNet(nn.Module):
 
     Memory. "saved" keeps each layer's input and pre-activation for backward, about 2·M·N·D numbers.
     "reversible" keeps only the result, N·D (and the input's, if there is one), and up to 32 rows of each
-    layer's input; backward recovers the
-    inputs by inversion and recomputes a layer at a time, about 7·N·D numbers at once whatever M, for
-    about twice the time of a training step.
+    layer's input; backward recovers the inputs by inversion and recomputes a layer at a time, about 7·N·D
+    numbers at once whatever M, for about twice the time of a training step.
 
     The kept rows are compared with the recovered ones, and once inversion has lost half of the digits
     backward raises RuntimeError rather than give wrong gradients. Each layer loses some: by ``condition()``,
@@ -117,8 +116,8 @@ class LUNet(nn.Module):
         self.signs = signs
         if input is not None and not isinstance(input, BijectiveActivation):
             raise TypeError(f"input must be a BijectiveActivation or None, got {type(input).__name__}")
-        before_all = copy.deepcopy(input)
-        self.input = None if before_all is None else before_all.to(device=device, dtype=dtype)
+        own_input = None if input is None else copy.deepcopy(input).to(device=device, dtype=dtype)
+        self.register_module("input", own_input)
         activation = LeakySoftplus(0.1) if activation is None else activation
         # By a generator of its own, on the CPU, whatever the net's device.
         generator = torch.Generator("cpu").manual_seed(checked_size("structure_seed", structure_seed, 0))

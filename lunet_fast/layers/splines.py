@@ -17,12 +17,15 @@ from lunet_fast.ops.values import Activation
 #: What φ is outside of its interval.
 TAILS = ("free", "identity")
 
+#: Products of four slopes stay within float32 up to this bound.
+MOST_BOUND = 20.0
+
 #: The quantiles of data that ``fit_range`` makes the ends of the interval.
 ENDS = (0.0005, 0.9995)
 
 
 class MonotoneSpline(BijectiveActivation):
-    """φ of each coordinate, its slope piecewise linear on K uniform bins of an interval [low, high].
+    """φ of each coordinate whose slope is piecewise linear on K uniform bins of an interval [low, high].
 
     φ′ is continuous with the values exp(b·tanh(raw_k/b)) at the K + 1 knots, so it lies between e⁻ᵇ and eᵇ
     and φ, quadratic in each bin, is onto ℝ. Outside of the interval φ is linear. The middle of the interval
@@ -49,7 +52,7 @@ class MonotoneSpline(BijectiveActivation):
 
     Raises:
         ValueError: features or bins below 1 (2 for identity tails), another word for tails, a bound that is
-            not above 0 and finite, or low not below high; later, where the spline is used, a grid without
+            not above 0 or above 20, or low not below high; later, where the spline is used, a grid without
             finite numbers and widths above 0 was written to it.
         TypeError: features or bins is not an int, or dtype not a real one.
     """
@@ -76,8 +79,8 @@ class MonotoneSpline(BijectiveActivation):
             raise ValueError(f"tails must be one of {', '.join(TAILS)}, got {tails!r}")
         self.bins, self.tails = checked_size("bins", bins, 1 if tails == "free" else 2), tails
         self.bound, self.low, self.high = float(bound), float(low), float(high)
-        if not 0.0 < self.bound < math.inf:
-            raise ValueError(f"bound must be above 0 and finite, got {bound}")
+        if not 0.0 < self.bound <= MOST_BOUND:
+            raise ValueError(f"bound must be above 0 and at most {MOST_BOUND:g}, got {bound}")
         if not (self.low < self.high and math.isfinite(self.high - self.low)):
             raise ValueError(f"low must be below high and both finite, got {low} and {high}")
         check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)

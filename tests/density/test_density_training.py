@@ -291,7 +291,7 @@ def test_divergence_and_integral_of_the_truth_itself() -> None:
 
 
 def test_a_flow_from_before_splines_says_what_it_said() -> None:
-    """``fixtures/flow`` is of when LeakySoftplus was the only activation: 3 layers on 200 rows of moons."""
+    """``fixtures/flow``: 3 layers on 200 rows of moons, when LeakySoftplus was the only activation."""
     folder = Path(__file__).parents[1] / "fixtures" / "flow"
     expected = json.loads((folder / "expected.json").read_text())
     trained = load_flow(folder / "moons.safetensors")

@@ -67,8 +67,8 @@ def test_it_is_the_integral_of_its_slope(
     bins: int, tails: str, seed: int, spread: float, low: float, width: float
 ) -> None:
     bins = max(bins, 2) if tails == "identity" else bins
-    phi = spline(2, bins, tails, seed, low=low, high=low + width)
-    x = spread * torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    phi = spline(4, bins, tails, seed, low=low, high=low + width)
+    x = spread * torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     expected, slopes = (torch.from_numpy(values) for values in by_quadrature(phi, x))
     y, total = phi.forward_and_logabsdet(x)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
@@ -168,6 +168,15 @@ def test_infinities_and_nan_pass_through_and_reach_no_other_row() -> None:
         assert bool(leaf.grad[[0, 2]].isfinite().all())
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_steepest_slopes_have_logarithms(sign: float) -> None:
+    phi = MonotoneSpline(8, bound=20.0)
+    with torch.no_grad():
+        phi.raw.fill_(sign * 1e4)
+    total = phi.forward_and_logabsdet(torch.zeros(2, 8))[1]
+    torch.testing.assert_close(total, torch.full((2,), sign * 160.0))
+
+
 def test_at_the_knots_either_side_may_speak() -> None:
     """Values and first derivatives of φ are continuous there; the inverse finds the knot again."""
     phi = spline(1, 4)
@@ -236,6 +245,7 @@ def test_a_grid_that_is_none_raises_where_it_is_used(spoil: object) -> None:
         ({"bins": 2.5}, TypeError, "bins must be an int"),
         ({"tails": "none"}, ValueError, "tails must be one of free, identity"),
         ({"bound": 0.0}, ValueError, "bound must be above 0"),
+        ({"bound": 21.0}, ValueError, "bound must be above 0 and at most 20"),
         ({"low": 3.0}, ValueError, "low must be below high"),
         ({"dtype": torch.int64}, TypeError, "dtype is torch.int64"),
     ],

@@ -51,10 +51,9 @@ def _columns(bins: int, columns: int, dtype: torch.dtype, device: torch.device) 
 
 
 class _Located(NamedTuple):
-    """Rows in their bins: flat places in the tables, t from 0 to 1 in a bin, step·φ′ and its rise there.
+    """Rows in their bins: flat places in the tables, t = x − the bin's left end, φ′, and φ″ there.
 
-    Infinities stand in a tail and NaN anywhere, with their slope; ``odd``, if given, are the rows that say
-    so.
+    Infinities stand in a tail and NaN anywhere, with their slope; ``odd``, if given, says where.
     """
 
     place: Tensor
@@ -75,10 +74,12 @@ class MonotoneSpline(Elementwise):
         self.low, self.step = own[0], own[1]
         self.per_step = self.step.reciprocal()
         self.start = torch.mul(self.low, self.per_step).neg_()
+        tables = (_from_slopes(self.bins, own.device) @ own[2:].double()).to(dtype)
+        heights, slopes, rises = tables.view(3, self.bins + 2, -1).unbind()
         # In units of x, so that no pass over the rows has to multiply with the step.
-        tables = _from_slopes(self.bins, own.device) @ (own[2:] * self.step).double()
-        tables[: self.bins + 2] += torch.add(self.low, self.step, alpha=0.5 * self.bins)
-        self.heights, self.slopes, self.bends = tables.to(dtype).view(3, -1).unbind()
+        middle = torch.add(self.low, self.step, alpha=0.5 * self.bins)
+        self.heights = torch.addcmul(middle, heights, self.step).view(-1)
+        self.slopes, self.bends = slopes.reshape(-1), torch.mul(rises, self.per_step).view(-1)
         self.columns = _columns(self.bins, own.shape[1], dtype, own.device)
 
     @classmethod
@@ -112,7 +113,7 @@ class MonotoneSpline(Elementwise):
         index = u.clamp(-1.0, self.bins).floor_()
         place = self._places(index)
         bend = self._look_up(self.bends, place, u)
-        t = u.sub_(index)
+        t = u.sub_(index).mul_(self.step)
         slope = self._look_up(self.slopes, place, u).addcmul_(t, bend)
         return _Located(place, t, slope, bend)
 
@@ -125,7 +126,12 @@ class MonotoneSpline(Elementwise):
         return y if at.odd is None else torch.where(at.odd.isfinite(), y, at.odd)
 
     def _log_sum(self, slope: Tensor) -> Tensor:
-        return slope.log().sum(-1).sub_(self.step.log().sum())
+        """Σ log φ′; of products of four where that saves logarithms: ``MonotoneSpline.bound`` keeps them from
+        running out of the range."""
+        if slope.shape[-1] % 4 == 0:
+            first, second, third, fourth = slope.chunk(4, -1)
+            slope = (first * second).mul_(third).mul_(fourth)
+        return slope.log().sum(-1)
 
     def activated(self, h: Tensor, *, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
         if is_one_sweep(h, product=False):
@@ -166,7 +172,7 @@ class MonotoneSpline(Elementwise):
             result.addcmul_(share, at.bend)
         if totals is not None:
             self._accumulate(totals, g, share, at)
-        return result.mul_(self.per_step)
+        return result
 
     def recorded(self, h: Tensor, *, logabsdet: bool) -> Recorded | None:
         if not is_one_sweep(h, product=False):
@@ -186,21 +192,23 @@ class MonotoneSpline(Elementwise):
         at, g = self._locate(h), grad_h.to(self.dtype)
         share = torch.div(ld[0], at.slope) if ld else None
         if share is not None:
-            g = torch.addcmul(g, share * at.bend, self.per_step, value=-1.0)
-        g = (g / at.slope).mul_(self.step)
+            g = torch.addcmul(g, share, at.bend, value=-1.0)
+        g = g / at.slope
         grad_y.copy_(g)
         if totals is not None:
             self._accumulate(totals, g.neg(), None if share is None else share.neg(), at)
 
     def _accumulate(self, totals: Tensor, g: Tensor, share: Tensor | None, at: _Located) -> None:
-        """totals ← totals + the slopes' gradient from g of φ and ``share`` = ld/(step·φ′) of step·φ′."""
+        """totals ← totals + the slopes' gradient from g of φ and ``share`` = ld/φ′ of φ′."""
         by_slope = g * at.t if share is None else torch.addcmul(share, g, at.t)
         by_bend = torch.addcmul(by_slope, g, at.t, value=-0.5).mul_(at.t)
         tables = torch.zeros(3, len(self.heights), dtype=g.dtype, device=g.device)
         for table, values in zip(tables.unbind(), (g, by_slope, by_bend), strict=True):
             table.scatter_add_(0, at.place, values.view(-1))
-        back = _from_slopes(self.bins, g.device).T @ tables.view(3 * (self.bins + 2), -1).double()
-        totals[2:].addcmul_(back.to(totals.dtype), self.step)
+        of_heights, _, of_bends = tables.view(3, self.bins + 2, -1).unbind()
+        of_heights.mul_(self.step)
+        of_bends.mul_(self.per_step)
+        totals[2:].add_(_from_slopes(self.bins, g.device).T @ tables.view(3 * (self.bins + 2), -1).double())
 
     # --- inverse ---
 
@@ -223,7 +231,7 @@ class MonotoneSpline(Elementwise):
         slope = torch.addcmul(start.square(), above, bend, value=2.0)
         slope = slope.clamp_min_(torch.finfo(slope.dtype).tiny).sqrt_()
         t = above.div_(slope.add_(start).mul_(0.5))
-        return torch.addcmul(self.low, t.add_(index), self.step)
+        return t.add_(torch.addcmul(self.low, index, self.step))
 
     def _bins_of(self, v: Tensor) -> Tensor:
         """The bins −1 … K [N, D] of these heights, as whole numbers in their dtype."""
