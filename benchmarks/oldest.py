@@ -43,12 +43,12 @@ def run(file: str) -> tuple[dict[str, int], list[str]]:
 
 
 def main() -> None:
+    machine = describe()  # now: the commit that is tested
     rows, wrong = [], []
     for file in FILES:
         counts, failures = run(file)
         rows.append(f"| {file} | " + " | ".join(str(counts[name]) for name in COUNTS) + " |")
         wrong += failures or [f"{file} did not run"] * bool(counts["error"])
-    machine = describe()
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     text = [
         "# The oldest versions",
