@@ -95,7 +95,7 @@ OLDEST := torch==2.11.0 triton==3.6.0 'numpy<2.4'
 
 build/oldest/.installed: Makefile
 	$(PYTHON) -m venv build/oldest
-	build/oldest/bin/python -m pip install --quiet $(OLDEST) pandas pytest hypothesis mpmath
+	build/oldest/bin/python -m pip install --quiet $(OLDEST) pandas pydantic safetensors filelock pytest hypothesis mpmath
 	@touch $@
 
 $(VENV)/.train: $(VENV)/.torch pyproject.toml

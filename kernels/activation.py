@@ -462,9 +462,7 @@ def row_wise(x: Tensor, y: Tensor, total: Tensor | None, activation: Activation,
     tile = tiles.activation_tile("inverse" if inverse else "forward", D)
     launch(
         *(activation_kernel, (triton.cdiv(N, tile.rows),), tile),
-        *(x, y, total, activation),
-        N=N,
-        D=D,
+        *(x, y, total, activation, N, D),
         INVERSE=inverse,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -538,9 +536,7 @@ def row_gradients(
     sums = memory_for_sums(x, programs, column_sums, slope_sums)
     launch(
         *(activation_bwd_kernel, (programs * blocks, K), tile),
-        *(grad, grad_logabsdet, x, out, sums, activation_of(slopes, D, fast=fast)),
-        N=N,
-        D=D,
+        *(grad, grad_logabsdet, x, out, sums, activation_of(slopes, D, fast=fast), N, D),
         INVERSE=inverse,
         COLUMN_SUMS=column_sums,
         SLOPE_SUMS=slope_sums,

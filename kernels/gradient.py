@@ -414,9 +414,7 @@ def _fused_backward(
     sums = memory_for_sums(x, programs, needs_bias, slope_sums)
     launch(
         *(layer_bwd_kernel, (programs, K), tile),
-        *(grad_y, grad_logabsdet, x, weight, bias, grad_x, weights, sums, activation_of(slopes, D)),
-        N=N,
-        D=D,
+        *(grad_y, grad_logabsdet, x, weight, bias, grad_x, weights, sums, activation_of(slopes, D), N, D),
         COLUMN_SUMS=needs_bias,
         SLOPE_SUMS=slope_sums,
         PRECISION=precision,
@@ -455,15 +453,11 @@ def _preactivation_backward(
     sums = memory_for_sums(x, programs, needs_bias, slope_sums)
     launch(
         *(preactivation_bwd_kernel, (programs * blocks, K), tile),
-        *(grad_y, grad_logabsdet, x, weight, bias, grad_h, sums, activation_of(slopes, D)),
-        N=N,
-        D=D,
+        *(grad_y, grad_logabsdet, x, weight, bias, grad_h, sums, activation_of(slopes, D), N, D),
         COLUMN_SUMS=needs_bias,
         SLOPE_SUMS=slope_sums,
         PRECISION=precision,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        INNER=tile.inner,
+        **tile.blocks,
     )
     return grad_h, *split_sums(sums, slopes, needs_bias)
 
@@ -495,13 +489,9 @@ def _weight_gradient(grad_h: Tensor, x: Tensor, precision: str, *, bias: bool) -
     sums = torch.empty((K, splits, D), dtype=torch.float32, device=x.device) if bias else None
     launch(
         *(weight_gradient_kernel, (blocks * splits, K), tile),
-        *(grad_h, x, weights, sums),
-        N=N,
-        D=D,
+        *(grad_h, x, weights, sums, N, D),
         PRECISION=precision,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        INNER=tile.inner,
+        **tile.blocks,
     )
     # One split is the sum: no second launch.
     grad_weight = weights[:, 0] if splits == 1 else weights.sum(1)

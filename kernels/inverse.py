@@ -247,9 +247,7 @@ def inverse_weight(
         *(lu, inverses, permutation, magnitudes, running, weight, conditions),
         D=D,
         PRECISION=precision,
-        ROWS=tile.rows,
-        BLOCK=tile.columns,
-        INNER=tile.inner,
+        **tile.triangle,
     )
     return weight, conditions.amax(-1)
 
@@ -347,12 +345,8 @@ def _multiply(
     tile = tiles.inverse_product_tile(D, precision, tiles.architecture(h))
     launch(
         *(inverse_product_kernel, (triton.cdiv(N, tile.rows) * triton.cdiv(D, tile.columns), K), tile),
-        *(h, weight, bias, x, total, constant, condition),
-        N=N,
-        D=D,
+        *(h, weight, bias, x, total, constant, condition, N, D),
         ACTIVATION=active,
         PRECISION=precision,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        INNER=tile.inner,
+        **tile.blocks,
     )

@@ -190,13 +190,9 @@ def layer_inverse_backward(
     launch(
         *(layer_inv_bwd_kernel, (programs, K), tile),
         *(grad_x, grad_logabsdet, h, lu, inverses, permutation, scratch, grad_right),
-        *(None if h is None else grad_y, sums, activation_of(slopes, D, fast=fast)),
-        N=N,
-        D=D,
+        *(None if h is None else grad_y, sums, activation_of(slopes, D, fast=fast), N, D),
         PRECISION=precision,
-        ROWS=tile.rows,
-        BLOCK=tile.columns,
-        INNER=tile.inner,
+        **tile.triangle,
         BLOCKS=blocks_held(tile, D),
     )
     return grad_right, grad_y, split_sums(sums, slopes, False)[1]

@@ -67,7 +67,7 @@ def load_row(ptr, cols, D):
     return tl.load(ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any, **named: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, /, *arguments: Any, **named: Any) -> None:
     """Start ``kernel`` on the device of its first argument, compiled for the tile's warps and stages.
 
     An empty grid starts nothing.

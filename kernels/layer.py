@@ -167,14 +167,10 @@ def layer_forward(
     y, h, partial = forward_outputs(x, blocks, slopes, logabsdet=logabsdet, save=save)
     launch(
         *(layer_fwd_kernel, (triton.cdiv(N, tile.rows) * blocks, K), tile),
-        *(x, weight, bias, y, h, partial, constant, activation_of(slopes, D, fast=fast)),
-        N=N,
-        D=D,
+        *(x, weight, bias, y, h, partial, constant, activation_of(slopes, D, fast=fast), N, D),
         TRANSPOSED=transposed,
         PRECISION=precision,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        INNER=tile.inner,
+        **tile.blocks,
     )
     return y, row_totals(x, partial, constant) if logabsdet else None, h
 

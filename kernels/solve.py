@@ -368,13 +368,10 @@ def substitute(
     check_factors(lu, inverses, permutation, K, D)
     launch(
         *(layer_inv_kernel, (triton.cdiv(N, tile.rows), K), tile),
-        *(y, lu, inverses, bias, permutation, x, running(x, tile), h, total, constant, condition, activation),
-        N=N,
-        D=D,
+        *(y, lu, inverses, bias, permutation, x, running(x, tile), h, total, constant, condition),
+        *(activation, N, D),
         PRECISION=precision,
-        ROWS=tile.rows,
-        BLOCK=tile.columns,
-        INNER=tile.inner,
+        **tile.triangle,
         BLOCKS=blocks_held(tile, D),
     )
 

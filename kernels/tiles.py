@@ -4,9 +4,8 @@ Fixed, not tuned at run time: the first step costs what every other one does, an
 sums in the same order. A tile never depends on the batch size, so neither does a row's result. The
 figures come from compilation (no spills, shared memory in bounds); none has been timed on a GPU.
 
-Who wants to tune does it once and keeps the result: ``benchmarks/gpu/tune_kernels.py`` times other tiles
-on the GPU at hand and writes the better ones to a JSON file; LUNET_FAST_TILES=FILE puts them in the table's
-place.
+To tune, once for a GPU: ``benchmarks/gpu/tune_kernels.py`` times other tiles on it and writes the better ones
+to a JSON file, which LUNET_FAST_TILES=FILE puts in the table's place.
 """
 
 from __future__ import annotations
@@ -31,6 +30,16 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def blocks(self) -> dict[str, int]:
+        """The sizes as kernels of products take them."""
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "INNER": self.inner}
+
+    @property
+    def triangle(self) -> dict[str, int]:
+        """The same for kernels that walk diagonal blocks."""
+        return {"ROWS": self.rows, "BLOCK": self.columns, "INNER": self.inner}
+
 
 _Choice = TypeVar("_Choice", bound=Callable[..., Any])
 
@@ -48,11 +57,8 @@ def _tunable(function: _Choice) -> _Choice:
 
     @functools.wraps(function)
     def choose(*args: Any) -> Any:
-        if _tuned:
-            tile = _tuned.get(call_name(function.__name__, *args))
-            if tile is not None:
-                return tile
-        return function(*args)
+        tile = _tuned.get(call_name(function.__name__, *args)) if _tuned else None
+        return function(*args) if tile is None else tile
 
     return choose  # type: ignore[return-value]
 
