@@ -49,12 +49,12 @@ class BijectiveActivation(nn.Module, ABC):
         TypeError: the subclass lacks one of the three methods.
     """
 
-    # The class in which ``fused`` was defined last, for which it speaks.
+    # The class that ``fused`` speaks for: this one, unless it replaced a method and not ``fused``.
     _described: type[BijectiveActivation]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "fused" in vars(cls):
+        if "fused" in vars(cls) or not _overrides(cls, cls._described):
             cls._described = cls
 
     @abstractmethod
@@ -146,7 +146,14 @@ def is_replaced(module: nn.Module, base: Any, *, hooks: bool = True) -> bool:
     """
     own = module.__dict__
     cls: Any = type(module)
-    if _overrides(cls, base) or any(name in own for name in _METHODS):
+    # Every call of a layer comes here, so no loops.
+    if (cls is not base and _overrides(cls, base)) or (
+        "forward" in own
+        or "inverse" in own
+        or "log_derivative" in own
+        or "forward_and_logabsdet" in own
+        or "inverse_and_logabsdet" in own
+    ):
         return True
     return hooks and bool(
         module._forward_hooks
@@ -186,7 +193,7 @@ class SoftplusFamily(BijectiveActivation):
         return a, c, kappa
 
     def fused(self) -> Activation:
-        return functional.activation_of(self.slopes())
+        return reference.family(self.slopes())
 
     def forward(self, x: Tensor) -> Tensor:
         """φ(x)."""

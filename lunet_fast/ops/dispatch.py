@@ -22,7 +22,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -142,18 +142,21 @@ def run(name: str, x: Tensor, *args: Any) -> Any:
         # which W is formed and triangles are solved.
         with torch.autocast(x.device.type, enabled=False):
             return run(name, x, *args)
+    return implementation(_backend_of(x, args), name)(x, *args)
+
+
+def _backend_of(x: Tensor, args: Sequence[Any]) -> str:
+    """Who computes an operation on x, of which the activation is among ``args``."""
+    if not runs_triton(x):
+        return "pytorch"
     activation = next(arg for arg in args if isinstance(arg, Activation))
-    return implementation(_backend_of(x, activation), name)(x, *args)
-
-
-def _backend_of(x: Tensor, activation: Activation) -> str:
-    return "triton" if runs_triton(x) and implementation("triton", "knows")(activation) else "pytorch"
+    return "triton" if implementation("triton", "knows")(activation) else "pytorch"
 
 
 def recorded(x: Tensor, activation: Activation, logabsdet: bool) -> Any:
     """(φ(x), Σ log φ′(x), a function of the two gradients that gives those of x and the parameters), where an
     implementation keeps more for its backward than x; else None."""
-    if x.numel() == 0 or _backend_of(x, activation) == "triton":
+    if x.numel() == 0 or _backend_of(x, (activation,)) == "triton":
         return None
     if autocast_enabled(x):
         with torch.autocast(x.device.type, enabled=False):
