@@ -110,9 +110,6 @@ class MonotoneSpline(BijectiveActivation):
         A constant coordinate gets the interval of width 2 about it. The slopes stay: on data, call it before
         training. O(N·log N) for N rows.
 
-        (Slopes that make each coordinate normal from the start are no better: on digits, after training, the
-        validation loss is 1.902 and 1.938 with them and 1.903 and 1.934 without.)
-
         Raises:
             ValueError: another last dimension than D, or values that are not finite, or none.
         """
