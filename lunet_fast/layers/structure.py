@@ -90,8 +90,9 @@ class StructuredLayer(nn.Module):
         sign, permutation = self._buffers["sign"], self._buffers["permutation"]
         assert sign is not None
         if torch.compiler.is_compiling():
-            # Here nothing can be raised. What is exported, nobody averages any more.
-            if _is_exporting():
+            # Here nothing can be raised. What is exported, nobody averages any more. (Dynamo of PyTorch 2.11
+            # takes every compilation for an export.)
+            if not torch.compiler.is_dynamo_compiling() and _is_exporting():
                 return sign, permutation
             return _signs_or(sign, self._own_sign), _order_or(permutation, self._own_permutation)
         seen = self._seen
