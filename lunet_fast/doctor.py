@@ -37,6 +37,7 @@ EXTRAS = {
         *("pooch", "safetensors", "filelock"),
     ),
     "parquet": ("pyarrow",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "bench": ("nflows", "normflows", "zuko", "cornac", "myfm"),
     "density": ("scikit-learn",),
     "tune": ("optuna",),
