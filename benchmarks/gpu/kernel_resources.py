@@ -156,13 +156,6 @@ def kernel_modules() -> list[Any]:
     ]
 
 
-def kernel_names() -> set[str]:
-    """Every kernel that is written: what is defined as ``*_kernel`` in a file of kernels/."""
-    files = (ROOT / "kernels").glob("*.py")
-    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    return set(re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE))
-
-
 @contextmanager
 def recording(architecture: int) -> Iterator[list[Launch]]:
     """Let launchers use this architecture's tiles, and keep their launches instead of launching."""

@@ -25,8 +25,6 @@ _MEAN = (
     "with the same structure_seed, or average their parameters alone"
 )
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
-
 
 class StructuredLayer(nn.Module):
     """A module with the buffers ``sign`` [D] and ``permutation`` [D] or None, D its ``in_features``.
@@ -92,7 +90,7 @@ class StructuredLayer(nn.Module):
         if torch.compiler.is_compiling():
             # Here nothing can be raised. What is exported, nobody averages any more. (Dynamo of PyTorch 2.11
             # takes every compilation for an export.)
-            if not torch.compiler.is_dynamo_compiling() and _is_exporting():
+            if not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
                 return sign, permutation
             return _signs_or(sign, self._own_sign), _order_or(permutation, self._own_permutation)
         seen = self._seen
