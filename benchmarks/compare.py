@@ -136,8 +136,9 @@ class Worker:
 
 def compare(base: str, seconds: float, limit: float) -> bool:
     """Print a line for each case; whether any is a regression."""
-    from lunet_fast.bench.machine import describe, median_and_quartiles
+    from lunet_fast.bench.machine import median_and_quartiles
     from lunet_fast.bench.results import seconds_text
+    from lunet_fast.training.machine import describe
 
     worse = False
     with checked_out(base) as tree:

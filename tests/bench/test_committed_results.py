@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import subprocess
@@ -57,6 +58,18 @@ class TestCommitted:
         text = (BENCHMARKS / "README.md").read_text()
         scripts = [*BENCHMARKS.glob("*.py"), *(BENCHMARKS / "gpu").glob("*.py")]
         assert not [path.name for path in scripts if f"`{path.relative_to(BENCHMARKS)}`" not in text]
+
+
+class TestImports:
+    @pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.name)
+    def test_what_a_script_takes_from_the_library_is_there(self, script: Path) -> None:
+        """Those inside of functions too, which are met only when a measurement is under way."""
+        for node in ast.walk(ast.parse(script.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lunet_fast"):
+                module = importlib.import_module(node.module or "")
+                for name in (each.name for each in node.names):
+                    if not hasattr(module, name):
+                        importlib.import_module(f"{node.module}.{name}")
 
 
 class TestFrame:
