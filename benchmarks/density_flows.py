@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from gaussianization import Gaussianization
 from torch import Tensor, nn
 
 from lunet_fast import NormalMixture, StandardNormal
@@ -14,15 +15,35 @@ from lunet_fast.density.model import build_flow, whiten
 
 GAUSSIAN = "Gaussian or mixture (M = 1)"
 
-#: Of each flow: the base, Adam's rate, the decay of matrices.
-GRID = tuple(
-    {"components": components, "learning_rate": rate, "weight_decay": decay}
-    for components in (1, 30)
-    for rate, decay in ((1e-3, 0.01), (5e-3, 0.01), (5e-3, 0.2))
+Ladders = dict[str, tuple[float, ...]]
+
+#: How every flow is tuned, one setting after another: from a rung of its ladder up, or else down, for as long
+#: as the validation part of seed 0 likes the next one better. The settings before it are as chosen, those
+#: after it as ``DIGITS`` has them. All but the number of steps, over which the rate falls to 0, is chosen in
+#: short trainings.
+LADDERS: Ladders = {
+    "learning_rate": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+    "weight_decay": (0.01, 0.05, 0.2, 0.5, 1.0, 2.0, 3.0),
+    "components": (1, 30),
+    "steps": (1250, 2500, 5000, 10_000),
+}
+PLANE_LADDERS: Ladders = {
+    "learning_rate": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+    "weight_decay": (0.0, 0.05, 0.2, 0.5),
+    "components": (1, 32),
+}
+
+LEAKY = DensityConfig(activation="leaky_softplus", input_bins=0)
+DIGITS = LEAKY.replace(steps=5000, patience=12, learning_rate=5e-3, weight_decay=0.5, components=30)
+PLANE = LEAKY.replace(
+    steps=2500,
+    patience=25,
+    batch_size=512,
+    signs="random",
+    learning_rate=5e-3,
+    weight_decay=0.05,
+    components=32,
 )
-LEAKY = DensityConfig(activation="leaky_softplus", input_bins=0, weight_decay=0.2)
-DIGITS = LEAKY.replace(steps=5000, patience=12, learning_rate=5e-3)
-PLANE = LEAKY.replace(steps=2500, patience=25, batch_size=512, weight_decay=0.0, signs="random")
 
 
 class Peer(nn.Module):
@@ -64,21 +85,29 @@ class Nflows(Peer):
 Make = Callable[[Tensor, DensityConfig, int], nn.Module]
 
 
-def lunet(layers: int, *, by_label: bool = False) -> Make:
+def lunet(layers: int, *, by_label: bool = False, **settings: Any) -> Make:
+    """A whitened LU-Net; with LeakySoftplus, or what the settings say."""
+
     def make(rows: Tensor, config: DensityConfig, classes: int) -> nn.Module:
-        flow = build_flow(config.replace(layers=layers, conditional=by_label), rows.shape[1], classes)
+        own = config.replace(layers=layers, conditional=by_label, **settings)
+        flow = build_flow(own, rows.shape[1], classes)
         whiten(flow, rows)
         return flow
 
     return make
 
 
-def zuko(kind: str, transforms: int, hidden: tuple[int, ...]) -> Make:
+#: Splines between the layers and before the first: what ``lunet-fast density train`` does as typed.
+SPLINES: dict[str, Any] = {"activation": "spline", "bins": 8, "input_bins": 16}
+BOUNDED = {**SPLINES, "tails": "identity"}
+
+
+def zuko(kind: str, transforms: int, hidden: tuple[int, ...], **options: Any) -> Make:
     def make(rows: Tensor, config: DensityConfig, classes: int) -> nn.Module:
         import zuko.flows
 
         features = rows.shape[1]
-        flow = getattr(zuko.flows, kind)(features, transforms=transforms, hidden_features=hidden)
+        flow = getattr(zuko.flows, kind)(features, transforms=transforms, hidden_features=hidden, **options)
         return Zuko(flow.transform, features, config.components, rows)
 
     return make
@@ -111,28 +140,50 @@ def nflows(blocks: int, hidden: int) -> Make:
     return make
 
 
-#: Family → size → flow, on digits (D 64).
+def gaussianization(layers: int, components: int) -> Make:
+    def make(rows: Tensor, config: DensityConfig, classes: int) -> nn.Module:
+        features = rows.shape[1]
+        return Nflows(Gaussianization(features, layers, components), features, config.components, rows)
+
+    return make
+
+
+#: Family → size → flow, on digits (D 64): at most 14,000, 24,000 and 62,000 parameters, but for MAF and NSF,
+#: whose layers come in large pieces.
 DIGITS_FLOWS: dict[str, dict[str, Make]] = {
-    "LU-Net": {"S": lunet(2), "M": lunet(4), "L": lunet(12)},
-    "LU-Net, a context for each label": {"M": lunet(4, by_label=True)},
-    GAUSSIAN: {"S": lunet(1)},
+    "LU-Net": {"M": lunet(4, **SPLINES), "S": lunet(2, **SPLINES), "L": lunet(12, **SPLINES)},
+    "LULinear + splines (nflows)": {"M": nflows(2, 12), "S": nflows(1, 8), "L": nflows(3, 32)},
+    "LU-Net, LeakySoftplus": {"M": lunet(4), "S": lunet(2), "L": lunet(12)},
     "RealNVP (zuko)": {
-        "S": zuko("RealNVP", 4, (24,)),
         "M": zuko("RealNVP", 6, (32,)),
+        "S": zuko("RealNVP", 4, (24,)),
         "L": zuko("RealNVP", 6, (96,)),
     },
-    "MAF (zuko)": {"S": zuko("MAF", 2, (24,)), "M": zuko("MAF", 3, (32,)), "L": zuko("MAF", 4, (80,))},
-    "NSF (zuko)": {
-        "S": zuko("NSF", 1, (8,)),
+    "MAF (zuko)": {"M": zuko("MAF", 3, (32,)), "S": zuko("MAF", 2, (24,)), "L": zuko("MAF", 4, (80,))},
+    "Gaussianization": {"M": gaussianization(3, 10), "S": gaussianization(2, 4)},
+    "LU-Net, a context for each label": {"M": lunet(4, by_label=True, **SPLINES)},
+    GAUSSIAN: {"S": lunet(1)},
+    "NSF, coupling (zuko)": {
+        "M": zuko("NSF", 2, (12,), passes=2, bins=4),
+        "S": zuko("NSF", 2, (6,), passes=2, bins=4),
+        "L": zuko("NSF", 4, (16,), passes=2, bins=4),
+    },
+    "NSF, autoregressive (zuko)": {
         "M": zuko("NSF", 1, (16,)),
+        "S": zuko("NSF", 1, (8,)),
         "L": zuko("NSF", 2, (24,)),
     },
-    "LULinear + splines (nflows)": {"S": nflows(1, 8), "M": nflows(2, 12), "L": nflows(3, 32)},
 }
 
-#: For 2-D toy densities, at three sizes of about 150, 300 and 1,200 parameters.
+#: For 2-D toy densities, at three sizes of about 150, 350 and 1,200 parameters.
 PLANE_FLOWS: dict[str, dict[str, Make]] = {
-    "LU-Net": {"S": lunet(8), "M": lunet(16), "L": lunet(32)},
+    "LU-Net": {"S": lunet(3, **SPLINES), "M": lunet(7, **SPLINES), "L": lunet(24, **SPLINES)},
+    "LU-Net, tails of slope 1": {
+        "S": lunet(3, **BOUNDED),
+        "M": lunet(8, **BOUNDED),
+        "L": lunet(28, **BOUNDED),
+    },
+    "LU-Net, LeakySoftplus": {"S": lunet(8), "M": lunet(16), "L": lunet(32)},
     "RealNVP (zuko)": {
         "S": zuko("RealNVP", 4, (8,)),
         "M": zuko("RealNVP", 6, (12,)),
