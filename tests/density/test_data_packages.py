@@ -154,9 +154,9 @@ def test_files_that_are_no_tables_of_r(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(DataError, match=told):
             data_rda.read_rda(path)
-    counted = struct.pack(">3d", 20, 1, 1)
+    counted = struct.pack(">3d", 20, 0, 1)
     assert counted in whole
-    path.write_bytes(whole.replace(counted, struct.pack(">3d", 2e9, 1, 1)))
+    path.write_bytes(whole.replace(counted, struct.pack(">3d", 2e9, 0, 1)))
     with pytest.raises(DataError, match="compact sequences of more than 1,048,576 numbers"):
         data_rda.read_rda(path)
     path.write_bytes(lzma.compress(bytes(100 << 20)))
