@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lunet_fast.cli.density_data import DataDir, data_app
 from lunet_fast.cli.options import (
@@ -439,7 +440,9 @@ _TOLD = {
 
 
 def _show(console: Console, values: dict[str, Any], dataset: str) -> None:
-    table = Table(title=f"Density of {printable(values['dataset'])}, losses in {values['unit']}")
+    table = Table(
+        title=Text(f"Density of {printable(values['dataset'])}, losses in {values['unit']}", "table.title")
+    )
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, told in _TOLD.items():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from lunet_fast.cli.options import data_option
 from lunet_fast.cli.output import FigureOutput, Output, errors_told, fail, printable, wide_console
@@ -194,7 +195,7 @@ def _described(rows: Rows) -> dict[str, Any]:
 def _show(found: dict[str, Any]) -> None:
     console = wide_console()
     facts = Table(
-        box=None, show_header=False, pad_edge=False, title=printable(found["name"]), title_justify="left"
+        box=None, show_header=False, pad_edge=False, title=_text(found["name"]), title_justify="left"
     )
     facts.add_column("fact")
     facts.add_column("value")
@@ -208,18 +209,21 @@ def _show(found: dict[str, Any]) -> None:
         facts.add_row(
             f"{name} rows, as published", f"{count:,}" if count else "drawn from those for training"
         )
-    facts.add_row("source", printable(found["source"]))
+    facts.add_row("source", _text(found["source"]))
     console.print(facts)
     if found["classes"] is not None:
-        _show_rows(
-            "class", [(printable(name), f"{count:,}") for name, count in found["classes"].items()], ("rows",)
-        )
+        _show_rows("class", [(name, f"{count:,}") for name, count in found["classes"].items()], ("rows",))
     if found["image"] is None:
         columns = [
             (str(number), *(f"{column[key]:.6g}" for key in ("lowest", "highest", "mean", "std")))
             for number, column in enumerate(found["columns"])
         ]
         _show_rows("column", columns, ("lowest", "highest", "mean", "std"))
+
+
+def _text(value: str) -> Text:
+    """What a file says, for a table: neither an escape nor markup."""
+    return Text(printable(value))
 
 
 def _show_rows(first: str, rows: list[tuple[str, ...]], others: tuple[str, ...]) -> None:
@@ -229,7 +233,7 @@ def _show_rows(first: str, rows: list[tuple[str, ...]], others: tuple[str, ...])
     for name in others:
         table.add_column(name, justify="right")
     for row in rows[:MOST_COLUMNS]:
-        table.add_row(*row)
+        table.add_row(_text(row[0]), *row[1:])
     console.print()
     console.print(table)
     if len(rows) > MOST_COLUMNS:
