@@ -39,7 +39,7 @@ EXTRAS = {
     "parquet": ("pyarrow",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "bench": ("nflows", "normflows", "zuko", "cornac", "myfm"),
-    "density": ("scikit-learn",),
+    "density": ("scikit-learn", "rdata", "h5py"),
     "tune": ("optuna",),
     "baselines": ("cornac", "implicit", "myfm", "scikit-surprise", "scipy"),
 }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from lunet_fast.cli.density_data import DataDir, data_app
 from lunet_fast.cli.options import (
     Continuation,
     Device,
@@ -18,7 +21,15 @@ from lunet_fast.cli.options import (
     existing_device,
     run_name,
 )
-from lunet_fast.cli.output import FigureOutput, Output, errors_told, prepare_out, write_csv, write_out
+from lunet_fast.cli.output import (
+    FigureOutput,
+    Output,
+    errors_told,
+    prepare_out,
+    printable,
+    write_csv,
+    write_out,
+)
 from lunet_fast.cli.signatures import grouped, settings_command
 
 if TYPE_CHECKING:
@@ -31,6 +42,8 @@ density_app = typer.Typer(
     rich_markup_mode="markdown",
     help="Learn a density with LU layers: exact likelihoods, and samples.",
 )
+
+density_app.add_typer(data_app, name="data")
 
 TrainCommand = settings_command(
     "lunet_fast.density.config:DensityConfig",
@@ -46,14 +59,20 @@ TrainCommand = settings_command(
 Dataset = Annotated[
     str,
     dataset_option(
-        help="`digits`, `wine`, `breast_cancer`, `diabetes`, `iris` (of scikit-learn); `ring`, `moons`, "
-        "`spirals`, `checkerboard` (2-D toy data, their density known); or your own `.csv`, `.tsv`, "
-        "`.parquet` or `.npy` of numbers, or MNIST's `train-images-idx3-ubyte.gz`.",
+        help="`digits`, `wine`, `breast_cancer`, `diabetes`, `iris` (of scikit-learn); `letter`, `shuttle`, "
+        "`satellite`, `vehicle`, `vowel`, `pima`, `spam`, `fashion-mnist` (fetched if need be); `power`, "
+        "`gas`, `hepmass`, `miniboone`, `bsds300` (with `--data-dir`); `ring`, `moons`, `spirals`, "
+        "`checkerboard` (2-D toy data, their density known); or your own `.csv`, `.tsv`, `.parquet` or "
+        "`.npy` of numbers, or MNIST's `train-images-idx3-ubyte.gz`, tested on `t10k-images…` beside it.",
     ),
 ]
 LabelColumn = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Column of classes in your file: not a number of the density."),
+]
+ClassOf = Annotated[
+    str | None,
+    typer.Option("--class", metavar="LABEL", help="The rows of this class alone, of data with labels."),
 ]
 Levels = Annotated[
     int | None,
@@ -79,12 +98,14 @@ def train_command(
     *,
     context: typer.Context,
     dataset: Dataset = "digits",
+    data_dir: DataDir = None,
     label_column: LabelColumn = None,
+    label: ClassOf = None,
     levels: Levels = None,
     test_file: TestFile = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Run folder to write.", show_default="runs/density/DATASET"),
+        typer.Option("--out", "-o", help="Run folder to write.", show_default="runs/density/DATASET[-LABEL]"),
     ] = None,
     continuation: Continuation,
     device: Device = "cpu",
@@ -92,7 +113,8 @@ def train_command(
 ) -> None:
     """Train a flow on a data set, and tell what it is worth on rows that it has not seen.
 
-    70 % of the rows train, 10 % choose when to stop, 20 % are the test. Integers (images) are dequantised and
+    70 % of the rows train, 10 % choose when to stop, 20 % are the test; data with test rows of their own
+    are tested on these. Integers (images) are dequantised and
     their loss is in bits a dimension; the loss of other numbers is in nats a row. All Jacobians are counted.
     Whether the numbers of a file are integers is found out and told.
 
@@ -104,6 +126,10 @@ def train_command(
         lunet-fast density train --dataset digits
 
         lunet-fast density train --dataset digits --conditional --out runs/density/by-class
+
+        lunet-fast density train --dataset fashion-mnist --class 0
+
+        lunet-fast density train --dataset power --data-dir ~/maf/data
 
         lunet-fast density train --dataset moons --layers 8
 
@@ -118,13 +144,15 @@ def train_command(
     from lunet_fast.density.training import train_density
     from lunet_fast.training.files import RunFolder
 
-    folder = RunFolder(out or Path("runs") / "density" / (run_name(dataset, data.NAMES) or "data"))
+    folder = RunFolder(out or Path("runs") / "density" / _folder_name(dataset, label, data.NAMES))
     with training_told(folder.checkpoints) as stop:
         config = DensityConfig(**context.obj)
-        rows = data.read(dataset, label_column=label_column, seed=config.seed, levels=levels)
+        rows = data.read(
+            dataset, label_column=label_column, seed=config.seed, levels=levels, data_dir=data_dir
+        )
         test = data.read(test_file, label_column=label_column, like=rows) if test_file else None
-        if levels is None and dataset not in data.NAMES:
-            output.line(_told_of_levels(rows))
+        rows, test = _of_class(rows, test, label)
+        _tell(output, dataset, rows, levels)
         console = Console(quiet=not output.told)
         with training_progress(console, unit="round", held_out="validation") as progress:
             result = train_density(
@@ -137,17 +165,48 @@ def train_command(
                 stop=stop,
             )
         _save_pictures(folder.path, data.split(rows, config.seed, test).test, result.model, config.seed)
-    output.figures(result.metrics, lambda: _show(Console(), result.metrics))
+    output.figures(result.metrics, lambda: _show(Console(), result.metrics, dataset))
     output.line(f"written to {folder.path}")
 
 
+def _folder_name(dataset: str, label: str | None, known: Any) -> str:
+    name = run_name(dataset, known) or "data"
+    return name if label is None else f"{name}-{re.sub(r'[^A-Za-z0-9]+', '-', label).strip('-') or 'class'}"
+
+
+def _of_class(rows: Rows, test: Rows | None, label: str | None) -> tuple[Rows, Rows | None]:
+    """The rows, and those of the test if in another file, of one class, or all."""
+    from lunet_fast.density import data
+
+    if label is None:
+        return rows, test
+    return data.of_class(rows, label), None if test is None else data.of_class(test, label)
+
+
+def _tell(output: FigureOutput, dataset: str, rows: Rows, levels: int | None) -> None:
+    """What was found out about the numbers of a file, and where published data differ from the published."""
+    from lunet_fast.density import data, data_published
+
+    if dataset in data_published.DATASETS:
+        differs = data_published.told_of_sizes(dataset, rows)
+        if differs:
+            output.note(f"Note: {differs}")
+    elif levels is None and dataset not in data.NAMES:
+        output.line(_told_of_levels(rows))
+
+
 def _told_of_levels(rows: Rows) -> str:
-    if rows.levels is None:
-        return f"{rows.name}: real numbers, loss in nats a row (--levels N for integers from 0 to N − 1)"
-    return (
-        f"{rows.name}: integers from 0 to {rows.levels - 1}, dequantised, loss in bits a dimension "
-        "(--levels 0 for real numbers)"
-    )
+    name = printable(rows.name)
+    if rows.levels is not None:
+        return (
+            f"{name}: integers from 0 to {rows.levels - 1}, dequantised, loss in bits a dimension "
+            "(--levels 0 for real numbers)"
+        )
+    told = f"{name}: real numbers, loss in nats a row (--levels N for integers from 0 to N − 1)"
+    low = int(rows.values.min())
+    if low < 0 and bool((rows.values == rows.values.round()).all()):
+        told += f"; of integers, as all are, no density is bounded: add {-low}, so that they start at 0"
+    return told
 
 
 def _save_pictures(folder: Path, test: Rows, model: DensityModel, seed: int) -> None:
@@ -168,6 +227,7 @@ def evaluate_command(
     *,
     run: Run = Path("runs/density/digits"),
     dataset: TrainedOn = None,
+    data_dir: DataDir = None,
     label_column: LabelColumn = None,
     test_file: TestFile = None,
     against: Annotated[
@@ -200,37 +260,55 @@ def evaluate_command(
         prepare_out(out)
         trained = _load(run, device)
         model, seed = trained.model, trained.config.seed
-        rows, test = _read_again(run, trained, dataset, label_column, test_file)
+        rows, test = _read_again(run, trained, dataset, data_dir, label_column, test_file)
         parts = data.split(rows, seed, test)
         values = evaluate(model, parts)
         if against is not None:
             levels = model.preprocessing.levels or 0
-            others = data.read(against, label_column=label_column, levels=levels)
+            others = data.read(
+                against,
+                label_column=None if against in data.NAMES else label_column,
+                levels=levels,
+                data_dir=data_dir,
+            )
             _check_fits(run, trained, others)
             inside = model.log_prob(parts.test.values, 10)
             values["auroc"] = auroc(inside, model.log_prob(others.values, 10))
         metrics = {"dataset": rows.name, "unit": model.preprocessing.unit, **values}
         if out is not None:
             write_json(out, metrics)
-    output.figures(metrics, lambda: _show(Console(), metrics))
+    output.figures(metrics, lambda: _show(Console(), metrics, rows.name))
 
 
 def _read_again(
-    run: Path, trained: TrainedFlow, dataset: str | None, label_column: str | None, test_file: str | None
+    run: Path,
+    trained: TrainedFlow,
+    dataset: str | None,
+    data_dir: Path | None,
+    label_column: str | None,
+    test_file: str | None,
 ) -> tuple[Rows, Rows | None]:
     """The data of the run, and of its test if in another file; ``ValueError`` where these are others."""
     from lunet_fast.density import data
 
-    name = dataset or trained.dataset
+    known, label = data.split_name(trained.dataset)
+    name = dataset or known
     if dataset is None and name not in data.NAMES:
-        raise ValueError(f"--run {run}: was trained on a file called {name}: name it with --dataset PATH")
+        raise ValueError(
+            f"--run {run}: was trained on a file called {printable(name)}: name it with --dataset PATH"
+        )
     levels = trained.model.preprocessing.levels or 0
-    rows = data.read(name, label_column=label_column, seed=trained.config.seed, levels=levels)
+    rows = data.read(
+        name, label_column=label_column, seed=trained.config.seed, levels=levels, data_dir=data_dir
+    )
     _check_fits(run, trained, rows)
     test = data.read(test_file, label_column=label_column, like=rows) if test_file else None
+    rows, test = _of_class(rows, test, label)
     source = data.source_of(rows, test)
     if source != trained.source:
-        raise ValueError(f"--dataset {name}: is {source}, and the run was trained on {trained.source}")
+        raise ValueError(
+            f"--dataset {name}: is {source}, and the run was trained on {printable(trained.source)}"
+        )
     return rows, test
 
 
@@ -361,8 +439,10 @@ _TOLD = {
 }
 
 
-def _show(console: Console, values: dict[str, Any]) -> None:
-    table = Table(title=f"Density of {values['dataset']}, losses in {values['unit']}")
+def _show(console: Console, values: dict[str, Any], dataset: str) -> None:
+    table = Table(
+        title=Text(f"Density of {printable(values['dataset'])}, losses in {values['unit']}", "table.title")
+    )
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, told in _TOLD.items():
@@ -371,4 +451,22 @@ def _show(console: Console, values: dict[str, Any]) -> None:
             error = values.get(f"{name}_error")
             text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
             table.add_row(told, text + (f" ± {error:.4f}" if error is not None else ""))
+    console.print(table)
+    from lunet_fast.density import data_published
+
+    if dataset in data_published.DATASETS:
+        _show_published(console, values, data_published.DATASETS[dataset].figures)
+
+
+def _show_published(console: Console, values: dict[str, Any], figures: dict[str, float]) -> None:
+    """The test log-likelihood beside those of papers."""
+    table = Table(
+        title="Test log-likelihood in nats, more is better", caption="others: arXiv 1906.04032, 1810.01367"
+    )
+    table.add_column("model")
+    table.add_column("log p", justify="right")
+    error = f" ± {2 * values['test_loss_error']:.2f}" if "test_loss_error" in values else ""
+    table.add_row("this flow (± 2 standard errors)", f"{-values['test_loss']:.2f}{error}")
+    for model, figure in figures.items():
+        table.add_row(model, f"{figure:.2f}")
     console.print(table)

@@ -75,16 +75,18 @@ def save_interpolation(path: Path, model: DensityModel, rows: Rows) -> None:
 
 
 def interpolation(model: DensityModel, rows: Rows) -> Tensor:
-    """[SIDE, SIDE, D]: from one data row to another along a straight line between their latents.
+    """[L, SIDE, D]: from one data row to another along a straight line between their latents.
 
-    Both ends are data, dequantised; of a conditional flow, those of the first label of all.
+    Both ends are data, dequantised; of a conditional flow, those of the first label of all. L is SIDE, or
+    less where there are fewer pairs of rows.
     """
     generator = torch.Generator().manual_seed(0)
     context = None
     if model.shares is not None and rows.labels is not None:
         rows = rows.where(rows.labels == rows.labels[0])
         context = torch.full((SIDE, 1), int(rows.labels[0])) if rows.labels is not None else None
-    ends = rows.values[torch.randperm(len(rows), generator=generator)[: 2 * SIDE]]
+    lines = min(SIDE, len(rows) // 2)  # an odd row has no other end
+    ends = rows.values[torch.randperm(len(rows), generator=generator)[: 2 * lines]]
     with torch.no_grad():
         y = model.preprocessing.forward(ends, generator)[0].unflatten(0, (-1, 2))
         transform = model.flow.as_transform(None if context is None else context[: len(y)])

@@ -22,7 +22,8 @@ class Preprocessing:
     """What data of one kind goes through.
 
     With ``levels``: x in 0 … levels − 1 gets noise u, v = (x + u)/levels, y = logit(λ + (1 − 2λ)·v).
-    Otherwise y = x. Then, with ``shift`` and ``scale`` [D], (y − shift)/scale.
+    Otherwise y = x. Then, with ``shift`` and ``scale`` [D], (y − shift)/scale, which integers of a table have
+    and those of pictures have not.
     """
 
     levels: int | None = None
@@ -30,13 +31,16 @@ class Preprocessing:
     scale: Tensor | None = None
 
     @classmethod
-    def of(cls, rows: Tensor, levels: int | None) -> Preprocessing:
+    def of(cls, rows: Tensor, levels: int | None, *, standardise: bool = False) -> Preprocessing:
         """Of data given by its training part [N, D]: integers are dequantised, other numbers standardised.
 
-        Raises ``ValueError`` where a column is constant: there is no density on it.
+        With ``standardise``, integers are so too, after the logit: of a table whose columns have ranges of
+        their own, most lie in a small part of it.
+
+        Raises ``ValueError`` where a column of other numbers is constant: there is no density on it.
         """
         if levels is not None:
-            return cls(levels)
+            return _of_integers(cls(levels), rows.double()) if standardise else cls(levels)
         shift, scale = rows.double().mean(0), rows.double().std(0)
         flat = (scale <= 1e-12 * shift.abs()).nonzero().flatten().tolist()
         if flat:
@@ -79,3 +83,16 @@ class Preprocessing:
     def loss(self, log_prob: Tensor, features: int) -> Tensor:
         """−log p(x) [...] of rows of D ``features`` in :attr:`unit`; less is better."""
         return -log_prob if self.levels is None else -log_prob / (features * math.log(2.0))
+
+
+def _of_integers(plain: Preprocessing, rows: Tensor) -> Preprocessing:
+    """``plain`` followed by standardisation, by the mean and variance of rows [N, D] with their noise.
+
+    The noise is uniform within a level, which the logit makes as wide as its slope there.
+    """
+    assert plain.levels is not None
+    v = LOGIT_MARGIN + (1.0 - 2.0 * LOGIT_MARGIN) * ((rows + 0.5) / plain.levels)
+    y = torch.logit(v)
+    width = (1.0 - 2.0 * LOGIT_MARGIN) / plain.levels / (v * (1.0 - v))
+    variance = y.var(0, correction=0) + width.square().mean(0) / 12
+    return Preprocessing(plain.levels, y.mean(0), variance.sqrt())

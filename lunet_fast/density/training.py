@@ -111,12 +111,15 @@ def _recorded(rows: Rows, test: Rows | None, config: DensityConfig) -> dict[str,
     recorded = {"dataset": rows.name, "source": source_of(rows, test), "rows": len(rows), **settings}
     if rows.levels is not None and rows.image is None:
         recorded["levels"] = rows.levels
+        # Runs of before did not standardise these, and cannot be resumed.
+        recorded["standardised"] = True
     return recorded
 
 
 def _untrained(training: Rows, classes: int, config: DensityConfig) -> DensityModel:
     """The model before its first step: preprocessing and whitening by the training part."""
-    preprocessing = Preprocessing.of(training.values, training.levels)
+    # Pictures have the same range in each coordinate.
+    preprocessing = Preprocessing.of(training.values, training.levels, standardise=training.image is None)
     shares = None
     if config.conditional and training.labels is not None:
         counts = torch.bincount(training.labels, minlength=classes)

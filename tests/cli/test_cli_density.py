@@ -125,3 +125,81 @@ def test_integers_of_a_file_and_a_test_file(tmp_path: Path) -> None:
     result = invoke("density", "evaluate", "--run", run, "--dataset", data)
     assert result.exit_code == 2
     assert "the run was trained on" in " ".join(result.output.split())
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    lines = [f"{a},{b},{('cat', 'red dog')[n % 2]}" for n, (a, b) in enumerate(rng.integers(0, 9, (120, 2)))]
+    path = tmp_path / "pets.csv"
+    path.write_text("\n".join(["a,b,kind", *lines]))
+    return path
+
+
+def test_one_class(pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = ("--dataset", str(pets), "--label-column", "kind")
+    result = invoke(*TRAIN, *files, "--class", "red dog")
+    assert result.exit_code == 0, result.output
+    run = tmp_path / "runs" / "density" / "pets-red-dog"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (metrics["dataset"], metrics["train_rows"], metrics["test_rows"]) == (
+        "pets, class red dog",
+        42,
+        12,
+    )
+    out = str(tmp_path / "again.json")
+    result = invoke("density", "evaluate", "--run", str(run), *files, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert json.loads(Path(out).read_text())["test_loss"] == pytest.approx(metrics["test_loss"], rel=1e-6)
+    result = invoke(*TRAIN, *files, "--class", "eel")
+    assert result.exit_code == 2
+    assert "has no class eel; --class must be one of cat, red dog" in " ".join(result.output.split())
+
+
+def test_published_data(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(200, 43))
+    (tmp_path / "miniboone").mkdir()
+    np.save(tmp_path / "miniboone" / "data.npy", values)
+    data, run = ("--dataset", "miniboone", "--data-dir", str(tmp_path)), str(tmp_path / "run")
+    result = invoke(*TRAIN, *data, "--out", run)
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.output.split())
+    assert "the published figures are of 29,556 + 3,284 + 3,648 rows of 43: not the same data" in shown
+    assert "RQ-NSF, coupling" in shown
+    assert "-9.67" in shown
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    parts = (metrics["train_rows"], metrics["validation_rows"], metrics["test_rows"])
+    assert (metrics["unit"], parts) == ("nats", (162, 18, 20))
+    result = invoke("density", "evaluate", "--run", run, "--data-dir", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "RQ-NSF, coupling" in result.output
+    result = invoke("density", "evaluate", "--run", run)
+    assert result.exit_code == 2
+    assert "name their folder with --data-dir DIR" in " ".join(result.output.split())
+    result = invoke(*TRAIN, *data, "--test-file", str(tmp_path / "miniboone" / "data.npy"), "--out", run)
+    assert result.exit_code == 2
+    assert "--test-file must not be given" in " ".join(result.output.split())
+
+
+def test_integers_below_zero_are_told(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(-7, 9, (60, 2)))
+    result = invoke(*TRAIN, "--dataset", str(tmp_path / "x.npy"), "--out", str(tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    assert "add 7, so that they start at 0" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("rows", [100, 150, 155, 160])
+def test_pictures_of_any_number_of_rows_by_class(tmp_path: Path, rows: int) -> None:
+    """Of the first label, the test part has an even or an odd number of rows."""
+    rng = np.random.default_rng(rows)
+    for kind, content in (
+        ("images-idx3", rng.integers(0, 256, (rows, 2, 2))),
+        ("labels-idx1", rng.integers(0, 5, rows)),
+    ):
+        head = bytes((0, 0, 8, content.ndim)) + b"".join(n.to_bytes(4, "big") for n in content.shape)
+        (tmp_path / f"train-{kind}-ubyte").write_bytes(head + content.astype(np.uint8).tobytes())
+    data = str(tmp_path / "train-images-idx3-ubyte")
+    result = invoke(*TRAIN, "--dataset", data, "--conditional", "--out", str(tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "interpolation.png").stat().st_size > 0

@@ -62,3 +62,24 @@ def test_a_constant_column_has_no_density() -> None:
     rows[:, 1] = 4.0
     with pytest.raises(ValueError, match=r"column 1 \(from 0\) is constant"):
         Preprocessing.of(rows, None)
+
+
+def test_standardised_integers() -> None:
+    """Of columns with ranges of their own, one of them constant and one with a value far off."""
+    generator = torch.Generator().manual_seed(0)
+    columns = [
+        torch.randint(low, high, (4000,), generator=generator)
+        for low, high in ((0, 9), (900, 30_000), (5, 6))
+    ]
+    rows = torch.stack(columns, -1).double()
+    rows[0, 0] = 39_999
+    preprocessing = Preprocessing.of(rows, 40_000, standardise=True)
+    y, logabsdet = preprocessing.forward(rows, generator)
+    torch.testing.assert_close(y.mean(0), torch.zeros(3).double(), atol=0.05, rtol=0)
+    torch.testing.assert_close(y.std(0), torch.ones(3).double(), atol=0.02, rtol=0)
+    assert torch.equal(preprocessing.inverse(y), rows)
+    assert preprocessing.unit == "bits/dim"
+    plain = Preprocessing.of(rows, 40_000).forward(rows, torch.Generator().manual_seed(1))[1]
+    found = preprocessing.forward(rows, torch.Generator().manual_seed(1))[1]
+    assert preprocessing.scale is not None
+    torch.testing.assert_close(found, plain - preprocessing.scale.log().sum())

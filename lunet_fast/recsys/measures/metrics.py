@@ -3,9 +3,9 @@
 A ranking is measured by the places of its relevant items: ``ranks``, :class:`Ranks` of R of them, and
 ``user`` int64 ``[R]``, whose relevant item each of them is; users are numbered 0 to U - 1, and every one has
 a relevant item (R = U and ``user = arange(U)`` where each has one). Candidates of equal scores are in no
-order, and a metric at k is its expectation over all orders of them. Optimistic ties, the first place for whatever
-nothing beats, would give a model with one score for everything the first place everywhere; mean places alone
-would make 19 candidates with the highest score a hit among 10, and a hundred none.
+order, and a metric at k is its expectation over all orders of them. Optimistic ties, the first place for
+whatever nothing beats, would give a model with one score for everything the first place everywhere; mean
+places alone would make 19 candidates with the highest score a hit among 10, and a hundred none.
 """
 
 from __future__ import annotations
