@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.kernel_calls import Setting
-from benchmarks.gpu.kernel_resources import Launch, kernel_modules, recording
+from benchmarks.gpu.kernel_resources import Launch, kernel_modules, recording, source_of
 
 ARCHITECTURE = 80
 
@@ -244,12 +244,9 @@ def refusal(launch: Launch) -> str:
     """What the front end has against this launch; "" if nothing."""
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
     from triton.compiler.compiler import make_backend
 
-    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    attributes = {position: [["tt.divisibility", 16]] for position in launch.attributes}
-    source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
+    source = source_of(launch)
     target = GPUTarget("cuda", ARCHITECTURE, 32)
     backend = make_backend(target)
     context = ir.context()
