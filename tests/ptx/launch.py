@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from benchmarks.gpu.kernel_resources import Launch, compiled, specialised, standing_in
+from benchmarks.gpu.kernel_resources import Launch, compiled, kernel_modules, specialised, standing_in
 from tests.ptx.arithmetic import u1, u4, u8
 from tests.ptx.machine import Code, Machine
 from tests.ptx.memory import Findings, GlobalMemory, Region
@@ -142,3 +142,8 @@ def parameter_bytes(code: Code, values: Sequence[Any]) -> Any:
         raw[offset : offset + size] = np.frombuffer(value.tobytes()[:size], u1)
     return raw
 
+
+
+def kernels() -> set[str]:
+    """The names of all kernels."""
+    return {name for module in kernel_modules() for name in vars(module) if name.endswith("_kernel")}

@@ -48,14 +48,10 @@ class Findings:
     def kinds(self) -> set[str]:
         return {kind for kind, _ in self._found}
 
-    def __bool__(self) -> bool:
-        return bool(self._found)
-
-    def __str__(self) -> str:
-        return "\n".join(
-            f"{kind}, {count} times, {example}\n    {instruction}"
-            for (kind, instruction), (count, example) in self._found.items()
-        )
+    def each(self) -> Iterator[tuple[str, str]]:
+        """(kind, the rest in words) of each."""
+        for (kind, instruction), (count, example) in self._found.items():
+            yield kind, f"{count} times, {example}, {instruction}"
 
 
 class Touch(NamedTuple):
