@@ -142,8 +142,9 @@ def half_value(kind: str, bits: Array) -> Array:
 def divide(a: Array, b: Array) -> Array:
     """Towards zero, as C divides; −1 for a division by zero."""
     safe = np.where(b == 0, b.dtype.type(1), b)
-    quotient = np.abs(a) // np.abs(safe) * (np.sign(a) * np.sign(safe))
-    return np.where(b == 0, ~b.dtype.type(0), quotient).astype(a.dtype)
+    down = a // safe
+    up = (a != down * safe) & ((a < 0) != (safe < 0))
+    return np.where(b == 0, ~b.dtype.type(0), down + up).astype(a.dtype)
 
 
 def remainder(a: Array, b: Array) -> Array:

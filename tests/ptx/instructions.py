@@ -11,7 +11,7 @@ import numpy as np
 from tests.ptx import arithmetic as ar
 from tests.ptx import tensor_cores
 from tests.ptx.arithmetic import UNSIGNED, Array, numpy_type, u4, u8
-from tests.ptx.machine import Machine, Mask, Step
+from tests.ptx.executor import Machine, Mask, Step
 from tests.ptx.program import Instruction, UnknownPTX, bits_of, vector
 from tests.ptx.translate import Read, Translator, executes, step_of
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.gpu.kernel_resources import Launch, compiled, kernel_modules, specialised, standing_in
 from tests.ptx.arithmetic import u1, u4, u8
-from tests.ptx.machine import Code, Machine
+from tests.ptx.executor import Code, Machine
 from tests.ptx.memory import Findings, GlobalMemory, Region
 from tests.ptx.program import bits_of
 from tests.ptx.translate import translate

@@ -14,7 +14,7 @@ import numpy as np
 
 from tests.ptx.arithmetic import Array, f4, f8, half_value, i8, product, tf32_value, u4, u8
 from tests.ptx.arithmetic import u2 as _u2
-from tests.ptx.machine import POISON, Machine, Mask
+from tests.ptx.executor import POISON, Machine, Mask
 from tests.ptx.program import Instruction, UnknownPTX
 
 LANE = np.arange(32)

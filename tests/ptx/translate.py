@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tests.ptx.arithmetic import SUMS, UNSIGNED, Array, from_bf16, numpy_type, to_bf16, u4
-from tests.ptx.machine import Block, Code, Machine, Mask, Step
+from tests.ptx.executor import Block, Code, Machine, Mask, Step
 from tests.ptx.program import Instruction, Module, UnknownPTX, bits_of, parse, vector
 
 Read = Callable[[list[Any]], Array]
