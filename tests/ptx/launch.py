@@ -136,7 +136,7 @@ def parameter_bytes(code: Code, values: Sequence[Any]) -> Any:
     """The parameters as they lie in a program's memory; Triton's own scratch, which comes last, is absent."""
     sizes = [bits_of(kind) // 8 for kind, _ in code.parameters.values()]
     offsets = [offset for _, offset in code.parameters.values()]
-    raw = np.zeros(-(-(offsets[-1] + sizes[-1]) // 8) * 8 + 8, u1)
+    raw = np.zeros(8 * (len(sizes) + 1), u1)
     given = [*values, *[u8(0)] * (len(sizes) - len(values))]
     for value, size, offset in zip(given, sizes, offsets, strict=True):
         raw[offset : offset + size] = np.frombuffer(value.tobytes()[:size], u1)

@@ -116,6 +116,10 @@ class Shadow:
         self._report("write after read", touch, clash, same_warp, reader)
         self.writer[at] = me
         self.written[at] = PENDING if pending else now
+        # Threads of one program that write the same at once are harmless, and Triton lets them.
+        last = self.writer[at]
+        beside = last // self.threads != me // self.threads
+        self._report("write after write", touch, beside, np.zeros_like(beside), last)
 
     def arrived(self, granules: Array, times: Array) -> None:
         """Asynchronous copies into these granules have been waited for, at these times."""
