@@ -1,7 +1,7 @@
 """What the machine sees: compiled kernels with one thing broken are found out, most of them by it alone.
 
-Which mutants go unseen is known: a mask of columns whose products are multiplied by zero, a wait or a fence that
-another one makes superfluous. ``make ptx-check`` breaks other kernels.
+Which mutants go unseen is known: a mask of columns whose products are multiplied by zero, a wait or a fence
+that another one makes superfluous. ``make ptx-check`` breaks other kernels.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.ptx.cases import CASES, Case
+from tests.ptx.cases import CASES, Case, findings
 from tests.ptx.mutants import Mutant, mutants
-from tests.ptx.test_kernels import findings
 
 pytest.importorskip("triton")
 
@@ -45,7 +44,7 @@ def seen(subject: Any, kernel: str, architecture: int, mutant: Mutant) -> tuple[
 
 
 def counts(subject: Any, kernel: str, architecture: int, chosen: list[Mutant]) -> dict[str, Counter[str]]:
-    """By what was broken: how many mutants there were, and how many were seen, by the machine and by values."""
+    """By what was broken: how many mutants there were, and how many were seen, and by what."""
     found: dict[str, Counter[str]] = {}
     for mutant in chosen:
         by_machine, by_values = seen(subject, kernel, architecture, mutant)

@@ -116,7 +116,8 @@ def test_stmatrix_is_the_reverse_of_ldmatrix(transposed: str) -> None:
     values, out = RANDOM.integers(0, 2**32, (32, 4), dtype=np.uint32), np.zeros((32, 4), np.uint32)
     body = (
         LANES + "shl.b32 %r50, %r61, 4;\ncvt.u64.u32 %rd20, %r50;\nadd.s64 %rd21, %rd20, %rd1;\n"
-        "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd21];\nmov.u32 %r51, global_smem;\nadd.s32 %r52, %r51, %r50;\n"
+        "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd21];\nmov.u32 %r51, global_smem;\n"
+        "add.s32 %r52, %r51, %r50;\n"
         f"stmatrix.sync.aligned.m8n8.x4{transposed}.shared.b16 [%r52], {{%r1, %r2, %r3, %r4}};\nbar.sync 0;\n"
         f"ldmatrix.sync.aligned.m8n8.x4{transposed}.shared.b16 {{%r5, %r6, %r7, %r8}}, [%r52];\n"
         "add.s64 %rd21, %rd20, %rd0;\nst.global.v4.b32 [%rd21], {%r5, %r6, %r7, %r8};\n"
@@ -165,9 +166,11 @@ def wgmma(layout: str, block: int) -> str:
         f"{LANES}mov.u32 %r51, global_smem;\n{copies}bar.sync 0;\nfence.proxy.async.shared::cta;\n"
         "mov.b32 %r11, 0;\nmov.b32 %r12, 0;\nmov.b32 %r13, 0;\nmov.b32 %r14, 0;\n"
         f"mov.b64 %rd30, {a};\nmov.b64 %rd31, {b};\nwgmma.fence.sync.aligned;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%r11, %r12, %r13, %r14}, %rd30, %rd31, 1, 1, 1;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%r11, %r12, %r13, %r14}, "
+        "%rd30, %rd31, 1, 1, 1;\n"
         "wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n"
-        f"{at(0, 32, 8)}shr.u32 %r56, %r60, 5;\nmul.wide.u32 %rd21, %r56, 512;\nadd.s64 %rd20, %rd20, %rd21;\n"
+        f"{at(0, 32, 8)}shr.u32 %r56, %r60, 5;\nmul.wide.u32 %rd21, %r56, 512;\n"
+        "add.s64 %rd20, %rd20, %rd21;\n"
         "st.global.v2.b32 [%rd20], {%r11, %r12};\nst.global.v2.b32 [%rd20 + 256], {%r13, %r14};\n"
     )
 
@@ -183,7 +186,9 @@ def multiply(layout: str, block: int, change: tuple[str, str] = ("", "")) -> tup
     return d, (cut(a)[:, columns] @ cut(b)[:, columns].T).astype(np.float32), found.kinds()
 
 
-@pytest.mark.parametrize(("layout", "block"), [("plain", 0), ("128 bytes", 0), ("128 bytes", 3), ("64 bytes", 1)])
+@pytest.mark.parametrize(
+    ("layout", "block"), [("plain", 0), ("128 bytes", 0), ("128 bytes", 3), ("64 bytes", 1)]
+)
 def test_wgmma_reads_tiles_in_shared_memory(layout: str, block: int) -> None:
     d, exact, found = multiply(layout, block)
     assert found == set()
@@ -198,7 +203,10 @@ def test_what_wgmma_must_be_ordered_with() -> None:
     assert any("read after write" in kind for kind in multiply("plain", 0, (barrier, ""))[2])
     # What is written before the wait may still be read.
     wait = "wgmma.wait_group.sync.aligned 0;\n"
-    early = ("wgmma.commit_group.sync.aligned;\n", "wgmma.commit_group.sync.aligned;\nst.shared.b32 [%r51], 7;\n")
+    early = (
+        "wgmma.commit_group.sync.aligned;\n",
+        "wgmma.commit_group.sync.aligned;\nst.shared.b32 [%r51], 7;\n",
+    )
     assert any("after" in kind for kind in multiply("plain", 0, early)[2])
     # Sums are not there before it.
     d, exact, _ = multiply("plain", 0, (wait, ""))
@@ -208,7 +216,5 @@ def test_what_wgmma_must_be_ordered_with() -> None:
 def test_an_accumulator_is_added_to_or_not() -> None:
     d, exact, _ = multiply("plain", 0, ("mov.b32 %r11, 0;", "mov.b32 %r11, 0f3F800000;"))
     np.testing.assert_allclose(d[::16, ::2], exact[::16, ::2] + 1, rtol=1e-5, atol=1e-5)
-    d, exact, _ = multiply(
-        "plain", 0, ("%rd31, 1, 1, 1;", "%rd31, 0, 1, 1;")
-    )
+    d, exact, _ = multiply("plain", 0, ("%rd31, 1, 1, 1;", "%rd31, 0, 1, 1;"))
     np.testing.assert_array_equal(d, exact)
