@@ -257,15 +257,15 @@ def report(found: dict[str, list[Row]], machine: dict[str, Any], command: str) -
         [
             "# The kernels' errors, from their compiled code",
             "",
-            f"{machine['date']}, commit {machine['commit']}, `{command}`. PTX for sm_80 and sm_90, executed on "
-            "a CPU by `tests/ptx` as the hardware is documented and measured to round; not run on a GPU. "
-            "‖result − float64‖ / ‖float64‖; PyTorch: the same product (or solve) in float32 on the CPU.",
+            f"{machine['date']}, commit {machine['commit']}, `{command}`. PTX for sm_80 and sm_90, "
+            "executed on a CPU by `tests/ptx` as the hardware is documented and measured to round; not run on a "
+            "GPU. ‖result − float64‖ / ‖float64‖; PyTorch: the same product (or solve) in float32 on the CPU.",
             "",
             "## One layer",
             "",
             *table(found["layer"], layer),
             "",
-            "`bias of h`: mean(error) / mean|h|; `logabsdet an element`: the largest error of a row's sum over D.",
+            "`bias of h`: mean(error) / mean|h|; `logabsdet an element`: largest error of a row's sum, by D.",
             "",
             "## Gradients of a layer",
             "",

@@ -1,8 +1,8 @@
 """Memory that remembers who touched it: races, uninitialised reads and accesses out of bounds.
 
 Each granule (as many bytes as the smallest access, at most 4) has in its shadow the thread that wrote it
-last, the threads that read it last, and when. A thread's time is its count of ``bar.sync`` and, within one, of
-``bar.warp.sync``. Two touches of a granule, one of them a write, are a race
+last, the threads that read it last, and when. A thread's time is its count of ``bar.sync`` and, within one,
+of ``bar.warp.sync``. Two touches of a granule, one of them a write, are a race
 
 - by threads of two programs: always, for nothing orders programs;
 - by threads of two warps: if no ``bar.sync`` lies between;
