@@ -258,8 +258,9 @@ def report(found: dict[str, list[Row]], machine: dict[str, Any], command: str) -
             "# The kernels' errors, from their compiled code",
             "",
             f"{machine['date']}, commit {machine['commit']}, `{command}`. PTX for sm_80 and sm_90, "
-            "executed on a CPU by `tests/ptx` as the hardware is documented and measured to round; not run on a "
-            "GPU. ‖result − float64‖ / ‖float64‖; PyTorch: the same product (or solve) in float32 on the CPU.",
+            "executed on a CPU by `tests/ptx` as the hardware is documented and measured to round; not run "
+            "on a GPU. Errors: ‖result − float64‖ / ‖float64‖; PyTorch: the same product (or solve) "
+            "on the CPU.",
             "",
             "## One layer",
             "",
