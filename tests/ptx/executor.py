@@ -268,7 +268,7 @@ class Warpgroup:
         self.machine = machine
         self.group = 0
         self.accumulators: dict[int, tuple[Array, int]] = {}
-        self.reads: list[tuple[int, Array, Touch]] = []
+        self.reads: list[tuple[int, Touch]] = []
         self.fences = np.zeros(len(machine.lanes), i4)
         shadow = machine.shared.shadow
         self.unfenced = None if shadow is None else np.full(shadow.granules, -1, i4)
@@ -294,7 +294,7 @@ class Warpgroup:
         if late.any():
             kind = "shared memory: read by wgmma without fence.proxy.async since the write"
             self.machine.findings.add(kind, touch.instruction, f"{int(late.sum())} granules")
-        self.reads.append((self.group, cells, touch))
+        self.reads.append((self.group, touch))
 
     def wait(self, left: int, mask: Mask) -> None:
         done_before = self.group - left
@@ -303,7 +303,7 @@ class Warpgroup:
                 self.machine.put(slot, value, mask)
                 del self.accumulators[slot]
         shadow = self.machine.shared.shadow
-        for group, _, touch in self.reads:
+        for group, touch in self.reads:
             if group < done_before and shadow is not None:
                 # It may have read until now.
                 now = self.machine.times[touch.threads]

@@ -164,7 +164,6 @@ class Translator:
         return guarded
 
 
-#: What only says that something is aligned, kept in a cache, or true of all threads.
 def _granule(module: Module, space: str) -> int:
     """Bytes of the smallest access to a space, at most 4."""
     smallest = 4
