@@ -213,9 +213,11 @@ def all_settings(call: Call, architecture: int) -> list[Setting]:
 def source_of(launch: Launch) -> Any:
     """What Triton's compiler is given for a launch."""
     from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
 
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    kernel = getattr(kernel, "kernel", kernel)  # one that something stands in for
+    if not isinstance(kernel, JITFunction):  # something stands in for it
+        kernel = kernel.kernel
     attributes = {position: [["tt.divisibility", 16]] for position in launch.attributes}
     return ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
 
