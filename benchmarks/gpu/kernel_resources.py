@@ -97,7 +97,7 @@ class Recorder:
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
-            self.launches.append(_specialised(self.kernel, dict(zip(self.kernel.arg_names, args)) | kwargs))  # noqa: B905
+            self.launches.append(specialised(self.kernel, dict(zip(self.kernel.arg_names, args)) | kwargs))  # noqa: B905
 
         return launch
 
@@ -105,7 +105,7 @@ class Recorder:
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
 
 
-def _specialised(kernel: Any, arguments: dict[str, Any]) -> Launch:
+def specialised(kernel: Any, arguments: dict[str, Any]) -> Launch:
     """As Triton's own launch specialises: 1 is a constant, multiples of 16 are known to be such."""
     import triton
 
@@ -160,6 +160,13 @@ def kernel_modules() -> list[Any]:
 def recording(architecture: int) -> Iterator[list[Launch]]:
     """Let launchers use this architecture's tiles, and keep their launches instead of launching."""
     launches: list[Launch] = []
+    with standing_in(architecture, lambda kernel: Recorder(kernel, launches)):
+        yield launches
+
+
+@contextmanager
+def standing_in(architecture: int, stand_in: Callable[[Any], Any]) -> Iterator[None]:
+    """Let launchers use this architecture's tiles, and start ``stand_in(kernel)`` in place of each kernel."""
     modules = kernel_modules()
     tiles = importlib.import_module("lunet_fast.kernels.tiles")
     saved: list[tuple[Any, str, Any]] = [(tiles, "architecture", tiles.architecture)]
@@ -168,9 +175,9 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel"):
                 saved.append((module, name, value))
-                setattr(module, name, Recorder(value, launches))
+                setattr(module, name, stand_in(value))
     try:
-        yield launches
+        yield
     finally:
         for module, name, value in saved:
             setattr(module, name, value)
@@ -203,17 +210,31 @@ def all_settings(call: Call, architecture: int) -> list[Setting]:
 # --- what comes of it -----------------------------------------------------------------------------------
 
 
-def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
-    """Resources of one kernel: registers, shared memory, instructions, seconds to compile."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source_of(launch: Launch) -> Any:
+    """What Triton's compiler is given for a launch."""
     from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
 
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    if not isinstance(kernel, JITFunction):  # something stands in for it
+        kernel = kernel.kernel
     attributes = {position: [["tt.divisibility", 16]] for position in launch.attributes}
-    source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
+    return ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
+
+
+def compiled(launch: Launch, architecture: int) -> Any:
+    """A launch's kernel as Triton compiles it, or kept it in its cache."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", architecture, 32)
+    return triton.compile(source_of(launch), target=target, options=dict(launch.options))
+
+
+def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
+    """Resources of one kernel: registers, shared memory, instructions, seconds to compile."""
     start = time.perf_counter()
-    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
+    binary = compiled(launch, architecture)
     seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

@@ -14,7 +14,6 @@ dtypes are for ``benchmarks/gpu/kernel_resources.py``, which compiles to machine
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import itertools
 import json
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.kernel_calls import Setting
-from benchmarks.gpu.kernel_resources import Launch, kernel_modules, recording
+from benchmarks.gpu.kernel_resources import Launch, kernel_modules, recording, source_of
 
 ARCHITECTURE = 80
 
@@ -46,17 +45,25 @@ def launches() -> dict[tuple[Any, ...], Launch]:
     found: dict[tuple[Any, ...], Launch] = {}
     with recording(ARCHITECTURE) as made:
         for (D, arithmetic), kind in itertools.product(SETTINGS, SLOPES):
-            s = Setting(D, arithmetic, {} if kind in (None, "floats") else {"slopes": kind})
-            call_row_wise(s, kind)
-            call_layer(s, kind)
-            call_inverse(s, kind)
-            call_stack(s, kind)
-            call_score(s, kind)
-            call_matrix(s)
+            call_all(Setting(D, arithmetic, {} if kind in (None, "floats") else {"slopes": kind}), kind)
     for launch in made:
-        switches = tuple((name, v if v is None else bool(v)) for name, v in launch.constants if is_switch(v))
-        found.setdefault((launch.kernel, switches), launch)
+        found.setdefault((launch.kernel, switches_of(launch)), launch)
     return found
+
+
+def call_all(s: Setting, kind: str | None) -> None:
+    """Every launcher, with slopes of a kind."""
+    call_row_wise(s, kind)
+    call_layer(s, kind)
+    call_inverse(s, kind)
+    call_stack(s, kind)
+    call_score(s, kind)
+    call_matrix(s)
+
+
+def switches_of(launch: Launch) -> tuple[tuple[Any, bool | None], ...]:
+    """The arguments that are None, and the switches that are set."""
+    return tuple((name, v if v is None else bool(v)) for name, v in launch.constants if is_switch(v))
 
 
 def is_switch(value: Any) -> bool:
@@ -244,12 +251,9 @@ def refusal(launch: Launch) -> str:
     """What the front end has against this launch; "" if nothing."""
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
     from triton.compiler.compiler import make_backend
 
-    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    attributes = {position: [["tt.divisibility", 16]] for position in launch.attributes}
-    source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
+    source = source_of(launch)
     target = GPUTarget("cuda", ARCHITECTURE, 32)
     backend = make_backend(target)
     context = ir.context()

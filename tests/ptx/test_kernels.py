@@ -1,0 +1,49 @@
+"""Every kernel as it is compiled for sm_80 and sm_90, executed: against float64, and no race, no access out
+of bounds, nothing read before it was written, no barrier that a part of a program reaches.
+
+``make ptx-check`` runs the thorough ones too, and ``tests/kernels/interpreted`` on the compiled code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.ptx.cases import CASES, SCORES, findings
+from tests.ptx.launch import kernels
+
+pytest.importorskip("triton")
+
+ARCHITECTURES = (80, 90)
+
+_launched: dict[int, set[str]] = {architecture: set() for architecture in ARCHITECTURES}
+
+
+def cases(*, thorough: bool) -> list[Any]:
+    return [
+        pytest.param(case, id=str(case), marks=[pytest.mark.ptx] if thorough else [])
+        for case in [*CASES, *SCORES]
+        if case.thorough == thorough
+    ]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", [*cases(thorough=False), *cases(thorough=True)])
+def test_against_float64_and_without_findings(case: Any, architecture: int) -> None:
+    runs, errors = case.errors(architecture=architecture)
+    assert runs, "no kernel was launched"
+    if not case.thorough:
+        _launched[architecture] |= {run.launch.kernel for run in runs}
+    assert findings(runs) == []
+    wrong = [f"{what}: {error:.2e} > {limit:.2e}" for what, error, limit in errors if not error <= limit]
+    assert wrong == [], f"{case}, sm_{architecture}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_was_executed(architecture: int, request: pytest.FixtureRequest) -> None:
+    """After the tests above: one that no quick case launches is in none of them."""
+    selected = [item.name for item in request.session.items if item.path == request.path]
+    if len(selected) < len(ARCHITECTURES) * (1 + len(cases(thorough=False))):
+        pytest.skip("only some cases were selected")
+    assert _launched[architecture] == kernels(), "cases.py has no quick case that launches it"
