@@ -250,7 +250,7 @@ def read_tensors(
 
 
 def kind_of(path: Path) -> str:
-    """The ``kind`` that a file says it was written with; "" where it says none. Errors as :func:`read_tensors`."""
+    """The ``kind`` that a file says it is of, "" where it says none; errors as :func:`read_tensors`."""
     with _opened(path) as (file, size):
         header = _parsed(path, _metadata(path, file, size), "the header is not JSON")
     return str(header.get("format", "")) if isinstance(header, dict) else ""

@@ -1,7 +1,7 @@
 """What came before what: the order of each user's ratings, which splits and sequences are made by.
 
-A rating is placed by its second. Where the second is unknown (0), ``Ratings.position`` may still say which
-ratings it stands between; where nothing does, it is older than every known one. Ratings of one second tie,
+A rating is placed by its second. Where seconds are unknown (0), ``Ratings.position`` may still say what came
+before what; without it, what is unknown is older than all that is known. Ratings of one second tie,
 and nothing here or in a file says which of them was first: whoever needs a first one draws it.
 """
 
@@ -23,25 +23,34 @@ GAPS = len(GAP_SECONDS) + 2
 def time_keys(ratings: Ratings) -> tuple[Int64Array, Int64Array]:
     """Two keys ``[N]``, the more important one first: a user's rows are in order of time by both.
 
-    Rows with equal keys tie. An unknown row counts as of a known second where that is the one before and the
-    one after it, or where no known one follows; it comes before the rows known to be of that second, so the
-    latest rating of a user is one whose second is known, if any is. O(N log N).
+    Rows with equal keys tie. The second key puts rows of known time after others at the same place, so the
+    latest rating of a user is one whose second is known, if any such is of the last second.
     """
     n = len(ratings)
     time = np.zeros(n, dtype=np.int64) if ratings.timestamp is None else ratings.timestamp.cpu().numpy()
     known = time != 0
-    if ratings.position is None:
-        return time, known.astype(np.int64)
-    user, position = ratings.user.cpu().numpy(), ratings.position.cpu().numpy()
+    if ratings.position is not None:
+        return ratings.position.cpu().numpy(), known.astype(np.int64)
+    # A time before 1970 is negative, and comes after unknown ones all the same.
+    return np.where(known, time, np.iinfo(np.int64).min), known.astype(np.int64)
+
+
+def tied_positions(user: Int64Array, position: Int64Array, time: Int64Array) -> Int64Array:
+    """``position`` ``[N]``, 0, 1, ... in order of time for the rows of each user, equal where a second is.
+
+    ``time`` is 0 where unknown. Such a row is of a known second where that is the one before it and the one
+    after it, or where no known one follows it, and otherwise of a second of its own. O(N log N).
+    """
     order = np.lexsort((position, user))
-    before = _filled(time[order], user[order])
-    after = _filled(time[order][::-1], user[order][::-1])[::-1]
-    second, place = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64)
-    second[order] = before
-    place[order] = np.where((before == after) | (after == 0), 0, 2 + position[order])
-    place[known] = 1
-    place[second == 0] = position[second == 0]
-    return second, place
+    user, place, time = user[order], position[order], time[order]
+    before, after = _filled(time, user), _filled(time[::-1], user[::-1])[::-1]
+    pinned = (before != 0) & ((before == after) | (after == 0))
+    begins = np.ones(len(order), dtype=bool)
+    begins[1:] = (user[1:] != user[:-1]) | (before[1:] != before[:-1]) | ~pinned[1:] | ~pinned[:-1]
+    first = np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
+    tied = np.empty_like(place)
+    tied[order] = place[first]
+    return tied
 
 
 def _filled(time: Int64Array, user: Int64Array) -> Int64Array:
@@ -61,13 +70,13 @@ def by_time(ratings: Ratings, seed: int) -> Int64Array:
     user, item = ratings.user.cpu().numpy(), ratings.item.cpu().numpy()
     draw = np.empty(len(user), dtype=np.int64)
     draw[np.lexsort((item, user))] = np.random.default_rng((seed, 5)).permutation(len(user))
-    second, place = time_keys(ratings)
-    order: Int64Array = np.lexsort((draw, place, second, second != 0, user))
+    place, known = time_keys(ratings)
+    order: Int64Array = np.lexsort((draw, known, place, user))
     return order
 
 
 def gap_classes(user: Int64Array, time: Int64Array) -> npt.NDArray[np.uint8]:
-    """The class of the time since the user's rating before, uint8 ``[N]``, of rows that :func:`by_time` ordered.
+    """The class of the time since the user's rating before, uint8 ``[N]``, of rows in order of time.
 
     ``time`` is 0 where unknown. Only the past counts: a row's class does not depend on later rows. It is
     unknown for a user's first row, for a row of unknown time, and for one after such a row, whose gap has no

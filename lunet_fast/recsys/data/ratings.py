@@ -49,7 +49,8 @@ class Ratings(TwoIdMaps):
     indices. ``scale`` is the (lowest, highest) rating allowed. ``item_info`` (columns ``title`` and
     ``genres``, the latter separated by "|") and ``user_info`` are aligned to the indices, None where the
     source has none. ``source`` says where the rows were read. ``position``, int64 [N], is a row's place among
-    the user's ratings in order of time, for sources that know it of rows whose time is unknown; else None.
+    the user's ratings in order of time, equal for those of one second, from sources that know it of rows of
+    unknown time; else None.
     """
 
     name: str
@@ -98,12 +99,13 @@ class Ratings(TwoIdMaps):
         rows = torch.as_tensor(index, device=self.user.device)
         if rows.dtype != torch.bool:
             rows = rows.to(torch.int64)
-        columns = {
-            name: None if column is None else column[rows]
-            for name, column in (("timestamp", self.timestamp), ("position", self.position))
-        }
         return replace(
-            self, user=self.user[rows], item=self.item[rows], rating=self.rating[rows], **columns
+            self,
+            user=self.user[rows],
+            item=self.item[rows],
+            rating=self.rating[rows],
+            timestamp=None if self.timestamp is None else self.timestamp[rows],
+            position=None if self.position is None else self.position[rows],
         )
 
     def describe(self) -> dict[str, Any]:

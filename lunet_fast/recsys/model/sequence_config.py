@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lunet_fast.recsys.model.config import Epochs, Several, Width, nearest_dataset
+from lunet_fast.recsys.model.config import (
+    RECIPES,
+    Epochs,
+    Several,
+    TrainConfig,
+    Width,
+    nearest_dataset,
+    recipe,
+)
 from lunet_fast.training.schema import Count, NotNegative, Positive, Seed, Settings, Threads
 
 SEQUENCE = "sequence"
@@ -22,13 +30,12 @@ class SequenceConfig(Settings):
     recipe: Literal["sequence"] = "sequence"
     """Tells these settings from those of the other recipes."""
     seed: Seed = 0
-    """Seeds the split, the order of what ties in time, the weights, the batches, the negatives and dropout."""
+    """Seeds the split, the order of what ties in time, the weights, batches, negatives and dropout."""
     split: Literal["leave-one-out", "none"] = "leave-one-out"
     """``leave-one-out``: each user's most recent rating is held out; ``none``: nothing is tested."""
 
     order: bool = True
-    """Give the user's state the last items, the more recent the heavier, by learned exponential decays. Of
-    recipe sequence."""
+    """Give the user's state the last items, the more recent the heavier, by learned exponential decays."""
     user_history: bool = True
     """Give it the normalised sum of a vector for each item that the user rated, whatever the order."""
     length: Annotated[int, Field(ge=1, le=4096)] = 200
@@ -38,8 +45,7 @@ class SequenceConfig(Settings):
     history_power: NotNegative = 0.5
     """A history of n entries is divided by n to this power."""
     network: Literal["lu-net", "identity"] = "lu-net"
-    """f, from the state to the vector that items are scored with: ``lu-net``, or ``identity``, for comparison.
-    Of recipe sequence."""
+    """f, from the state to the vector that items are scored with: ``lu-net``, or ``identity`` beside it."""
 
     embedding_size: Width = 128
     """d, the size of a user's state and of an item's vector."""
@@ -75,14 +81,22 @@ class SequenceConfig(Settings):
                 "order=False and user_history=False leave nothing to know a user by: turn one of them on"
             )
         if self.length > self.batch_size:
-            raise ValueError(
-                f"length={self.length} must be at most batch_size={self.batch_size}: a step has whole stretches"
-            )
+            raise ValueError(f"length={self.length} must be at most batch_size={self.batch_size}")
         return self
 
 
 # Bundled data set -> what is not the default there.
 _SETTINGS: dict[str, dict[str, Any]] = {"ml-100k": {}, "ml-1m": {}}
+
+
+def settings_of(name: str, n_ratings: int, **overrides: Any) -> TrainConfig | SequenceConfig:
+    """The settings of any recipe for data of ``n_ratings`` ratings; ``ValueError`` for an unknown one."""
+    if name == SEQUENCE:
+        return sequence_recipe(n_ratings, **overrides)
+    if name not in RECIPES:
+        known = ", ".join((*RECIPES, SEQUENCE))
+        raise ValueError(f"recipe={name!r} is unknown: choose one of {known}")
+    return recipe(name, n_ratings, **overrides)
 
 
 def sequence_recipe(n_ratings: int, **overrides: Any) -> SequenceConfig:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lunet_fast.recsys.data.datasets import dataset_title
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.measures import metrics
-from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
+from lunet_fast.recsys.measures.protocols import Parts, Ranking, evaluate_ranking
 from lunet_fast.recsys.model.model_files import (
     TrainedSequences,
     load_sequences,
@@ -82,12 +82,10 @@ def _trained(config: SequenceConfig, parts: Parts, run: Run) -> SequenceResult:
         model.to(run.workers.device)
         curve = run.fit(_phase(model))
         model.to("cpu")
-        trained = TrainedSequences(
-            model, training.users, training.items, training.scale, training.item_info
-        )
+        trained = TrainedSequences(model, training.users, training.items, training.scale, training.item_info)
         if not run.workers.is_first:
             return SequenceResult(trained, {}, curve)
-        values: dict[str, Any] = evaluate_sequences(model, parts)
+        values: dict[str, Any] = dict(evaluate_sequences(model, parts).metrics)
     rows = (0 if part is None else len(part) for part in (training, parts.test, parts.held_out))
     values |= {
         "dataset": training.name,
@@ -110,7 +108,7 @@ def _trained(config: SequenceConfig, parts: Parts, run: Run) -> SequenceResult:
 
 
 @torch.no_grad()
-def evaluate_sequences(model: StateNetwork, parts: Parts) -> dict[str, float]:
+def evaluate_sequences(model: StateNetwork, parts: Parts) -> Ranking:
     """Metrics of ranking on the held-out part, and how far f⁻¹(f(x)) is from the states x of its users."""
     values: dict[str, float] = {}
     if parts.held_out is not None:
@@ -121,7 +119,8 @@ def evaluate_sequences(model: StateNetwork, parts: Parts) -> dict[str, float]:
             size += metrics.squared_norm(x) * len(users)
         values["reconstruction_error"] = error / len(parts.held_out)
         values["reconstruction_error_relative"] = error / size if size else error
-    return {**values, **evaluate_ranking(model.score_users, parts, model.config.seed).metrics}
+    ranking = evaluate_ranking(model.score_users, parts, model.config.seed)
+    return Ranking({**values, **ranking.metrics}, ranking.groups)
 
 
 def _resolved(config: SequenceConfig, parts: Parts) -> dict[str, Any]:
@@ -169,8 +168,8 @@ def next_item_objective(
 ) -> tuple[Tensor, Tensor]:
     """The mean loss of the next items in a batch of stretches (user, start, stop), each int64 ``[B]``.
 
-    ``share`` are the rows whose loss is wanted; draws are made for all. The error reported is a sum divided by
-    the rows, so that the loop's mean, which weighs it by them, is that over the entries of an epoch.
+    ``share`` are the rows whose loss is wanted; draws are made for all. The error reported is a sum over
+    the rows' number, so that the loop's mean, which weighs it by them, is that over the entries of an epoch.
     """
     config, sequences = model.config, model.sequences
     negatives = None

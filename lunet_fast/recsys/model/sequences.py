@@ -54,7 +54,11 @@ class Sequences(nn.Module):
         super().__init__()
         self.n_items = n_items
         for name, tensor in {
-            "indptr": indptr, "items": items, "levels": levels, "gaps": gaps, "bounds": bounds
+            "indptr": indptr,
+            "items": items,
+            "levels": levels,
+            "gaps": gaps,
+            "bounds": bounds,
         }.items():
             self.register_buffer(name, tensor)
         counts = torch.bincount(items.long(), minlength=n_items)
@@ -87,7 +91,10 @@ class Sequences(nn.Module):
     def from_state(cls, state: dict[str, Tensor], n_users: int, n_items: int) -> Sequences:
         """From the saved buffers; ``ValueError`` where they are not sequences of these users and items."""
         kinds = {
-            "indptr": torch.int64, "items": torch.int32, "levels": torch.uint8, "gaps": torch.uint8,
+            "indptr": torch.int64,
+            "items": torch.int32,
+            "levels": torch.uint8,
+            "gaps": torch.uint8,
             "bounds": torch.float32,
         }
         for name, kind in kinds.items():
@@ -128,7 +135,7 @@ class Sequences(nn.Module):
         first, lengths = self.indptr[users], stop - start
         steps = int(lengths.max()) if len(users) else 0
         # After the end of one sequence stands another, and after the end of all the last entry.
-        place = ((first + start).unsqueeze(1) + torch.arange(steps, device=users.device))
+        place = (first + start).unsqueeze(1) + torch.arange(steps, device=users.device)
         place = place.clamp_(max=max(len(self.items) - 1, 0))
         row = torch.repeat_interleave(torch.arange(len(users), device=users.device), start)
         before = torch.arange(len(row), device=users.device) - (start.cumsum(0) - start)[row]

@@ -1,4 +1,4 @@
-"""Cross-entropy over items, all of them or a sample that a batch shares, without a table of batch by items."""
+"""Cross-entropy over items, all of them or a sample that a batch shares, never holding batch by items."""
 
 from __future__ import annotations
 

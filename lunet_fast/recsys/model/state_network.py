@@ -1,4 +1,4 @@
-"""The recommender that reads sequences: a user's past -> state x -> LU-Net -> z -> scores of the next item."""
+"""The recommender that reads sequences: a user's past -> state x -> LU-Net -> z -> scores of items."""
 
 from __future__ import annotations
 
