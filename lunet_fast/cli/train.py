@@ -89,7 +89,7 @@ class Parts:
         ),
     ] = False
 
-    def check(self, dataset: str, source: Source, recipe: str | None) -> None:
+    def check(self, dataset: str, source: Source, recipe: str) -> None:
         """``typer.BadParameter`` for options that do not go together."""
         from lunet_fast.recsys.data import movielens
 
@@ -188,9 +188,10 @@ def train_command(
     from lunet_fast.training.distributed import workers_of_torchrun
     from lunet_fast.training.files import RunFolder, read_json
 
-    parts.check(dataset, source, recipe)
     given = context.obj if recipe is None else {**context.obj, "recipe": recipe}
-    training = Training(dataset, parts, source, _settings(given, settings, parts))
+    chosen = _settings(given, settings, parts)
+    parts.check(dataset, source, chosen["recipe"])
+    training = Training(dataset, parts, source, chosen)
     folder = RunFolder(out or Path("runs") / (run_name(dataset, movielens.DATASETS) or "ratings"))
     with training_told(folder.checkpoints) as stop:
         training.config(1)  # a wrong value is told before any file is read
@@ -211,8 +212,7 @@ def _settings(given: dict[str, Any], file: Path | None, parts: Parts) -> dict[st
     from lunet_fast.recsys.model.streamed_training import STREAM_SETTINGS
     from lunet_fast.training.files import read_json
 
-    if "epochs" in given and given.get("recipe") != "sequence":
-        given = {**given, "mlp_epochs": given["epochs"]}
+    epochs = given.get("epochs")
     if parts.split is not None:
         given = {**given, "split": parts.split}
     if file is not None:
@@ -221,6 +221,8 @@ def _settings(given: dict[str, Any], file: Path | None, parts: Parts) -> dict[st
         except (OSError, ValueError) as error:
             fail(ValueError(f"--settings {file}: {error}"), 2)
     given = {"recipe": "best", "seed": 0, **given}
+    if epochs is not None and given["recipe"] != "sequence":
+        given["mlp_epochs"] = epochs
     if not parts.stream:
         return given
     for name, value in STREAM_SETTINGS.items():
