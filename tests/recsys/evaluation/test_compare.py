@@ -78,7 +78,7 @@ class TestMethods:
         assert ours["lunet-interactions"] == "LU-Net, interactions (gamma 0)"
         assert ours["lunet-both"] == "LU-Net, both (gamma 0.1)"
         assert [METHODS[key].kind for key in ours] == [
-            *("rating", "rating", "rating", "ranking", "both", "ranking")
+            *("rating", "rating", "rating", "ranking", "both", "ranking", "ranking", "ranking")
         ]
 
     @pytest.mark.parametrize("key", [key for key in METHODS if METHODS[key].is_lu_net])
