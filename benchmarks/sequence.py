@@ -5,8 +5,8 @@
     python benchmarks/sequence.py --only identity                    single rows
 
 Each user's latest rating, the test part, is taken away first and never read; the latest of what is left is
-to be found. A row changes the settings that it names. What is finished is kept: the same command goes on after an
-interruption. Writes benchmarks/results/sequence-DATASET.{json,md}.
+to be found. A row changes the settings that it names. What is finished is kept: the same command goes on
+after an interruption. Writes benchmarks/results/sequence-DATASET.{json,md}.
 """
 
 from __future__ import annotations
