@@ -42,8 +42,8 @@ Methods = Annotated[
         metavar="KEY...",
         help="Of those that predict ratings `biases`, `knn`, `mf`, `svd++`, `mlp`, `bayesian-fm`, "
         "`bayesian-svd++`; of those that rank `popularity`, `bpr`, `mlp-ce`, `neumf`, `autoencoder`, "
-        "`als`, `ease`; of ours `lunet-paper`, `lunet-ratings`, `lunet-ids`, `lunet-interactions`, "
-        "`lunet-both`, `lunet-leaky`.",
+        "`als`, `ease`, `sequence-ease`; of ours `lunet-paper`, `lunet-ratings`, `lunet-ids`, "
+        "`lunet-interactions`, `lunet-both`, `lunet-leaky`, `lunet-sequence`, `lunet-sequence-identity`.",
         show_default="all that the data allow",
     ),
 ]
@@ -121,19 +121,12 @@ def compare_command(
 
 def _read(dataset: str, source: options.Source, output: FigureOutput) -> Ratings:
     """As ``Source.read``; a file without the usual column of ratings is one of interactions."""
-    from lunet_fast.recsys.data.ratings import RatingFileError
-
-    try:
-        return source.read(dataset)
-    except RatingFileError as error:
-        usual = source.rating_column == "rating" and "no column 'rating' for the rating" in str(error)
-        if not usual:
-            raise
-    ratings = source.read(dataset, rated=False)
-    output.note(
-        f"{dataset}: no column 'rating' (another name is given by --rating-column): each row is an "
-        "interaction, and the methods that rank are compared."
-    )
+    ratings, rated = source.read_with_or_without_ratings(dataset)
+    if not rated:
+        output.note(
+            f"{dataset}: no column 'rating' (another name is given by --rating-column): each row is an "
+            "interaction, and the methods that rank are compared."
+        )
     return ratings
 
 

@@ -57,19 +57,23 @@ def evaluate_command(
         if out is not None and not out.parent.is_dir():
             raise ValueError(f"--out {out}: there is no folder {out.parent}")
         recommender = options.load_run(run, device)
-        low, high = recommender.trained.scale
+        low, high = recommender.scale
         if source.scale is None and low < high:
             source = replace(source, scale=(low, high))  # predictions were clipped to the training's
         if test_file is not None:
             values = _on_file(recommender, test_file, source)
             groups: list[ActivityGroup] = []
         else:
+            from lunet_fast.recsys.model.sequence_training import evaluate_sequences
             from lunet_fast.recsys.model.training import evaluate
             from lunet_fast.training.loop import cpu_threads
 
             parts = _parts(recommender, run, dataset, source)
-            with cpu_threads(recommender.trained.model.config.threads):
-                values, groups = evaluate(recommender.trained.model, parts, device)
+            with cpu_threads(recommender.config.threads):
+                if recommender.ranks_by == "next":
+                    values, groups = evaluate_sequences(recommender.sequences.model, parts)
+                else:
+                    values, groups = evaluate(recommender.trained.model, parts, device)
         figures: dict[str, Any] = dict(values)
         if groups:
             figures["by_activity"] = [group._asdict() for group in groups]
@@ -85,7 +89,7 @@ def _parts(recommender: LUNetRecommender, run: Path, dataset: str | None, source
     from lunet_fast.recsys.model.training import ratings_digest
     from lunet_fast.training.files import RunFolder, read_json
 
-    config = recommender.trained.model.config
+    config = recommender.config
     file = RunFolder(run).config
     recorded = read_json(file) if file.is_file() else {}
     if config.split in ("files", "stream", "none"):
@@ -94,7 +98,11 @@ def _parts(recommender: LUNetRecommender, run: Path, dataset: str | None, source
     name = dataset or str(recorded.get("dataset", ""))
     if dataset is None and name not in movielens.DATASETS:
         name = str(recorded.get("source", name))
-    parts = Parts.of(source.read(name, rated=config.gamma != 0), config.split, config.seed)
+    if recommender.ranks_by == "next":
+        ratings = source.read_with_or_without_ratings(name)[0]
+    else:
+        ratings = source.read(name, rated=recommender.trained.model.config.gamma != 0)
+    parts = Parts.of(ratings, config.split, config.seed)
     if ratings_digest(parts) != recorded.get("ratings_sha256"):
         raise ValueError(
             f"--dataset {name}: these are not the ratings that {run} was trained on: name the right file, or "

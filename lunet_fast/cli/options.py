@@ -130,6 +130,18 @@ class Source:
             )
         return read_ratings(dataset, **self.columns(rated=rated))
 
+    def read_with_or_without_ratings(self, dataset: str) -> tuple[Ratings, bool]:
+        """As :meth:`read`, and whether there are ratings: a file without the usual column has none."""
+        from lunet_fast.recsys.data.ratings import RatingFileError
+
+        try:
+            return self.read(dataset), True
+        except RatingFileError as error:
+            usual = self.rating_column == "rating" and "no column 'rating' for the rating" in str(error)
+            if not usual:
+                raise
+        return self.read(dataset, rated=False), False
+
 
 @dataclass(frozen=True)
 class Continuation:

@@ -74,7 +74,8 @@ def recommend_command(
     """Recommend items to users, best first.
 
     Columns: `user`, `rank` from 1, `item`, `score` and `title` where the data set has one. The score is the
-    predicted rating; of a model trained on interactions too (gamma below 1), the logit of choosing the item.
+    predicted rating; of a model trained on interactions too (gamma below 1), the logit of choosing the item;
+    of recipe sequence, that of choosing it next.
     A user whom training has not seen gets what is best for all, and a note says so. In CSV, ids and titles
     that a spreadsheet would run as a formula have an apostrophe before them, which `predict --pairs` takes
     off again; JSON has them as they are.
@@ -105,7 +106,7 @@ def recommend_command(
         recommender = options.load_run(run, device)
         ids = recommender.users.ids.tolist() if all_users else list(dict.fromkeys(ids))
         _note_unseen(output, recommender, ids)
-        titles = recommender.trained.item_info is not None
+        titles = recommender.item_info is not None
         # Bars over rows in a terminal would be unreadable.
         short = len(ids) <= BATCH or out is None
         with counted(len(ids), "users", quiet=output.quiet or short) as told:
@@ -173,11 +174,11 @@ def _read_ids(path: Path) -> list[str]:
 def _note_unseen(output: Output, recommender: LUNetRecommender, ids: Sequence[Any]) -> None:
     """A note on stderr where users have no training rating to go by."""
     index = recommender.users.index(list(ids))
-    rated = recommender.trained.model.interactions.user_counts.numpy()[index.clip(min=0)]
+    rated = recommender.user_counts()[index.clip(min=0)]
     unseen = [printable(ids[n]) for n in ((index < 0) | (rated == 0)).nonzero()[0]]
     if unseen:
         names = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
-        best = "rated best on the whole" if recommender.trained.model.config.gamma == 1 else "most chosen"
+        best = "rated best on the whole" if recommender.ranks_by == "rating" else "most chosen"
         output.note(
             f"Note: {len(unseen)} of {len(ids)} users have no rating in the training data ({names}): they "
             f"get the items {best}"
@@ -185,7 +186,7 @@ def _note_unseen(output: Output, recommender: LUNetRecommender, ids: Sequence[An
 
 
 def _rows(recommender: LUNetRecommender, frame: pd.DataFrame) -> Iterator[tuple[Any, ...]]:
-    info = recommender.trained.item_info
+    info = recommender.item_info
     titles: list[Any] = [None] * len(frame)
     if info is not None and "title" in info:
         titles = info["title"].iloc[recommender.items.index(frame["item"])].tolist()

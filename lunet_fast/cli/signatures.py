@@ -63,7 +63,10 @@ _NAMES = {"learning_rate": ("--learning-rate", "--lr"), "conditional": ("--condi
 
 
 def settings_command(
-    configuration: str, panels: Mapping[str, Sequence[str]], defaults: Mapping[str, str] | None = None
+    configuration: str,
+    panels: Mapping[str, Sequence[str]],
+    defaults: Mapping[str, str] | None = None,
+    further: str = "",
 ) -> type[TyperCommand]:
     """A kind of command with an option for each of these settings, whose function finds those that were given
     in ``context.obj``, by name.
@@ -74,12 +77,15 @@ def settings_command(
     Args:
         panels: the names of the settings under each heading of the help.
         defaults: what the help calls a default that is not the configuration's, by the setting.
+        further: another configuration, for the settings that the first does not have.
     """
 
     @functools.cache
     def fields() -> dict[str, FieldInfo]:
-        module, name = configuration.split(":")
-        known = getattr(importlib.import_module(module), name).model_fields
+        known: dict[str, FieldInfo] = {}
+        for place in filter(None, (further, configuration)):
+            module, name = place.split(":")
+            known |= getattr(importlib.import_module(module), name).model_fields
         return {name: known[name] for names in panels.values() for name in names}
 
     @functools.cache

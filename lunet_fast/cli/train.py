@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from lunet_fast.recsys.data.ratings import Ratings
     from lunet_fast.recsys.data.streaming import RatingStream
     from lunet_fast.recsys.model.config import TrainConfig
+    from lunet_fast.recsys.model.sequence_config import SequenceConfig
     from lunet_fast.training.distributed import Workers
     from lunet_fast.training.files import RunFolder
 
 MODEL, OBJECTIVE = "Model and training", "What is learnt: ratings, interactions or both"
+ORDER = "Recipe sequence: the next item, from those before"
 
 TrainCommand = settings_command(
     "lunet_fast.recsys.model.config:TrainConfig",
@@ -34,14 +36,16 @@ TrainCommand = settings_command(
             *("alpha", "members", "side_features", "dropout", "mlp", "seed", "threads"),
         ),
         OBJECTIVE: ("gamma", "loss", "negatives", "negative_sampling", "negatives_outside"),
+        ORDER: ("order", "length", "decays", "network"),
     },
     dict.fromkeys(
         (
             *("epochs", "batch_size", "learning_rate", "net_learning_rate", "embedding_size", "layers"),
-            *("members", "side_features", "dropout"),
+            *("members", "side_features", "dropout", "negatives"),
         ),
         "the recipe's",
     ),
+    "lunet_fast.recsys.model.sequence_config:SequenceConfig",
 )
 
 
@@ -85,7 +89,7 @@ class Parts:
         ),
     ] = False
 
-    def check(self, dataset: str, source: Source) -> None:
+    def check(self, dataset: str, source: Source, recipe: str) -> None:
         """``typer.BadParameter`` for options that do not go together."""
         from lunet_fast.recsys.data import movielens
 
@@ -99,6 +103,11 @@ class Parts:
             raise typer.BadParameter(
                 "--shard-tables divides the tables of a training on a stream: add --stream, with a Parquet "
                 "file"
+            )
+        if recipe == "sequence" and (self.stream or self.train_file is not None):
+            raise typer.BadParameter(
+                "--recipe sequence holds each user's latest rating out of one data set: leave --stream, "
+                "--train-file and --test-file away"
             )
         text = self.train_file is not None or source.sep is not None or source.scale is not None
         if self.stream and (dataset in movielens.DATASETS or text):
@@ -128,9 +137,10 @@ def train_command(
         typer.Option(
             "--recipe",
             "-r",
-            metavar="paper|best",
+            metavar="paper|best|sequence",
             help="`paper`: the paper's protocol (Adam 1e-3, batch 128, 50 epochs, linear read-out). "
-            "`best`: the best settings found on a validation part.",
+            "`best`: the best settings found on a validation part. `sequence`: each user's next item, from "
+            "the order of those before; it ranks and predicts no ratings.",
             show_default="best",
         ),
     ] = None,
@@ -161,6 +171,8 @@ def train_command(
 
         lunet-fast train --dataset clicks.csv --gamma 0
 
+        lunet-fast train --dataset ml-1m --recipe sequence
+
         lunet-fast train --dataset ml-100k --train-file u1.base --test-file u1.test
 
         lunet-fast train --dataset my.csv --user-column who --item-column what --scale 0.5 5 --out runs/mine
@@ -176,9 +188,10 @@ def train_command(
     from lunet_fast.training.distributed import workers_of_torchrun
     from lunet_fast.training.files import RunFolder, read_json
 
-    parts.check(dataset, source)
     given = context.obj if recipe is None else {**context.obj, "recipe": recipe}
-    training = Training(dataset, parts, source, _settings(given, settings, parts))
+    chosen = _settings(given, settings, parts)
+    parts.check(dataset, source, chosen["recipe"])
+    training = Training(dataset, parts, source, chosen)
     folder = RunFolder(out or Path("runs") / (run_name(dataset, movielens.DATASETS) or "ratings"))
     with training_told(folder.checkpoints) as stop:
         training.config(1)  # a wrong value is told before any file is read
@@ -199,8 +212,7 @@ def _settings(given: dict[str, Any], file: Path | None, parts: Parts) -> dict[st
     from lunet_fast.recsys.model.streamed_training import STREAM_SETTINGS
     from lunet_fast.training.files import read_json
 
-    if "epochs" in given:
-        given = {**given, "mlp_epochs": given["epochs"]}
+    epochs = given.get("epochs")
     if parts.split is not None:
         given = {**given, "split": parts.split}
     if file is not None:
@@ -209,6 +221,8 @@ def _settings(given: dict[str, Any], file: Path | None, parts: Parts) -> dict[st
         except (OSError, ValueError) as error:
             fail(ValueError(f"--settings {file}: {error}"), 2)
     given = {"recipe": "best", "seed": 0, **given}
+    if epochs is not None and given["recipe"] != "sequence":
+        given["mlp_epochs"] = epochs
     if not parts.stream:
         return given
     for name, value in STREAM_SETTINGS.items():
@@ -244,12 +258,12 @@ class Training(NamedTuple):
     source: Source
     settings: dict[str, Any]
 
-    def config(self, n_ratings: int) -> TrainConfig:
+    def config(self, n_ratings: int) -> TrainConfig | SequenceConfig:
         """``ValueError`` for a setting that cannot work."""
-        from lunet_fast.recsys.model.config import recipe
+        from lunet_fast.recsys.model.sequence_config import settings_of
 
         overrides = dict(self.settings)
-        return recipe(overrides.pop("recipe"), n_ratings, **overrides)
+        return settings_of(overrides.pop("recipe"), n_ratings, **overrides)
 
     @property
     def rated(self) -> bool:
@@ -276,6 +290,8 @@ class Training(NamedTuple):
     def run(self, console: Console, **arguments: Any) -> None:
         """Train with these further arguments of ``train`` or ``train_stream``."""
         from lunet_fast.cli.progress import training_progress
+        from lunet_fast.recsys.model.config import TrainConfig
+        from lunet_fast.recsys.model.sequence_training import train_sequence
         from lunet_fast.recsys.model.streamed_training import train_stream
         from lunet_fast.recsys.model.training import train
 
@@ -283,6 +299,7 @@ class Training(NamedTuple):
             rows = self.open_stream()
             console.print(str(rows), highlight=False)
             config = self.config(len(rows))
+            assert isinstance(config, TrainConfig)
             with training_progress(console) as progress:
                 sharded = self.parts.shard_tables
                 train_stream(rows, config, progress=progress, shard_tables=sharded, **arguments)
@@ -290,7 +307,10 @@ class Training(NamedTuple):
         ratings, test = self.read()
         config = self.config(len(ratings) + (0 if test is None else len(test)))
         with training_progress(console) as progress:
-            train(ratings, config, test=test, progress=progress, **arguments)
+            if isinstance(config, TrainConfig):
+                train(ratings, config, test=test, progress=progress, **arguments)
+            else:
+                train_sequence(ratings, config, progress=progress, **arguments)
 
     def open_stream(self) -> RatingStream:
         from lunet_fast.recsys.data.streaming import RatingStream
@@ -305,6 +325,8 @@ class Training(NamedTuple):
         from lunet_fast.recsys.data.ratings import read_ratings
         from lunet_fast.recsys.data.splits import join
 
+        if self.settings["recipe"] == "sequence":
+            return self.source.read_with_or_without_ratings(self.dataset)[0], None
         files = [file for file in (self.parts.train_file, self.parts.test_file) if file is not None]
         if not files:
             return self.source.read(self.dataset, rated=self.rated), None

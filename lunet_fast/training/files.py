@@ -249,6 +249,13 @@ def read_tensors(
     return tensors, header
 
 
+def kind_of(path: Path) -> str:
+    """The ``kind`` that a file says it is of, "" where it says none; errors as :func:`read_tensors`."""
+    with _opened(path) as (file, size):
+        header = _parsed(path, _metadata(path, file, size), "the header is not JSON")
+    return str(header.get("format", "")) if isinstance(header, dict) else ""
+
+
 def _metadata(path: Path, file: BinaryIO, size: int) -> str:
     """The text under the key ``lunet_fast`` of an open safetensors file of ``size`` bytes."""
     start = file.read(8)

@@ -7,6 +7,7 @@ import pandas as pd
 
 from lunet_fast.recsys.data.ratings import Ratings, from_frame
 from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.sequence_config import SequenceConfig
 
 
 def latent_frame(
@@ -52,3 +53,36 @@ def quick_config(**changes: object) -> TrainConfig:
         "mlp_hidden": (8, 6),
     }
     return TrainConfig.from_dict({**settings, **changes})
+
+
+def cyclic_ratings(users: int = 40, items: int = 30, each: int = 12, seed: int = 0) -> Ratings:
+    """Users who step through the items one after the other, from a place of their own; every other user steps
+    backwards, which only the order tells."""
+    rng = np.random.default_rng(seed)
+    start = np.arange(users) * 7 % items
+    user = np.repeat(np.arange(users), each)
+    step = np.tile(np.arange(each), users)
+    frame = pd.DataFrame(
+        {
+            "user": user,
+            "item": (start[user] + step * (1 - 2 * (user % 2))) % items,
+            "rating": rng.integers(1, 6, users * each),
+            "timestamp": 1_000_000 + user * 1000 + step * 10,
+        }
+    )
+    return from_frame(frame.sample(frac=1, random_state=seed), scale=(1, 5), name="cyclic")
+
+
+def quick_sequence_config(**changes: object) -> SequenceConfig:
+    """Settings with which a training on :func:`cyclic_ratings` takes well under a second."""
+    settings: dict[str, object] = {
+        "embedding_size": 8,
+        "length": 6,
+        "decays": 2,
+        "epochs": 4,
+        "batch_size": 200,
+        "negatives": 100,
+        "learning_rate": 0.02,
+        "dropout": 0.0,
+    }
+    return SequenceConfig.from_dict({**settings, **changes})

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+import torch
 
 from lunet_fast.recsys.data import fetching
 from lunet_fast.recsys.data.archives import (
@@ -51,6 +52,7 @@ from lunet_fast.recsys.data.movielens_tables import (
     wheel_people,
     wheel_ratings,
 )
+from lunet_fast.recsys.data.order_file import order_file_beside, read_positions
 from lunet_fast.recsys.data.ratings import Ratings, parse_text
 from lunet_fast.training.files import write_atomically
 
@@ -79,10 +81,12 @@ def load(dataset: str, data_dir: str | os.PathLike[str] | None = None) -> Rating
 
     Sources and their order: see the module. ``source`` of the result and the log (level INFO) say which it
     was. ``user_info`` has age, gender, occupation and zip; age and occupation of ML-1M are GroupLens' codes.
-    A timestamp of 0 is unknown. ``item_info`` or ``user_info`` is None where an unpacked folder lacks that
-    file.
+    A timestamp of 0 is unknown; where there are such, ``order/NAME-order.npz`` in the data set's folder says
+    their order (:mod:`~.order_file`), which GroupLens' own files need not. ``item_info`` or ``user_info`` is
+    None where an unpacked folder lacks that file.
 
-    Raises DataNotFoundError where no source has the data set, ValueError for an unknown name.
+    Raises DataNotFoundError where no source has the data set, RatingFileError for an order file that is not
+    of these ratings, ValueError for an unknown name.
     """
     spec = _spec(dataset)
     located = locate(dataset, data_dir)
@@ -100,7 +104,24 @@ def load(dataset: str, data_dir: str | os.PathLike[str] | None = None) -> Rating
         item_info=None if movies is None else movies.reindex(ratings.items.ids).reset_index(drop=True),
         user_info=None if people is None else people.reindex(ratings.users.ids).reset_index(drop=True),
         source=located.source,
+        position=_positions(spec, ratings, located.source),
     )
+
+
+def _positions(spec: DataSet, ratings: Ratings, source: str) -> torch.Tensor | None:
+    """The order of the rows where some times are unknown and a file tells it."""
+    if ratings.timestamp is None or not bool((ratings.timestamp == 0).any()):
+        return None
+    file = order_file_beside(source, spec.name)
+    if file is None:
+        logger.warning(
+            "%s: some times are unknown, and there is no order/%s-order.npz: such ratings count as older "
+            "than all others of their users",
+            source,
+            spec.name,
+        )
+        return None
+    return read_positions(file, ratings)
 
 
 def read_like(

@@ -48,7 +48,9 @@ class Ratings(TwoIdMaps):
     Unix seconds, 0 where unknown, or None where the source has no times. ``users`` and ``items`` map ids to
     indices. ``scale`` is the (lowest, highest) rating allowed. ``item_info`` (columns ``title`` and
     ``genres``, the latter separated by "|") and ``user_info`` are aligned to the indices, None where the
-    source has none. ``source`` says where the rows were read.
+    source has none. ``source`` says where the rows were read. ``position``, int64 [N], is a row's place among
+    the user's ratings in order of time, equal for those of one second, from sources that know it of rows of
+    unknown time; else None.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Ratings(TwoIdMaps):
     item_info: pd.DataFrame | None = None
     user_info: pd.DataFrame | None = None
     source: str = ""
+    position: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         expected = [
@@ -69,10 +72,11 @@ class Ratings(TwoIdMaps):
             ("item", torch.int64),
             ("rating", torch.float32),
             ("timestamp", torch.int64),
+            ("position", torch.int64),
         ]
         for field, dtype in expected:
             tensor = getattr(self, field)
-            if tensor is None and field == "timestamp":
+            if tensor is None and field in ("timestamp", "position"):
                 continue
             if tensor.dtype != dtype or tensor.shape != (len(self),):
                 raise ValueError(
@@ -95,9 +99,13 @@ class Ratings(TwoIdMaps):
         rows = torch.as_tensor(index, device=self.user.device)
         if rows.dtype != torch.bool:
             rows = rows.to(torch.int64)
-        timestamp = None if self.timestamp is None else self.timestamp[rows]
         return replace(
-            self, user=self.user[rows], item=self.item[rows], rating=self.rating[rows], timestamp=timestamp
+            self,
+            user=self.user[rows],
+            item=self.item[rows],
+            rating=self.rating[rows],
+            timestamp=None if self.timestamp is None else self.timestamp[rows],
+            position=None if self.position is None else self.position[rows],
         )
 
     def describe(self) -> dict[str, Any]:

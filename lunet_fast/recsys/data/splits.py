@@ -19,6 +19,7 @@ import torch
 
 from lunet_fast.recsys.data.errors import check_whole
 from lunet_fast.recsys.data.ids import IdMap, Int64Array
+from lunet_fast.recsys.data.order import time_keys
 from lunet_fast.recsys.data.ratings import Ratings
 
 __all__ = [
@@ -96,8 +97,9 @@ def leave_one_out(ratings: Ratings, seed: int) -> Split:
     """Holds out each user's most recent rating; all other rows train, and ``test`` is empty.
 
     The most recent rating has the user's greatest timestamp, where 0 (unknown) is older than every known
-    time. Where several rows of the user tie for it, one of them is drawn at random, each with the same
-    probability: neither the order of a file nor an id says anything about time, and ids go with popularity.
+    time, or stands where :mod:`~.order` places it. Where several rows of the user tie for it, one of them is
+    drawn at random, each with the same probability: neither the order of a file nor an id says anything about
+    time, and ids go with popularity.
     Where no time is known, for one user or in the whole data set, all rows of the user tie. A user with
     fewer than 2 rows keeps them in training and has none held out.
 
@@ -269,11 +271,10 @@ def _most_recent(ratings: Ratings, seed: int) -> Int64Array:
     """The row that :func:`leave_one_out` holds out, for each user with 2 rows or more."""
     n = len(ratings)
     user, item = ratings.user.cpu().numpy(), ratings.item.cpu().numpy()
-    time = np.zeros(n, dtype=np.int64) if ratings.timestamp is None else ratings.timestamp.cpu().numpy()
+    place, known = time_keys(ratings)
     draw = np.empty(n, dtype=np.int64)
     draw[np.lexsort((item, user))] = np.random.default_rng((seed, 2)).permutation(n)
-    # A time before 1970 is negative, so known times come after unknown ones by a key of their own.
-    order = np.lexsort((draw, time, time != 0, user))
+    order = np.lexsort((draw, known, place, user))
     counts = np.bincount(user)
     last = order[np.cumsum(counts)[counts >= 2] - 1]
     if not len(last):

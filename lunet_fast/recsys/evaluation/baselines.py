@@ -35,6 +35,7 @@ from lunet_fast.recsys.evaluation.fitted import (
     rows_at_once,
     shape_of,
 )
+from lunet_fast.recsys.evaluation.sequence_ease import sequence_ease
 from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.mlp import MLPModel
 from lunet_fast.recsys.model.training import control_objective, control_optimizer
@@ -198,4 +199,5 @@ BASELINES: dict[str, Baseline] = {
     "autoencoder": Baseline("Variational autoencoder", "cornac", ("ranking",), adapters.autoencoder),
     "als": Baseline("ALS", "implicit", ("ranking",), adapters.als),
     "ease": Baseline("EASE", "ours", ("ranking",), _ease),
+    "sequence-ease": Baseline("EASE of ordered histories", "ours", ("ranking",), sequence_ease),
 }

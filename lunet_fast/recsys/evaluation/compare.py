@@ -33,7 +33,9 @@ from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.evaluation.baselines import BASELINES, missing
 from lunet_fast.recsys.measures import metrics
 from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
-from lunet_fast.recsys.model.config import TrainConfig, nearest_dataset, recipe
+from lunet_fast.recsys.model.config import TrainConfig, nearest_dataset
+from lunet_fast.recsys.model.sequence_config import SEQUENCE, SequenceConfig, settings_of
+from lunet_fast.recsys.model.sequence_training import train_sequence
 from lunet_fast.recsys.model.training import train
 from lunet_fast.training.files import CheckpointError, read_json, write_json
 from lunet_fast.training.machine import describe, process_memory, reset_peak, version_of
@@ -76,14 +78,15 @@ class Method:
         """``rating``, ``ranking`` or ``both``."""
         return "both" if len(self.kinds) == 2 else self.kinds[0]
 
-    def config(self, n_ratings: int, seed: int) -> TrainConfig:
+    def config(self, n_ratings: int, seed: int) -> TrainConfig | SequenceConfig:
         """The settings of a LU-Net row for data of ``n_ratings`` ratings."""
-        return recipe(self.recipe, n_ratings, seed=seed, mlp=False, **dict(self.overrides))
+        return settings_of(self.recipe, n_ratings, seed=seed, **dict(self.overrides))
 
 
 def _lu_net(name: str, *kinds: str, recipe: str = "best", **overrides: Any) -> Method:
-    # Unless it is said otherwise nobody is told of held-out pairs, not even by what is never a negative.
-    overrides = {"negatives_outside": "training", **overrides}
+    if recipe != SEQUENCE:
+        # Unless it is said otherwise nobody is told of held-out pairs, not even by what is never a negative.
+        overrides = {"mlp": False, "negatives_outside": "training", **overrides}
     return Method(name, "lunet_fast", kinds, recipe, tuple(overrides.items()))
 
 
@@ -101,10 +104,18 @@ METHODS: dict[str, Method] = {
         gamma=0.0,
         negatives_outside="known",
     ),
+    "lunet-sequence": _lu_net("LU-Net, order (recipe sequence)", "ranking", recipe=SEQUENCE),
+    "lunet-sequence-identity": _lu_net(
+        "The same with f = identity", "ranking", recipe=SEQUENCE, network="identity"
+    ),
 }
 
 #: The row whose model was told of the held-out pairs: it is no contender.
 LEAKY = "lunet-leaky"
+
+
+ORDERED = {"sequence-ease", "lunet-sequence", "lunet-sequence-identity"}
+"""The rows whose methods read the order of a user's ratings."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +250,10 @@ def measure(ratings: Ratings, key: str, seed: int) -> dict[str, Any]:
     if method.is_lu_net:
         before = reset_peak()
         config = method.config(len(ratings), seed)
-        values = train(ratings, config).metrics
+        trained = (
+            train(ratings, config) if isinstance(config, TrainConfig) else train_sequence(ratings, config)
+        )
+        values = trained.metrics
         wanted = [name for kind in method.kinds for name in _figures(kind)]
         figures = {name: values[name] for name in (*wanted, *COSTS) if name in values}
         return figures | _peak_over(before)
@@ -342,7 +356,7 @@ class _Inputs:
     def __init__(self, ratings: Ratings, processor: str) -> None:
         self.n_ratings = len(ratings)
         digest = hashlib.sha256(f"{ratings.n_users} {ratings.n_items} {ratings.scale}".encode())
-        for tensor in (ratings.user, ratings.item, ratings.rating, ratings.timestamp):
+        for tensor in (ratings.user, ratings.item, ratings.rating, ratings.timestamp, ratings.position):
             digest.update(b"" if tensor is None else tensor.numpy().tobytes())
         for info in (ratings.item_info, ratings.user_info):
             digest.update(b"" if info is None else info.to_csv().encode("utf-8", "surrogatepass"))

@@ -9,7 +9,8 @@ from typing import Any
 
 from lunet_fast.recsys.data.datasets import dataset_title
 from lunet_fast.recsys.data.spreadsheet import spreadsheet_safe
-from lunet_fast.recsys.evaluation.compare import FIGURES, LEAKY, METHODS, Comparison
+from lunet_fast.recsys.evaluation.compare import FIGURES, LEAKY, METHODS, ORDERED, Comparison
+from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.training.figures import BLUE, GREY, INK, new_figure, plain
 from lunet_fast.training.files import write_figure, write_text
 
@@ -85,7 +86,13 @@ def notes(comparison: Comparison) -> list[str]:
             "Items drawn as negatives may be held-out ones, as for every other method "
             '(`negatives_outside="training"`): nobody is told of held-out pairs.'
         )
-    if any(METHODS[key].config(1, 0).side_features for key in keys if METHODS[key].is_lu_net):
+    if keys & ORDERED:
+        found.append(
+            "Methods that read the order of a user's ratings (recipe sequence, EASE of ordered histories) "
+            "know what the others do not, such as which ratings were given in the same sitting."
+        )
+    configs = [METHODS[key].config(1, 0) for key in keys if METHODS[key].is_lu_net]
+    if any(isinstance(config, TrainConfig) and config.side_features for config in configs):
         found.append(
             "LU-Net by recipe best reads the side features of the data set too (of MovieLens genres, age, "
             "gender and occupation), which the baselines and recipe paper do not."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,10 +16,18 @@ from lunet_fast.recsys.data.ratings import IdMap
 from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.network import RatingModel
-from lunet_fast.recsys.model.schema import CANDIDATES_FORMAT, HEADERS, MODEL_FORMAT, TEXT_COLUMNS
+from lunet_fast.recsys.model.schema import (
+    CANDIDATES_FORMAT,
+    HEADERS,
+    MODEL_FORMAT,
+    SEQUENCES_FORMAT,
+    TEXT_COLUMNS,
+)
+from lunet_fast.recsys.model.sequence_config import SequenceConfig
+from lunet_fast.recsys.model.state_network import StateNetwork
 from lunet_fast.training.checkpoints import pass_by, whole_tensors
-from lunet_fast.training.files import CheckpointError, read_tensors, write_tensors
-from lunet_fast.training.sharding import DealtTables
+from lunet_fast.training.files import CheckpointError, kind_of, read_tensors, write_tensors
+from lunet_fast.training.sharding import Dealt, DealtTables
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,17 @@ class TrainedModel:
     """Titles and genres, a row for each index."""
 
 
+@dataclass(frozen=True)
+class TrainedSequences:
+    """A model of recipe ``sequence``, as :class:`TrainedModel`."""
+
+    model: StateNetwork
+    users: IdMap
+    items: IdMap
+    scale: tuple[float, float]
+    item_info: pd.DataFrame | None = None
+
+
 def save_model(path: Path | None, trained: TrainedModel, dealt: DealtTables | None = None) -> None:
     """Write model, settings, ids, scale and titles into one safetensors file.
 
@@ -43,6 +63,18 @@ def save_model(path: Path | None, trained: TrainedModel, dealt: DealtTables | No
     if path is None:
         pass_by(tensors)
         return
+    _write(path, tensors, MODEL_FORMAT, trained)
+
+
+def save_sequences(path: Path, trained: TrainedSequences) -> None:
+    """As :func:`save_model`, for recipe ``sequence``."""
+    _write(path, whole_tensors("model.", trained.model, None), SEQUENCES_FORMAT, trained)
+
+
+def _write(
+    path: Path, tensors: dict[str, Tensor | Dealt], kind: str, trained: TrainedModel | TrainedSequences
+) -> None:
+    """The ``tensors`` of a model with what leads to it."""
     tensors |= _pack_ids("users", trained.users) | _pack_ids("items", trained.items)
     columns = []
     if trained.item_info is not None:
@@ -57,7 +89,7 @@ def save_model(path: Path | None, trained: TrainedModel, dealt: DealtTables | No
         "n_items": len(trained.items),
         "item_info": columns,
     }
-    write_tensors(path, tensors, MODEL_FORMAT, state)
+    write_tensors(path, tensors, kind, state)
 
 
 def load_model(path: Path) -> TrainedModel:
@@ -68,9 +100,26 @@ def load_model(path: Path) -> TrainedModel:
     its tensors the settings, before anything is allocated for these. What it predicts is its maker's word
     alone.
     """
-    tensors, header = read_tensors(path, MODEL_FORMAT, HEADERS[MODEL_FORMAT])
+    model, *rest = _read(path, MODEL_FORMAT, TrainConfig, RatingModel)
+    return TrainedModel(model, *rest)
+
+
+def load_sequences(path: Path) -> TrainedSequences:
+    """Read what :func:`save_sequences` wrote, as :func:`load_model` does."""
+    model, *rest = _read(path, SEQUENCES_FORMAT, SequenceConfig, StateNetwork)
+    return TrainedSequences(model, *rest)
+
+
+def is_of_sequences(path: Path) -> bool:
+    """Whether a model file is of recipe ``sequence``; the errors of reading it where it is no such file."""
+    return kind_of(path) == SEQUENCES_FORMAT
+
+
+def _read(path: Path, kind: str, config_type: Any, model_type: Any) -> tuple[Any, ...]:
+    """(model, users, items, scale, titles) of a file of that format."""
+    tensors, header = read_tensors(path, kind, HEADERS[kind])
     try:
-        config = TrainConfig.from_dict(header["config"])
+        config = config_type.from_dict(header["config"])
         users, items = (_unpack_ids(side, tensors, header[f"n_{side}"]) for side in ("users", "items"))
         low, high = (float(end) for end in header["scale"])
         if not low <= high:
@@ -81,11 +130,11 @@ def load_model(path: Path) -> TrainedModel:
         if len(state) < len(tensors):
             other = min(name for name in tensors if not name.startswith("model."))
             raise ValueError(f"the tensor {other!r} is not of a model file")
-        model = RatingModel.from_state(config, state, len(users), len(items))
+        model = model_type.from_state(config, state, len(users), len(items))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path}: {reason}") from error
-    return TrainedModel(model, users, items, (low, high), pd.DataFrame(info) if info else None)
+    return model, users, items, (low, high), pd.DataFrame(info) if info else None
 
 
 def save_candidates(path: Path, parts: Parts) -> None:

@@ -16,6 +16,7 @@ from lunet_fast.layers.lunet import LUNet
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.embeddings import Embeddings, Histories
 from lunet_fast.recsys.model.interactions import Interactions
+from lunet_fast.recsys.model.schema import check_same_tensors
 from lunet_fast.training.distributed import Workers
 
 MOST_LEVELS = 20
@@ -178,7 +179,7 @@ class RatingModel(Embeddings):
             # somebody's own program draws from stays as it is, in other threads too.
             with torch.device("meta"):
                 model._build(config, interactions, levels, *features)
-            _check_same_tensors(model.state_dict(), state)
+            check_same_tensors(model.state_dict(), state)
             for name, tensor in state.items():
                 if name.endswith(".sign") and not bool((tensor.abs() == 1).all()):
                     raise ValueError(f"{name!r} must hold signs, 1 and -1")
@@ -393,21 +394,6 @@ def _check_levels(config: TrainConfig, levels: Tensor | None) -> None:
         return
     if levels.ndim != 1 or not 2 <= len(levels) <= MOST_LEVELS or not bool((levels.diff() > 0).all()):
         raise ValueError(f"levels must be 2 to {MOST_LEVELS} ratings in ascending order")
-
-
-def _check_same_tensors(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """``ValueError`` unless the two have the same names, dtypes and shapes."""
-    fit = "do not fit the model's settings"
-    for name in sorted(wanted.keys() - state.keys()):
-        raise ValueError(f"the saved tensors {fit}: {name!r} is missing")
-    for name in sorted(state.keys() - wanted.keys()):
-        raise ValueError(f"the saved tensors {fit}: {name!r} is too many")
-    for name, tensor in wanted.items():
-        for what in ("dtype", "shape"):
-            ours, theirs = getattr(tensor, what), getattr(state[name], what)
-            if ours != theirs:
-                ours, theirs = (str(list(v) if what == "shape" else v) for v in (ours, theirs))
-                raise ValueError(f"the saved tensors {fit}: {name!r} is of {what} {theirs}, not {ours}")
 
 
 def _log_odds(count: Tensor | int, total: int) -> Tensor:

@@ -7,6 +7,8 @@ Tensors of a model file, little-endian: ``model.<name>``, the ``state_dict`` of
 :class:`~lunet_fast.recsys.model.network.RatingModel`; ``users.ids`` and ``items.ids`` int64 ``[n]``, or where
 ids are strings, ``users.ids.text`` uint8, all of them in UTF-8 one after another, and ``users.ids.offsets``
 int64 ``[n + 1]``, where each begins and the last ends; ``items.title`` and ``items.genres`` likewise, if any.
+A model of recipe ``sequence`` is such a file of another format: ``model.<name>`` is of
+:class:`~lunet_fast.recsys.model.state_network.StateNetwork`.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ import json
 from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field
+from torch import Tensor
 
 from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.sequence_config import SequenceConfig
 from lunet_fast.training.schema import CHECKPOINT_FORMAT, CheckpointHeader, Header, Schema
 
 MODEL_FORMAT = "lunet-fast model"
+SEQUENCES_FORMAT = "lunet-fast sequence model"
 CANDIDATES_FORMAT = "lunet-fast candidates"
 
 TextColumn = Literal["title", "genres"]
@@ -35,17 +40,32 @@ def _each_once(names: list[TextColumn]) -> list[TextColumn]:
     return names
 
 
+Scale = Annotated[list[float], Field(min_length=2, max_length=2)]
+TextColumns = Annotated[
+    list[TextColumn], AfterValidator(_each_once), Field(json_schema_extra={"uniqueItems": True})
+]
+
+
 class ModelHeader(Header):
     """A trained model: its settings, the scale of its ratings, and how many ids and texts there are."""
 
     format: Literal["lunet-fast model"]
     config: TrainConfig
-    scale: Annotated[list[float], Field(min_length=2, max_length=2)]
+    scale: Scale
     n_users: Total
     n_items: Total
-    item_info: Annotated[
-        list[TextColumn], AfterValidator(_each_once), Field(json_schema_extra={"uniqueItems": True})
-    ]
+    item_info: TextColumns
+
+
+class SequencesHeader(Header):
+    """A trained model of recipe ``sequence``, as :class:`ModelHeader`."""
+
+    format: Literal["lunet-fast sequence model"]
+    config: SequenceConfig
+    scale: Scale
+    n_users: Total
+    n_items: Total
+    item_info: TextColumns
 
 
 class CandidatesHeader(Header):
@@ -58,9 +78,25 @@ class CandidatesHeader(Header):
 #: Format → the header of its files.
 HEADERS: dict[str, Schema] = {
     MODEL_FORMAT: ModelHeader,
+    SEQUENCES_FORMAT: SequencesHeader,
     CHECKPOINT_FORMAT: CheckpointHeader,
     CANDIDATES_FORMAT: CandidatesHeader,
 }
+
+
+def check_same_tensors(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """``ValueError`` unless the two have the same names, dtypes and shapes."""
+    fit = "do not fit the model's settings"
+    for name in sorted(wanted.keys() - state.keys()):
+        raise ValueError(f"the saved tensors {fit}: {name!r} is missing")
+    for name in sorted(state.keys() - wanted.keys()):
+        raise ValueError(f"the saved tensors {fit}: {name!r} is too many")
+    for name, tensor in wanted.items():
+        for what in ("dtype", "shape"):
+            ours, theirs = getattr(tensor, what), getattr(state[name], what)
+            if ours != theirs:
+                ours, theirs = (str(list(v) if what == "shape" else v) for v in (ours, theirs))
+                raise ValueError(f"the saved tensors {fit}: {name!r} is of {what} {theirs}, not {ours}")
 
 
 if __name__ == "__main__":

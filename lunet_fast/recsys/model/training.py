@@ -87,7 +87,7 @@ def train(
     parts = Parts.of(ratings, config.split, config.seed) if test is None else Parts(ratings, test, None, None)
     for part, rows in (("training", parts.training), ("test", parts.test)):
         if rows is not None:
-            _check_ratings(part, rows)
+            check_ratings(part, rows)
     recorded = {} if run.folder is None else _resolved(config, parts)
     stored = run.finished(recorded)
     if stored is not None:
@@ -146,7 +146,7 @@ def described(
     }
 
 
-def _check_ratings(part: str, rows: Ratings) -> None:
+def check_ratings(part: str, rows: Ratings) -> None:
     """What a table of ratings that no reader has made may hold."""
     if len(rows) == 0:
         raise ValueError(f"the {part} part of {rows.name} is empty")

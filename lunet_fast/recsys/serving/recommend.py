@@ -14,14 +14,25 @@ import torch
 
 from lunet_fast.recsys.data.ids import IdMap
 from lunet_fast.recsys.data.ratings import Ratings, from_frame, read_ratings
-from lunet_fast.recsys.model.config import TrainConfig, recipe
+from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.embeddings import Histories
-from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_model
+from lunet_fast.recsys.model.model_files import (
+    TrainedModel,
+    TrainedSequences,
+    is_of_sequences,
+    load_model,
+    load_sequences,
+    save_model,
+    save_sequences,
+)
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.prediction import CHUNK
 from lunet_fast.recsys.model.scoring import ItemScorer, ranking_readout, training_pairs
+from lunet_fast.recsys.model.sequence_config import SEQUENCE, SequenceConfig, settings_of
+from lunet_fast.recsys.model.sequence_training import train_sequence
 from lunet_fast.recsys.model.training import train
 from lunet_fast.recsys.serving.fold_in import METHODS, FoldIn, given_items
+from lunet_fast.recsys.serving.sequence import SequenceServing, Session
 from lunet_fast.training.files import RunFolder, write_json
 from lunet_fast.training.loop import Progress
 
@@ -79,7 +90,9 @@ class LUNetRecommender:
     array([4.12, 2.87], dtype=float32)
 
     ``recipe`` is ``best`` or ``paper``; ``settings`` override single fields of
-    :class:`~lunet_fast.recsys.model.config.TrainConfig`, such as ``epochs=5``. ``device`` is where training
+    :class:`~lunet_fast.recsys.model.config.TrainConfig`, such as ``epochs=5``. ``sequence`` ranks what a user
+    may choose next by the order of what it chose before, and predicts no ratings; its settings are those of
+    :class:`~lunet_fast.recsys.model.sequence_config.SequenceConfig`. ``device`` is where training
     and :meth:`recommend` run; single pairs are predicted on the CPU.
 
     A trained model is not to be changed: what its predictions have in common is computed once and kept.
@@ -91,11 +104,13 @@ class LUNetRecommender:
     ) -> None:
         self.recipe, self.seed, self.device, self.settings = recipe, seed, device, settings
         self._config(1)  # a wrong name or value is told now, not after the data are read
-        self._ready: _Ready | None = None
+        self._ready: _Ready | SequenceServing | None = None
 
-    def _config(self, n_ratings: int) -> TrainConfig:
-        fixed = {"seed": self.seed, "split": "none", "mlp": False}
-        return recipe(self.recipe, n_ratings, **{**fixed, **self.settings})
+    def _config(self, n_ratings: int) -> TrainConfig | SequenceConfig:
+        fixed: dict[str, Any] = {"seed": self.seed, "split": "none"}
+        if self.recipe != SEQUENCE:
+            fixed["mlp"] = False
+        return settings_of(self.recipe, n_ratings, **{**fixed, **self.settings})
 
     def fit(
         self,
@@ -112,10 +127,11 @@ class LUNetRecommender:
 
         The column names and ``scale`` apply to files and frames, as in
         :func:`~lunet_fast.recsys.data.ratings.read_ratings`, whose errors are raised; ``rating=None`` reads
-        interactions without ratings, which need gamma 0. Sizes other than MovieLens'
+        interactions without ratings, which need gamma 0 or recipe ``sequence``. Sizes other than MovieLens'
         take the settings of the MovieLens set nearest in size.
         """
-        if rating is None and self._config(1).gamma > 0:
+        config = self._config(1)
+        if rating is None and isinstance(config, TrainConfig) and config.gamma > 0:
             raise ValueError("rating=None leaves no ratings to train on: make LUNetRecommender(gamma=0)")
         columns: dict[str, Any] = {
             "user": user,
@@ -128,12 +144,15 @@ class LUNetRecommender:
             ratings = from_frame(ratings, **columns)
         elif not isinstance(ratings, Ratings):
             ratings = read_ratings(ratings, **columns)
-        result = train(ratings, self._config(len(ratings)), device=self.device, progress=progress)
-        self._set_trained(result.trained)
+        config = self._config(len(ratings))
+        if isinstance(config, TrainConfig):
+            self._set_trained(train(ratings, config, device=self.device, progress=progress).trained)
+        else:
+            self._set_trained(train_sequence(ratings, config, device=self.device, progress=progress).trained)
         return self
 
-    def _set_trained(self, trained: TrainedModel) -> None:
-        self._ready = _Ready(trained)
+    def _set_trained(self, trained: TrainedModel | TrainedSequences) -> None:
+        self._ready = _Ready(trained) if isinstance(trained, TrainedModel) else SequenceServing(trained)
 
     def predict(self, users: Any, items: Any) -> npt.NDArray[np.float32]:
         """Ratings of pairs, float32 ``[N]``, clipped to the scale of the training data.
@@ -158,9 +177,14 @@ class LUNetRecommender:
         order of items, not a frequency. Where training has not seen the user or the item, the logit is that
         of the item's popularity, log of (n + 1) / (users - n + 1) for n users who chose it.
 
+        With recipe ``sequence`` it is z·e_i + b_i, to compare items of one user by; of an unseen user the
+        popularity, and of an unseen item the user's lowest.
+
         ``ValueError`` with gamma 1, whose training knows no interactions. Cost as :meth:`predict`'s.
         """
-        ready = self._prepared()
+        ready = self._trained()
+        if isinstance(ready, SequenceServing):
+            return ready.score(users, items)
         pairs = _pairs(ready.trained, users, items)
         logits = _in_chunks(ready.trained.model.interaction, ready.histories(), *pairs)
         result: npt.NDArray[np.float32] = logits.cpu().numpy()
@@ -191,6 +215,9 @@ class LUNetRecommender:
         :meth:`predict`: an unseen user gets the most popular items, or with gamma 1 those of the highest mean
         deviation d_item; an unseen item stands where nobody's choice does, or at mean + d_user.
 
+        With recipe ``sequence`` unseen items are left out, and users are scored on the CPU by one product
+        each with all items.
+
         Cost: O(K M D²) for a user and item, on ``device``; what depends on one of them alone is computed
         once. Memory: :func:`~lunet_fast.recsys.model.scoring.score_topk`'s for USERS users, and the result.
 
@@ -198,7 +225,9 @@ class LUNetRecommender:
         """
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise ValueError(f"k={k!r} must be a whole number of at least 1")
-        ready, given = self._prepared(), _listed(users)
+        ready, given = self._trained(), _listed(users)
+        if isinstance(ready, SequenceServing):
+            return ready.recommend(given, int(k), exclude_seen, items)
         trained, device = ready.trained, torch.device(self.device)
         index = torch.from_numpy(trained.users.index(given))
         item_ids, candidates, unseen = trained.items.ids, None, 0
@@ -232,7 +261,7 @@ class LUNetRecommender:
 
     def fold_in(
         self, ratings: pd.DataFrame | Mapping[Any, float] | Sequence[Any], *, method: str = "fit"
-    ) -> FoldedUser:
+    ) -> FoldedUser | Session:
         """A user whom training has not seen, from what it has rated or chosen; this model stays as it is.
 
         >>> ann = recommender.fold_in({"film-7": 5, "film-9": 2})          # doctest: +SKIP
@@ -251,27 +280,61 @@ class LUNetRecommender:
         given, held to that start by a quadratic prior; ``history`` fits the bias alone. The items' histories
         stay as trained. The same model and ``ratings`` give the same user.
 
+        With recipe ``sequence`` nothing is fitted: the result is that of :meth:`session`.
+
         ``ValueError`` for an unknown method, and for ratings that are no numbers within the scale or that
         are of one item. Cost: O(users + items) once; then O(K n (k + M D²)) a step for n items, at most 25
         or so, of some milliseconds each where n is below 100.
         """
         if method not in METHODS:
             raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
-        ready = self._prepared()
+        ready = self._trained()
+        if isinstance(ready, SequenceServing):
+            return ready.session(ratings)
         items, values = given_items(ratings, ready.trained)
         alone = LUNetRecommender(self.recipe, self.seed, self.device)
         alone.settings = self.settings
         alone._ready = _Ready(*ready.fold_in()(items, values, method))
         return FoldedUser(alone)
 
+    def session(self, recent_items: Any = ()) -> Session:
+        """Someone whom training need not have seen, by what it has chosen; only with recipe ``sequence``.
+
+        >>> session = recommender.session(["film-7", "film-9"])            # doctest: +SKIP
+        >>> session.add("film-3", rating=5)                                # doctest: +SKIP
+        >>> session.recommend(k=2)                                         # doctest: +SKIP
+           rank    item  score
+        0     1  film-4   7.81
+        1     2  film-1   7.44
+
+        ``recent_items`` are ids, the oldest first, ratings by item, or a frame with the column ``item`` and,
+        where known, ``rating`` and ``timestamp``. ``ValueError`` for a model of another recipe.
+        """
+        ready = self._trained()
+        if not isinstance(ready, SequenceServing):
+            raise ValueError(
+                "this model knows no order: train LUNetRecommender('sequence'), or use fold_in()"
+            )
+        return ready.session(recent_items)
+
+    def next_items(self, recent_items: Any, k: int = 10) -> pd.DataFrame:
+        """The k most likely next items after ``recent_items``: columns ``rank``, ``item``, ``score``.
+
+        As ``session(recent_items).recommend(k)``. ``ValueError`` for a model of another recipe.
+        """
+        return self.session(recent_items).recommend(k)
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``directory``, which is made if needed.
 
         Each file is replaced as a whole. The model file alone is what :meth:`load` reads.
         """
-        trained, folder = self.trained, RunFolder(Path(directory))
+        trained, folder = self._trained().trained, RunFolder(Path(directory))
         folder.path.mkdir(parents=True, exist_ok=True)
-        save_model(folder.model, trained)
+        if isinstance(trained, TrainedModel):
+            save_model(folder.model, trained)
+        else:
+            save_sequences(folder.model, trained)
         write_json(folder.config, trained.model.config.to_dict())
 
     @classmethod
@@ -286,7 +349,8 @@ class LUNetRecommender:
             raise FileNotFoundError(
                 f"{folder.model}: no such file; load() takes a folder with a trained model"
             )
-        trained = load_model(folder.model)
+        load = load_sequences if is_of_sequences(folder.model) else load_model
+        trained: TrainedModel | TrainedSequences = load(folder.model)
         config = trained.model.config
         recommender = cls(config.recipe, config.seed)
         recommender.settings = config.to_dict()
@@ -295,14 +359,35 @@ class LUNetRecommender:
 
     @property
     def trained(self) -> TrainedModel:
-        """The model with its ids; ``RuntimeError`` before :meth:`fit` or :meth:`load`."""
+        """The model with its ids; ``RuntimeError`` before :meth:`fit` or :meth:`load`.
+
+        ``ValueError`` with recipe ``sequence``, whose model is :attr:`sequences`.
+        """
         return self._prepared().trained
 
-    def _prepared(self) -> _Ready:
+    @property
+    def sequences(self) -> TrainedSequences:
+        """The model of recipe ``sequence`` with its ids; ``ValueError`` for another recipe."""
+        ready = self._trained()
+        if not isinstance(ready, SequenceServing):
+            raise ValueError(f"this model is of recipe {self.recipe!r}, not of 'sequence'")
+        return ready.trained
+
+    def _trained(self) -> _Ready | SequenceServing:
         """The model that a call goes on with, whatever happens to the recommender meanwhile."""
         ready = self._ready
         if ready is None:
             raise RuntimeError("this recommender is not trained yet: call fit() or load() first")
+        return ready
+
+    def _prepared(self) -> _Ready:
+        """The same, of a model of pairs."""
+        ready = self._trained()
+        if isinstance(ready, SequenceServing):
+            raise ValueError(
+                "a model of recipe 'sequence' ranks what comes next, and this needs one of pairs of user and "
+                "item: train recipe 'best'"
+            )
         return ready
 
     @property
@@ -312,12 +397,43 @@ class LUNetRecommender:
     @property
     def users(self) -> IdMap:
         """The ids of the users known."""
-        return self.trained.users
+        return self._trained().trained.users
 
     @property
     def items(self) -> IdMap:
         """The ids of the items known."""
-        return self.trained.items
+        return self._trained().trained.items
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """The lowest and the highest rating possible."""
+        return self._trained().trained.scale
+
+    @property
+    def item_info(self) -> pd.DataFrame | None:
+        """Titles and genres in the order of :attr:`items`, where they are known."""
+        return self._trained().trained.item_info
+
+    @property
+    def config(self) -> TrainConfig | SequenceConfig:
+        """The settings that the model was trained with."""
+        return self._trained().trained.model.config
+
+    @property
+    def ranks_by(self) -> str:
+        """What :meth:`recommend` ranks by: ``rating``, ``interaction``, or ``next`` with ``sequence``."""
+        ready = self._trained()
+        return "next" if isinstance(ready, SequenceServing) else ranking_readout(ready.trained.model)
+
+    def user_counts(self) -> npt.NDArray[np.int64]:
+        """How many training ratings each of :attr:`users` has, int64 ``[n_users]``."""
+        ready = self._trained()
+        if isinstance(ready, SequenceServing):
+            counts = ready.trained.model.sequences.user_counts
+        else:
+            counts = ready.trained.model.interactions.user_counts
+        result: npt.NDArray[np.int64] = counts.cpu().numpy()
+        return result
 
     def __repr__(self) -> str:
         state = "not trained" if self._ready is None else f"{len(self.users)} users, {len(self.items)} items"

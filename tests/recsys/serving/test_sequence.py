@@ -1,0 +1,161 @@
+"""Recipe sequence as a person uses it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lunet_fast.recsys.model.model_files import TrainedSequences
+from lunet_fast.recsys.model.sequence_config import SequenceConfig
+from lunet_fast.recsys.model.sequences import Sequences
+from lunet_fast.recsys.model.state_network import StateNetwork
+from lunet_fast.recsys.serving.recommend import LUNetRecommender
+from lunet_fast.recsys.serving.sequence import Session
+from tests.recsys.synthetic import cyclic_ratings, quick_sequence_config
+
+RATINGS = cyclic_ratings()
+
+
+@pytest.fixture(scope="module")
+def recommender() -> LUNetRecommender:
+    settings = {**quick_sequence_config(epochs=20).to_dict(), "split": "none"}
+    settings = {name: value for name, value in settings.items() if name not in ("recipe", "seed")}
+    return LUNetRecommender("sequence", **settings).fit(RATINGS)
+
+
+def steps(user: int) -> list[int]:
+    rows = (RATINGS.user == user).nonzero().squeeze(1)
+    assert RATINGS.timestamp is not None
+    return RATINGS.item[rows[RATINGS.timestamp[rows].argsort()]].tolist()
+
+
+def test_the_next_item_is_the_best(recommender: LUNetRecommender) -> None:
+    for user in (0, 1):
+        before, last = steps(user)[-2:]
+        wanted = (2 * last - before) % RATINGS.n_items
+        frame = recommender.recommend(user, 3)
+        assert list(frame.columns) == ["user", "rank", "item", "score"]
+        assert frame["item"][0] == wanted
+        assert frame["rank"].tolist() == [1, 2, 3]
+        assert frame["score"].is_monotonic_decreasing
+        assert not set(frame["item"]) & set(steps(user))
+        np.testing.assert_array_equal(frame["score"], recommender.score(user, frame["item"]))
+
+
+def test_a_session_of_a_users_ratings_is_that_user(recommender: LUNetRecommender) -> None:
+    rows = (RATINGS.user == 4).nonzero().squeeze(1)
+    assert RATINGS.timestamp is not None
+    frame = pd.DataFrame(
+        {"item": RATINGS.item[rows], "rating": RATINGS.rating[rows], "timestamp": RATINGS.timestamp[rows]}
+    )
+    session = recommender.session(frame)
+    pd.testing.assert_frame_equal(
+        session.recommend(5), recommender.recommend(4, 5).drop(columns="user"), rtol=1e-5
+    )
+    one = recommender.session()
+    for row in frame.sort_values("timestamp").itertuples():
+        one.add(row.item, row.rating, row.timestamp)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(one.score([3, 5]), session.score([3, 5]))
+
+
+def test_next_items_go_on_where_the_last_ones_ended(recommender: LUNetRecommender) -> None:
+    assert recommender.next_items([5, 6, 7, 8], k=1)["item"].tolist() == [9]
+    session = recommender.session([8, 7, 6, 5])
+    assert session.recommend(1)["item"].tolist() == [4]
+    session.add(4)
+    assert session.recommend(1)["item"].tolist() == [3]
+    assert len(session) == 5
+
+
+def test_fold_in_is_a_session(recommender: LUNetRecommender) -> None:
+    folded = recommender.fold_in({5: 3.0, 6: 4.0, 7: 2.0})
+    assert isinstance(folded, Session)
+    pd.testing.assert_frame_equal(
+        folded.recommend(2),
+        recommender.session(pd.DataFrame({"item": [5, 6, 7], "rating": [3.0, 4.0, 2.0]})).recommend(2),
+    )
+
+
+def test_who_is_unknown_gets_what_is_popular(recommender: LUNetRecommender) -> None:
+    counts = torch.bincount(RATINGS.item)
+    frame = recommender.recommend(["nobody", 3], 4, exclude_seen=False)
+    assert frame["user"].tolist() == ["nobody"] * 4 + [3] * 4
+    assert counts[frame["item"].to_numpy()[0]] == counts.max()
+    assert recommender.session(["no such item"]).recommend(4)["item"].tolist() == frame["item"].tolist()[:4]
+    with pytest.raises(RuntimeError, match="no item"):
+        recommender.session().state()
+
+
+def test_items_to_choose_from(recommender: LUNetRecommender) -> None:
+    frame = recommender.recommend([0, 1], 5, exclude_seen=False, items=[3, 7, "no such item"])
+    assert sorted(frame["item"]) == [3, 3, 7, 7]
+    scores = recommender.score(0, [3, "no such item"])
+    assert scores[1] == recommender.score([0] * RATINGS.n_items, range(RATINGS.n_items)).min()
+
+
+def test_saved_and_loaded(recommender: LUNetRecommender, tmp_path: Path) -> None:
+    recommender.save(tmp_path)
+    loaded = LUNetRecommender.load(tmp_path)
+    pd.testing.assert_frame_equal(loaded.recommend([2, 9], 6), recommender.recommend([2, 9], 6))
+    assert loaded.recipe == "sequence"
+    assert loaded.config == recommender.config
+    again = loaded.fit(RATINGS)  # with the settings of the file
+    pd.testing.assert_frame_equal(again.recommend([2, 9], 6), recommender.recommend([2, 9], 6))
+
+
+def test_interactions_alone() -> None:
+    frame = pd.DataFrame({"user": RATINGS.user, "item": RATINGS.item, "timestamp": RATINGS.timestamp})
+    settings = {"embedding_size": 8, "length": 6, "batch_size": 200, "epochs": 2}
+    fitted = LUNetRecommender("sequence", **settings).fit(frame, rating=None)
+    assert len(fitted.recommend(0, 3)) == 3
+    assert fitted.sequences.model.sequences.n_levels == 1
+
+
+def test_what_another_recipe_does(recommender: LUNetRecommender) -> None:
+    for call in (lambda: recommender.predict(0, 1), lambda: recommender.trained):
+        with pytest.raises(ValueError, match="recipe 'sequence' ranks"):
+            call()
+    best = LUNetRecommender(members=1, epochs=1, embedding_size=2).fit(RATINGS)
+    with pytest.raises(ValueError, match="knows no order"):
+        best.session()
+    with pytest.raises(ValueError, match="not of 'sequence'"):
+        _ = best.sequences
+
+
+@pytest.mark.parametrize("recent", ["film", 3, pd.DataFrame({"film": [1]})])
+def test_what_is_no_session(recommender: LUNetRecommender, recent: Any) -> None:
+    with pytest.raises(ValueError, match="recent"):
+        recommender.session(recent)
+
+
+def test_the_state_comes_back(recommender: LUNetRecommender) -> None:
+    session, model = recommender.session([5, 6, 7]), recommender.sequences.model
+    x = session.state()
+    torch.testing.assert_close(model.inverse(model.latent(x.unsqueeze(0)))[0], x)
+
+
+def test_a_session_answers_at_once() -> None:
+    """4,000 items, 250 chosen, the default sizes: milliseconds, here with room for a busy machine."""
+    ratings = cyclic_ratings(users=10, items=4000, each=250)
+    model = StateNetwork(SequenceConfig(), Sequences.of(ratings, 0)).eval()
+    fitted = LUNetRecommender("sequence")
+    fitted._set_trained(TrainedSequences(model, ratings.users, ratings.items, ratings.scale))
+    session = fitted.session(steps_of(ratings, 0))
+    session.recommend(10)
+    spent = []
+    for item in range(11):
+        began = time.process_time()
+        session.add(item)
+        session.recommend(10)
+        spent.append(time.process_time() - began)
+    assert sorted(spent)[5] < 0.05
+
+
+def steps_of(ratings: Any, user: int) -> list[int]:
+    return ratings.item[ratings.user == user].tolist()
