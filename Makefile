@@ -13,7 +13,7 @@ TORCH     := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-oldest docs fuzz scale lint format bench bench-all bench-compare bench-density kernels-report gpu-check clean
+.PHONY: help train test test-slow test-oldest docs fuzz scale lint format bench bench-all bench-compare bench-density kernels-report ptx-check gpu-check clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -66,6 +66,11 @@ bench-compare: $(VENV)/.dev  ## is this tree slower than BASE (default main)?
 bench-density: $(VENV)/.dev  ## flows beside zuko's and nflows' on digits and 2-D toy densities, by depth: 4 hours of 1 core
 	for part in digits plane depth speed pictures report; do $(BIN)/python benchmarks/density.py $$part || exit 1; done
 	$(BIN)/python benchmarks/readme.py
+
+ptx-check: $(VENV)/.dev  ## the kernels' compiled code executed on the CPU: every test of them, sm_80 and sm_90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "ptx or not ptx" tests/ptx
+	for arch in 80 90; do PTX_ARCHITECTURE=$$arch OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q tests/kernels/interpreted || exit 1; done
 
 kernels-report: $(VENV)/.dev  ## registers, spills, shared memory of every kernel (TRITON=... for another Triton)
 	$(BIN)/python -m benchmarks.gpu.kernel_resources --check $(if $(TRITON),--triton $(TRITON))

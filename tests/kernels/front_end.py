@@ -14,7 +14,6 @@ dtypes are for ``benchmarks/gpu/kernel_resources.py``, which compiles to machine
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import itertools
 import json

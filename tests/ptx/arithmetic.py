@@ -1,9 +1,9 @@
 """Arithmetic as the hardware rounds it, on arrays of registers: one element a thread.
 
 float32 sums, products and fused products are rounded once. Approximate instructions (ex2, lg2, rcp, div.full)
-get the correctly rounded result plus an error within what the PTX manual documents. That error is a hash
-of the operands: the same operands give the same bits, as on a GPU, and a kernel that is right only for the best
-case of each does not pass.
+get the exact result with an error within what the PTX manual documents. That error is a hash of the operands:
+the same operands give the same bits, as on a GPU, and a kernel that is right only where each instruction
+errs least does not pass.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def chance(operand: Array) -> Array:
     return (mixed ^ (mixed >> u4(16))).astype(f8) * 2.0**-31 - 1.0
 
 
-#: Half a unit in the last place is the rounding to float32 itself; these are what the manual allows beyond it.
-#: PTX ISA 8: ex2.approx 2⁻²²·⁵ relative, rcp.approx 1 ulp, div.full 2 ulp, sqrt.approx and rsqrt.approx 2⁻²².
+#: What the manual (PTX ISA 8) allows beyond the rounding to float32, which is half a unit in the last place:
+#: ex2.approx errs by 2⁻²²·⁵, rcp.approx by 1 ulp, div.full by 2 ulp, sqrt.approx and rsqrt.approx by 2⁻²².
 EX2, RCP, DIV, SQRT = 2.0**-22.5 - 2.0**-24, 2.0**-24, 1.5 * 2.0**-23, 2.0**-22 - 2.0**-24
 
 #: lg2.approx: 2⁻²² absolute on (½, 2), relative elsewhere.
@@ -207,8 +207,8 @@ class Sums(NamedTuple):
     """How a tensor core adds: so many products of 32-bit operands at a time to the sum so far, each cut
     to the largest one's exponent with so many bits beyond 24, and the sum cut to float32.
 
-    Of 16-bit operands twice as many at a time. Measured on the hardware by Fasi et al. (2021, A100) and Khattak and
-    Mikaitis (2025, H100).
+    Of 16-bit operands twice as many at a time. Measured on the hardware by Fasi et al. (2021, A100) and
+    Khattak and Mikaitis (2025, H100).
     """
 
     products: int

@@ -1,7 +1,7 @@
 """Programs of one launch, run in step: an element of every register's array is one thread.
 
-Control flow goes by basic block. Of the blocks that some threads stand at, the lowest runs next, with a mask where not
-all threads are there; loops and branches that the compiler made come together again by that.
+Control flow goes by basic block. Of the blocks that some threads stand at, the lowest runs next, with a mask
+where not all threads are there; loops and branches that the compiler made come together again by that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ Mask = Any
 Step = Callable[["Machine", Mask], None]
 
 #: What is in a register that nobody has written: a NaN, an address in no tensor.
-POISON = {1: np.bool_(False), 8: u1(0xFF), 16: np.uint16(0x7FDE), 32: u4(0x7FDEAD01), 64: u8(0x7FDEAD017FDEAD01)}
+POISON = {
+    1: np.bool_(False),
+    8: u1(0xFF),
+    16: np.uint16(0x7FDE),
+    32: u4(0x7FDEAD01),
+    64: u8(0x7FDEAD017FDEAD01),
+}
 
 #: Blocks that one batch of programs may execute before it counts as endless.
 LONGEST = 5_000_000
@@ -85,7 +91,9 @@ class Machine:
         self.launch_thread = np.repeat(programs, self.threads) * self.threads + self.lanes % self.threads
         size = max(-(-code.shared // 16) * 16, 16)
         cells = size * self.programs // code.shared_granule
-        shadow = Shadow("shared memory", cells, code.shared_granule, self.threads, findings) if checked else None
+        shadow = (
+            Shadow("shared memory", cells, code.shared_granule, self.threads, findings) if checked else None
+        )
         self.shared = SharedMemory(size, self.programs, shadow, findings)
         self.times = np.zeros(lanes, i4)
         self.copies: list[Copy] = []

@@ -1,4 +1,4 @@
-"""What each PTX instruction does: a handler for the first word of an opcode makes the step that executes it."""
+"""What each PTX instruction does: a handler for the first word of an opcode makes the step that it is."""
 
 from __future__ import annotations
 
@@ -157,7 +157,9 @@ def _float_only(t: Translator, i: Instruction) -> Step:
         return _pairs(t, i, kind.removesuffix("x2"))
     if kind == "f64":
         raise UnknownPTX(str(i))
-    return step_of(_float_function(i), [t.read(a, kind) for a in i.operands[1:]], t.write(i.operands[0], kind))
+    return step_of(
+        _float_function(i), [t.read(a, kind) for a in i.operands[1:]], t.write(i.operands[0], kind)
+    )
 
 
 def _pairs(t: Translator, i: Instruction, kind: str) -> Step:
@@ -324,7 +326,7 @@ def _ld(t: Translator, i: Instruction) -> Step:
 
 
 def _is_shared(i: Instruction) -> bool:
-    if "shared" not in i.parts and "global" not in i.parts or "volatile" in i.parts:
+    if not {"shared", "global"} & set(i.parts) or "volatile" in i.parts:
         raise UnknownPTX(str(i))
     return "shared" in i.parts
 

@@ -1,8 +1,8 @@
 """Launches of kernels as compiled for a GPU, executed here: the project's launchers, on CPU tensors.
 
-    with executed(80) as runs:
-        layer_forward(x, weight, bias, slopes, …)
-    assert not runs[0].findings
+with executed(80) as runs:
+    layer_forward(x, weight, bias, slopes, …)
+assert not runs[0].findings
 """
 
 from __future__ import annotations
@@ -60,11 +60,7 @@ class _StandIn:
         def start(*args: Any, **kwargs: Any) -> None:
             given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
             launch = specialised(self.kernel, dict(given))
-            values = [
-                value
-                for name, kind in launch.signature
-                for value in _leaves(given.get(name), kind)
-            ]
+            values = [value for name, kind in launch.signature for value in _leaves(given.get(name), kind)]
             findings = execute(code_of(launch, self.how), values, (*grid, 1, 1)[:3], self.how)
             self.runs.append(Run(launch, tuple(grid), findings))
 
@@ -102,9 +98,7 @@ def code_of(launch: Launch, how: How) -> Code:
     return _codes[key]
 
 
-def execute(
-    code: Code, values: Sequence[tuple[Any, str]], grid: tuple[int, int, int], how: How
-) -> Findings:
+def execute(code: Code, values: Sequence[tuple[Any, str]], grid: tuple[int, int, int], how: How) -> Findings:
     """Run a grid of programs on ``values``, each with its Triton type."""
     findings = Findings()
     regions = [
@@ -141,7 +135,6 @@ def parameter_bytes(code: Code, values: Sequence[Any]) -> Any:
     for value, size, offset in zip(given, sizes, offsets, strict=True):
         raw[offset : offset + size] = np.frombuffer(value.tobytes()[:size], u1)
     return raw
-
 
 
 def kernels() -> set[str]:

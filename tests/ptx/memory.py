@@ -1,8 +1,8 @@
 """Memory that remembers who touched it: races, uninitialised reads and accesses out of bounds.
 
-Each granule (as many bytes as the smallest access, at most 4) has in its shadow the thread that wrote it last, the
-threads that read it last, and when. A thread's time is its count of ``bar.sync`` and, within one, of
-``bar.warp.sync``. Two touches of a granule, one of them a write, are a race
+Each granule (as many bytes as the smallest access, at most 4) has in its shadow the thread that wrote it
+last, the threads that read it last, and when. A thread's time is its count of ``bar.sync`` and, within one,
+of ``bar.warp.sync``. Two touches of a granule, one of them a write, are a race
 
 - by threads of two programs: always, for nothing orders programs;
 - by threads of two warps: if no ``bar.sync`` lies between;
@@ -151,8 +151,8 @@ class Shadow:
             if hit.any():
                 row, column = (int(index) for index in np.argwhere(hit)[0])
                 example = (
-                    f"{int(hit.sum())} granules, byte {int(touch.granules[row, column]) * self.granule}, thread "
-                    f"{int(touch.threads[row])} of the launch and {int(other[row, column])}"
+                    f"{int(hit.sum())} granules, byte {int(touch.granules[row, column]) * self.granule}, "
+                    f"thread {int(touch.threads[row])} and {int(other[row, column])}"
                 )
                 kind = f"{self.name}: {what}, {between}"
                 self.findings.add(kind, touch.instruction, example)

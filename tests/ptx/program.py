@@ -39,7 +39,9 @@ class Instruction:
 
     def __str__(self) -> str:
         guard = f"@{self.guard} " if self.guard else ""
-        return f"{guard}{self.opcode} {', '.join(self.operands)}  ({self.source}, line {self.line} of the PTX)"
+        return (
+            f"{guard}{self.opcode} {', '.join(self.operands)}  ({self.source}, line {self.line} of the PTX)"
+        )
 
 
 @dataclass

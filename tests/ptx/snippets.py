@@ -11,7 +11,7 @@ from tests.ptx.launch import How, execute
 from tests.ptx.memory import Findings
 from tests.ptx.translate import translate
 
-#: Sixty-four registers of each kind; %rd0, %rd1, … hold the addresses of the tensors, %r60 the thread's number.
+#: 64 registers of each kind; %rd0, %rd1, … hold the addresses of the tensors, %r60 the thread's number.
 _TEMPLATE = """
 .version 8.0
 .target sm_80
@@ -31,7 +31,6 @@ ret;
 """
 
 
-
 def kernel(body: str, tensors: int, threads: int) -> str:
     names = [f"kernel_param_{n}" for n in range(tensors)]
     parameters = ", ".join(f".param .u64 {name}" for name in names)
@@ -49,9 +48,7 @@ def run(
     exact_sums: bool = True,
 ) -> Findings:
     """Execute a body on NumPy arrays, which it may change."""
-    code = translate(
-        kernel(body, len(tensors), threads), shared, architecture, exact_sums=exact_sums
-    )
+    code = translate(kernel(body, len(tensors), threads), shared, architecture, exact_sums=exact_sums)
     values = [(torch.from_numpy(tensor), "*array") for tensor in tensors]
     return execute(code, values, (programs, 1, 1), How(architecture))
 

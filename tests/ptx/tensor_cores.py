@@ -1,7 +1,7 @@
 """Instructions of a whole warp or warpgroup on tiles: ldmatrix, stmatrix, mma and wgmma.
 
-Which element of a tile each lane's registers hold is in the PTX manual's figures; here as index arrays over the
-32 lanes.
+Which element of a tile each lane's registers hold is in the PTX manual's figures; here as index arrays over
+the 32 lanes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.ptx.arithmetic import Array, f4, f8, half_value, i8, product, tf32_value, u4, u8
-from tests.ptx.arithmetic import u2 as _u2
+from tests.ptx.arithmetic import Array, f4, half_value, i8, product, tf32_value, u2, u4, u8
 from tests.ptx.executor import POISON, Machine, Mask
 from tests.ptx.program import Instruction, UnknownPTX
 
@@ -55,7 +54,7 @@ def operand_values(kind: str, registers: Sequence[Array]) -> list[Array]:
     """What registers [warps, 32] hold, each 16-bit half by itself."""
     if kind == "tf32":
         return [tf32_value(register) for register in registers]
-    return [half_value(kind, (register >> u4(16 * h)).astype(_u2)) for register in registers for h in range(2)]
+    return [half_value(kind, (register >> u4(16 * h)).astype(u2)) for register in registers for h in range(2)]
 
 
 def mma(
@@ -145,7 +144,7 @@ def stmatrix(
         held = machine.everyone(value)[lanes.ravel()][:, None]
         for half in range(2) if transposed else (None,):
             at = _elements(machine, address, number, half, lanes, instruction)
-            stored = held if half is None else (held >> u4(16 * half)).astype(_u2)
+            stored = held if half is None else (held >> u4(16 * half)).astype(u2)
             machine.shared.store(at, stored, touch)
             machine.warpgroup.wrote(at, stored.dtype.itemsize, lanes.ravel())
 

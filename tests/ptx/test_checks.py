@@ -75,7 +75,9 @@ def test_races_between_programs() -> None:
     elsewhere = "mov.u32 %r6, %ctaid.x;\nmul.wide.u32 %rd10, %r6, 4;\nadd.s64 %rd10, %rd10, %rd0;\n"
     write_own = elsewhere + "st.global.b32 [%rd10], 1;\n"
     assert kinds(write_own, words(4), programs=2) == set()
-    assert any("write after write" in kind for kind in kinds("st.global.b32 [%rd0], 1;\n", words(4), programs=2))
+    assert any(
+        "write after write" in kind for kind in kinds("st.global.b32 [%rd0], 1;\n", words(4), programs=2)
+    )
     read_first = "ld.global.b32 %r7, [%rd0 + 4];\n" + write_own
     assert any("after" in kind for kind in kinds(read_first, words(4), programs=2))
     assert kinds(read_first, words(4), programs=1) == set()

@@ -45,7 +45,9 @@ INTEGERS = {
     "shr.u32": lambda a, b: a >> b if b < 32 else 0,
     "shr.s32": lambda a, b: signed(a) >> min(b, 31),
     "div.s32": lambda a, b: int(Fraction(signed(a), signed(b))) if b else -1,
-    "rem.s32": lambda a, b: signed(a) - signed(b) * int(Fraction(signed(a), signed(b))) if b else signed(a) + 0,
+    "rem.s32": lambda a, b: (
+        signed(a) - signed(b) * int(Fraction(signed(a), signed(b))) if b else signed(a) + 0
+    ),
 }
 
 
@@ -86,7 +88,7 @@ def test_64_bits(opcode: str, exact: Any) -> None:
         ("neg.s32 %r9, %r21;", lambda a: -a),
         ("abs.s32 %r9, %r21;", lambda a: abs(signed(a))),
         ("prmt.b32 %r9, %r21, 287454020, 0x5410;", lambda a: a & 0xFFFF | 0x33440000),
-        ("prmt.b32 %r9, %r21, 0, 0x888B;", lambda a: (0xFF if a >> 31 else 0) | (0xFFFFFF00 if a & 128 else 0)),
+        ("prmt.b32 %r9, %r21, 0, 0x888B;", lambda a: 0xFF * (a >> 31) | 0xFFFFFF00 * (a >> 7 & 1)),
         ("cvt.u16.u32 %rs1, %r21;\ncvt.u32.u16 %r9, %rs1;", lambda a: a & 0xFFFF),
         ("mov.b32 {%rs1, %rs2}, %r21;\nmov.b32 %r9, {%rs2, %rs1};", lambda a: a >> 16 | a << 16),
         ("mad.lo.s32 %r9, %r21, 3, -1;", lambda a: 3 * a - 1),
@@ -227,7 +229,9 @@ def test_comparisons_of_floats(order: str, exact: Any) -> None:
     other = np.roll(FLOATS, 1)
     other[12] = FLOATS[12]
     found = evaluate(f"setp.{order}.f32 %p1, %r21, %r22;\nselp.b32 %r9, 7, 3, %p1;", FLOATS, other)
-    assert found.tolist() == [7 if exact(a, b) else 3 for a, b in zip(FLOATS.tolist(), other.tolist(), strict=True)]
+    assert found.tolist() == [
+        7 if exact(a, b) else 3 for a, b in zip(FLOATS.tolist(), other.tolist(), strict=True)
+    ]
 
 
 def test_comparisons_of_integers_and_predicates() -> None:

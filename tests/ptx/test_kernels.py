@@ -1,7 +1,7 @@
-"""Every kernel as it is compiled for sm_80 and sm_90, executed: against float64, and no race, no access out of
-bounds, nothing read before it was written, no barrier that a part of a program reaches.
+"""Every kernel as it is compiled for sm_80 and sm_90, executed: against float64, and no race, no access out
+of bounds, nothing read before it was written, no barrier that a part of a program reaches.
 
-``make ptx-check`` runs the thorough ones too, and the tests of ``tests/kernels/interpreted`` on the compiled code.
+``make ptx-check`` runs the thorough ones too, and ``tests/kernels/interpreted`` on the compiled code.
 """
 
 from __future__ import annotations
@@ -10,32 +10,14 @@ from typing import Any
 
 import pytest
 
-from tests.ptx.cases import CASES, SCORES
-from tests.ptx.launch import Run, kernels
+from tests.ptx.cases import CASES, SCORES, findings
+from tests.ptx.launch import kernels
 
 pytest.importorskip("triton")
 
 ARCHITECTURES = (80, 90)
 
-#: (kernel, what the machine finds): why it does no harm.
-HARMLESS = {
-    (
-        "inverse_product_kernel",
-        "write after read, two warps or programs",
-    ): "every warp loads the log-determinants of all rows, and uses those that it alone stores back",
-}
-
 _launched: dict[int, set[str]] = {architecture: set() for architecture in ARCHITECTURES}
-
-
-def findings(runs: list[Run]) -> list[str]:
-    """What was wrong with these launches, harmless races apart."""
-    return [
-        f"{run.launch.kernel}, grid {run.grid}: {kind}: {text}"
-        for run in runs
-        for kind, text in run.findings.each()
-        if not any(run.launch.kernel == kernel and what in kind for kernel, what in HARMLESS)
-    ]
 
 
 def cases(*, thorough: bool) -> list[Any]:

@@ -1,17 +1,24 @@
-"""These tests run the kernels in Triton's interpreter, which must be chosen before Triton is imported.
+"""These tests run the kernels in Triton's interpreter, which must be chosen before Triton is imported, or
+execute what Triton compiles.
 
 ``tests/kernels/test_interpreter.py`` runs them in a process of their own; by hand:
-``TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted``.
+``TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted``, and on the PTX for an architecture
+``PTX_ARCHITECTURE=80 python -m pytest tests/kernels/interpreted``.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
+import pytest
 import torch
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+#: Whose PTX is executed; 0 for the interpreter.
+ARCHITECTURE = int(os.environ.get("PTX_ARCHITECTURE", "0"))
+
+collect_ignore_glob = [] if ARCHITECTURE or os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
 
 class TorchRandom:
@@ -24,3 +31,16 @@ class TorchRandom:
 
 TORCH_RANDOM = TorchRandom()  # hypothesis keeps only a weak reference
 hypothesis.register_random(TORCH_RANDOM)
+
+
+@pytest.fixture(autouse=True)
+def compiled_code() -> Iterator[None]:
+    """Let launchers execute the PTX, if so asked, and find nothing wrong in it."""
+    if not ARCHITECTURE:
+        yield
+        return
+    from tests.ptx.cases import findings, on_ptx
+
+    with on_ptx(ARCHITECTURE) as runs:
+        yield
+    assert findings(runs) == []

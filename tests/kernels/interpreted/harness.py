@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-#: Worst normwise relative error of a float32 result; the inverse's times κ.
-LIMIT = 2e-6
+#: Worst normwise relative error of a float32 result; the inverse's times κ. The interpreter computes tf32 in
+#: float32; in compiled code it has its 10 bits, and what float32's accuracy is there ``tests/ptx`` says.
+LIMIT = 2e-3 if "PTX_ARCHITECTURE" in os.environ else 2e-6
 
 #: (2.6) and (2.9) at several α, and one that is neither. Where φ′ = 1, log φ′ vanishes and has only absolute
 #: accuracy; none of these has that at x = 0, where a sum over small x would be made of nothing else.
