@@ -3,10 +3,10 @@
     python benchmarks/kernel_errors.py                 into results/kernel-errors.json and .md
     python benchmarks/kernel_errors.py --largest 64    smaller sizes only
 
-The machine in ``tests/ptx`` executes what Triton compiles for sm_80 and sm_90: tf32 cut as tensor cores cut it,
-their sums cut as measured on A100 and H100, approximate instructions wrong by up to what the PTX manual allows.
-An error is ‖result − exact‖ / ‖exact‖, of the result that is worst. A bias is the mean signed error over the
-mean magnitude: rounding to nearest leaves it near 0, a cut does not.
+The machine in ``tests/ptx`` executes what Triton compiles for sm_80 and sm_90: tf32 cut as tensor cores cut
+it, their sums cut as measured on A100 and H100, approximate instructions wrong by up to what the PTX manual
+allows. An error is ‖result − exact‖ / ‖exact‖, of the result that is worst. A bias is the mean signed error over
+the mean magnitude: rounding to nearest leaves it near 0, a cut does not.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ def main() -> None:
         f"{where({'machine': results.machine, 'command': results.command})}.",
         "",
         "‖result − exact‖ / ‖exact‖ against float64 of the same (rounded) inputs, the worst of a kernel's "
-        f"results and of sm_80 and sm_90; {N} rows. The PTX is executed on a CPU (`tests/ptx`), not on a GPU.",
+        f"results and of sm_80 and sm_90; {N} rows. The PTX is executed on a CPU (`tests/ptx`), not a GPU.",
         "",
     ]
     results.write("kernel-errors", values, "\n".join([*head, *report(rows, logs), ""]))

@@ -45,17 +45,25 @@ def launches() -> dict[tuple[Any, ...], Launch]:
     found: dict[tuple[Any, ...], Launch] = {}
     with recording(ARCHITECTURE) as made:
         for (D, arithmetic), kind in itertools.product(SETTINGS, SLOPES):
-            s = Setting(D, arithmetic, {} if kind in (None, "floats") else {"slopes": kind})
-            call_row_wise(s, kind)
-            call_layer(s, kind)
-            call_inverse(s, kind)
-            call_stack(s, kind)
-            call_score(s, kind)
-            call_matrix(s)
+            call_all(Setting(D, arithmetic, {} if kind in (None, "floats") else {"slopes": kind}), kind)
     for launch in made:
-        switches = tuple((name, v if v is None else bool(v)) for name, v in launch.constants if is_switch(v))
-        found.setdefault((launch.kernel, switches), launch)
+        found.setdefault((launch.kernel, switches_of(launch)), launch)
     return found
+
+
+def call_all(s: Setting, kind: str | None) -> None:
+    """Every launcher, with slopes of a kind."""
+    call_row_wise(s, kind)
+    call_layer(s, kind)
+    call_inverse(s, kind)
+    call_stack(s, kind)
+    call_score(s, kind)
+    call_matrix(s)
+
+
+def switches_of(launch: Launch) -> tuple[tuple[Any, bool | None], ...]:
+    """The arguments that are None, and the switches that are set."""
+    return tuple((name, v if v is None else bool(v)) for name, v in launch.constants if is_switch(v))
 
 
 def is_switch(value: Any) -> bool:

@@ -50,7 +50,7 @@ class Run:
     findings: Findings
 
 
-class _StandIn:
+class StandIn:
     """Executes in a kernel's place."""
 
     def __init__(self, kernel: Any, how: How, runs: list[Run]) -> None:
@@ -81,7 +81,7 @@ def executed(architecture: int, **how: Any) -> Iterator[list[Run]]:
     """Let launchers execute what Triton compiles for this architecture; ``how`` are fields of ``How``."""
     runs: list[Run] = []
     chosen = How(architecture, **how)
-    with standing_in(architecture, lambda kernel: _StandIn(kernel, chosen, runs)):
+    with standing_in(architecture, lambda kernel: StandIn(kernel, chosen, runs)):
         yield runs
 
 
