@@ -5,8 +5,8 @@
 
 The machine in ``tests/ptx`` executes what Triton compiles for sm_80 and sm_90: tf32 cut as tensor cores cut
 it, their sums cut as measured on A100 and H100, approximate instructions wrong by up to what the PTX manual
-allows. An error is ‖result − exact‖ / ‖exact‖, of the result that is worst. A bias is the mean signed error over
-the mean magnitude: rounding to nearest leaves it near 0, a cut does not.
+allows. An error is ‖result − exact‖ / ‖exact‖, of the result that is worst. A bias is the mean signed error
+over the mean magnitude: rounding to nearest leaves it near 0, a cut does not.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Every combination of optional arguments, executed: without a bias a kernel is another program than with it.
 
 The calls are those of ``tests/kernels/front_end.py``, on tensors with data. Only what the machine watches is
-looked at, not the values: races, bounds, reads before writes, barriers. Each architecture has 800 combinations
-and takes half an hour.
+looked at, not the values: races, bounds, reads before writes, barriers. Each architecture has 800
+combinations and takes half an hour.
 """
 
 from __future__ import annotations
