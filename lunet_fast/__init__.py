@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lunet_fast import functional
     from lunet_fast.layers.activations import BijectiveActivation, GeneralizedLeakySoftplus, LeakySoftplus
+    from lunet_fast.layers.cached import cached
     from lunet_fast.layers.conditional import ConditionalLUNet
     from lunet_fast.layers.flow import LUFlow, NormalMixture, StandardNormal
     from lunet_fast.layers.lu_dense import LUDense
@@ -38,6 +39,7 @@ __all__ = [
     "MonotoneSpline",
     "NormalMixture",
     "StandardNormal",
+    "cached",
     "functional",
     "get_backend",
     "reference",
@@ -58,6 +60,7 @@ _MODULES = {
     "MonotoneSpline": "layers.splines",
     "NormalMixture": "layers.flow",
     "StandardNormal": "layers.flow",
+    "cached": "layers.cached",
     "functional": "functional",
     "get_backend": "ops.dispatch",
     "reference": "ops.reference",
@@ -77,7 +80,7 @@ def __getattr__(name: str) -> Any:
         raise ImportError(
             f"LUNetRecommender needs {error.name}: pip install 'lunet-fast[train]'", name=error.name
         ) from error
-    value = module if module.__name__.endswith(f".{name}") else getattr(module, name)
+    value = getattr(module, name, module)
     globals()[name] = value  # found without this function from now on
     return value
 

@@ -12,9 +12,14 @@ from torch.nn.modules import module as all_modules
 
 from lunet_fast import functional
 from lunet_fast.layers.arguments import check_tensor, checked_size
-from lunet_fast.ops import reference
+from lunet_fast.layers.cached import Keeping, usable
+from lunet_fast.ops import dispatch, reference
+from lunet_fast.ops.autograd import records
+from lunet_fast.ops.cpu import leaky_softplus, spline  # noqa: F401  (importing a kind registers it)
+from lunet_fast.ops.cpu.elementwise import KINDS, elementwise
 from lunet_fast.ops.precision import wide
 from lunet_fast.ops.reference import Slopes
+from lunet_fast.ops.rows import row_values, rows, shaped
 from lunet_fast.ops.values import Activation
 
 #: A learnable α of (2.6) stays strictly between these.
@@ -33,7 +38,7 @@ def _check_inside(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"a learnable {name} must start strictly between {low} and {high}, got {value}")
 
 
-class BijectiveActivation(nn.Module, ABC):
+class BijectiveActivation(Keeping, ABC):
     """φ, an increasing bijection of ℝ, applied to each coordinate of x [..., D].
 
     A subclass defines ``forward``, ``inverse`` and ``log_derivative`` in PyTorch, with parameters, if any,
@@ -117,9 +122,45 @@ def call(
     activation: BijectiveActivation, x: Tensor, *, inverse: bool, logabsdet: bool
 ) -> tuple[Tensor, Tensor | None]:
     """φ or its inverse at x by the module's own methods, and its log-determinant if asked for."""
+    if activation._kept is not None:
+        found = _from_kept(activation, x, inverse=inverse, logabsdet=logabsdet)
+        if found is not None:
+            return found
     if logabsdet:
         return (activation.inverse_and_logabsdet if inverse else activation.forward_and_logabsdet)(x)
     return activation.inverse(x) if inverse else activation(x), None
+
+
+def _from_kept(
+    activation: BijectiveActivation, x: Tensor, *, inverse: bool, logabsdet: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """``call`` with what the activation keeps, within ``cached``; None where it may not or has nothing."""
+    kept = usable(activation, x)
+    if (
+        kept is None
+        or x.device.type != "cpu"
+        or dispatch.get_backend() == "triton"
+        or x.numel() == 0
+        or records(x)
+        or activation._modules
+        or is_replaced(activation, activation._described)
+    ):
+        return None
+    sources = (*activation._parameters.values(), *activation._buffers.values())
+
+    def make() -> Any:
+        phi = activation.fused()
+        return None if phi is None or phi.kind not in KINDS else elementwise(phi, x.dtype)
+
+    phi = kept.get(x.dtype, sources, make)
+    if phi is None or (phi.parameters is not None and phi.parameters.shape[-1] not in (1, x.shape[-1])):
+        return None
+    if inverse:
+        h = phi.inverse(rows(x))
+        total = phi.log_derivative_sum(h).neg_() if logabsdet else None
+    else:
+        h, total = phi.activated(rows(x), logabsdet=logabsdet)
+    return shaped(h, x), row_values(total, x) if logabsdet else None
 
 
 def fused_of(activation: BijectiveActivation) -> Activation | None:

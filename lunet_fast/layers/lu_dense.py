@@ -7,16 +7,19 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lunet_fast import functional
 from lunet_fast.layers.activations import BijectiveActivation, call, fused_of
 from lunet_fast.layers.arguments import check_dtype, check_tensor, checked_size
+from lunet_fast.layers.cached import usable
 from lunet_fast.layers.readonly import ReadOnlyTensor, read_only
 from lunet_fast.layers.structure import StructuredLayer
 from lunet_fast.layers.transforms import InvertibleTransform
 from lunet_fast.ops import dispatch
+from lunet_fast.ops.cpu.matrix import Packed, dense_inverse
 from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND, wide
 from lunet_fast.ops.values import IDENTITY, Activation, Matrix
 
@@ -196,6 +199,10 @@ class LUDense(StructuredLayer):
     def _run(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Any]:
         """The layer or its inverse at x, and that direction's log-determinant or None."""
         check_tensor("y" if inverse else "x", x)
+        if self._kept is not None:
+            found = self._run_kept(x, inverse=inverse, logabsdet=logabsdet)
+            if found is not None:
+                return found
         phi = self._fused()
         if phi is not None and dispatch.fuses(x, phi):
             return functional.layer(x, self._matrix(), phi, inverse=inverse, logabsdet=logabsdet)
@@ -206,6 +213,47 @@ class LUDense(StructuredLayer):
         if not inverse:
             x, share = call(activation, x, inverse=False, logabsdet=logabsdet)
         return x, None if total is None or share is None else total + share
+
+    def _run_kept(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Any] | None:
+        """``_run`` with what the layer keeps, within ``cached``; None where it may not or has nothing."""
+        kept = usable(self, x)
+        lu, bias = self._parameters.get("lu"), self._parameters.get("bias")
+        sign, permutation = self._buffers["sign"], self._buffers["permutation"]
+        fits = x.dim() and x.shape[-1] == self.in_features and sign is not None and x.dtype == sign.dtype
+        if kept is None or lu is None or not fits or "bias" not in self._parameters:
+            return None
+        sources = lu, sign, permutation
+        total = share = None
+        if logabsdet:
+            total = kept.get("logabsdet", (lu,), self.logabsdet)
+            if total is None:
+                return None
+        if inverse:
+            # Not in low precision, where solving with the wide factors is more accurate.
+            found = kept.get("inverse", (*sources, bias), self._inverse_map) if x.dtype == lu.dtype else None
+            if found is None:
+                return None
+            if self.activation is not None:
+                x, share = call(self.activation, x, inverse=True, logabsdet=logabsdet)
+            x = F.linear(x, *found)
+        else:
+            weight = kept.get("weight", sources, lambda: self.weight.as_subclass(Tensor))
+            if weight is None:
+                return None
+            x = F.linear(x, weight, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+            if self.activation is not None:
+                x, share = call(self.activation, x, inverse=False, logabsdet=logabsdet)
+        if total is None:
+            return x, None
+        total = -total if inverse else total
+        return x, total + (total.new_zeros(x.shape[:-1]) if share is None else share)
+
+    def _inverse_map(self) -> tuple[Tensor, Tensor | None] | None:
+        """(A⁻¹, −A⁻¹ b or None); None where products with A⁻¹ would not be accurate."""
+        inverse = dense_inverse(Packed.of(self._matrix()))
+        if inverse is None:
+            return None
+        return inverse, None if self.bias is None else -(inverse @ self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """φ(A x + b) [..., D]."""

@@ -15,6 +15,7 @@ from lunet_fast import functional
 from lunet_fast.layers import reversible, small
 from lunet_fast.layers.activations import BijectiveActivation, LeakySoftplus, call, is_replaced
 from lunet_fast.layers.arguments import check_tensor, checked_size
+from lunet_fast.layers.cached import usable
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.layers.transforms import InvertibleTransform
 from lunet_fast.ops import dispatch, reference
@@ -242,6 +243,8 @@ class LUNet(nn.Module):
 
     def _run_layers(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
         """``_run`` of the layers: here it is decided how."""
+        if self._layers()[0]._kept is not None and usable(self._layers()[0], x):
+            return self._run_each(x, inverse=inverse, logabsdet=logabsdet)
         if self.memory == "saved":
             layers = self._layers()
             if all(map(_is_plain, self.layers)):

@@ -147,7 +147,7 @@ class MonotoneSpline(BijectiveActivation):
         self._seen = (grid, count)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_seen"}
+        return {name: value for name, value in super().__getstate__().items() if name != "_seen"}
 
     def forward(self, x: Tensor) -> Tensor:
         """φ(x)."""

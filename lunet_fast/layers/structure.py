@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lunet_fast.layers.cached import Keeping
+
 #: How far a sign, or an entry of a permutation given as floats, may be from a whole number: averages of equal
 #: numbers are off by their rounding.
 WHOLE = 1e-2
@@ -26,7 +28,7 @@ _MEAN = (
 )
 
 
-class StructuredLayer(nn.Module):
+class StructuredLayer(Keeping):
     """A module with the buffers ``sign`` [D] and ``permutation`` [D] or None, D its ``in_features``.
 
     A read compares PyTorch's count of writes to the buffers; only where one was written to are its numbers

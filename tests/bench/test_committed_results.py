@@ -24,12 +24,8 @@ DIRTY = {
     "compare-ml-100k.json",
     "density-digits.json",
     "density-speed.json",
-    "embeddings.json",
-    "fold-in.json",
-    "inversion.json",
     "reversible-cpu.json",
     "sharding.json",
-    "table2-affine.json",
     "table2.json",
     "time-to-quality.json",
 }

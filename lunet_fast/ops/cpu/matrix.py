@@ -262,6 +262,16 @@ def explicit_inverse(packed: Packed, rows: int) -> Tensor | None:
     return inverse_of_factors(_unit_lower(packed.lu), _upper(packed.lu, packed.diagonal))
 
 
+def dense_inverse(packed: Packed) -> Tensor | None:
+    """A⁻¹ = U⁻¹ L⁻¹ P [D, D], or None where κ₁(L)·κ₁(U) says that products with it would not be accurate.
+
+    Waits for the device."""
+    inverse = inverse_of_factors(_unit_lower(packed.lu), _upper(packed.lu, packed.diagonal))
+    if inverse is None or packed.permutation is None:
+        return inverse
+    return inverse[:, packed.permutation.argsort()]
+
+
 def solve(h: Tensor, packed: Packed, bias: Tensor | None, *, own: bool) -> Tensor:
     """Rows of A⁻¹ (h − b) = U⁻¹ L⁻¹ P (h − b); with ``own``, h is the caller's to be overwritten."""
     inverse = explicit_inverse(packed, h.shape[0])
