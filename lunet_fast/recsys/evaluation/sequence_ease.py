@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def sequence_ease(training: Ratings, seed: int, size: str) -> Fitted:
     both = torch.zeros(kinds * n_items, n_items)
     offset = torch.arange(kinds).unsqueeze(1) * n_items
     ends: list[tuple[Tensor, Tensor]] = []
-    for first, last in zip(sequences.indptr.tolist(), sequences.indptr[1:].tolist(), strict=True):
+    for first, last in pairwise(sequences.indptr.tolist()):
         items = sequences.items[max(first, last - LENGTH) : last].long()
         weights = _weights(len(items))  # [entries as states, kinds, entries as items]
         places = (offset + items).flatten()

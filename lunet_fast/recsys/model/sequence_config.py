@@ -61,13 +61,13 @@ class SequenceConfig(Settings):
     negatives: Annotated[int, Field(ge=1, le=100_000)] = 512
     """Items that a step's softmax is taken over beside the next one, drawn uniformly and shared by the step;
     with as many or more as there are items it is over all."""
-    epochs: Epochs = 24
+    epochs: Epochs = 16
     """Passes over the training ratings."""
     batch_size: Count = 4096
     """Ratings a step."""
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 2e-3
     """Adam's rate for everything but the network."""
-    net_learning_rate: Positive = 1e-3
+    net_learning_rate: Positive = 2e-3
     """Adam's rate for the LU layers."""
     schedule: Literal["constant", "linear"] = "linear"
     """``constant``, or ``linear``: both rates fall to zero at the last step."""
@@ -86,7 +86,13 @@ class SequenceConfig(Settings):
 
 
 # Bundled data set -> what is not the default there.
-_SETTINGS: dict[str, dict[str, Any]] = {"ml-100k": {}, "ml-1m": {}}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "ml-100k": {"embedding_size": 64, "batch_size": 2048, "learning_rate": 4e-3},
+    "ml-1m": {},
+}
+
+STEPS, LEAST_BATCH = 40, 256
+"""Smaller data take smaller batches, for this many steps an epoch: few steps teach nothing."""
 
 
 def settings_of(name: str, n_ratings: int, **overrides: Any) -> TrainConfig | SequenceConfig:
@@ -101,4 +107,7 @@ def settings_of(name: str, n_ratings: int, **overrides: Any) -> TrainConfig | Se
 
 def sequence_recipe(n_ratings: int, **overrides: Any) -> SequenceConfig:
     """The settings of recipe ``sequence`` for data of ``n_ratings`` ratings, with some overridden."""
-    return SequenceConfig.from_dict({**_SETTINGS[nearest_dataset(n_ratings)], **overrides})
+    settings = {**_SETTINGS[nearest_dataset(n_ratings)]}
+    most = settings.get("batch_size", SequenceConfig().batch_size)
+    settings["batch_size"] = min(most, max(n_ratings // STEPS, LEAST_BATCH))
+    return SequenceConfig.from_dict({**settings, **overrides})

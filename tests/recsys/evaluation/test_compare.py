@@ -30,9 +30,11 @@ from lunet_fast.recsys.evaluation.compare import (
 )
 from lunet_fast.recsys.evaluation.comparison import csv_text, draw, markdown, save
 from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
-from lunet_fast.recsys.model.config import recipe
+from lunet_fast.recsys.model.config import TrainConfig, recipe
+from lunet_fast.recsys.model.sequence_config import settings_of
+from lunet_fast.recsys.model.sequence_training import train_sequence
 from lunet_fast.recsys.model.training import train
-from tests.recsys.synthetic import latent_ratings, quick_config
+from tests.recsys.synthetic import cyclic_ratings, latent_ratings, quick_config
 
 RATINGS = latent_ratings()
 QUICK = quick_config().to_dict()
@@ -48,11 +50,13 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         return measure(pickle.loads(data.read_bytes()), key, seed)
 
     def small(name: str, n_ratings: int, **overrides: Any) -> Any:
-        names = ("members", "embedding_size", "epochs", "batch_size")
-        return recipe(name, n_ratings, **({n: QUICK[n] for n in names} | overrides))
+        names = {"members", "embedding_size", "epochs", "batch_size"}
+        if name == "sequence":
+            names -= {"members", "batch_size"}
+        return settings_of(name, n_ratings, **({n: QUICK[n] for n in names} | overrides))
 
     monkeypatch.setattr(module, "_in_a_process", in_this_process)
-    monkeypatch.setattr(module, "recipe", small)
+    monkeypatch.setattr(module, "settings_of", small)
     return calls
 
 
@@ -78,15 +82,18 @@ class TestMethods:
         assert ours["lunet-interactions"] == "LU-Net, interactions (gamma 0)"
         assert ours["lunet-both"] == "LU-Net, both (gamma 0.1)"
         assert [METHODS[key].kind for key in ours] == [
-            *("rating", "rating", "rating", "ranking", "both", "ranking")
+            *("rating", "rating", "rating", "ranking", "both", "ranking", "ranking", "ranking")
         ]
 
     @pytest.mark.parametrize("key", [key for key in METHODS if METHODS[key].is_lu_net])
     def test_nobody_is_told_of_held_out_pairs(self, key: str) -> None:
         config = METHODS[key].config(100_000, 3)
-        assert (config.negatives_outside == "known") == (key == module.LEAKY)
         assert config.seed == 3
-        assert not config.mlp
+        if isinstance(config, TrainConfig):
+            assert (config.negatives_outside == "known") == (key == module.LEAKY)
+            assert not config.mlp
+        else:  # whose negatives are drawn from all items
+            assert key in module.ORDERED
 
     def test_settings_of_ours(self) -> None:
         assert METHODS["lunet-paper"].config(100_000, 0).recipe == "paper"
@@ -100,10 +107,23 @@ class TestMethods:
             "lunet-interactions": "leave-one-out",
             "lunet-both": "joint",
             "lunet-leaky": "leave-one-out",
+            "lunet-sequence": "leave-one-out",
+            "lunet-sequence-identity": "leave-one-out",
         }
 
 
 class TestMeasure:
+    def test_what_reads_the_order(self, here: list[tuple[str, int]]) -> None:
+        keys = ["sequence-ease", "lunet-sequence", "lunet-sequence-identity"]
+        result = compare(cyclic_ratings(), keys, [0])
+        assert [row["key"] for row in result.rows] == keys
+        for row in result.rows:
+            assert "error" not in row
+            assert 0 <= row["full_ndcg@10"] <= 1
+        assert result.rows[0]["full_ndcg@10"] > 0.5, "the next of two neighbours"
+        assert result.rows[2]["parameters"] < result.rows[1]["parameters"]
+        assert "that read the order of a user's ratings" in markdown(result)
+
     def test_side_features_reach_ours(self, here: object) -> None:
         genres = pd.DataFrame({"genres": ["Drama", "War"] * (RATINGS.n_items // 2)})
         known = replace(RATINGS, item_info=genres)
@@ -139,7 +159,11 @@ class TestMeasure:
     def test_ours(self, key: str, here: object) -> None:
         found = measure(RATINGS, key, 0)
         method = METHODS[key]
-        values = train(RATINGS, method.config(1200, 0)).metrics
+        config = method.config(1200, 0)
+        if isinstance(config, TrainConfig):
+            values = train(RATINGS, config).metrics
+        else:
+            values = train_sequence(RATINGS, config).metrics
         expected = {"reconstruction_error_relative", "parameters"}
         expected |= set(RATING_FIGURES if method.kind != "ranking" else ())
         expected |= set(RANKING_FIGURES if method.kind != "rating" else ())
