@@ -65,7 +65,7 @@ class SequenceConfig(Settings):
     """Passes over the training ratings."""
     batch_size: Count = 4096
     """Ratings a step."""
-    learning_rate: Positive = 2e-3
+    learning_rate: Positive = 3e-3
     """Adam's rate for everything but the network."""
     net_learning_rate: Positive = 2e-3
     """Adam's rate for the LU layers."""
