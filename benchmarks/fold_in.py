@@ -87,7 +87,7 @@ def ranked(
         rows = torch.zeros(len(wanted), dtype=torch.int64)
         ranks = metrics.ranks_of_several(wanted, rows, score.sort(descending=True).values.unsqueeze(0))
         gains.append(float(metrics.ndcg(ranks, rows, 10)))
-    rank, pair = torch.cat(places), torch.arange(len(users))
+    rank, pair = metrics.Ranks.cat(places), torch.arange(len(users))
     return {
         "hr@10": float(metrics.hit_rate(rank, pair, 10).mean()),
         "ndcg@10": float(metrics.ndcg(rank, pair, 10).mean()),

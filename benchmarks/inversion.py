@@ -354,7 +354,7 @@ def held_out_rates(model: RatingModel, parts: Parts, wanted: float | None) -> di
         table = score.clone()
         table[:, seen.item_counts == 0] = -torch.inf
         table[left_out] = -torch.inf
-        rank = metrics.ranks(table.gather(1, items.unsqueeze(1)).squeeze(1), table) - 0.5
+        rank = metrics.ranks(table.gather(1, items.unsqueeze(1)).squeeze(1), table).mean - 0.5
         values[name] = {f"hr@{k}": float((rank <= k).double().mean()) for k in (10, 50)}
     return {"users": len(users), "rates": values}
 

@@ -1,19 +1,44 @@
 """Metrics: pure functions of tensors. Those of pairs return a Python float, those of rankings one a user.
 
-A ranking is measured by the ranks of its relevant items: ``rank`` float64 ``[R]``, from 1, and ``user`` int64
-``[R]``, whose relevant item each of them is; users are numbered 0 to U - 1, and every one has a relevant item
-(R = U and ``user = arange(U)`` where each has one). Equal scores make ranks fractional (see :func:`ranks`);
-the formulas are the same for those: an item is among the first k where rank <= k, and its discount is
-1/log2(rank + 1). Optimistic ties, rank = 1 + the number scored higher, would give a model with one score for
-everything the first place everywhere.
+A ranking is measured by the places of its relevant items: ``ranks``, :class:`Ranks` of R of them, and
+``user`` int64 ``[R]``, whose relevant item each of them is; users are numbered 0 to U - 1, and every one has
+a relevant item (R = U and ``user = arange(U)`` where each has one). Candidates of equal scores are in no
+order, and a metric at k is its expectation over all orders of them. Optimistic ties, the first place for whatever
+nothing beats, would give a model with one score for everything the first place everywhere; mean places alone
+would make 19 candidates with the highest score a hit among 10, and a hundred none.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Ranks(NamedTuple):
+    """Where R relevant items are among the candidates of their users; each ``[R]``."""
+
+    mean: Tensor
+    """The place from 1, float64; of those with equal scores the mean one, inf where it is not ranked."""
+    higher: Tensor
+    """Candidates with a higher score, int64."""
+    tied: Tensor
+    """Candidates with the same score, itself among them, int64."""
+    relevant: Tensor
+    """Those of the tied that are relevant, itself among them, int64."""
+
+    def where(self, chosen: Tensor) -> Ranks:
+        """Those of a mask or of indices."""
+        return Ranks(*(each[chosen] for each in self))
+
+    def cpu(self) -> Ranks:
+        return Ranks(*(each.cpu() for each in self))
+
+    @classmethod
+    def cat(cls, parts: list[Ranks]) -> Ranks:
+        return cls(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
 def mse(prediction: Tensor, rating: Tensor) -> float:
@@ -43,10 +68,10 @@ def reconstruction_error(x: Tensor, reconstructed: Tensor) -> float:
     return squared_norm(reconstructed.double() - x.double())
 
 
-def ranks(score: Tensor, others: Tensor) -> Tensor:
-    """Rank of one relevant candidate with ``score [N]`` among ``others [N, C]``; float64 ``[N]``.
+def ranks(score: Tensor, others: Tensor) -> Ranks:
+    """Of one relevant candidate each, with ``score [N]``, among ``others [N, C]``: its mean place is
 
-        rank = 1 + number of others scored higher + (number of others scored the same) / 2
+        1 + number of others scored higher + (number of others scored the same) / 2
 
     NaN counts as -inf, and -inf as absent: such a candidate neither beats nor ties anything, and a relevant
     one is not in the ranking at all, its rank is inf, which no metric rewards. O(N C).
@@ -58,21 +83,21 @@ def ranks(score: Tensor, others: Tensor) -> Tensor:
     score, others = absent_as_minus_inf(score).unsqueeze(1), absent_as_minus_inf(others)
     higher, same = (others > score).sum(1), (others == score).sum(1)
     rank = 1 + higher.double() + same.double() / 2
-    return rank.masked_fill(score.squeeze(1) == -torch.inf, torch.inf)
+    rank = rank.masked_fill(score.squeeze(1) == -torch.inf, torch.inf)
+    return Ranks(rank, higher, same + 1, torch.ones_like(same))
 
 
-def ranks_of_several(score: Tensor, user: Tensor, descending: Tensor) -> Tensor:
-    """Ranks of R relevant items with ``score [R]`` for ``user [R]`` (int64, ascending); float64 ``[R]``.
+def ranks_of_several(score: Tensor, user: Tensor, descending: Tensor) -> Ranks:
+    """Of R relevant items with ``score [R]`` for ``user [R]`` (int64, ascending).
 
     ``descending [U, I]`` are all candidates' scores for each user, the relevant ones' among them, from the
     highest to the lowest. Without ties the rank is the place in that row. Where T candidates have the same
-    score, m of them relevant, and H a higher one, the j-th of the m (in the order given) has the rank
+    score, m of them relevant, and H a higher one, the j-th of the m (in the order given) has the mean place
 
-        H + j (T + 1) / (m + 1),
+        H + j (T + 1) / (m + 1)
 
-    its mean place when the T are ordered at random. For m = 1 that is the rank of :func:`ranks`; for m > 1 no
-    two relevant items share a place, so that precision and NDCG stay at 1 or below. -inf is treated as
-    there; NaN is not allowed. O(U I + R log I) time and O(U I) memory.
+    when the T are ordered at random. For m = 1 that is the rank of :func:`ranks`. -inf is treated as there;
+    NaN is not allowed. O(U I + R log I) time and O(U I) memory.
     """
     rows = torch.arange(len(descending), device=user.device)
     first = torch.searchsorted(user, rows)
@@ -93,7 +118,7 @@ def ranks_of_several(score: Tensor, user: Tensor, descending: Tensor) -> Tensor:
     j[order] = torch.arange(1, len(group) + 1, device=user.device) - before
     m[order] = torch.repeat_interleave(relevant, relevant)
     rank = higher.double() + (j * (tied + 1)).double() / (m + 1).double()
-    return rank.masked_fill(score == -torch.inf, torch.inf)
+    return Ranks(rank.masked_fill(score == -torch.inf, torch.inf), higher, tied, m)
 
 
 def absent_as_minus_inf(scores: Tensor) -> Tensor:
@@ -101,50 +126,63 @@ def absent_as_minus_inf(scores: Tensor) -> Tensor:
     return scores.masked_fill(scores.isnan(), -torch.inf)
 
 
-def hit_rate(rank: Tensor, user: Tensor, k: int) -> Tensor:
-    """1 for a user with a relevant item among the first k, otherwise 0; float64 ``[U]``.
+def hit_rate(ranks: Ranks, user: Tensor, k: int) -> Tensor:
+    """The chance of a relevant item among the first k; float64 ``[U]``, 0 or 1 without ties.
 
-    For one relevant item a user, the mean is HR@k.
+    For one relevant item a user, the mean is HR@k. Of T tied candidates, m of them relevant, of which the
+    first q are among the k, none is relevant with the chance C(T - m, q) / C(T, q).
     """
-    return (_hits(rank, user, k) > 0).double()
+    inside = _places_inside(ranks, user, k)
+    q, tied, m = inside.double(), ranks.tied.double(), ranks.relevant.double()
+    ways = [torch.lgamma(n.clamp_min(0) + 1) for n in (tied - m, tied - q, tied - m - q, tied)]
+    missed = torch.exp((ways[0] + ways[1] - ways[2] - ways[3]) / m)  # each of the m has an equal factor of it
+    missed = torch.where(q > tied - m, 0.0, torch.where(m == 1, 1 - q / tied, missed))
+    missed = torch.where(inside == 0, 1.0, missed)
+    users = torch.ones(int(user.max()) + 1, dtype=torch.float64, device=user.device)
+    return 1 - users.scatter_reduce(0, user, missed, "prod")
 
 
-def recall(rank: Tensor, user: Tensor, k: int) -> Tensor:
+def recall(ranks: Ranks, user: Tensor, k: int) -> Tensor:
     """Relevant items among the first k over all relevant items of the user; float64 ``[U]``."""
-    return _hits(rank, user, k) / torch.bincount(user)
+    return _hits(ranks, user, k) / torch.bincount(user)
 
 
-def precision(rank: Tensor, user: Tensor, k: int) -> Tensor:
+def precision(ranks: Ranks, user: Tensor, k: int) -> Tensor:
     """Relevant items among the first k over k, (2.16); float64 ``[U]``.
 
     k divides also where the user has fewer than k relevant items, or fewer than k items to choose from.
     """
-    return _hits(rank, user, k) / k
+    return _hits(ranks, user, k) / k
 
 
-def ndcg(rank: Tensor, user: Tensor, k: int) -> Tensor:
+def ndcg(ranks: Ranks, user: Tensor, k: int) -> Tensor:
     """Normalised discounted cumulative gain of a user with n relevant items; float64 ``[U]``.
 
         NDCG@k = sum over ranks r <= k of 1/log2(r + 1)  /  sum for r = 1 .. min(k, n) of 1/log2(r + 1)
 
-    For one relevant item this is 1/log2(rank + 1) if rank <= k, otherwise 0.
+    For one relevant item this is 1/log2(rank + 1) if rank <= k, otherwise 0; of T tied candidates, the mean
+    of that over their T places.
     """
-    _check_ranks(rank, user, k)
-    gain = torch.where(rank <= k, 1 / torch.log2(rank + 1), 0.0)
+    inside = _places_inside(ranks, user, k)
+    places = torch.arange(1, k + 1, dtype=torch.float64, device=user.device)
+    gains = 1 / torch.log2(places + 1)
+    up_to = torch.cat([gains.new_zeros(1), gains.cumsum(0)])
+    first = ranks.higher.clamp(max=k)
+    of_tied = (up_to[first + inside] - up_to[first]) / ranks.tied
+    alone = gains[first.clamp(max=k - 1)] * inside  # not as a difference, which would round
+    gain = torch.where(ranks.tied == 1, alone, of_tied)
     n = torch.bincount(user)
-    places = torch.arange(1, min(k, int(n.max())) + 1, dtype=torch.float64, device=rank.device)
-    ideal = (1 / torch.log2(places + 1)).cumsum(0)
-    return torch.bincount(user, weights=gain) / ideal[n.clamp(max=k) - 1]
+    return torch.bincount(user, weights=gain) / up_to[n.clamp(max=k)]
 
 
-def mrr(rank: Tensor, user: Tensor) -> Tensor:
+def mrr(ranks: Ranks, user: Tensor) -> Tensor:
     """1/rank of the user's first relevant item, the highest of the ranking, without a cut; float64 ``[U]``.
 
-    The mean is the mean reciprocal rank.
+    The mean is the mean reciprocal rank. Of tied candidates it is that of the mean place.
     """
-    _check_ranks(rank, user)
-    reciprocal = torch.zeros(int(user.max()) + 1, dtype=torch.float64, device=rank.device)
-    return reciprocal.scatter_reduce(0, user, 1 / rank, "amax")
+    _check_ranks(ranks, user)
+    reciprocal = torch.zeros(int(user.max()) + 1, dtype=torch.float64, device=user.device)
+    return reciprocal.scatter_reduce(0, user, 1 / ranks.mean, "amax")
 
 
 def coverage(top: Tensor, n_items: int) -> float:
@@ -156,17 +194,25 @@ def coverage(top: Tensor, n_items: int) -> float:
     return len(top[top >= 0].unique()) / n_items
 
 
-def _hits(rank: Tensor, user: Tensor, k: int) -> Tensor:
-    _check_ranks(rank, user, k)
-    return torch.bincount(user, weights=(rank <= k).double())
+def _hits(ranks: Ranks, user: Tensor, k: int) -> Tensor:
+    """How many relevant items are among the first k, in the mean; float64 ``[U]``."""
+    return torch.bincount(user, weights=_places_inside(ranks, user, k).double() / ranks.tied)
 
 
-def _check_ranks(rank: Tensor, user: Tensor, k: int = 1) -> None:
+def _places_inside(ranks: Ranks, user: Tensor, k: int) -> Tensor:
+    """How many of the places that an item shares with the tied are among the first k; int64 ``[R]``."""
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    if rank.dim() != 1 or rank.shape != user.shape:
-        raise ValueError(f"rank and user must both be [R], got {list(rank.shape)} and {list(user.shape)}")
-    if rank.numel() == 0:
+    _check_ranks(ranks, user)
+    inside = torch.minimum((k - ranks.higher).clamp_min(0), ranks.tied)
+    return inside.masked_fill(ranks.mean.isinf(), 0)
+
+
+def _check_ranks(ranks: Ranks, user: Tensor) -> None:
+    if user.dim() != 1 or any(each.shape != user.shape for each in ranks):
+        shapes = [list(each.shape) for each in (*ranks, user)]
+        raise ValueError(f"ranks and user must all be [R], got {', '.join(map(str, shapes))}")
+    if user.numel() == 0:
         raise ValueError("no ranks: a mean over nothing is undefined")
     counts = torch.bincount(user)
     if int(counts.min()) == 0:

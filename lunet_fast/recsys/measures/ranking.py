@@ -86,7 +86,7 @@ def sampled_ranking(
         i, c = i.to(scores.device), c.to(scores.device)
         others = scores.gather(1, c.clamp(min=0)).masked_fill_(c < 0, -torch.inf)
         parts.append(metrics.ranks(scores.gather(1, i.unsqueeze(1)).squeeze(1), others).cpu())
-    rank, pair = torch.cat(parts), torch.arange(len(users))
+    rank, pair = metrics.Ranks.cat(parts), torch.arange(len(users))
     result = {f"hr@{k}": float(metrics.hit_rate(rank, pair, k).mean()) for k in ks}
     result |= {f"ndcg@{k}": float(metrics.ndcg(rank, pair, k).mean()) for k in ks}
     return result | {"mrr": float(metrics.mrr(rank, pair).mean())}
@@ -153,7 +153,7 @@ def full_ranking(
         ranks.append(metrics.ranks_of_several(wanted_score, wanted_row, descending).cpu())
         best = slice(0, max(ks))
         tops.append(order[:, best].masked_fill(descending[:, best] == -torch.inf, -1).cpu())
-    rank, top = torch.cat(ranks), torch.cat(tops)
+    rank, top = metrics.Ranks.cat(ranks), torch.cat(tops)
 
     activity = torch.bincount(seen_row, minlength=len(users))
     groups = []
@@ -161,13 +161,13 @@ def full_ranking(
         place = member.cumsum(0) - 1
         inside = member[row]
         least, most = activity[member].aminmax()
-        values = _full_metrics(rank[inside], place[row[inside]], top[member], n_items, ks)
+        values = _full_metrics(rank.where(inside), place[row[inside]], top[member], n_items, ks)
         groups.append(ActivityGroup(int(least), int(most), int(member.sum()), values))
     return FullRanking(len(users), _full_metrics(rank, row, top, n_items, ks), groups)
 
 
 def _full_metrics(
-    rank: Tensor, user: Tensor, top: Tensor, n_items: int, ks: Sequence[int]
+    rank: metrics.Ranks, user: Tensor, top: Tensor, n_items: int, ks: Sequence[int]
 ) -> dict[str, float]:
     at_k = {
         "recall": metrics.recall,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -55,8 +56,8 @@ def test_ranks_against_counting(row: list[float]) -> None:
     score, *others = [-INF if math.isnan(s) else s for s in row]
     expected = 1 + sum(s > score for s in others) + sum(s == score for s in others) / 2
     rank = metrics.ranks(torch.tensor(row[:1]), torch.tensor([row[1:]]))
-    assert rank.dtype == torch.float64
-    assert rank.tolist() == [INF if score == -INF else expected]
+    assert rank.mean.dtype == torch.float64
+    assert rank.mean.tolist() == [INF if score == -INF else expected]
 
 
 def test_ranks_by_hand() -> None:
@@ -64,8 +65,8 @@ def test_ranks_by_hand() -> None:
     others = torch.tensor(
         [[1, 2, 0], [4, 5, 0], [3, 3, 3], [NAN, -INF, 3], [-INF, -INF, NAN], [-INF, NAN, 0]]
     ).float()
-    assert metrics.ranks(score, others).tolist() == [1.0, 3.0, 2.5, 1.5, INF, INF]
-    assert metrics.ranks(score, others[:, :0]).tolist() == [1.0, 1.0, 1.0, 1.0, INF, INF]
+    assert metrics.ranks(score, others).mean.tolist() == [1.0, 3.0, 2.5, 1.5, INF, INF]
+    assert metrics.ranks(score, others[:, :0]).mean.tolist() == [1.0, 1.0, 1.0, 1.0, INF, INF]
     with pytest.raises(ValueError, match=r"score must be \[N\] and others \[N, C\], got \[6\] and \[5, 3\]"):
         metrics.ranks(score, others[:5])
 
@@ -101,12 +102,14 @@ def test_ranks_of_several_against_counting(table: list[tuple[list[float], list[i
     user = torch.tensor([u for u, (_, relevant) in enumerate(table) for _ in relevant], dtype=torch.int64)
     item = torch.tensor([i for _, relevant in table for i in relevant], dtype=torch.int64)
     rank = metrics.ranks_of_several(grid[user, item], user, grid.sort(descending=True).values)
-    assert rank.dtype == torch.float64
-    assert rank.tolist() == [r for row, relevant in table for r in mean_places(row, relevant)]
+    assert rank.mean.dtype == torch.float64
+    assert rank.mean.tolist() == [r for row, relevant in table for r in mean_places(row, relevant)]
     for u, (row, relevant) in enumerate(table):
         if len(relevant) == 1:
             others = torch.tensor([row[: relevant[0]] + row[relevant[0] + 1 :]])
-            assert torch.equal(rank[user == u], metrics.ranks(grid[u, relevant], others))
+            alone = metrics.ranks(grid[u, relevant], others)
+            for mine, other in zip(rank.where(user == u), alone, strict=True):
+                assert torch.equal(mine, other) or float(alone.mean) == INF
     if len(item):
         known = user.unique(return_inverse=True)[1]
         for k in (1, 2, 5):
@@ -122,34 +125,76 @@ def test_ranks_of_several_by_hand() -> None:
     row = torch.tensor([9.0, 5, 5, 1, 1, 1, 1, -INF])
     relevant = torch.tensor([5.0, 5, 1, -INF])
     rank = metrics.ranks_of_several(relevant, torch.zeros(4, dtype=torch.int64), row[None])
-    assert rank.tolist() == [2.0, 3.0, 5.5, INF]
+    assert rank.mean.tolist() == [2.0, 3.0, 5.5, INF]
+
+
+def untied(*places: float) -> metrics.Ranks:
+    """Ranks of relevant items that tie with nothing; inf for one that is not ranked."""
+    mean = torch.tensor(places, dtype=torch.float64)
+    one = torch.ones(len(places), dtype=torch.int64)
+    return metrics.Ranks(mean, mean.nan_to_num(posinf=10.0**9).long() - 1, one, one)
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=1, max_size=6),
+    st.data(),
+)
+@settings(max_examples=60)
+def test_metrics_at_k_are_means_over_all_orders_of_the_tied(row: list[float], data: st.DataObject) -> None:
+    items = range(len(row))
+    relevant = sorted(data.draw(st.sets(st.sampled_from(items), min_size=1)))
+    k = data.draw(st.integers(1, len(row) + 1))
+    orders = [
+        order
+        for order in itertools.permutations(items)
+        if sorted(order, key=lambda i: -row[i]) == list(order)
+    ]
+    ideal = sum(1 / math.log2(r + 1) for r in range(1, min(k, len(relevant)) + 1))
+    wanted = {"hit_rate": 0.0, "recall": 0.0, "precision": 0.0, "ndcg": 0.0}
+    for order in orders:
+        places = [r for r, item in enumerate(order, 1) if item in relevant and r <= k]
+        wanted["hit_rate"] += bool(places) / len(orders)
+        wanted["recall"] += len(places) / len(relevant) / len(orders)
+        wanted["precision"] += len(places) / k / len(orders)
+        wanted["ndcg"] += sum(1 / math.log2(r + 1) for r in places) / ideal / len(orders)
+    grid, user = torch.tensor([row]), torch.zeros(len(relevant), dtype=torch.int64)
+    ranks = metrics.ranks_of_several(grid[0, relevant], user, grid.sort(descending=True).values)
+    for name, value in wanted.items():
+        assert float(getattr(metrics, name)(ranks, user, k)) == pytest.approx(value, abs=1e-12), name
+
+
+def test_ties_earn_their_share_of_a_hit() -> None:
+    # 19 candidates with the highest score, one of them the relevant one; and 101 of one score.
+    score = torch.tensor([1.0, 0.5])
+    others = torch.cat([torch.tensor([[1.0] * 18 + [0.0] * 82]), torch.full((1, 100), 0.5)])
+    hits = metrics.hit_rate(metrics.ranks(score, others), torch.arange(2), 10)
+    assert hits.tolist() == pytest.approx([10 / 19, 10 / 101], abs=1e-15)
 
 
 def test_rankings_by_hand() -> None:
-    rank = torch.tensor([1.0, 4.0, 12.0, 3.0, 2.5, INF], dtype=torch.float64)
+    rank = untied(1.0, 4.0, 12.0, 3.0, 2.0, INF)
     user = torch.tensor([0, 0, 0, 1, 2, 2])
     assert metrics.recall(rank, user, 5).tolist() == [2 / 3, 1.0, 0.5]
     assert metrics.precision(rank, user, 5).tolist() == [0.4, 0.2, 0.2]
     assert metrics.hit_rate(rank, user, 3).tolist() == [1.0, 1.0, 1.0]
-    assert metrics.hit_rate(rank, user, 2).tolist() == [1.0, 0.0, 0.0]
-    assert metrics.mrr(rank, user).tolist() == [1.0, 1 / 3, 0.4]
+    assert metrics.hit_rate(rank, user, 1).tolist() == [1.0, 0.0, 0.0]
+    assert metrics.mrr(rank, user).tolist() == [1.0, 1 / 3, 0.5]
     three, two = 1 + 1 / math.log2(3) + 0.5, 1 + 1 / math.log2(3)
-    expected = [(1 + 1 / math.log2(5)) / three, 0.5, 1 / math.log2(3.5) / two]
+    expected = [(1 + 1 / math.log2(5)) / three, 0.5, 1 / math.log2(3) / two]
     assert metrics.ndcg(rank, user, 10).tolist() == pytest.approx(expected, rel=1e-15)
     # With k = 2, no more than two places can be filled.
-    assert metrics.ndcg(rank, user, 2).tolist() == pytest.approx([1 / two, 0, 0], rel=1e-15)
-    never = torch.tensor([INF], dtype=torch.float64)
-    for value in (metrics.mrr(never, user[:1]), metrics.ndcg(never, user[:1], 5)):
+    expected = [1 / two, 0, 1 / math.log2(3) / two]
+    assert metrics.ndcg(rank, user, 2).tolist() == pytest.approx(expected, rel=1e-15)
+    for value in (metrics.mrr(untied(INF), user[:1]), metrics.ndcg(untied(INF), user[:1], 5)):
         assert value.tolist() == [0.0]
 
 
 def test_one_relevant_item() -> None:
-    rank = torch.tensor([1.0, 2.5, 10.0, 10.5], dtype=torch.float64)
-    user = torch.arange(4)
+    rank, user = untied(1.0, 2.0, 10.0, 11.0), torch.arange(4)
     assert metrics.hit_rate(rank, user, 10).tolist() == [1, 1, 1, 0]
-    expected = [1, 1 / math.log2(3.5), 1 / math.log2(11), 0]
+    expected = [1, 1 / math.log2(3), 1 / math.log2(11), 0]
     assert metrics.ndcg(rank, user, 10).tolist() == pytest.approx(expected, rel=1e-15)
-    assert metrics.mrr(rank, user).tolist() == [1, 0.4, 0.1, 1 / 10.5]
+    assert metrics.mrr(rank, user).tolist() == [1, 0.5, 0.1, 1 / 11]
 
 
 def test_coverage() -> None:
@@ -163,13 +208,13 @@ def test_coverage() -> None:
 
 
 def test_rankings_refuse_what_has_no_mean_or_does_not_match() -> None:
-    rank, user = torch.ones(2, dtype=torch.float64), torch.arange(2)
+    rank, user = untied(1.0, 1.0), torch.arange(2)
     for metric in (metrics.recall, metrics.precision, metrics.ndcg, metrics.hit_rate):
         with pytest.raises(ValueError, match="k must be at least 1, got 0"):
             metric(rank, user, 0)
         with pytest.raises(ValueError, match="user 0 has no relevant item"):
             metric(rank, user + 1, 5)
     with pytest.raises(ValueError, match="no ranks"):
-        metrics.mrr(rank[:0], user[:0])
-    with pytest.raises(ValueError, match=r"both be \[R\], got \[2\] and \[1\]"):
+        metrics.mrr(untied(), user[:0])
+    with pytest.raises(ValueError, match=r"must all be \[R\], got \[2\], \[2\], \[2\], \[2\], \[1\]"):
         metrics.mrr(rank, user[:1])

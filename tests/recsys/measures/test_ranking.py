@@ -44,14 +44,14 @@ def test_sampled_ranking_by_hand() -> None:
     table = torch.tensor([[5.0, 4, 3, 2, 1, 0], [0, 0, 0, 0, 0, 0], [1, 2, 3, -INF, NAN, 6]])
     users, items = torch.tensor([0, 1, 2, 2]), torch.tensor([2, 0, 2, 4])
     candidates = torch.tensor([[0, 1, 4], [1, 2, 3], [3, 4, -1], [0, 3, -1]])
-    # Ranks: 3; 1 + 3/2 = 2.5; 1, as -inf, NaN and none are absent; inf, as NaN is never recommended.
+    # Ranks: 3; one of 1 to 4, tied; 1, as -inf, NaN and none are absent; inf, as NaN is never recommended.
     values = sampled_ranking(scorer(table), users, items, candidates, ks=(1, 3))
     assert values == pytest.approx(
         {
-            "hr@1": 1 / 4,
-            "hr@3": 3 / 4,
-            "ndcg@1": 1 / 4,
-            "ndcg@3": (1 / 2 + 1 / math.log2(3.5) + 1) / 4,
+            "hr@1": (1 / 4 + 1) / 4,
+            "hr@3": (1 + 3 / 4 + 1) / 4,
+            "ndcg@1": (1 / 4 + 1) / 4,
+            "ndcg@3": (1 / 2 + (1 + 1 / math.log2(3) + 1 / 2) / 4 + 1) / 4,
             "mrr": (1 / 3 + 1 / 2.5 + 1) / 4,
         },
         rel=1e-15,
@@ -62,13 +62,13 @@ def test_sampled_ranking_by_hand() -> None:
     ]
 
 
-def test_one_score_for_everything_earns_nothing() -> None:
+def test_one_score_for_everything_earns_what_chance_does() -> None:
     users = torch.arange(50)
     items = torch.randint(200, (50,))
     candidates = (items[:, None] + 1 + torch.stack([torch.randperm(199)[:100] for _ in range(50)])) % 200
     for value in (0.0, NAN, -INF):
         values = sampled_ranking(scorer(torch.full((50, 200), value)), users, items, candidates)
-        assert values["hr@20"] == 0
+        assert values["hr@20"] == pytest.approx(20 / 101 if value == 0 else 0)
         assert values["mrr"] == pytest.approx(1 / 51 if value == 0 else 0)
 
 
@@ -124,14 +124,14 @@ def test_full_ranking_by_hand() -> None:
     log2 = math.log2
     assert told.metrics == pytest.approx(
         {
-            "full_recall@2": (1 / 2 + 0 + 0) / 3,
-            "full_recall@3": (1 + 1 + 0) / 3,
-            "full_precision@2": (1 / 2 + 0 + 0) / 3,
-            "full_precision@3": (2 / 3 + 1 / 3 + 0) / 3,
-            "full_ndcg@2": (1 / log2(3)) / (1 + 1 / log2(3)) / 3,
-            "full_ndcg@3": ((1 / log2(3) + 1 / 2) / (1 + 1 / log2(3)) + 1 / 2) / 3,
-            "full_hr@2": 1 / 3,
-            "full_hr@3": 2 / 3,
+            "full_recall@2": (1 / 2 + 2 / 5 + 0) / 3,
+            "full_recall@3": (1 + 3 / 5 + 0) / 3,
+            "full_precision@2": (1 / 2 + 1 / 5 + 0) / 3,
+            "full_precision@3": (2 / 3 + 1 / 5 + 0) / 3,
+            "full_ndcg@2": (1 / log2(3) / (1 + 1 / log2(3)) + (1 + 1 / log2(3)) / 5) / 3,
+            "full_ndcg@3": ((1 / log2(3) + 1 / 2) / (1 + 1 / log2(3)) + (1 + 1 / log2(3) + 1 / 2) / 5) / 3,
+            "full_hr@2": (1 + 2 / 5 + 0) / 3,
+            "full_hr@3": (1 + 3 / 5 + 0) / 3,
             "full_mrr": (1 / 2 + 1 / 3 + 0) / 3,
             # Lists: 2, 3, 4; 0, 1, 2; 0, 4 and no third.
             "coverage@2": 5 / 5,
