@@ -15,6 +15,8 @@ from lunet_fast.recsys.data.ratings import from_frame
 from lunet_fast.recsys.model.model_files import TrainedSequences
 from lunet_fast.recsys.model.sequences import Windows
 
+Entry = tuple[Any, float | None, int]
+"""The id of an item, its rating, None where there is none, and its time in seconds, 0 where unknown."""
 USERS = 1024
 """Users that are scored at a time: bounds the memory of a recommendation, whatever the number of users."""
 
@@ -24,6 +26,10 @@ class SequenceServing:
 
     def __init__(self, trained: TrainedSequences) -> None:
         self.trained = trained
+        sequences = trained.model.sequences
+        counts = torch.bincount(sequences.levels.long(), minlength=sequences.n_levels)
+        self.usual_level = int(counts.argmax())
+        """The class of ratings that most are of; counted once, for it takes as long as a session's answer."""
 
     def score(self, users: Any, items: Any) -> npt.NDArray[np.float32]:
         """As ``LUNetRecommender.score``: z·e_i + b_i, comparable within one user."""
@@ -106,17 +112,14 @@ class Session:
     def __init__(self, serving: SequenceServing, recent: Any = ()) -> None:
         self._serving = serving
         self._sequences = serving.trained.model.sequences
-        counts = torch.bincount(self._sequences.levels.long(), minlength=self._sequences.n_levels)
-        self._usual = int(counts.argmax())
         self._items: list[int] = []
         self._levels: list[int] = []
         self._times: list[int] = []
-        for item, rating, time in _entries(recent):
-            self._append(item, rating, time)
+        self._append(_entries(recent))
 
     def add(self, item: Any, rating: float | None = None, timestamp: int = 0) -> None:
         """One more item that was chosen, after all others; ``timestamp`` in Unix seconds, 0 for unknown."""
-        self._append(item, rating, timestamp)
+        self._append([(item, rating, timestamp)])
 
     def recommend(self, k: int = 10, *, exclude_seen: bool = True, items: Any = None) -> pd.DataFrame:
         """The k best next items, best first: columns ``rank``, ``item``, ``score``.
@@ -142,18 +145,19 @@ class Session:
             raise RuntimeError("this session has no item that training has seen, and so no state: add one")
         return self._serving.trained.model.states(self._windows())[0]
 
-    def _append(self, item: Any, rating: float | None, time: int) -> None:
-        index = int(self._serving.trained.items.index([item])[0])
-        if index < 0:
-            return
-        level = self._usual
-        if rating is not None:
-            if not np.isfinite(rating):
+    def _append(self, entries: list[Entry]) -> None:
+        """All of ``entries``, whose ids are looked up together: one by one takes most of the time."""
+        for item, rating, _ in entries:
+            if rating is not None and not np.isfinite(rating):
                 raise ValueError(f"rating={rating!r} of item {item!r} must be a finite number")
-            level = int(torch.bucketize(torch.tensor(float(rating)), self._sequences.bounds, right=True))
-        self._items.append(index)
-        self._levels.append(level)
-        self._times.append(int(time))
+        index = self._serving.trained.items.index([item for item, _, _ in entries]).tolist()
+        rated = torch.tensor([0.0 if rating is None else float(rating) for _, rating, _ in entries])
+        levels = torch.bucketize(rated, self._sequences.bounds, right=True).tolist()
+        for (_, rating, time), item, level in zip(entries, index, levels, strict=True):
+            if item >= 0:
+                self._items.append(item)
+                self._levels.append(self._serving.usual_level if rating is None else level)
+                self._times.append(int(time))
 
     def _windows(self) -> Windows:
         last = slice(-self._serving.trained.model.config.length, None)
@@ -182,8 +186,8 @@ class Session:
         return f"Session({len(self)} of {len(self._serving.trained.items)} items)"
 
 
-def _entries(recent: Any) -> list[tuple[Any, float | None, int]]:
-    """(item, rating, time) of what a session begins with, in order of time."""
+def _entries(recent: Any) -> list[Entry]:
+    """What a session begins with, in order of time."""
     if isinstance(recent, pd.DataFrame):
         if "item" not in recent.columns:
             raise ValueError(f"recent has no column 'item', only {', '.join(map(str, recent.columns))}")
