@@ -50,6 +50,7 @@ from lunet_fast.kernels.launch import (
     store_tile,
 )
 from lunet_fast.kernels.layer import layer_forward
+from lunet_fast.kernels.spline import Spline
 
 
 @triton.jit
@@ -125,7 +126,6 @@ def _store_share(
     D,
     COLUMN_SUMS: tl.constexpr,
     SLOPE_SUMS: tl.constexpr,
-    HELD: tl.constexpr,  # of SLOPE_SUMS, those that are not in memory already
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -134,7 +134,7 @@ def _store_share(
     cols = start + columns
     if sums_ptr is not None:
         share_ptr = sums_ptr + share * (COLUMN_SUMS + SLOPE_SUMS) * D
-        store_sums(share_ptr, sums, cols, D, COLUMN_SUMS, HELD)
+        store_sums(share_ptr, sums, cols, D, COLUMN_SUMS, SLOPE_SUMS)
     if grad_weight_ptr is not None:
         width = tl.arange(0, WIDTH)
         inside = (cols[:, None] < D) & (width[None, :] < D)
@@ -164,7 +164,8 @@ def layer_bwd_kernel(
     BLOCKS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """All of the backward: g_x, and sums over this program's rows of g_W, g_b and the slopes' terms.
+    """All of the backward: g_x, and sums over this program's rows of g_W, g_b and the slopes' terms. Not of a
+    spline.
 
     A program walks the tiles of ROWS rows of one member, in steps of all the programs. It forms g_h in BLOCKS
     blocks of COLUMNS, and adds what each gives to all of g_x and to its own rows of g_W: so no more than one
@@ -181,9 +182,6 @@ def layer_bwd_kernel(
     weight_ptr += member * D * D
     if bias_ptr is not None:
         bias_ptr += member * D
-    slope_ptr = None
-    if SLOPE_SUMS > 0 and activation.BINS > 0:
-        slope_ptr = sums_ptr + ((member * programs + program) * (COLUMN_SUMS + SLOPE_SUMS) + COLUMN_SUMS) * D
     grad_weight = ()
     sums = ()
     for _ in tl.static_range(BLOCKS):
@@ -202,8 +200,8 @@ def layer_bwd_kernel(
                 grad_y_ptr + row * D,
                 None if grad_logabsdet_ptr is None else grad_logabsdet_ptr + row,
                 *(x_ptr + row * D, weight_ptr, bias_ptr, N - first, cols, sums[i]),
-                slope_ptr,
-                first > program * ROWS,
+                None,
+                False,
                 *(load_family(activation, 0, cols, D), activation, D),
                 *(COLUMN_SUMS, SLOPE_SUMS, PRECISION, ROWS, COLUMNS, INNER),
             )
@@ -223,11 +221,10 @@ def layer_bwd_kernel(
         if grad_x_ptr is not None:
             store_tile(grad_x_ptr + row * D, grad_x, 0, rows[:, None] < N - first, D, ROWS, WIDTH)
 
-    HELD: tl.constexpr = SLOPE_SUMS if activation.BINS == 0 else 0
     for i in tl.static_range(BLOCKS):
         _store_share(
             *(sums_ptr, grad_weight_ptr, sums[i], grad_weight[i], member * programs + program),
-            *(i * COLUMNS, D, COLUMN_SUMS, SLOPE_SUMS, HELD, WIDTH, COLUMNS),
+            *(i * COLUMNS, D, COLUMN_SUMS, SLOPE_SUMS, WIDTH, COLUMNS),
         )
 
 
@@ -386,6 +383,8 @@ def layer_backward(
         )
     elif slopes is not None:
         tile = tiles.layer_backward_tile(D, x.dtype, precision, tiles.architecture(x), is_learnt(slopes))
+        # A spline takes the registers that g_W would want, and its sums of g_h were not alike in all lanes.
+        tile = None if isinstance(slopes, Spline) else tile
         if tile is not None:
             return _fused_backward(
                 *(grad_y, grad_logabsdet, x, weight, bias, slopes, tile),

@@ -230,10 +230,14 @@ def backward(g, ld, at, INVERSE: tl.constexpr):
 
 
 @triton.jit
-def _add_row(ptr, row, again, cols, D):
-    """``row`` [COLUMNS] added to [D] at ptr, or stored there unless ``again``."""
+def _add_rows(ptr, terms, again, cols, D):
+    """Σ_rows of terms [ROWS, COLUMNS] added to [D] at ptr, or stored there unless ``again``.
+
+    Loaded before the sum, in which the warps that hold the same columns meet: none of them reads what another
+    has stored already.
+    """
     total = tl.load(ptr + cols, mask=cols < tl.where(again, D, 0), other=0.0)
-    tl.store(ptr + cols, total + row, mask=cols < D)
+    tl.store(ptr + cols, total + tl.sum(terms, 0), mask=cols < D)
 
 
 @triton.jit
@@ -252,15 +256,15 @@ def add_gradient_sums(ptr, again, g, ld, at, own, cols, D, BINS: tl.constexpr):
     share = tl.zeros_like(g)
     if ld is not None:
         share += ld / slope(at)
-    _add_row(ptr, tl.sum(g * tl.minimum(u, 0.0) + share, 0), again, cols, D)
-    _add_row(ptr + D, tl.sum(g * tl.maximum(u - BINS, 0.0), 0), again, cols, D)
-    _add_row(ptr + 2 * D, tl.sum(g, 0), again, cols, D)
+    _add_rows(ptr, g * tl.minimum(u, 0.0) + share, again, cols, D)
+    _add_rows(ptr + D, g * tl.maximum(u - BINS, 0.0), again, cols, D)
+    _add_rows(ptr + 2 * D, g, again, cols, D)
     ptr += OUTSIDE * D
     for k in range(BINS):
         c = tl.minimum(tl.maximum(u - k, 0.0), 1.0)
         first = g * c
-        _add_row(ptr, tl.sum(first, 0), again, cols, D)
-        _add_row(ptr + D, tl.sum((0.5 * first + share) * c, 0), again, cols, D)
+        _add_rows(ptr, first, again, cols, D)
+        _add_rows(ptr + D, (0.5 * first + share) * c, again, cols, D)
         ptr += 2 * D
 
 

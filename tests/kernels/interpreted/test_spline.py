@@ -233,11 +233,19 @@ class LayerCase:
         torch.manual_seed(N + D)
         self.lu, self.sign = random_lu(D), torch.where(torch.rand(D) < 0.5, -1.0, 1.0)
         self.order = torch.randperm(D) if permuted else None
-        self.bias, self.x, self.given = 0.3 * torch.randn(D), torch.randn(N, D), parameters(bins, D, bound=1.0)
+        self.bias, self.x, self.given = (
+            0.3 * torch.randn(D),
+            torch.randn(N, D),
+            parameters(bins, D, bound=1.0),
+        )
         self.g, self.ld = torch.randn(N, D), torch.randn(N)
-        self.forward = truth(self._function(False), [self.x, self.lu, self.bias, self.given], [self.g, self.ld])
+        self.forward = truth(
+            self._function(False), [self.x, self.lu, self.bias, self.given], [self.g, self.ld]
+        )
         self.y = self.forward.results[0].float()
-        self.inverse = truth(self._function(True), [self.y, self.lu, self.bias, self.given], [self.g, self.ld])
+        self.inverse = truth(
+            self._function(True), [self.y, self.lu, self.bias, self.given], [self.g, self.ld]
+        )
 
     def _function(self, backwards: bool) -> Callable[..., Any]:
         def function(x: Tensor, lu: Tensor, bias: Tensor, given_: Tensor) -> Any:
@@ -253,7 +261,9 @@ class LayerCase:
 
     @property
     def h(self) -> Tensor:
-        matrix = Matrix(*(None if t is None else t for t in (self.lu.double(), self.sign.double(), self.order)))
+        matrix = Matrix(
+            *(None if t is None else t for t in (self.lu.double(), self.sign.double(), self.order))
+        )
         matrix = matrix._replace(bias=self.bias.double())
         return reference.layer(self.x.double(), matrix, IDENTITY, inverse=False, logabsdet=False)[0]
 
@@ -349,7 +359,9 @@ def test_layer_inverse_and_its_backward(N: int, D: int, bins: int, few: bool) ->
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
-@pytest.mark.parametrize(("N", "M", "D", "bins"), [(1, 2, 1, 3), (70, 3, 16, 8), (65, 4, 17, 8), (40, 2, 64, 5)])
+@pytest.mark.parametrize(
+    ("N", "M", "D", "bins"), [(1, 2, 1, 3), (70, 3, 16, 8), (65, 4, 17, 8), (40, 2, 64, 5)]
+)
 def test_stack(N: int, M: int, D: int, bins: int, precision: str) -> None:
     torch.manual_seed(N)
     if tiles.stack_tile("inverse backward", D, torch.float32, precision, 90) is None:
@@ -385,7 +397,10 @@ def test_stack(N: int, M: int, D: int, bins: int, precision: str) -> None:
             amid_nan(x), weights, biases, learnt, constant=constant, logabsdet=True, **options
         )
         found_x, back = stack.stack_inverse(
-            *(amid_nan(y), lu, blocks("inverse"), biases, learnt), constant=constant, logabsdet=True, **options
+            *(amid_nan(y), lu, blocks("inverse"), biases, learnt),
+            constant=constant,
+            logabsdet=True,
+            **options,
         )
         seeds = (amid_nan(g), amid_nan(ld))
         of_forward = stack_gradient.stack_backward(
