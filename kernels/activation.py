@@ -1,6 +1,6 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 # mypy: disable-error-code="assignment, var-annotated"
-# ruff: noqa: RUF005 (the compiler knows a sum of tuples, not what ruff would have instead)
+# ruff: noqa: RUF005, RET505 (the compiler knows a sum of tuples; what follows a ``return`` it compiles too)
 """The activation φ as kernels see it, whichever kind it is; and φ, φ⁻¹ and their gradients row by row.
 
 ``leaky_softplus.py`` and ``spline.py`` are the two kinds. Which of them a kernel is compiled for says
@@ -42,8 +42,8 @@ class Activation(NamedTuple):
     """φ as one argument of a kernel."""
 
     slopes: Tensor | None
-    """[3] or [3, D], of several layers [layers, 3] or [layers, 3, D]; None: the five numbers. Of a spline, its
-    table [layers, 3·BINS + 4, D]."""
+    """[3] or [3, D], of several layers [layers, 3] or [layers, 3, D]; None: the five numbers. Of a spline,
+    its table [layers, 3·BINS + 4, D]."""
     a: float
     c: float
     kappa: float
@@ -71,7 +71,7 @@ def load_family(activation, layer, cols, D):
 
 @triton.jit
 def located(x, family, activation):
-    """x as the functions below take it: (x,), or for a spline x in its bin, which is looked up once for all."""
+    """x as the functions below take it: (x,), or for a spline x in its bin, looked up once for all."""
     if activation.BINS > 0:
         return spline.in_bin(x, family, activation.BINS)
     else:

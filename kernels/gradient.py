@@ -25,7 +25,6 @@ from torch import Tensor
 
 from lunet_fast.kernels import spline, tiles
 from lunet_fast.kernels.activation import (
-    PARAMETERS,
     Slopes,
     activation_of,
     is_learnt,
@@ -50,6 +49,7 @@ from lunet_fast.kernels.launch import (
     store_tile,
 )
 from lunet_fast.kernels.layer import layer_forward
+from lunet_fast.kernels.leaky_softplus import PARAMETERS
 from lunet_fast.kernels.spline import Spline
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lunet_fast.kernels import tiles
 from lunet_fast.kernels.activation import (
-    PARAMETERS,
     Slopes,
     activation_of,
     load_family,
@@ -26,6 +25,7 @@ from lunet_fast.kernels.activation import (
     store_sums,
 )
 from lunet_fast.kernels.launch import check_parameter, check_rows, launch, load_tile
+from lunet_fast.kernels.leaky_softplus import PARAMETERS
 from lunet_fast.kernels.matrix import permuted
 from lunet_fast.kernels.solve import (
     at_least_tf32x3,

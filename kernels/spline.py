@@ -10,13 +10,13 @@ t = x − low − i·s and w = t clamped to [0, s],
 where base_i is φ at the bin's left end, d_i the slope there and b_i its rise per unit of x. An element needs
 three numbers of a table [3·K + 4, D], which ``table_of`` makes in one launch from the parameters.
 
-Where the table is: in memory, from which each element fetches its three; of a layer it is a few KiB, and stays
+Where the table is: in memory, from which each element fetches its three; of a layer it is a few KiB and stays
 in the multiprocessor's L1 cache. With K = 8 this is 31 instructions an element for φ, loads and stores of the
 rows included, and no more for any K. ``tl.gather`` from a tile takes 67 (a shuffle for each row of the tile
 that a thread holds), a loop over the knots that selects 62, and 127 with K = 16.
 
 The gradient of the parameters is a sum over rows of what each element gives to its bin and to the heights of
-all before it. c_k = (x − low)/s − k clamped to [0, 1] says how far the element has come through bin k, so that
+all before it. c_k = (x − low)/s − k clamped to [0, 1] says how far the element has come through bin k: so
 
     φ(x) = … + s·Σ_k (d_k·c_k + (d_{k+1} − d_k)·c_k²/2),   φ′(x) = d_0 + Σ_k (d_{k+1} − d_k)·c_k
 
@@ -52,7 +52,7 @@ OUTSIDE: tl.constexpr = tl.constexpr(3)
 
 
 class Spline(NamedTuple):
-    """A spline where launchers take slopes: ``parameters`` [K + 3, D] are low, step and φ′ at the K + 1 knots.
+    """A spline where launchers take slopes: ``parameters`` [K + 3, D] are low, step and φ′ at K + 1 knots.
 
     Those of several layers have their number in front.
     """
@@ -295,7 +295,7 @@ def _from_sums(bins: int, device: torch.device) -> Tensor:
 
 
 def parameter_gradient(sums: Tensor) -> Tensor:
-    """The gradient [..., K + 3, D] of a spline's parameters, float32, from the sums [..., 2·K + 3, D] over all
-    rows. In float64, whatever precision float32 products are allowed."""
+    """The gradient [..., K + 3, D] of a spline's parameters, float32, from the sums [..., 2·K + 3, D] over
+    all rows. In float64, whatever precision float32 products are allowed."""
     bins = (sums.shape[-2] - OUTSIDE.value) // 2
     return (_from_sums(bins, sums.device) @ sums.double()).float()

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from lunet_fast.kernels import spline, tiles
 from lunet_fast.kernels.activation import (
-    PARAMETERS,
     Slopes,
     is_learnt,
     load_family,
@@ -40,6 +39,7 @@ from lunet_fast.kernels.activation import (
     slopes_gradient,
 )
 from lunet_fast.kernels.launch import check_parameter, dot, launch
+from lunet_fast.kernels.leaky_softplus import PARAMETERS
 from lunet_fast.kernels.solve import solve_held
 from lunet_fast.kernels.stack import (
     activate,
@@ -149,7 +149,7 @@ def _activation_backward(
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The gradient of h_m from that of φ_m(h_m), or, INVERSE, the reverse; adds the slopes' terms, SLOPE_SUMS rows.
+    """The gradient of h_m from that of φ_m(h_m), or, INVERSE, the reverse; adds the slopes' terms.
 
     g itself for a layer without activation.
     """

@@ -14,10 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness import FEATURES, LIMIT, ROWS, amid_nan, guarded, normwise, random_lu
-from lunet_fast.kernels import activation, gradient, inverse, inverse_gradient, layer, stack, triangular
+from lunet_fast.kernels import (
+    activation,
+    gradient,
+    inverse,
+    inverse_gradient,
+    layer,
+    stack,
+    stack_gradient,
+    tiles,
+    triangular,
+)
 from lunet_fast.kernels import matrix as packed
 from lunet_fast.kernels import spline as kernels
-from lunet_fast.kernels import stack_gradient, tiles
 from lunet_fast.kernels.solve import invert_blocks
 from lunet_fast.ops import reference, spline
 from lunet_fast.ops.values import IDENTITY, Activation, Matrix
