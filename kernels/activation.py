@@ -1,23 +1,11 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 # mypy: disable-error-code="assignment, var-annotated"
-# ruff: noqa: RUF005 (the compiler knows a sum of tuples, not what ruff would have instead)
-"""φ(x) = a·x + (c/κ)·softplus(κ·x), its inverse and the logarithm of its slope.
+# ruff: noqa: RUF005, RET505 (the compiler knows a sum of tuples; what follows a ``return`` it compiles too)
+"""The activation φ as kernels see it, whichever kind it is; and φ, φ⁻¹ and their gradients row by row.
 
-Everything is computed in float32 from v = exp(−|κx|) ∈ [0, 1], which neither overflows nor cancels:
-with s = v/(1 + v) = σ(−|κx|),
-
-    φ(x)      = a·x + c·max(x, 0) + (c/κ)·log1p(v)
-    φ′(x)     = κx ≥ 0 ?  a + c·(1 − s)                          :  a + c·s
-    log φ′(x) = κx ≥ 0 ?  log(a + c) + log1p(−c/(a + c)·s)       :  log a + log1p(c/a·s)
-
-so that log φ′ keeps its digits where φ′ is near a + c (zero, when that is 1) as well as where it is near a.
-
-Why logarithms are written out here: ``tl.log`` compiles to 28 instructions and loses log1p's small
-arguments, ``libdevice.log1p`` to 29 and Triton's interpreter lacks it; these polynomials take 10 and about
-20, are the same arithmetic on every device, and need no division.
-
-FAST exchanges exp, reciprocals and the logarithm of the slope for single approximate instructions of NVIDIA
-GPUs. It is off unless asked for: what it costs in accuracy has to be measured on a GPU first.
+``leaky_softplus.py`` and ``spline.py`` are the two kinds. Which of them a kernel is compiled for says
+``Activation.BINS``, a constant, so that of the other nothing is left. (With ``else``: what stands behind a
+``return`` is compiled too, and has to be of the same type.)
 """
 
 from __future__ import annotations
@@ -31,81 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lunet_fast.kernels import tiles
+from lunet_fast.kernels import leaky_softplus, spline, tiles
 from lunet_fast.kernels.launch import check_parameter, check_rows, launch
+from lunet_fast.kernels.leaky_softplus import PARAMETERS, inverse_steps
+from lunet_fast.kernels.spline import Spline
 
-Slopes = Sequence[float] | Tensor
-
-LN2: tl.constexpr = tl.constexpr(math.log(2.0))
-LOG2E: tl.constexpr = tl.constexpr(1.0 / math.log(2.0))
-LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
+Slopes = Sequence[float] | Tensor | Spline
 
 #: Steps of the inverse for slopes in a tensor, whose values the host does not wait for: enough for
 #: a/c ≥ 2^-13. ``inverse_steps`` says how many are needed.
 LEARNT_STEPS = 5
-
-
-# --- elementary functions -------------------------------------------------------------------------------
-
-
-@triton.jit
-def _exp_of_negative(t, FAST: tl.constexpr):
-    """exp(t) for t ≤ 0; FAST flushes results below 2^-126 to zero."""
-    if FAST:
-        return tl.exp2(t * LOG2E)
-    return tl.exp(t)
-
-
-@triton.jit
-def _reciprocal(d, FAST: tl.constexpr):
-    """1/d for a normal d > 0."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return 1.0 / d
-
-
-@triton.jit
-def _log1p_unit(v):
-    """log(1 + v) for v in [0, 1], relative error below 3e-7: v times a minimax polynomial of degree 8."""
-    p = v * 0.00523269410982686 - 0.02950523727631827
-    p = v * p + 0.0782259478173932
-    p = v * p - 0.13663245295851173
-    p = v * p + 0.19106006444399673
-    p = v * p - 0.2484298210970902
-    p = v * p + 0.33319096791560926
-    p = v * p - 0.4999949313968335
-    p = v * p + 0.9999999698796846
-    return v * p
-
-
-@triton.jit
-def _log1p(z, FAST: tl.constexpr):
-    """log(1 + z) for −1 < z < ∞ with 1 + z a normal number; NaN for NaN.
-
-    1 + z = 2^e·(1 + p) with p in [−1/3, 1/3); for e = 0, p is z itself, so the rounding of 1 + z does not
-    matter where it would. FAST has only absolute accuracy, about 2e-7.
-    """
-    u = 1.0 + z
-    if FAST:
-        log2 = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return log2 * LN2
-    bits = u.to(tl.int32, bitcast=True)
-    e = (bits - 0x3F2AAAAB) >> 23  # 0x3F2AAAAB is 2/3
-    p = tl.where(e == 0, z, (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0)
-    q = p * 0.14056113084249489 - 0.15403197669183544
-    q = p * q + 0.13987650846046296
-    q = p * q - 0.1641279117291298
-    q = p * q + 0.20011944368838142
-    q = p * q - 0.2500802725603879
-    q = p * q + 0.3333316870455926
-    q = p * q - 0.4999993212222057
-    q = p * q + 1.000000003565205
-    # 0·z: the bits of a NaN have lost it on the way.
-    return p * q + (e.to(tl.float32) * LN2 + z * 0.0)
 
 
 # --- the activation as kernels see it -------------------------------------------------------------------
@@ -119,7 +42,8 @@ class Activation(NamedTuple):
     """φ as one argument of a kernel."""
 
     slopes: Tensor | None
-    """[3] or [3, D], of several layers [layers, 3] or [layers, 3, D]; None: the five numbers."""
+    """[3] or [3, D], of several layers [layers, 3] or [layers, 3, D]; None: the five numbers. Of a spline,
+    its table [layers, 3·BINS + 4, D]."""
     a: float
     c: float
     kappa: float
@@ -132,134 +56,76 @@ class Activation(NamedTuple):
     STEPS: tl.constexpr
     """Steps of the inverse."""
     FAST: tl.constexpr
-
-
-#: How many parameters φ has, whose gradients ``slope_gradients`` gives.
-PARAMETERS: tl.constexpr = tl.constexpr(3)
+    BINS: tl.constexpr
+    """Of a spline; 0: φ is of the family of ``leaky_softplus``."""
 
 
 @triton.jit
 def load_family(activation, layer, cols, D):
-    """φ of a layer in these columns [COLUMNS], which the functions below take with the activation itself.
-
-    (a, c, κ, log a, log(a + c)): scalars, or for slopes that differ by column [1, COLUMNS].
-    """
-    a = activation.a
-    c = activation.c
-    kappa = activation.kappa
-    log_low = activation.log_low
-    log_high = activation.log_high
-    if activation.slopes is not None:
-        if activation.PER_COLUMN:
-            ptrs = activation.slopes + layer * (3 * D) + cols[None, :]
-            valid = cols[None, :] < D
-            # 1 in columns that are not there: nothing in them may divide by zero.
-            a = tl.load(ptrs, mask=valid, other=1.0).to(tl.float32)
-            c = tl.load(ptrs + D, mask=valid, other=1.0).to(tl.float32)
-            kappa = tl.load(ptrs + 2 * D, mask=valid, other=1.0).to(tl.float32)
-        else:
-            ptr = activation.slopes + layer * 3
-            a = tl.load(ptr).to(tl.float32)
-            c = tl.load(ptr + 1).to(tl.float32)
-            kappa = tl.load(ptr + 2).to(tl.float32)
-        log_low = tl.log(a)
-        log_high = tl.log(a + c)
-    return a, c, kappa, log_low, log_high
+    """φ of a layer in these columns [COLUMNS], which the functions below take with the activation itself."""
+    if activation.BINS > 0:
+        return spline.load_spline(activation.slopes, layer, cols, D, activation.BINS)
+    else:
+        return leaky_softplus.load_family(activation, layer, cols, D)
 
 
 @triton.jit
-def phi(x, family, activation):
+def located(x, family, activation):
+    """x as the functions below take it: (x,), or for a spline x in its bin, looked up once for all."""
+    if activation.BINS > 0:
+        return spline.in_bin(x, family, activation.BINS)
+    else:
+        return (x,)
+
+
+@triton.jit
+def located_inverse(y, family, activation):
+    """φ⁻¹(y), elementwise, as ``located`` gives an x: φ⁻¹(y) itself comes first."""
+    if activation.BINS > 0:
+        return spline.in_bin_of_value(y, family, activation.BINS)
+    else:
+        return (leaky_softplus.phi_inverse(y, family, activation),)
+
+
+@triton.jit
+def phi(at, family, activation):
     """φ(x), elementwise."""
-    v = _exp_of_negative(-tl.abs(x * family[2]), activation.FAST)
-    # c·max(x, 0), not (c/κ)·max(κx, 0): κx may overflow where φ does not.
-    return x * family[0] + (tl.maximum(x, 0.0) * family[1] + _log1p_unit(v) * (family[1] / family[2]))
+    if activation.BINS > 0:
+        return spline.value(at, family)
+    else:
+        return leaky_softplus.phi(at[0], family, activation)
 
 
 @triton.jit
-def phi_derivative(x, family, activation):
-    """φ′(x), elementwise."""
-    t = x * family[2]
-    v = _exp_of_negative(-tl.abs(t), activation.FAST)
-    w = _reciprocal(1.0 + v, activation.FAST)
-    return tl.where(t < 0.0, v * w, w) * family[1] + family[0]
-
-
-@triton.jit
-def log_phi_derivative(x, family, activation):
+def log_phi_derivative(at, family, activation):
     """log φ′(x), elementwise."""
-    t = x * family[2]
-    v = _exp_of_negative(-tl.abs(t), activation.FAST)
-    s = v * _reciprocal(1.0 + v, activation.FAST)
-    low = t < 0.0
-    scale = tl.where(low, family[1] / family[0], -family[1] / (family[0] + family[1]))
-    return tl.where(low, family[3], family[4]) + _log1p(scale * s, activation.FAST)
+    if activation.BINS > 0:
+        slope = spline.slope(at)
+        return leaky_softplus.log(slope, slope - 1.0, activation.FAST)
+    else:
+        return leaky_softplus.log_phi_derivative(at[0], family, activation)
 
 
 @triton.jit
-def phi_inverse(y, family, activation):
-    """φ⁻¹(y), elementwise: steps of Halley's iteration from the nearest of three tangents.
-
-    With t = κx, r = a/c and w = κy/c the equation is f(t) = softplus(t) + r·t − w = 0. f is convex, so each
-    tangent's root is not left of the solution and the least of them is the nearest; there f·f″ ≤ f′², so the
-    denominator f′² − f·f″/2 of the step f·f′/(f′² − f·f″/2) is at least f′²/2. Where t is not finite (y is
-    not, or κy/c overflowed) φ is its asymptote.
-    """
-    r = family[0] / family[1]
-    w = y * (family[2] / family[1])
-    t = tl.minimum(w * (1.0 / (1.0 + r)), w * (1.0 / r))  # tangents at +∞ and −∞
-    t = tl.minimum(t, (w - LN2) * (1.0 / (0.5 + r)))  # and at 0
-    for _ in tl.static_range(activation.STEPS):
-        v = _exp_of_negative(-tl.abs(t), activation.FAST)
-        inverse = _reciprocal(1.0 + v, activation.FAST)
-        small = v * inverse
-        f = (tl.maximum(t, 0.0) - w) + r * t + _log1p_unit(v)
-        slope = tl.where(t < 0.0, small, inverse) + r
-        t -= f * slope * _reciprocal(slope * slope - 0.5 * f * (small * inverse), activation.FAST)
-    asymptote = tl.minimum(y * (1.0 / family[0]), y * (1.0 / (family[0] + family[1])))
-    return tl.where(tl.abs(t) <= LARGEST, t * (1.0 / family[2]), asymptote)
-
-
-@triton.jit
-def phi_backward(g, ld, x, family, activation, INVERSE: tl.constexpr):
+def phi_backward(g, ld, at, family, activation, INVERSE: tl.constexpr):
     """g·φ′(x) + ld·φ″(x)/φ′(x), the gradient of x from g, that of φ(x), and ld, that of log φ′(x) or None.
 
     INVERSE: (g − ld·φ″/φ′)/φ′, the gradient of y from those of x = φ⁻¹(y) and of −log φ′(x).
     """
-    t = x * family[2]
-    v = _exp_of_negative(-tl.abs(t), activation.FAST)
-    w = _reciprocal(1.0 + v, activation.FAST)
-    s = v * w
-    slope = tl.where(t < 0.0, s, w) * family[1] + family[0]
-    if INVERSE:
-        if ld is not None:
-            g -= ld * ((s * w) * (family[1] * family[2]) * _reciprocal(slope, activation.FAST))
-        return g * _reciprocal(slope, activation.FAST)
-    if ld is not None:
-        return g * slope + ld * ((s * w) * (family[1] * family[2]) * _reciprocal(slope, activation.FAST))
-    return g * slope
+    if activation.BINS > 0:
+        return spline.backward(g, ld, at, INVERSE)
+    else:
+        return leaky_softplus.phi_backward(g, ld, at[0], family, activation, INVERSE)
 
 
 @triton.jit
-def slope_gradients(g, ld, x, family, activation):
-    """g·∂φ/∂θ + ld·∂log φ′/∂θ at x for θ = a, c, κ, elementwise; ld may be None.
+def slope_gradients(g, ld, at, family, activation):
+    """g·∂φ/∂θ + ld·∂log φ′/∂θ at x for the ``PARAMETERS`` θ of the family of ``leaky_softplus``.
 
-    Of softplus, x·σ(κx) − softplus(κx)/κ is −|x|·s − log1p(v)/κ: no difference of large numbers.
+    Of a spline they would be as many as it has knots, which no thread could hold: it has
+    ``spline.add_gradient_sums``.
     """
-    t = x * family[2]
-    v = _exp_of_negative(-tl.abs(t), activation.FAST)
-    w = _reciprocal(1.0 + v, activation.FAST)
-    s = v * w
-    soft = _log1p_unit(v) * (1.0 / family[2])
-    by_a = g * x
-    by_c = g * (tl.maximum(x, 0.0) + soft)
-    by_kappa = -(g * (tl.abs(x) * s + soft)) * (family[1] / family[2])
-    if ld is not None:
-        sigmoid = tl.where(t < 0.0, s, w)
-        share = ld * _reciprocal(sigmoid * family[1] + family[0], activation.FAST)
-        by_a += share
-        by_c += share * sigmoid
-        by_kappa += share * ((s * w) * x * family[1])
-    return by_a, by_c, by_kappa
+    return leaky_softplus.slope_gradients(g, ld, at[0], family, activation)
 
 
 # --- row-wise kernels -----------------------------------------------------------------------------------
@@ -294,15 +160,17 @@ def activation_kernel(
         family = load_family(activation, 0, cols, D)
         x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
         if INVERSE:
-            y = phi_inverse(x, family, activation)
+            at = located_inverse(x, family, activation)
+            y = at[0]
         else:
-            y = phi(x, family, activation)
+            at = located(x, family, activation)
+            y = phi(at, family, activation)
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
         if logabsdet_ptr is not None:
             if INVERSE:
-                total -= tl.where(valid, log_phi_derivative(y, family, activation), 0.0)
+                total -= tl.where(valid, log_phi_derivative(at, family, activation), 0.0)
             else:
-                total += tl.where(valid, log_phi_derivative(x, family, activation), 0.0)
+                total += tl.where(valid, log_phi_derivative(at, family, activation), 0.0)
     if logabsdet_ptr is not None:
         tl.store(logabsdet_ptr + first + rows, tl.sum(total, 1), mask=rows < N - first)
 
@@ -311,11 +179,12 @@ def activation_kernel(
 def store_sums(sums_ptr, sums, cols, D, COLUMN_SUMS: tl.constexpr, SLOPE_SUMS: tl.constexpr):
     """Sums over rows in these columns: of the slopes' terms and, last, of the rows themselves, if asked for.
 
-    In memory the rows' stand first, and the others below.
+    In memory the rows' stand first, and the others below. SLOPE_SUMS is how many those are: ``PARAMETERS``,
+    or 0. A spline's are in memory already.
     """
     if COLUMN_SUMS:
         tl.store(sums_ptr + cols, sums[PARAMETERS], mask=cols < D)
-    if SLOPE_SUMS:
+    if SLOPE_SUMS > 0:
         for k in tl.static_range(PARAMETERS):
             tl.store(sums_ptr + (COLUMN_SUMS + k) * D + cols, sums[k], mask=cols < D)
 
@@ -326,7 +195,7 @@ def activation_bwd_kernel(
     grad_logabsdet_ptr,  # [K, N] float32, of Σ log φ′(x); INVERSE: of −Σ log φ′(x); or None
     x_ptr,  # [K, N, D]
     out_ptr,  # [K, N, D], the gradient of x; INVERSE: of y
-    sums_ptr,  # [K, programs, COLUMN_SUMS + 3·SLOPE_SUMS, D] float32, or None
+    sums_ptr,  # [K, programs, COLUMN_SUMS + SLOPE_SUMS, D] float32, or None
     activation,
     N,
     D,
@@ -350,6 +219,9 @@ def activation_bwd_kernel(
     offsets = rows[:, None] * D + cols[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     slope_totals = (total,) * PARAMETERS
+    slope_ptr = None
+    if SLOPE_SUMS > 0 and activation.BINS > 0:
+        slope_ptr = sums_ptr + ((member * programs + program) * (COLUMN_SUMS + SLOPE_SUMS) + COLUMN_SUMS) * D
     # 64 bits for the step too: without sums it is N rounded up, which may pass 2³¹ where N does not.
     for first in range(program.to(tl.int64) * ROWS, N, programs.to(tl.int64) * ROWS):
         base = (member * N + first) * D
@@ -360,26 +232,34 @@ def activation_bwd_kernel(
         ld = None
         if grad_logabsdet_ptr is not None:
             ld = tl.load(grad_logabsdet_ptr + member * N + first + rows, mask=here, other=0.0)[:, None]
-        out = phi_backward(g, ld, x, family, activation, INVERSE)
+        at = located(x, family, activation)
+        out = phi_backward(g, ld, at, family, activation, INVERSE)
         tl.store(out_ptr + base + offsets, out.to(out_ptr.dtype.element_ty), mask=valid)
         if COLUMN_SUMS:
             total += tl.where(valid, out, 0.0)
-        if SLOPE_SUMS:
+        if SLOPE_SUMS > 0:
             if INVERSE:
-                terms = slope_gradients(-out, None if ld is None else -ld, x, family, activation)
+                g = -out
+                if ld is not None:
+                    ld = -ld
+            if slope_ptr is not None:
+                again = first > program * ROWS
+                spline.add_gradient_sums(slope_ptr, again, g, ld, at, family, cols, D, activation.BINS)
+                tl.debug_barrier()  # the next tile adds to what other threads have stored
             else:
-                terms = slope_gradients(g, ld, x, family, activation)
-            sums = ()
-            for k in tl.static_range(PARAMETERS):
-                sums = sums + (slope_totals[k] + tl.where(valid, terms[k], 0.0),)
-            slope_totals = sums
+                terms = slope_gradients(g, ld, at, family, activation)
+                sums = ()
+                for k in tl.static_range(PARAMETERS):
+                    sums = sums + (slope_totals[k] + tl.where(valid, terms[k], 0.0),)
+                slope_totals = sums
     if sums_ptr is not None:
-        sums_ptr += (member * programs + program) * (COLUMN_SUMS + PARAMETERS * SLOPE_SUMS) * D
+        sums_ptr += (member * programs + program) * (COLUMN_SUMS + SLOPE_SUMS) * D
         column_sum = tl.sum(total, 0)
         sums = ()
         for k in tl.static_range(PARAMETERS):
             sums = sums + (tl.sum(slope_totals[k], 0),)
-        store_sums(sums_ptr, sums + (column_sum,), cols, D, COLUMN_SUMS, SLOPE_SUMS)
+        HELD: tl.constexpr = SLOPE_SUMS if activation.BINS == 0 else 0
+        store_sums(sums_ptr, sums + (column_sum,), cols, D, COLUMN_SUMS, HELD)
 
 
 # --- launchers ------------------------------------------------------------------------------------------
@@ -388,35 +268,48 @@ def activation_bwd_kernel(
 def activation_of(
     slopes: Slopes | None, D: int, *, layers: int | None = None, steps: int = 0, fast: bool = False
 ) -> Activation:
-    """The kernels' argument that describes φ, of three floats (a, c, κ) or a tensor [3] or [3, D]; None: the
-    identity. With ``layers`` a tensor has their number as leading dimension, and of none it is the identity.
+    """The kernels' argument that describes φ, of three floats (a, c, κ), a tensor [3] or [3, D] or a spline,
+    whose table is made here; None: the identity. With ``layers`` a tensor has their number as leading
+    dimension, and of none it is the identity.
     """
     leading = () if layers is None else (layers,)
-    if isinstance(slopes, Tensor) and layers != 0:
+    numbers: tuple[float, ...] = (0.0,) * 5
+    given, per_column, bins = None, False, 0
+    if isinstance(slopes, Spline) and layers != 0:
+        given, bins = spline.table_of(slopes, D, layers), slopes.bins
+    elif isinstance(slopes, Tensor) and layers != 0:
         if slopes.shape not in ((*leading, 3), (*leading, 3, D)) or not slopes.is_contiguous():
             shapes = [[*leading, 3], [*leading, 3, D]]
             raise ValueError(
                 f"slopes must be contiguous {shapes[0]} or {shapes[1]}, got {list(slopes.shape)}"
             )
-        numbers: tuple[float, ...] = (0.0,) * 5
         given, per_column = slopes, slopes.dim() == len(leading) + 2
     else:
-        a, c, kappa = (1.0, 1.0, 1.0) if slopes is None or isinstance(slopes, Tensor) else map(float, slopes)
+        none = slopes is None or is_learnt(slopes)
+        a, c, kappa = (1.0, 1.0, 1.0) if none else map(float, slopes)  # type: ignore[arg-type]
         # The logarithms in float64: log(a + c) is exactly 0 where a + c is 1, whatever a and c round to.
         numbers = (a, c, kappa, math.log(a), math.log(a + c))
-        given, per_column = None, False
-    constants = (slopes is not None, per_column, steps, fast)
+    constants = (slopes is not None, per_column, steps, fast, bins)
     return Activation(given, *numbers, *map(tl.constexpr, constants))
 
 
-def inverse_steps(r: float) -> int:
-    """Steps of ``phi_inverse`` to the rounding floor of float32 for r = a/c: 2 for r ≥ 1/16, one more for
-    each factor of 8 below. Counted on a grid of w; the hardest lie where eᵗ and r·t are of one size."""
-    return 2 + math.ceil(max(0.0, -4.0 - math.log2(r)) / 3.0)
+def is_learnt(slopes: Slopes | None) -> bool:
+    """Whether the slopes have a gradient."""
+    return isinstance(slopes, (Tensor, Spline))
+
+
+def slope_rows(slopes: Slopes | None) -> int:
+    """How many rows of sums the slopes' gradient takes; 0 where they have none."""
+    if isinstance(slopes, Spline):
+        return spline.gradient_rows(slopes)
+    return PARAMETERS.value if is_learnt(slopes) else 0
 
 
 def steps_of(slopes: Slopes, steps: int | None) -> int:
-    """``steps`` of the inverse, or where None as many as float slopes need, ``LEARNT_STEPS`` for a tensor."""
+    """``steps`` of the inverse, or where None as many as float slopes need, ``LEARNT_STEPS`` for a tensor; a
+    spline takes none."""
+    if isinstance(slopes, Spline):
+        return 0
     if steps is None:
         return LEARNT_STEPS if isinstance(slopes, Tensor) else inverse_steps(slopes[0] / slopes[1])
     if steps < 1:
@@ -527,7 +420,7 @@ def row_gradients(
     K, N, D = x.shape
     check_parameter("the gradient of the rows", grad, (K, N, D), x.dtype)
     check_parameter("grad_logabsdet", grad_logabsdet, (K, N), torch.float32)
-    slope_sums = isinstance(slopes, Tensor)
+    slope_sums = slope_rows(slopes)
     tile = tiles.activation_tile("backward", D)
     blocks, programs = triton.cdiv(D, tile.columns), triton.cdiv(N, tile.rows)
     out = torch.empty_like(x)
@@ -546,24 +439,31 @@ def row_gradients(
     return out, *split_sums(sums, slopes, column_sums)
 
 
-def memory_for_sums(x: Tensor, programs: int, column_sums: bool, slope_sums: bool) -> Tensor | None:
-    """For the sums over rows x [K, N, D] that each program keeps with ``store_sums``; None for none."""
+def memory_for_sums(x: Tensor, programs: int, column_sums: bool, slope_sums: int) -> Tensor | None:
+    """For the sums over rows x [K, N, D] that each program keeps, of the slopes' gradient in ``slope_sums``
+    rows (``slope_rows``); None for none."""
     K, _, D = x.shape
     if not (column_sums or slope_sums):
         return None
-    shape = (K, programs, column_sums + PARAMETERS.value * slope_sums, D)
+    shape = (K, programs, column_sums + slope_sums, D)
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def split_sums(
     sums: Tensor | None, slopes: Slopes | None, column_sums: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """([K, D] or None, gradient of ``slopes`` or None) of the programs' sums [K, programs, 1, 3 or 4, D]."""
+    """([K, D] or None, gradient of ``slopes`` or None) of the programs' sums [K, programs, rows, D]."""
     if sums is None:
         return None, None
     totals = sums.sum(1)
     columns = totals[:, 0].contiguous() if column_sums else None
+    return columns, slopes_gradient(totals[:, int(column_sums) :].sum(0), slopes)
+
+
+def slopes_gradient(sums: Tensor, slopes: Slopes | None) -> Tensor | None:
+    """The gradient of ``slopes``, or None, from the sums [..., rows, D] of all programs."""
+    if isinstance(slopes, Spline):
+        return spline.parameter_gradient(sums)
     if not isinstance(slopes, Tensor):
-        return columns, None
-    by_slope = totals[:, -PARAMETERS.value :].sum(0)
-    return columns, by_slope if slopes.dim() == 2 else by_slope.sum(-1)
+        return None
+    return sums if slopes.dim() == sums.dim() else sums.sum(-1)

@@ -23,16 +23,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lunet_fast.kernels import tiles
+from lunet_fast.kernels import spline, tiles
 from lunet_fast.kernels.activation import (
-    PARAMETERS,
     Slopes,
     activation_of,
+    is_learnt,
     load_family,
+    located,
     memory_for_sums,
     phi_backward,
     row_gradients,
     slope_gradients,
+    slope_rows,
     split_sums,
     store_sums,
 )
@@ -47,6 +49,8 @@ from lunet_fast.kernels.launch import (
     store_tile,
 )
 from lunet_fast.kernels.layer import layer_forward
+from lunet_fast.kernels.leaky_softplus import PARAMETERS
+from lunet_fast.kernels.spline import Spline
 
 
 @triton.jit
@@ -59,6 +63,8 @@ def _gradient_of_h(
     left,  # rows that are left from the tile's first one on
     cols,  # [COLUMNS]
     sums,  # as store_sums takes them
+    slope_ptr,  # a program's own sums of the slopes' terms, where they are not in ``sums``, or None
+    again,  # whether there are such already
     family,
     activation,
     D,
@@ -89,15 +95,20 @@ def _gradient_of_h(
         h = dot(x, w, h, PRECISION)
     if bias_ptr is not None:
         h += load_row(bias_ptr, cols, D)
+    at = located(h, family, activation)
     new_sums = ()
-    if SLOPE_SUMS:
-        terms = slope_gradients(g, ld, h, family, activation)
+    if slope_ptr is not None:
+        spline.add_gradient_sums(slope_ptr, again, g, ld, at, family, cols, D, activation.BINS)
+        tl.debug_barrier()  # the next tile adds to what other threads have stored
+    HELD: tl.constexpr = SLOPE_SUMS > 0 and activation.BINS == 0
+    if HELD:
+        terms = slope_gradients(g, ld, at, family, activation)
     for k in tl.static_range(PARAMETERS):
         total = sums[k]
-        if SLOPE_SUMS:
+        if HELD:
             total += tl.sum(tl.where(valid, terms[k], 0.0), 0)
         new_sums = new_sums + (total,)
-    grad_h = tl.where(valid, phi_backward(g, ld, h, family, activation, False), 0.0)
+    grad_h = tl.where(valid, phi_backward(g, ld, at, family, activation, False), 0.0)
     total = sums[PARAMETERS]
     if COLUMN_SUMS:
         total += tl.sum(grad_h, 0)
@@ -122,7 +133,7 @@ def _store_share(
     columns = tl.arange(0, COLUMNS)
     cols = start + columns
     if sums_ptr is not None:
-        share_ptr = sums_ptr + share * (COLUMN_SUMS + PARAMETERS * SLOPE_SUMS) * D
+        share_ptr = sums_ptr + share * (COLUMN_SUMS + SLOPE_SUMS) * D
         store_sums(share_ptr, sums, cols, D, COLUMN_SUMS, SLOPE_SUMS)
     if grad_weight_ptr is not None:
         width = tl.arange(0, WIDTH)
@@ -140,7 +151,7 @@ def layer_bwd_kernel(
     bias_ptr,  # [K, D], or None
     grad_x_ptr,  # [K, N, D], or None
     grad_weight_ptr,  # [K, programs, D, D] float32, or None
-    sums_ptr,  # [K, programs, COLUMN_SUMS + 3·SLOPE_SUMS, D] float32, or None
+    sums_ptr,  # [K, programs, COLUMN_SUMS + SLOPE_SUMS, D] float32, or None
     activation,
     N,
     D,
@@ -153,7 +164,8 @@ def layer_bwd_kernel(
     BLOCKS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """All of the backward: g_x, and sums over this program's rows of g_W, g_b and the slopes' terms.
+    """All of the backward: g_x, and sums over this program's rows of g_W, g_b and the slopes' terms. Not of a
+    spline.
 
     A program walks the tiles of ROWS rows of one member, in steps of all the programs. It forms g_h in BLOCKS
     blocks of COLUMNS, and adds what each gives to all of g_x and to its own rows of g_W: so no more than one
@@ -188,6 +200,8 @@ def layer_bwd_kernel(
                 grad_y_ptr + row * D,
                 None if grad_logabsdet_ptr is None else grad_logabsdet_ptr + row,
                 *(x_ptr + row * D, weight_ptr, bias_ptr, N - first, cols, sums[i]),
+                None,
+                False,
                 *(load_family(activation, 0, cols, D), activation, D),
                 *(COLUMN_SUMS, SLOPE_SUMS, PRECISION, ROWS, COLUMNS, INNER),
             )
@@ -222,7 +236,7 @@ def preactivation_bwd_kernel(
     weight_ptr,  # [K, D, D], W
     bias_ptr,  # [K, D], or None
     grad_h_ptr,  # [K, N, D]
-    sums_ptr,  # [K, programs, COLUMN_SUMS + 3·SLOPE_SUMS, D] float32, or None
+    sums_ptr,  # [K, programs, COLUMN_SUMS + SLOPE_SUMS, D] float32, or None
     activation,
     N,
     D,
@@ -250,12 +264,17 @@ def preactivation_bwd_kernel(
         bias_ptr += member * D
     family = load_family(activation, 0, cols, D)
     sums = (tl.zeros([COLUMNS], tl.float32),) * (1 + PARAMETERS)
+    slope_ptr = None
+    if SLOPE_SUMS > 0 and activation.BINS > 0:
+        slope_ptr = sums_ptr + ((member * programs + program) * (COLUMN_SUMS + SLOPE_SUMS) + COLUMN_SUMS) * D
     for first in range(program.to(tl.int64) * ROWS, N, programs.to(tl.int64) * ROWS):
         row = member * N + first
         grad_h, sums = _gradient_of_h(
             grad_y_ptr + row * D,
             None if grad_logabsdet_ptr is None else grad_logabsdet_ptr + row,
-            *(x_ptr + row * D, weight_ptr, bias_ptr, N - first, cols, sums, family, activation, D),
+            *(x_ptr + row * D, weight_ptr, bias_ptr, N - first, cols, sums),
+            slope_ptr,
+            *(first > program * ROWS, family, activation, D),
             *(COLUMN_SUMS, SLOPE_SUMS, PRECISION, ROWS, COLUMNS, INNER),
         )
         tl.store(
@@ -264,8 +283,9 @@ def preactivation_bwd_kernel(
             mask=(rows[:, None] < N - first) & (cols[None, :] < D),
         )
     if sums_ptr is not None:
-        share_ptr = sums_ptr + (member * programs + program) * (COLUMN_SUMS + PARAMETERS * SLOPE_SUMS) * D
-        store_sums(share_ptr, sums, cols, D, COLUMN_SUMS, SLOPE_SUMS)
+        HELD: tl.constexpr = SLOPE_SUMS if activation.BINS == 0 else 0
+        share_ptr = sums_ptr + (member * programs + program) * (COLUMN_SUMS + SLOPE_SUMS) * D
+        store_sums(share_ptr, sums, cols, D, COLUMN_SUMS, HELD)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -350,7 +370,7 @@ def layer_backward(
     check_parameter("grad_logabsdet", grad_logabsdet, (K, N), torch.float32)
     check_parameter("h", h, (K, N, D), x.dtype)
     check_parameter("weight", weight, (K, D, D), x.dtype)
-    if not (needs_x or needs_weight or needs_bias or isinstance(slopes, Tensor)):
+    if not (needs_x or needs_weight or needs_bias or is_learnt(slopes)):
         return None, None, None, None
     if slopes is not None and h is None and not tiles.recomputes(D):
         raise ValueError(f"h must be given for D = {D}: it is not computed again")
@@ -362,8 +382,9 @@ def layer_backward(
             grad_y, grad_logabsdet, h, slopes, inverse=False, column_sums=needs_bias
         )
     elif slopes is not None:
-        learnt = isinstance(slopes, Tensor)
-        tile = tiles.layer_backward_tile(D, x.dtype, precision, tiles.architecture(x), learnt)
+        tile = tiles.layer_backward_tile(D, x.dtype, precision, tiles.architecture(x), is_learnt(slopes))
+        # A spline takes the registers that g_W would want, and its sums of g_h were not alike in all lanes.
+        tile = None if isinstance(slopes, Spline) else tile
         if tile is not None:
             return _fused_backward(
                 *(grad_y, grad_logabsdet, x, weight, bias, slopes, tile),
@@ -405,7 +426,7 @@ def _fused_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """``layer_backward`` in one launch and the sums of its programs' sums."""
     K, N, D = x.shape
-    slope_sums = isinstance(slopes, Tensor)
+    slope_sums = slope_rows(slopes)
     programs = min(triton.cdiv(N, tile.rows), tiles.programs(8 // tile.warps, K, tiles.architecture(x)))
     grad_x = torch.empty_like(x) if needs_x else None
     weights: Tensor | None = None
@@ -444,9 +465,9 @@ def _preactivation_backward(
     Arguments as those of ``layer_backward``, which checks them.
     """
     K, N, D = x.shape
-    slope_sums = isinstance(slopes, Tensor)
+    slope_sums = slope_rows(slopes)
     architecture = tiles.architecture(x)
-    tile = tiles.preactivation_tile(D, x.dtype, precision, slope_sums)
+    tile = tiles.preactivation_tile(D, x.dtype, precision, slope_sums > 0)
     blocks = triton.cdiv(D, tile.columns)
     programs = min(triton.cdiv(N, tile.rows), tiles.programs(16 // tile.warps, K * blocks, architecture))
     grad_h = torch.empty_like(x)

@@ -12,17 +12,20 @@ from torch import Tensor
 
 from lunet_fast.kernels import tiles
 from lunet_fast.kernels.activation import (
-    PARAMETERS,
     Slopes,
     activation_of,
     load_family,
+    located,
     memory_for_sums,
     phi_backward,
+    row_gradients,
     slope_gradients,
+    slope_rows,
     split_sums,
     store_sums,
 )
 from lunet_fast.kernels.launch import check_parameter, check_rows, launch, load_tile
+from lunet_fast.kernels.leaky_softplus import PARAMETERS
 from lunet_fast.kernels.matrix import permuted
 from lunet_fast.kernels.solve import (
     at_least_tf32x3,
@@ -32,6 +35,7 @@ from lunet_fast.kernels.solve import (
     solve_block,
     solve_held,
 )
+from lunet_fast.kernels.spline import Spline
 
 
 @triton.jit
@@ -61,14 +65,15 @@ def _store_gradients(
     if h_ptr is not None:
         family = load_family(activation, 0, source, D)
         h = tl.load(h_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-        grad_y = phi_backward(part, ld, h, family, activation, True)
+        at = located(h, family, activation)
+        grad_y = phi_backward(part, ld, at, family, activation, True)
         tl.store(grad_y_ptr + offsets, grad_y.to(grad_y_ptr.dtype.element_ty), mask=valid)
         if sums_ptr is not None:
-            terms = slope_gradients(-grad_y, None if ld is None else -ld, h, family, activation)
+            terms = slope_gradients(-grad_y, None if ld is None else -ld, at, family, activation)
             sums = ()
             for k in tl.static_range(PARAMETERS):
                 sums = sums + (tl.sum(tl.where(valid, terms[k], 0.0), 0),)
-            store_sums(sums_ptr, sums, source, D, False, True)
+            store_sums(sums_ptr, sums, source, D, False, PARAMETERS)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -170,7 +175,8 @@ def layer_inverse_backward(
 
     g_y = (g_r − g_ld·φ″/φ′)/φ′ and g_θ = −Σ g_y·∂φ/∂θ + g_ld·∂log φ′/∂θ, at h. The gradients of ``lu`` and
     ``bias`` follow from g_r: −g_rᵀ x and −Σ g_r. 2·N·D² flops and up, one launch and, for slopes, the sum of
-    its programs' sums in a fixed order.
+    its programs' sums in a fixed order. Of a spline, whose sums would be a large part of N·D numbers for one
+    tile of rows to a program, φ⁻¹ is a launch of its own.
     """
     check_rows("grad_x", grad_x)
     K, N, D = grad_x.shape
@@ -182,17 +188,25 @@ def layer_inverse_backward(
         raise ValueError("h and slopes must be given together")
 
     tile = tiles.substitution_tile(D, precision, tiles.architecture(grad_x))
+    row_wise = isinstance(slopes, Spline)
+    fused = None if row_wise else slopes
     grad_right = torch.empty_like(grad_x)
-    grad_y = grad_right if h is None else torch.empty_like(grad_x)
+    grad_y = grad_right if fused is None else torch.empty_like(grad_x)
     scratch = running(grad_right, tile, scattered=permutation is not None)
     programs = triton.cdiv(N, tile.rows)
-    sums = memory_for_sums(grad_x, programs, False, isinstance(slopes, Tensor))
+    sums = memory_for_sums(grad_x, programs, False, slope_rows(fused))
     launch(
         *(layer_inv_bwd_kernel, (programs, K), tile),
-        *(grad_x, grad_logabsdet, h, lu, inverses, permutation, scratch, grad_right),
-        *(None if h is None else grad_y, sums, activation_of(slopes, D, fast=fast), N, D),
+        *(grad_x, None if fused is None else grad_logabsdet, None if fused is None else h),
+        *(lu, inverses, permutation, scratch, grad_right, None if fused is None else grad_y),
+        *(sums, activation_of(fused, D, fast=fast), N, D),
         PRECISION=precision,
         **tile.triangle,
         BLOCKS=blocks_held(tile, D),
     )
-    return grad_right, grad_y, split_sums(sums, slopes, False)[1]
+    if h is not None and slopes is not None and row_wise:
+        grad_y, _, grad_slopes = row_gradients(
+            grad_right, grad_logabsdet, h, slopes, inverse=True, column_sums=False, fast=fast
+        )
+        return grad_right, grad_y, grad_slopes
+    return grad_right, grad_y, split_sums(sums, fused, False)[1]

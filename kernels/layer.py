@@ -13,7 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lunet_fast.kernels import tiles
-from lunet_fast.kernels.activation import Slopes, activation_of, load_family, log_phi_derivative, phi
+from lunet_fast.kernels.activation import (
+    Slopes,
+    activation_of,
+    load_family,
+    located,
+    log_phi_derivative,
+    phi,
+)
 from lunet_fast.kernels.launch import check_layer, check_parameter, dot, launch, load_row
 
 
@@ -48,9 +55,10 @@ def finish_tile(
         tl.store(h_ptr + first_row * D + offsets, h.to(h_ptr.dtype.element_ty), mask=valid)
     if activation.ACTIVE:
         family = load_family(activation, 0, cols, D)
-        tl.store(y_ptr + offsets, phi(h, family, activation).to(y_ptr.dtype.element_ty), mask=valid)
+        at = located(h, family, activation)
+        tl.store(y_ptr + offsets, phi(at, family, activation).to(y_ptr.dtype.element_ty), mask=valid)
         if partial_ptr is not None:
-            total = tl.sum(tl.where(valid, log_phi_derivative(h, family, activation), 0.0), 1)  # [ROWS]
+            total = tl.sum(tl.where(valid, log_phi_derivative(at, family, activation), 0.0), 1)  # [ROWS]
             if constant_ptr is not None:
                 total += tl.where(block == 0, tl.load(constant_ptr + member), 0.0)
             partial_ptr += first_row * blocks + block

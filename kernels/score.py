@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lunet_fast.kernels import tiles
-from lunet_fast.kernels.activation import Slopes, activation_of, load_family, phi
+from lunet_fast.kernels.activation import Slopes, activation_of, load_family, located, phi
 from lunet_fast.kernels.launch import (
     check_parameter,
     check_precision,
@@ -164,7 +164,8 @@ def _net(
     h = _bias(bias_ptr, D, ROWS, CHUNK, CHUNKS)
     for chunk in range(CHUNKS):
         cols = chunk * CHUNK + tl.arange(0, CHUNK)
-        x = phi(_load_sum(p_row, q_rows, chunk * CHUNK, here, D, ROWS, CHUNK), family, activation)
+        x = _load_sum(p_row, q_rows, chunk * CHUNK, here, D, ROWS, CHUNK)
+        x = phi(located(x, family, activation), family, activation)
         h = _add_product(h, x, cols, weight_ptr, D, PRECISION, CHUNK, CHUNKS)
     for layer in range(1, LAYERS):
         weight_ptr += D * D
@@ -177,9 +178,8 @@ def _net(
             x = h[0]
             for j in tl.static_range(1, CHUNKS):  # registers have no index
                 x = tl.where(chunk == j, h[j], x)
-            sums = _add_product(
-                sums, phi(x, family, activation), cols, weight_ptr, D, PRECISION, CHUNK, CHUNKS
-            )
+            x = phi(located(x, family, activation), family, activation)
+            sums = _add_product(sums, x, cols, weight_ptr, D, PRECISION, CHUNK, CHUNKS)
         h = sums
     return h
 
@@ -217,7 +217,7 @@ def _add_terms(
         for chunk in range(CHUNKS):
             z = _load_sum(p_row, q_rows, chunk * CHUNK, here, D, ROWS, CHUNK)
             if ACTIVATED:
-                z = phi(z, family, activation)
+                z = phi(located(z, family, activation), family, activation)
             total += _read_out(z, chunk * CHUNK + tl.arange(0, CHUNK), readout_ptr, curvature_ptr, D)
     else:
         h = _net(
@@ -228,7 +228,7 @@ def _add_terms(
         for j in tl.static_range(CHUNKS):
             z = h[j]
             if ACTIVATED:
-                z = phi(z, family, activation)
+                z = phi(located(z, family, activation), family, activation)
             total += _read_out(z, j * CHUNK + tl.arange(0, CHUNK), readout_ptr, curvature_ptr, D)
     return total
 

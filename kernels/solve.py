@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lunet_fast.kernels import tiles
-from lunet_fast.kernels.activation import Activation, load_family, log_phi_derivative, phi_inverse
+from lunet_fast.kernels.activation import Activation, load_family, located_inverse, log_phi_derivative
 from lunet_fast.kernels.launch import (
     check_parameter,
     check_precision,
@@ -225,11 +225,12 @@ def _right_side(
     right = tl.load(y_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
     if activation.ACTIVE:
         family = load_family(activation, 0, source, D)
-        right = phi_inverse(right, family, activation)
+        at = located_inverse(right, family, activation)
+        right = at[0]
         if h_ptr is not None:
             tl.store(h_ptr + offsets, right.to(h_ptr.dtype.element_ty), mask=valid)
         if LOGABSDET:
-            total += tl.sum(tl.where(valid, log_phi_derivative(right, family, activation), 0.0), 1)
+            total += tl.sum(tl.where(valid, log_phi_derivative(at, family, activation), 0.0), 1)
     if bias_ptr is not None:
         right -= load_row(bias_ptr + member * D, source, D)
     return tl.where(valid, right, 0.0), total

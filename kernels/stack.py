@@ -25,11 +25,13 @@ from lunet_fast.kernels import tiles
 from lunet_fast.kernels.activation import (
     Slopes,
     activation_of,
+    is_learnt,
     load_family,
+    located,
+    located_inverse,
     log_phi_derivative,
     outputs_by_row,
     phi,
-    phi_inverse,
     steps_of,
 )
 from lunet_fast.kernels.launch import (
@@ -129,9 +131,9 @@ def activate(h, activation, m, D, INVERSE: tl.constexpr, COLUMNS: tl.constexpr, 
     for j in tl.static_range(COLUMNS // CHUNK):
         family = load_family(activation, m, j * CHUNK + tl.arange(0, CHUNK), D)
         if INVERSE:
-            chunks = chunks + (phi_inverse(h[j], family, activation),)
+            chunks = chunks + (located_inverse(h[j], family, activation)[0],)
         else:
-            chunks = chunks + (phi(h[j], family, activation),)
+            chunks = chunks + (phi(located(h[j], family, activation), family, activation),)
     return chunks
 
 
@@ -143,7 +145,8 @@ def _log_derivative_sum(h, activation, m, D, ROWS: tl.constexpr, COLUMNS: tl.con
         cols = j * CHUNK + tl.arange(0, CHUNK)
         family = load_family(activation, m, cols, D)
         there = (cols < D)[None, :]
-        total += tl.sum(tl.where(there, log_phi_derivative(h[j], family, activation), 0.0), 1)
+        at = located(h[j], family, activation)
+        total += tl.sum(tl.where(there, log_phi_derivative(at, family, activation), 0.0), 1)
     return total
 
 
@@ -254,7 +257,7 @@ def stack_arguments(
     check_precision(precision)
     N, D = x.shape
     check_parameter("biases", biases, (M, D))
-    learnt = isinstance(slopes, Tensor)
+    learnt = is_learnt(slopes)
     tile = tiles.stack_tile(kernel, D, x.dtype, precision, tiles.architecture(x), learnt=learnt)
     if tile is None:
         raise ValueError(

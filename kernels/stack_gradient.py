@@ -26,16 +26,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lunet_fast.kernels import tiles
+from lunet_fast.kernels import spline, tiles
 from lunet_fast.kernels.activation import (
-    PARAMETERS,
     Slopes,
+    is_learnt,
     load_family,
+    located,
     phi,
     phi_backward,
     slope_gradients,
+    slope_rows,
+    slopes_gradient,
 )
 from lunet_fast.kernels.launch import check_parameter, dot, launch
+from lunet_fast.kernels.leaky_softplus import PARAMETERS
 from lunet_fast.kernels.solve import solve_held
 from lunet_fast.kernels.stack import (
     activate,
@@ -96,7 +100,7 @@ def _add_outer(
             h_ptrs = h_ptr + (rows[:, None] * COLUMNS + (j + span)[None, :])
             here = (rows < left)[:, None] & (j + span < COLUMNS)[None, :]
             h = tl.load(h_ptrs, mask=here, other=0.0)
-            x = tl.where(m > 0, phi(h, family, activation), h)
+            x = tl.where(m > 0, phi(located(h, family, activation), family, activation), h)
             total = dot(-gradient if NEGATED else gradient, x.to(DTYPE), total, PRECISION)
         tl.store(ptrs, total, mask=valid)
     tl.debug_barrier()  # the next layer overwrites g
@@ -118,6 +122,16 @@ def _add_columns(ptr, x, again, D, NEGATED: tl.constexpr, COLUMNS: tl.constexpr,
 
 
 @triton.jit
+def _add_spline_sums(ld, g, at, ptr, again, family, activation, cols, D, NEGATED: tl.constexpr):
+    """The sums of ``spline.add_gradient_sums``, or those of −g and −ld."""
+    if NEGATED:
+        g = -g
+        if ld is not None:
+            ld = -ld
+    spline.add_gradient_sums(ptr, again, g, ld, at, family, cols, D, activation.BINS)
+
+
+@triton.jit
 def _activation_backward(
     ld,
     g,
@@ -130,11 +144,12 @@ def _activation_backward(
     m,
     D,
     INVERSE: tl.constexpr,
+    SLOPE_SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The gradient of h_m from that of φ_m(h_m), or, INVERSE, the reverse; adds that of the slopes [3, D].
+    """The gradient of h_m from that of φ_m(h_m), or, INVERSE, the reverse; adds the slopes' terms.
 
     g itself for a layer without activation.
     """
@@ -143,10 +158,17 @@ def _activation_backward(
         chunks = ()
         for j in tl.static_range(COLUMNS // CHUNK):
             family = load_family(activation, m, j * CHUNK + tl.arange(0, CHUNK), D)
-            out = phi_backward(g[j], ld, h[j], family, activation, INVERSE)
-            if grad_slopes_ptr is not None:
+            at = located(h[j], family, activation)
+            out = phi_backward(g[j], ld, at, family, activation, INVERSE)
+            if grad_slopes_ptr is not None and activation.BINS > 0:
+                _add_spline_sums(
+                    ld,
+                    *(out if INVERSE else g[j], at, grad_slopes_ptr + m * SLOPE_SUMS * D, again, family),
+                    *(activation, j * CHUNK + tl.arange(0, CHUNK), D, INVERSE),
+                )
+            if grad_slopes_ptr is not None and activation.BINS == 0:
                 # Of the inverse, −g_y·∂φ/∂θ − ld·∂log φ′/∂θ.
-                sums = slope_gradients(out if INVERSE else g[j], ld, h[j], family, activation)
+                sums = slope_gradients(out if INVERSE else g[j], ld, at, family, activation)
                 for k in tl.static_range(PARAMETERS):
                     ptr = grad_slopes_ptr + (m * PARAMETERS + k) * D
                     _add_chunk(ptr, sums[k], again, D, -1.0 if INVERSE else 1.0, j, CHUNK)
@@ -193,7 +215,7 @@ def stack_bwd_kernel(
     rows_ptr,  # [programs, active + 2, ROWS, COLUMNS] float32: x, the h of active layers, a gradient
     grad_weight_ptr,  # [programs, M, D, D] float32, or None
     grad_bias_ptr,  # [programs, M, D] float32, or None
-    grad_slopes_ptr,  # [programs, active, 3, D] float32, or None
+    grad_slopes_ptr,  # [programs, active, SLOPE_SUMS, D] float32, or None
     activation,
     N,
     M,
@@ -201,6 +223,7 @@ def stack_bwd_kernel(
     tiles,
     D,
     INVERSE: tl.constexpr,
+    SLOPE_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -217,7 +240,7 @@ def stack_bwd_kernel(
     if grad_bias_ptr is not None:
         grad_bias_ptr += program.to(tl.int64) * M * D
     if grad_slopes_ptr is not None:
-        grad_slopes_ptr += program.to(tl.int64) * active * PARAMETERS * D
+        grad_slopes_ptr += program.to(tl.int64) * active * SLOPE_SUMS * D
     for visit in range(tl.cdiv(tiles - program, tl.num_programs(0))):
         again = visit > 0
         first = (program + visit * tl.num_programs(0)).to(tl.int64) * ROWS
@@ -241,7 +264,7 @@ def stack_bwd_kernel(
                 g = _activation_backward(
                     ld,  # it may be None, which a tuple must not hold
                     *(g, rows_ptr, active, left, grad_slopes_ptr, again, activation, m, D),
-                    *(False, ROWS, COLUMNS, CHUNK),
+                    *(False, SLOPE_SUMS, ROWS, COLUMNS, CHUNK),
                 )
             if grad_bias_ptr is not None:  # g is the gradient of h_m, of the inverse that of −h_m
                 _add_columns(grad_bias_ptr + m * D, g, again, D, INVERSE, COLUMNS, CHUNK)
@@ -254,7 +277,7 @@ def stack_bwd_kernel(
                 g = _activation_backward(
                     ld,  # it may be None, which a tuple must not hold
                     *(g, rows_ptr, active, left, grad_slopes_ptr, again, activation, m, D),
-                    *(True, ROWS, COLUMNS, CHUNK),
+                    *(True, SLOPE_SUMS, ROWS, COLUMNS, CHUNK),
                 )
             else:
                 g = times(g, weight_ptr + m * D * D, D, False, PRECISION, ROWS, COLUMNS, CHUNK)
@@ -352,7 +375,7 @@ def _backward(
     out = torch.empty_like(x) if needs_rows else None
     grad_weights = scratch(M, D, D) if needs_weights else None
     grad_biases = scratch(M, D) if needs_weights and arguments["bias_ptr"] is not None else None
-    grad_slopes = scratch(active, PARAMETERS.value, D) if isinstance(slopes, Tensor) else None
+    grad_slopes = scratch(active, slope_rows(slopes), D) if is_learnt(slopes) else None
     launch(
         *(stack_bwd_kernel, (programs,), tile, grad, grad_logabsdet, x, weights, lu, blocks),
         out_ptr=out,
@@ -364,10 +387,11 @@ def _backward(
         BLOCK=block,
         INNER=inner,
         INVERSE=lu is not None,
+        SLOPE_SUMS=slope_rows(slopes),
         **arguments,
     )
     # One order for each number of programs.
     sums = [None if total is None else total.sum(0) for total in (grad_weights, grad_biases, grad_slopes)]
-    if isinstance(slopes, Tensor) and slopes.dim() == 2 and sums[2] is not None:
-        sums[2] = sums[2].sum(-1)
+    if sums[2] is not None:
+        sums[2] = slopes_gradient(sums[2], slopes)
     return out, sums[0], sums[1], sums[2]

@@ -35,7 +35,11 @@ class Setting:
         return bool(self.options.get("fast", False))
 
     def slopes(self, *leading: int) -> Any:
-        """Floats, or as the option says a tensor [*leading, 3, D] or [*leading, 3]."""
+        """Floats, or as the option says a tensor [*leading, 3, D] or [*leading, 3], or a spline of 8 bins."""
+        if self.options.get("slopes") == "spline":
+            from lunet_fast.kernels.spline import Spline
+
+            return Spline(self.full(*leading, 8 + 3))
         tensors = {"columns": self.full(*leading, 3), "tensor": self.empty(*leading, 3)}
         return tensors.get(self.options.get("slopes", ""), (0.1, 0.9, 1.0))
 
@@ -60,7 +64,7 @@ N = 100_003
 
 PRODUCT = ("ieee", "tf32x3", "tf32", "bfloat16")
 ELEMENTWISE = ("float32", "bfloat16")
-SLOPES: tuple[dict[str, Any], ...] = ({}, {"slopes": "columns"})
+SLOPES: tuple[dict[str, Any], ...] = ({}, {"slopes": "columns"}, {"slopes": "spline"})
 #: FAST only takes instructions and registers away, so it is compiled at these D alone.
 FAST_SIZES = (64, 257)
 

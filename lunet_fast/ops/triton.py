@@ -30,6 +30,7 @@ from lunet_fast.kernels import (
     layer,
     matrix,
     solve,
+    spline,
     stack,
     stack_gradient,
     tiles,
@@ -41,6 +42,7 @@ from lunet_fast.ops.by_layers import net_backward_by_layers, net_by_layers
 from lunet_fast.ops.cpu.matrix import composes
 from lunet_fast.ops.dispatch import implements
 from lunet_fast.ops.rows import Four, layer_gradients, row_gradient, row_values, rows, rows_of, shaped
+from lunet_fast.ops.spline import KIND
 from lunet_fast.ops.values import Activation, Matrix
 
 #: Features from which the library's tf32 and bfloat16 products are expected to be faster than this one.
@@ -60,6 +62,9 @@ def precision_of(x: Tensor) -> str:
 
 @implements("triton")
 def knows(activation: Activation) -> bool:
+    if activation.kind == KIND:
+        assert activation.parameters is not None
+        return activation.parameters.shape[-2] - 3 <= spline.MOST_BINS
     return activation.kind in ("identity", "leaky_softplus")
 
 
@@ -91,9 +96,12 @@ def _stacked(given: Matrix) -> Matrix:
 
 
 def _slopes(activation: Activation) -> Any:
-    """The activation as the kernels take it, ``reference.Slopes``; None for the identity."""
+    """The activation as the kernels take it, ``kernels.activation.Slopes``; None for the identity."""
     if activation.linear:
         return None
+    if activation.kind == KIND:
+        assert activation.parameters is not None
+        return spline.Spline(activation.parameters.contiguous())
     return activation.constants if activation.parameters is None else activation.parameters.contiguous()
 
 

@@ -35,7 +35,7 @@ ARCHITECTURE = 80
 #: replaces them from D = 65 on and what does beyond 128.
 SETTINGS = ((48, "tf32x3"), (100, "tf32x3"), (200, "tf32x3"), (16, "ieee"))
 
-SLOPES: tuple[str | None, ...] = (None, "floats", "tensor", "columns")
+SLOPES: tuple[str | None, ...] = (None, "floats", "tensor", "columns", "spline")
 
 FLAGS = (False, True)
 
@@ -210,7 +210,7 @@ def call_score(s: Setting, kind: str | None) -> None:
     from lunet_fast.kernels import score
 
     K, L, users, items, top = 1, 2, 257, 1000, 20
-    if kind in (None, "columns") or s.D > score.LARGEST_D:
+    if kind in (None, "columns", "spline") or s.D > score.LARGEST_D:
         return
     for layered, biased, curved, seen, activated in combinations(5):
         activations = activated + (L if layered else 0)
