@@ -51,6 +51,21 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     return total.astype(f4)
 
 
+def fma64(a: Array, b: Array, c: Array) -> Array:
+    """a·b + c of float64, within an ulp of what is rounded once: sum and product with their own errors."""
+    split = f8(2**27 + 1)
+    halves = []
+    for x in (np.asarray(a, f8), np.asarray(b, f8)):
+        high = split * x - (split * x - x)
+        halves.append((high, x - high))
+    (ah, al), (bh, bl) = halves
+    product = np.asarray(a, f8) * b
+    lost = ((ah * bh - product) + ah * bl + al * bh) + al * bl
+    total = product + c
+    part = total - product
+    return total + (lost + ((product - (total - part)) + (c - part)))
+
+
 def flush(x: Array) -> Array:
     """Subnormal numbers to zero of their sign (``.ftz``)."""
     return np.where(np.abs(x) < f4(1.17549435e-38), np.copysign(f4(0), x), x).astype(f4)

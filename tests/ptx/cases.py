@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.common import LIMITS, matmul_precision, normwise
-from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUNet
+from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUNet, MonotoneSpline
 from lunet_fast.ops import dispatch, reference
 from tests.ptx.launch import Run, executed
 
@@ -61,6 +61,10 @@ def fixed() -> LeakySoftplus:
 
 def learnt() -> GeneralizedLeakySoftplus:
     return GeneralizedLeakySoftplus(1.5, 0.3, learnable=True)
+
+
+def spline(D: int, bins: int = 4) -> Callable[[], MonotoneSpline]:
+    return lambda: MonotoneSpline(D, bins)
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,9 @@ def conditions(module: nn.Module) -> float:
         if isinstance(layer, GeneralizedLeakySoftplus | LeakySoftplus):
             a, c, _ = layer.slope_values()
             worst *= float((a + c) / a)
+        if isinstance(layer, MonotoneSpline):
+            low, high = layer.derivative_range(layer.features)
+            worst *= high / low
     return worst
 
 
@@ -144,8 +151,8 @@ def layer(D: int, activation: Callable[[], Any] | None = fixed) -> Callable[[], 
     return lambda: LUDense(D, activation=activation() if activation else None)
 
 
-def net(D: int, depth: int) -> Callable[[], LUNet]:
-    return lambda: LUNet(D, depth)
+def net(D: int, depth: int, activation: Callable[[], Any] = fixed) -> Callable[[], LUNet]:
+    return lambda: LUNet(D, depth, activation())
 
 
 #: Between them these launch every kernel: ``test_kernels.py`` asserts it. The thorough ones are for
@@ -163,6 +170,12 @@ CASES = [
     Case("layer", layer(48), 70, 48, dtype=torch.bfloat16),
     Case("net", net(20, 2), 70, 20),
     Case("net", net(20, 2), 70, 20, INVERSE),
+    Case("spline", spline(20), 70, 20),
+    Case("spline", spline(20), 70, 20, INVERSE),
+    Case("layer, spline", layer(40, spline(40)), 70, 40),
+    Case("layer, spline", layer(40, spline(40)), 70, 40, INVERSE),
+    Case("net of splines", net(20, 2, spline(20)), 70, 20),
+    Case("net of splines", net(20, 2, spline(20)), 70, 20, INVERSE),
     *(
         Case("layer", layer(D, activation), N, D, method, precision, dtype, thorough=True)
         for D, N in ((16, 300), (33, 150), (64, 300), (100, 90), (128, 200), (257, 300))

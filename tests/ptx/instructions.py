@@ -132,6 +132,13 @@ _ROUNDED: dict[str, Callable[..., Array]] = {
     "div": np.divide,
 }
 
+#: Of float64, with the rounding to nearest that they have if not told otherwise.
+_FLOATS64: dict[str, Callable[..., Array]] = {
+    **{name: _FLOATS[name] for name in ("add", "sub", "mul", "min", "max", "neg", "abs")},
+    "fma": ar.fma64,
+    "div": np.divide,
+}
+
 #: Modifiers that change nothing here: the rounding that is taken anyway, and what names the approximation.
 _PLAIN = {"rn", "approx", "full", "ftz", "NaN", "lo"}
 
@@ -155,10 +162,10 @@ def _float_only(t: Translator, i: Instruction) -> Step:
     kind = i.parts[-1]
     if kind.endswith("x2"):
         return _pairs(t, i, kind.removesuffix("x2"))
-    if kind == "f64":
+    if kind == "f64" and (i.parts[0] not in _FLOATS64 or set(i.parts[1:-1]) - {"rn", "NaN"}):
         raise UnknownPTX(str(i))
     return step_of(
-        _float_function(i), [t.read(a, kind) for a in i.operands[1:]], t.write(i.operands[0], kind)
+        _FLOATS64[i.parts[0]] if kind == "f64" else _float_function(i), [t.read(a, kind) for a in i.operands[1:]], t.write(i.operands[0], kind)
     )
 
 
@@ -232,6 +239,7 @@ _BITS: dict[str, Callable[..., Array]] = {
     "not": np.invert,
     "shl": ar.shift_left,
     "shr": ar.shift_right,
+    "popc": lambda x: np.bitwise_count(x).astype(u4),
     "bfe": ar.bit_field,
     "prmt": ar.permute_bytes,
 }

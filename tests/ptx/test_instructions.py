@@ -82,6 +82,7 @@ def test_64_bits(opcode: str, exact: Any) -> None:
 @pytest.mark.parametrize(
     ("opcode", "exact"),
     [
+        ("popc.b32 %r9, %r21;", lambda a: a.bit_count()),
         ("bfe.u32 %r9, %r21, 5, 7;", lambda a: a >> 5 & 127),
         ("bfe.s32 %r9, %r21, 5, 7;", lambda a: signed(a >> 5, 7)),
         ("not.b32 %r9, %r21;", lambda a: ~a),
@@ -114,6 +115,15 @@ def test_fused_products_are_rounded_once() -> None:
             for near in (result, np.nextafter(result, np.float32(9)), np.nextafter(result, np.float32(-9)))
         ]
         assert errors[0] == min(errors), (x, y, z)
+
+
+def test_fused_products_of_float64_are_exact_to_an_ulp() -> None:
+    a, b = RANDOM.normal(size=(2, 500))
+    c = -(a * b) * (1 + RANDOM.integers(-2, 3, 500) * 2.0**-52)  # what is left is the product's own rounding
+    found = arithmetic.fma64(a, b, c)
+    for x, y, z, result in zip(a.tolist(), b.tolist(), c.tolist(), found.tolist(), strict=True):
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        assert abs(Fraction(result) - exact) <= abs(exact) * Fraction(2.0**-52)
 
 
 def test_float_arithmetic_is_numpys_float32() -> None:
