@@ -110,7 +110,9 @@ def register(
 # --- the calls ------------------------------------------------------------------------------------------
 
 
-@register(ELEMENTWISE, variants=SLOPES, quick=[(64, "float32")])
+# Twice, so that the tests compile the spline's kernels too.
+@register(ELEMENTWISE, variants=SLOPES[2:], quick=[(64, "float32")])
+@register(ELEMENTWISE, variants=SLOPES[:2], quick=[(64, "float32")])
 def _activation(s: Setting) -> None:
     from lunet_fast.kernels import activation
 

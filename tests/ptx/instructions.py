@@ -165,7 +165,9 @@ def _float_only(t: Translator, i: Instruction) -> Step:
     if kind == "f64" and (i.parts[0] not in _FLOATS64 or set(i.parts[1:-1]) - {"rn", "NaN"}):
         raise UnknownPTX(str(i))
     return step_of(
-        _FLOATS64[i.parts[0]] if kind == "f64" else _float_function(i), [t.read(a, kind) for a in i.operands[1:]], t.write(i.operands[0], kind)
+        _FLOATS64[i.parts[0]] if kind == "f64" else _float_function(i),
+        [t.read(a, kind) for a in i.operands[1:]],
+        t.write(i.operands[0], kind),
     )
 
 

@@ -281,7 +281,15 @@ class LayerCase:
         return amid_nan(reference.lu_weight(self.lu.double(), self.sign.double(), self.order).float()[None])
 
 
-LAYERS = [(1, 1, 3), (70, 16, 8), (65, 31, 8), (40, 64, 5), (33, 100, 8), (20, 128, 16), pytest.param(20, 257, 8, marks=pytest.mark.slow)]
+LAYERS = [
+    (1, 1, 3),
+    (70, 16, 8),
+    (65, 31, 8),
+    (40, 64, 5),
+    (33, 100, 8),
+    (20, 128, 16),
+    pytest.param(20, 257, 8, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("N", "D", "bins"), LAYERS)
