@@ -75,6 +75,47 @@ def digits_table(folder: Path = RESULTS) -> list[str]:
     return table(head, rows, {**dict.fromkeys(["bits/dim", *head[4:8]], min), sure: max})
 
 
+#: With what the others are compared, on the same parts of the data.
+REFERENCE = ("LU-Net", "M")
+
+
+def digits_wide_table(folder: Path = RESULTS) -> list[str]:
+    """Likelihood on digits after the wide search, the best first, and LU-Net M's lead, paired over seeds."""
+    rows = rows_of("digits-wide", folder)
+    (own,) = (row for row in rows if (row["family"], row["size"]) == REFERENCE)
+    cells: list[list[Cell | str]] = []
+    for row in sorted(rows, key=lambda row: row["test"]):
+        chosen = row["tuned"]["chosen"]
+        ahead = [theirs["test"] - ours["test"] for theirs, ours in zip(row["runs"], own["runs"], strict=True)]
+        error = standard_error(statistics.stdev(ahead), len(ahead))
+        lead = "" if row is own else number(statistics.fmean(ahead), "+.4f", error).text
+        cells.append(
+            [
+                f"{row['family']}, {row['size']}",
+                f"{row['parameters']:,}",
+                number(row["test"], ".4f", standard_error(row["test_std"], len(row["runs"]))),
+                lead,
+                f"{chosen['learning_rate']:g}",
+                f"{chosen['weight_decay']:g}",
+                str(chosen["components"]),
+                f"{chosen['steps']:,}",
+                str(len(row["tuned"]["tried"])),
+            ]
+        )
+    head = [
+        "flow",
+        "parameters",
+        "bits/dim",
+        "more than LU-Net, M",
+        "rate",
+        "decay",
+        "Gaussians",
+        "steps",
+        "tries",
+    ]
+    return table(head, cells, {"bits/dim": min})
+
+
 def speed_table(folder: Path = RESULTS) -> list[str]:
     """Cost of every flow with either base; bold is the least of a column."""
     rows = [
@@ -126,12 +167,13 @@ def depth_table(folder: Path = RESULTS) -> list[str]:
     return table(head, rows, dict.fromkeys(head[2:6], min))
 
 
-def _section(make: Callable[[], list[str]], part: str) -> Callable[[], list[str]]:
+def _section(make: Callable[[], list[str]], part: str, file: str = "") -> Callable[[], list[str]]:
     command = f"python benchmarks/density.py {part}"
-    return lambda: [*make(), "", measured(load(f"density-{part}"), command)]
+    return lambda: [*make(), "", measured(load(f"density-{file or part}"), command)]
 
 
 SECTIONS: dict[str, Callable[[], list[str]]] = {
+    "density-digits-wide": _section(digits_wide_table, "digits", "digits-wide"),
     "density-digits": _section(digits_table, "digits"),
     "density-2d": _section(plane_table, "plane"),
     "density-depth": _section(depth_table, "depth"),
