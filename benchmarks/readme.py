@@ -227,6 +227,18 @@ def fold_in() -> list[str]:
     return [*table(head, rows, dict.fromkeys(head[1:5], min)), "", measured(result, result["command"])]
 
 
+def sequence(dataset: str = "ml-100k") -> list[str]:
+    result = load(f"sequence-{dataset}")
+    figures = {"hr@10": "HR@10", "ndcg@10": "NDCG@10", "full_ndcg@10": "NDCG@10, all items"}
+    rows = [
+        [row["name"], *(number(row[name]) for name in figures), number(row["cpu_seconds"], ".0f").text]
+        for row in result["rows"]
+    ]
+    head = ["what is changed", *figures.values(), "processor time, s"]
+    best = dict.fromkeys(figures.values(), max)
+    return [*table(head, rows, best), "", measured(result, result["command"])]
+
+
 # --- large files ----------------------------------------------------------------------------------------
 
 
@@ -366,6 +378,7 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "fold-in": fold_in,
     "scale": scale,
     "sharding": sharding,
+    "sequence": sequence,
     **DENSITY_SECTIONS,
     **LAYER_SECTIONS,
 }
