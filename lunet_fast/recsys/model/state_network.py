@@ -62,9 +62,10 @@ class StateNetwork(nn.Module):
         """x ``[T, d]`` after each entry of the windows, T their lengths' sum, one window after the other."""
         place = torch.arange(windows.items.shape[1], device=windows.items.device)
         there = (place < windows.lengths.unsqueeze(1)).flatten().nonzero().squeeze(1)
-        sums = [source.after_each(windows, self.items, dropout) for source in self._sources()]
-        total = sums[0] if len(sums) == 1 else sums[0] + sums[1]
-        return cast(Tensor, self.norm(total.flatten(0, 1)[there]))
+        first, *others = (source.after_each(windows, self.items, dropout) for source in self._sources())
+        for each in others:
+            first = first + each
+        return cast(Tensor, self.norm(first.flatten(0, 1)[there]))
 
     def states(self, windows: Windows) -> Tensor:
         """x ``[B, d]`` after the last entry of each window."""

@@ -118,7 +118,17 @@ class Session:
         self._append(_entries(recent))
 
     def add(self, item: Any, rating: float | None = None, timestamp: int = 0) -> None:
-        """One more item that was chosen, after all others; ``timestamp`` in Unix seconds, 0 for unknown."""
+        """One more item that was chosen, after all others; ``timestamp`` in Unix seconds, 0 for unknown.
+
+        Raises ``ValueError`` for a rating that is not finite, and for a time before that of an item already
+        there: begin a new session with all of them in a frame, which is then ordered.
+        """
+        latest = max(self._times, default=0)
+        if timestamp and timestamp < latest:
+            raise ValueError(
+                f"timestamp={timestamp} of item {item!r} is before {latest}, that of an earlier one: begin a "
+                "session with all of them in a frame, which is ordered by time"
+            )
         self._append([(item, rating, timestamp)])
 
     def recommend(self, k: int = 10, *, exclude_seen: bool = True, items: Any = None) -> pd.DataFrame:

@@ -183,3 +183,12 @@ def test_a_rating_that_is_no_number(recommender: LUNetRecommender) -> None:
 
 def steps_of(ratings: Any, user: int) -> list[int]:
     return ratings.item[ratings.user == user].tolist()
+
+
+def test_a_session_refuses_what_was_before(recommender: LUNetRecommender) -> None:
+    session = recommender.session(pd.DataFrame({"item": [5, 6], "timestamp": [100, 200]}))
+    session.add(7)  # when, nobody knows
+    session.add(8, timestamp=200)
+    with pytest.raises(ValueError, match="timestamp=199 of item 9 is before 200"):
+        session.add(9, timestamp=199)
+    assert len(session) == 4
