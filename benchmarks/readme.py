@@ -227,7 +227,7 @@ def fold_in() -> list[str]:
     return [*table(head, rows, dict.fromkeys(head[1:5], min)), "", measured(result, result["command"])]
 
 
-def sequence(dataset: str = "ml-100k") -> list[str]:
+def sequence(dataset: str) -> list[str]:
     result = load(f"sequence-{dataset}")
     figures = {"hr@10": "HR@10", "ndcg@10": "NDCG@10", "full_ndcg@10": "NDCG@10, all items"}
     rows = [
@@ -378,7 +378,8 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "fold-in": fold_in,
     "scale": scale,
     "sharding": sharding,
-    "sequence": sequence,
+    "sequence": lambda: sequence("ml-100k"),
+    "sequence-ml-1m": lambda: sequence("ml-1m"),
     **DENSITY_SECTIONS,
     **LAYER_SECTIONS,
 }
