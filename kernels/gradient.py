@@ -164,12 +164,10 @@ def layer_bwd_kernel(
     BLOCKS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """All of the backward: g_x, and sums over this program's rows of g_W, g_b and the slopes' terms. Not of a
-    spline.
+    """All of the backward but a spline's: g_x, and a program's sums over rows of g_W, g_b, slopes' terms.
 
     A program walks the tiles of ROWS rows of one member, in steps of all the programs. It forms g_h in BLOCKS
-    blocks of COLUMNS, and adds what each gives to all of g_x and to its own rows of g_W: so no more than one
-    block of h, g_h and W is in registers at a time.
+    blocks of COLUMNS, so that no more than one block of h, g_h and W is in registers at a time.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -201,8 +199,7 @@ def layer_bwd_kernel(
                 None if grad_logabsdet_ptr is None else grad_logabsdet_ptr + row,
                 *(x_ptr + row * D, weight_ptr, bias_ptr, N - first, cols, sums[i]),
                 None,
-                False,
-                *(load_family(activation, 0, cols, D), activation, D),
+                *(False, load_family(activation, 0, cols, D), activation, D),
                 *(COLUMN_SUMS, SLOPE_SUMS, PRECISION, ROWS, COLUMNS, INNER),
             )
             next_sums = next_sums + (block_sums,)

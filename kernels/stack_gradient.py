@@ -232,7 +232,6 @@ def stack_bwd_kernel(
     INNER: tl.constexpr,
 ):
     """Tiles program, program + programs, … of ROWS rows: forward through the layers, and gradients back."""
-    COUNT: tl.constexpr = COLUMNS // CHUNK
     program = tl.program_id(0)
     rows_ptr += program.to(tl.int64) * (active + 2) * (ROWS * COLUMNS)
     if grad_weight_ptr is not None:
@@ -257,8 +256,8 @@ def stack_bwd_kernel(
         for step in range(M):
             if INVERSE:
                 m = step
-                blocks = blocks_ptr + m * 2 * COLUMNS * CHUNK
-                g = solve_held(g, lu_ptr + m * D * D, blocks, D, True, PRECISION, ROWS, CHUNK, COUNT)
+                own = blocks_ptr + m * 2 * COLUMNS * CHUNK
+                g = solve_held(g, lu_ptr + m * D * D, own, D, True, PRECISION, ROWS, CHUNK, COLUMNS // CHUNK)
             else:
                 m = M - 1 - step
                 g = _activation_backward(
