@@ -17,7 +17,8 @@ from torch import Tensor
 
 from harness import FAMILIES, FEATURES, LIMIT, ROWS, amid_nan, guarded, normwise, slope_ratio, slopes
 from lunet_fast.kernels import activation, tiles
-from lunet_fast.kernels.activation import activation_of, load_family, phi_derivative
+from lunet_fast.kernels.activation import activation_of, load_family
+from lunet_fast.kernels.leaky_softplus import phi_derivative
 from lunet_fast.ops import reference
 
 #: bfloat16 keeps 8 bits, and the interpreter cuts where a GPU rounds.
