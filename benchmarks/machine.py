@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def _command(options: argparse.Namespace) -> str:
     typed = [word for word in sys.argv[1:] if word != "--allow-dirty"]
     data_dir = getattr(options, "data_dir", None)
     typed = [word for word in typed if word not in ("--data-dir", f"--data-dir={data_dir}", data_dir)]
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *typed])
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *typed])
 
 
 def where(results: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 import lunet_fast
 from lunet_fast.layers.lunet import LUNet
 from lunet_fast.ops import dispatch
+from lunet_fast.training.places import CACHE_VARIABLE, DATA_VARIABLE, cache_folder
 
 if TYPE_CHECKING:
     from lunet_fast.recsys.data.movielens import Located
@@ -240,8 +241,8 @@ def find_movielens(name: str, data_dir: Path | None = None) -> Copy:
     """
     from lunet_fast.recsys.data import movielens
 
-    spec, cache = movielens.DATASETS[name], movielens.cache_folder()
-    given = os.environ.get(movielens.DATA_VARIABLE, "")
+    spec, cache = movielens.DATASETS[name], cache_folder()
+    given = os.environ.get(DATA_VARIABLE, "")
     folders = [data_dir] if data_dir is not None else [*([Path(given)] if given else []), cache]
     reasons, damaged = [], False
     for folder in folders:
@@ -285,7 +286,7 @@ def _data() -> Iterator[Finding]:
         else:
             text = "not on this machine; training on it fetches it"
             yield Finding("data", name, "absent", text, f"lunet-fast data fetch {name}")
-    yield _cache(movielens.cache_folder(), movielens.CACHE_VARIABLE)
+    yield _cache(cache_folder(), CACHE_VARIABLE)
 
 
 def _cache(folder: Path, variable: str) -> Finding:

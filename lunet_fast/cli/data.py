@@ -18,6 +18,7 @@ from rich.text import Text
 from lunet_fast.cli import options
 from lunet_fast.cli.output import FigureOutput, Output, errors_told, fail, printable, wide_console
 from lunet_fast.cli.signatures import grouped
+from lunet_fast.training import places
 
 if TYPE_CHECKING:
     from lunet_fast.recsys.data.movielens import Located
@@ -76,13 +77,13 @@ def fetch_command(
         if cache is not None:
             if cache.exists() and not cache.is_dir():
                 raise ValueError(f"--cache {cache}: is a file: name a folder")
-            os.environ[movielens.CACHE_VARIABLE] = str(cache)
+            os.environ[places.CACHE_VARIABLE] = str(cache)
         with _log_told(output.told):
             located = movielens.locate(name, data_dir)
         _show_located(located)
         wheel = movielens.DATASETS[name].wheel
-        kept = [movielens.cache_folder() / movielens.DATASETS[name].zip]
-        kept += [] if wheel is None else [movielens.cache_folder() / wheel.file]
+        kept = [places.cache_folder() / movielens.DATASETS[name].zip]
+        kept += [] if wheel is None else [places.cache_folder() / wheel.file]
         if not Path(located.source).is_file():  # it came over the network
             there = [str(file) for file in kept if file.is_file()]
             typer.echo(f"kept at {there[0]}" if there else "not kept: the cache folder cannot be written")

@@ -13,6 +13,7 @@ from rich.text import Text
 from lunet_fast.cli.options import data_option
 from lunet_fast.cli.output import FigureOutput, Output, errors_told, fail, printable, wide_console
 from lunet_fast.cli.signatures import grouped
+from lunet_fast.training import places
 
 if TYPE_CHECKING:
     from lunet_fast.density.data import Rows
@@ -84,7 +85,7 @@ def fetch_command(
         if cache is not None:
             if cache.exists() and not cache.is_dir():
                 raise ValueError(f"--cache {cache}: is a file: name a folder")
-            os.environ[data_packages.CACHE_VARIABLE] = str(cache)
+            os.environ[places.CACHE_VARIABLE] = str(cache)
         for each in data_packages.DATASETS if name == "all" else [name]:
             rows, place = data_packages.load(each, data_dir), data_packages.folder_of(each, data_dir)
             typer.echo(f"{each}: {place}")

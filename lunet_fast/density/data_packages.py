@@ -34,11 +34,10 @@ from lunet_fast.density.data_limits import DataError, brief, read_bytes, unpacke
 from lunet_fast.density.data_rda import read_rda
 from lunet_fast.density.data_rows import TEST, TRAINING, Rows
 from lunet_fast.training.files import write_atomically
+from lunet_fast.training.places import DATA_VARIABLE, cache_folder
 
 logger = logging.getLogger(__name__)
 
-DATA_VARIABLE = "LUNET_FAST_DATA"
-CACHE_VARIABLE = "LUNET_FAST_CACHE"
 APT_SECONDS = 600
 _PROGRAMS = "/usr/bin:/bin:/usr/local/bin"
 """Where apt-get and dpkg-deb are looked for: never in the current folder, which $PATH may name."""
@@ -239,18 +238,6 @@ def fetch_package(name: str) -> Path:
 
 def _write(data: bytes, path: Path) -> None:
     path.write_bytes(data)
-
-
-def cache_folder() -> Path:
-    """``$LUNET_FAST_CACHE``, or the platform's cache folder (``~/.cache/lunet-fast`` on Linux)."""
-    given = os.environ.get(CACHE_VARIABLE, "")
-    if given:
-        return Path(given)
-    try:
-        import pooch
-    except ImportError:
-        return Path("~/.cache/lunet-fast").expanduser()
-    return Path(pooch.os_cache("lunet-fast"))
 
 
 def folder_of(name: str, data_dir: Path | None = None, *, fetch: bool = True) -> Path:

@@ -55,13 +55,11 @@ from lunet_fast.recsys.data.movielens_tables import (
 from lunet_fast.recsys.data.order_file import order_file_beside, read_positions
 from lunet_fast.recsys.data.ratings import Ratings, parse_text
 from lunet_fast.training.files import write_atomically
+from lunet_fast.training.places import DATA_VARIABLE, cache_folder
 
 __all__ = ["DATASETS", "DataNotFoundError", "Located", "load", "locate", "read_like"]
 
 logger = logging.getLogger(__name__)
-
-DATA_VARIABLE = "LUNET_FAST_DATA"
-CACHE_VARIABLE = "LUNET_FAST_CACHE"
 
 
 class DataNotFoundError(FileNotFoundError):
@@ -185,18 +183,6 @@ def locate(dataset: str, data_dir: str | os.PathLike[str] | None = None) -> Loca
         f"Download {spec.url} and put it, as it is, at {cache_folder() / spec.zip}, or as {spec.zip} into a "
         f"folder that --data-dir or ${DATA_VARIABLE} names."
     )
-
-
-def cache_folder() -> Path:
-    """``$LUNET_FAST_CACHE``, or the platform's cache folder (``~/.cache/lunet-fast`` on Linux)."""
-    given = os.environ.get(CACHE_VARIABLE, "")
-    if given:
-        return Path(given)
-    try:
-        import pooch
-    except ImportError:
-        return Path("~/.cache/lunet-fast").expanduser()
-    return Path(pooch.os_cache("lunet-fast"))
 
 
 def _spec(dataset: str) -> DataSet:

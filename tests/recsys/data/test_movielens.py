@@ -26,6 +26,7 @@ from lunet_fast.recsys.data import archives, datasets, fetching, movielens
 from lunet_fast.recsys.data.movielens import DataNotFoundError, load, locate, read_like
 from lunet_fast.recsys.data.ratings import RatingFileError, Ratings
 from lunet_fast.recsys.data.splits import join
+from lunet_fast.training import places
 
 ROOT = Path(__file__).parents[3]
 REAL_DATA = os.environ.get("LUNET_FAST_DATA", "")
@@ -305,7 +306,7 @@ def test_without_pooch(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         fetching.download("https://localhost/x.zip", "0" * 32)
     monkeypatch.delenv("LUNET_FAST_CACHE", raising=False)
-    assert movielens.cache_folder().name == "lunet-fast"
+    assert places.cache_folder().name == "lunet-fast"
 
 
 def test_an_unreachable_server_is_a_reason() -> None:
