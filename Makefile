@@ -63,8 +63,8 @@ bench-all: $(VENV)/.dev  ## every size, into benchmarks/results: about an hour
 bench-compare: $(VENV)/.dev  ## is this tree slower than BASE (default main)?
 	$(BIN)/python benchmarks/compare.py $(or $(BASE),main)
 
-bench-density: $(VENV)/.dev  ## flows beside zuko's and nflows' on digits and 2-D toy densities, by depth: 4 hours of 1 core
-	for part in digits plane depth speed pictures report; do $(BIN)/python benchmarks/density.py $$part || exit 1; done
+bench-density: $(VENV)/.dev  ## flows beside zuko's and nflows' on digits and 2-D toy densities, ablation: 7 hours of 1 core
+	for part in digits plane ablation speed pictures report; do $(BIN)/python benchmarks/density.py $$part || exit 1; done
 	$(BIN)/python benchmarks/readme.py
 
 ptx-check: $(VENV)/.dev  ## the kernels' compiled code executed on the CPU: every test of them, sm_80 and sm_90

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lunet_fast import NormalMixture, StandardNormal
 from lunet_fast.density.config import DensityConfig
-from lunet_fast.density.model import build_flow, whiten
+from lunet_fast.density.model import build_flow, fit_input, whiten
 
 GAUSSIAN = "Gaussian or mixture (M = 1)"
 
@@ -86,12 +86,12 @@ Make = Callable[[Tensor, DensityConfig, int], nn.Module]
 
 
 def lunet(layers: int, *, by_label: bool = False, **settings: Any) -> Make:
-    """A whitened LU-Net; with LeakySoftplus, or what the settings say."""
+    """An LU-Net, whitened unless the settings say otherwise; with LeakySoftplus, or what they say."""
 
     def make(rows: Tensor, config: DensityConfig, classes: int) -> nn.Module:
         own = config.replace(layers=layers, conditional=by_label, **settings)
         flow = build_flow(own, rows.shape[1], classes)
-        whiten(flow, rows)
+        (whiten if own.whiten else fit_input)(flow, rows)
         return flow
 
     return make
@@ -173,6 +173,30 @@ DIGITS_FLOWS: dict[str, dict[str, Make]] = {
         "S": zuko("NSF", 1, (8,)),
         "L": zuko("NSF", 2, (24,)),
     },
+}
+
+#: LU-Net M with the settings that were chosen for it on digits, but for half of its steps.
+ABLATED = DensityConfig(learning_rate=0.02, weight_decay=0.2, components=30, steps=5000, patience=12)
+
+_CONVEX: dict[str, Any] = {"activation": "leaky_softplus", "input_bins": 0}
+
+#: Group → name → what is changed.
+ABLATION: dict[str, dict[str, dict[str, Any]]] = {
+    "splines": {
+        "before the first layer and between layers": {},
+        "between layers alone": {"input_bins": 0},
+        "before the first layer alone": {"activation": "leaky_softplus"},
+        "nowhere": _CONVEX,
+    },
+    "bins between layers": {"4": {"bins": 4}, "16": {"bins": 16}, "32": {"bins": 32}},
+    "bins before the first layer": {"8": {"input_bins": 8}, "32": {"input_bins": 32}},
+    "slopes outside of the bins": {"1": {"tails": "identity"}},
+    "weight decay": {"0": {"weight_decay": 0.0}, "1": {"weight_decay": 1.0}, "3": {"weight_decay": 3.0}},
+    "base": {"standard normal": {"components": 1}},
+    "signs": {"positive": {"signs": "positive"}, "random": {"signs": "random"}},
+    "start": {"near the identity, not whitened": {"whiten": False}},
+    "layers": {str(layers): {"layers": layers} for layers in (1, 2, 8, 16, 32)},
+    "layers, LeakySoftplus": {str(layers): {**_CONVEX, "layers": layers} for layers in (2, 8, 16, 32)},
 }
 
 #: For 2-D toy densities, at three sizes of about 150, 350 and 1,200 parameters.
