@@ -52,11 +52,11 @@ format: $(VENV)/.dev  ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev  ## 5 minutes of timings beside what else there is, and beside the committed ones
-	$(BIN)/lunet-fast bench layers claims stacks training --baseline benchmarks/results
+	$(BIN)/lunet-fast bench layers cached claims stacks training --baseline benchmarks/results
 
 bench-all: $(VENV)/.dev  ## every size, into benchmarks/results: about an hour
 	$(BIN)/python benchmarks/machine.py
-	$(BIN)/lunet-fast bench layers claims stacks training --scale all --out benchmarks/results
+	$(BIN)/lunet-fast bench layers cached claims stacks training --scale all --out benchmarks/results
 	$(BIN)/python benchmarks/time_to_quality.py $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 	$(BIN)/python benchmarks/readme.py
 
