@@ -22,8 +22,9 @@ train: $(VENV)/.train  ## train recipe best on ML-100K into runs/ml-100k (OUT=..
 	$(BIN)/lunet-fast train --dataset ml-100k --recipe best --seed 0 --out $(OUT) --overwrite \
 		$(if $(DATA_DIR),--data-dir $(DATA_DIR))
 
-test: $(VENV)/.dev  ## the test suite, about 15 minutes
-	$(BIN)/python -m pytest -q
+# Two processes, each with its share of the files.
+test: $(VENV)/.dev  ## the test suite, about 10 minutes on 2 cores
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev  ## the long tests, thirty kills among them; about 40 minutes
 	$(BIN)/python -m pytest -q -m slow

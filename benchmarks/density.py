@@ -44,7 +44,7 @@ from lunet_fast.density import data
 from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.evaluation import TEST_DRAWS, accuracy, auroc, divergence, grid, integral
 from lunet_fast.density.model import DensityModel
-from lunet_fast.density.pictures import SIDE, interpolation, show_density, show_sheet
+from lunet_fast.density.pictures import SIDE, interpolation, show_density, show_sheet, show_slopes
 from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.density.training import fit_flow
 from lunet_fast.training.figures import new_figure
@@ -324,8 +324,14 @@ def speed(results: Results, repeats: int = 40) -> None:
 def pictures(results: Results) -> None:
     """density-plane.png: the true densities and those that flows of size M learnt, seed 0, settings as tuned.
 
-    density-digits.png: digits, samples of LU-Net M and its interpolations.
+    density-digits.png: digits, samples of LU-Net M and its interpolations; density-splines.png: the slopes
+    of its splines.
     """
+    _draw_plane(results)
+    _draw_digits(results)
+
+
+def _draw_plane(results: Results) -> None:
     tuned = {
         (row["target"], row["family"]): row["tuned"]["chosen"]
         for row in rows_of("plane", results.folder)
@@ -352,6 +358,8 @@ def pictures(results: Results) -> None:
                 axes.set_title(title, loc="left", fontsize=11)
     write_figure(results.path("density-plane.png"), figure)
 
+
+def _draw_digits(results: Results) -> None:
     rows = data.read("digits")
     assert rows.image is not None
     assert rows.levels is not None
@@ -374,6 +382,16 @@ def pictures(results: Results) -> None:
         show_sheet(axes, sheet, rows.image, rows.levels)
         axes.set_title(title, loc="left", fontsize=10)
     write_figure(results.path("density-digits.png"), figure)
+
+    net: LUNet = model.flow.net
+    splines = {"before layer 1": net.input}
+    splines |= {f"after layer {i}": layer.activation for i, layer in enumerate(net.layers[:-1], 1)}
+    figure = new_figure(9.0, 2.6, dpi=110)
+    places = figure.subplots(1, len(splines), sharey=True)
+    for axes, (title, spline) in zip(places, splines.items(), strict=True):
+        show_slopes(axes, spline)
+        axes.set_title(title, loc="left", fontsize=10)
+    write_figure(results.path("density-splines.png"), figure)
 
 
 def main() -> None:
