@@ -234,10 +234,11 @@ def ablation(seeds: int, results: Results) -> None:
                 continue
             runs = []
             for seed in TUNING_SEEDS[:seeds]:
-                config = ABLATED.replace(seed=seed, **change)
+                settings = {key: value for key, value in change.items() if key != "between"}
+                config = ABLATED.replace(seed=seed, **settings)
                 parts = data.split(rows, seed)
                 try:
-                    model, run = _train(lunet(config.layers), parts, config)
+                    model, run = _train(lunet(config.layers, between=change.get("between")), parts, config)
                 except ArithmeticError as error:
                     runs.append({"seed": seed, "diverged": str(error)})
                     continue
@@ -255,7 +256,7 @@ def ablation(seeds: int, results: Results) -> None:
                     "validation": _mean([run["validation"] for run in good]),
                     "round_trip": max((run["round_trip"] for run in good), default=None),
                     "diverged": len(runs) - len(good),
-                    "change": change,
+                    "change": {key: getattr(value, "__name__", value) for key, value in change.items()},
                     "runs": runs,
                 }
             )
