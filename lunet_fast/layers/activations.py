@@ -44,8 +44,8 @@ class BijectiveActivation(Keeping, ABC):
     A subclass defines ``forward``, ``inverse`` and ``log_derivative`` in PyTorch, with parameters, if any,
     that are scalars or [D]. It then works in every layer, net and flow, with gradients by autograd. What else
     may be defined: ``reset_parameters``, which sets what is learnt back to where it started;
-    ``derivative_range`` and ``tangent_at_zero``, where more is known than a look at φ tells; and ``fused``,
-    for an activation that is computed inside the layer's operation.
+    ``derivative_range``, ``tangent_at_zero`` and ``bend_within``, where more is known than a look at φ tells;
+    and ``fused``, for an activation that is computed inside the layer's operation.
 
     Every method takes [..., D] and keeps shape and dtype; log-determinants sum over the last dimension,
     have shape [...] and are float32 or wider.
@@ -113,6 +113,16 @@ class BijectiveActivation(Keeping, ABC):
         zeros = torch.zeros(features, device=like.device, dtype=like.dtype)
         with torch.no_grad():
             return self.forward(zeros), self.log_derivative(zeros).exp()
+
+    def bend_within(self, radius: float, features: int) -> tuple[float, float]:
+        """(odd, even): the greatest odd and even part of log φ′(x) − log φ′(0) for |x| ≤ radius in any
+        coordinate. By it a deep net starts."""
+        like = next(self.parameters(), torch.empty(0))
+        grid = torch.linspace(0.0, radius, 33, dtype=wide(like.dtype), device=like.device)
+        grid = grid.unsqueeze(-1).expand(-1, features)
+        with torch.no_grad():
+            right, left = self.log_derivative(grid), self.log_derivative(-grid)
+        return float((right - left).abs().max()) / 2, float((right + left - 2 * right[0]).abs().max()) / 2
 
 
 BijectiveActivation._described = BijectiveActivation  # type: ignore[type-abstract]
@@ -267,6 +277,15 @@ class SoftplusFamily(BijectiveActivation):
             return super().tangent_at_zero(features)
         a, c, kappa = self.starting_slopes()
         return c / kappa * math.log(2.0), a + 0.5 * c
+
+    def bend_within(self, radius: float, features: int) -> tuple[float, float]:
+        """(odd, even) parts at the radius, of a fresh activation."""
+        if self._is_other():
+            return super().bend_within(radius, features)
+        a, c, kappa = self.starting_slopes()
+        share = 1.0 / (1.0 + math.exp(min(kappa * radius, 700.0)))
+        right, left, middle = math.log(a + c * (1.0 - share)), math.log(a + c * share), math.log(a + 0.5 * c)
+        return (right - left) / 2, abs(right + left - 2 * middle) / 2
 
 
 def _starting(features: int | None, learnable: bool, count: int) -> list[nn.Parameter | None]:

@@ -32,6 +32,13 @@ PERMUTATIONS = ("reverse", "random")
 SIGNS = ("positive", "negative", "random")
 
 
+#: Layers of a net that starts at scale 1 whatever it does to unit normal data.
+SHALLOW = 4
+
+#: What the activations of a deeper one may do to it: the change of log φ′ within a deviation, in all.
+START_BEND = 0.3
+
+
 class ConditionWarning(UserWarning):
     """The inverse of a net has lost digits: ``LUNet.condition`` says how many, and in which layer."""
 
@@ -41,7 +48,10 @@ class LUNet(nn.Module):
 
     With an ``input`` ψ, f = A_M ∘ φ ∘ … ∘ A_1 ∘ ψ.
 
-    f starts near the identity: each layer after an activation undoes the activation's tangent at 0.
+    f starts near the identity: each layer after an activation undoes the activation's tangent at 0. With more
+    than 4 layers it stays near it however many there are: f = (1/ε)·g(ε x), where ε is so small that the
+    activations together hardly bend unit data, off-diagonals fall as 1/√M, and signs are negative by default.
+    Training may leave that start at its own pace, since ε is in the first and the last matrix.
 
     Args:
         features: D.
@@ -55,7 +65,8 @@ class LUNet(nn.Module):
         signs: of the diagonals of U, which training keeps: "positive"; "negative" in every layer, so that
             each layer turns its coordinates round and the activations, which are convex, bend them to
             alternate sides; "random", drawn for each coordinate of each layer. f then starts near a diagonal
-            matrix of signs. As a flow on digits, "negative" is worth 0.05 bits a dimension.
+            matrix of signs. As a flow on digits, "negative" is worth 0.05 bits a dimension. None is
+            "positive" up to 4 layers and "negative" beyond.
         structure_seed: what random permutations and signs are drawn from, and nothing else is, so that nets
             made in several processes, each with a seed of its own for the weights, are of one structure.
         input: ψ, a ``BijectiveActivation`` before the first matrix, or None; copied. A ``MonotoneSpline``
@@ -75,8 +86,8 @@ class LUNet(nn.Module):
 
     The kept rows are compared with the recovered ones, and once inversion has lost half of the digits
     backward raises RuntimeError rather than give wrong gradients. Each layer loses some: by ``condition()``,
-    and at least the activation's slopes apart, so depth is limited. A fresh net (D = 64, normal data) in
-    float32 passes with 9 layers at α = 0.1, 19 at 0.5 and 64 at 0.9, in float64 with 13, 39 and 128.
+    and at least the activation's slopes apart, so depth is limited: not that of a fresh net, which hardly
+    bends its data, but of a trained one whose data reach where the slopes are apart.
 
     "reversible" computes in float32 or float64, under autocast too; a bfloat16 or float16 net raises
     TypeError. Under ``torch.compile`` and ``torch.func``, in forward mode, and where a layer has hooks of
@@ -100,7 +111,7 @@ class LUNet(nn.Module):
         *,
         memory: str = "saved",
         permutation: str | None = None,
-        signs: str = "positive",
+        signs: str | None = None,
         structure_seed: int = 0,
         input: BijectiveActivation | None = None,  # noqa: A002
     ) -> None:
@@ -112,8 +123,10 @@ class LUNet(nn.Module):
             )
         self.features = features
         self.memory = memory
+        if signs is None:
+            signs = "positive" if layers <= SHALLOW else "negative"
         if signs not in SIGNS:
-            raise ValueError(f"signs must be one of {', '.join(SIGNS)}, got {signs!r}")
+            raise ValueError(f"signs must be one of {', '.join(SIGNS)} or None, got {signs!r}")
         self.signs = signs
         if input is not None and not isinstance(input, BijectiveActivation):
             raise TypeError(f"input must be a BijectiveActivation or None, got {type(input).__name__}")
@@ -134,16 +147,21 @@ class LUNet(nn.Module):
             for each, order in zip([*own, None], orders, strict=True)
         )
         before: BijectiveActivation | None = None
+        scale = _start_scale(activation, features, layers, signs)
         for layer in self._layers():
+            layer._start_noise = 0.1 * math.sqrt(min(1.0, SHALLOW / layers))
             if signs != "positive":
                 drawn = torch.randint(2, (features,), generator=generator, device="cpu")
                 layer._start_sign = -torch.ones_like(drawn) if signs == "negative" else 2 * drawn - 1
             layer._start_after = None if before is None else before.tangent_at_zero(features)
             before = layer.activation
+        self._layers()[0]._start_scale, self._layers()[-1]._start_scale = scale, 1.0 / scale
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Start near the identity: u_ii = 1/φ′(0) and b = −A φ(0)·1 after an activation, so that f(0) = 0.
+
+        Of more than 4 layers, the first A is multiplied by an ε below 1 and the last by 1/ε.
 
         With other signs, near a diagonal matrix of them, those that the net was made with. Learnable slopes
         go back to where they started. Same as ``reset_parameters`` of each layer and each activation.
@@ -400,6 +418,22 @@ class LUNet(nn.Module):
         if not math.isfinite(worst):
             return -math.inf
         return -math.log10(worst) if worst > 0 else math.inf
+
+
+def _start_scale(activation: BijectiveActivation, features: int, layers: int, signs: str) -> float:
+    """ε: a net starts as (1/ε)·g(ε x), which is as near to the identity as its layers' g is near 0.
+
+    What the layers bend adds up, and so ε falls with the depth, here by halves. Where signs alternate or are
+    random, the odd part of log φ′ comes from either side and adds up as its root.
+    """
+    scale, active = 1.0, layers - 1
+    while layers > SHALLOW:
+        odd, even = activation.bend_within(scale, features)
+        bend = active * even + (active if signs == "positive" else math.sqrt(active)) * odd
+        if bend <= START_BEND or scale < 1e-6:  # as of a function with a kink at 0
+            break
+        scale /= 2.0
+    return scale
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -178,6 +178,12 @@ class MonotoneSpline(BijectiveActivation):
             return super().tangent_at_zero(features)
         return 0.0, 1.0
 
+    def bend_within(self, radius: float, features: int) -> tuple[float, float]:
+        """(0, 0): a fresh spline is the identity."""
+        if is_replaced(self, MonotoneSpline, hooks=False):
+            return super().bend_within(radius, features)
+        return 0.0, 0.0
+
     def extra_repr(self) -> str:
         return f"features={self.features}, bins={self.bins}, tails={self.tails}, bound={self.bound:g}"
 
