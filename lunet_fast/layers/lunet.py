@@ -35,8 +35,11 @@ SIGNS = ("positive", "negative", "random")
 #: Layers of a net that starts at scale 1 whatever it does to unit normal data.
 SHALLOW = 4
 
-#: What the activations of a deeper one may do to it: the change of log φ′ within a deviation, in all.
+#: What the activations of a deeper one may change log φ′ by on unit data, in all.
 START_BEND = 0.3
+
+#: How far from 0 a deep net may start its activations.
+MOST_POINT = 17
 
 
 class ConditionWarning(UserWarning):
@@ -49,9 +52,9 @@ class LUNet(nn.Module):
     With an ``input`` ψ, f = A_M ∘ φ ∘ … ∘ A_1 ∘ ψ.
 
     f starts near the identity: each layer after an activation undoes the activation's tangent at 0. With more
-    than 4 layers it stays near it however many there are: f = (1/ε)·g(ε x), where ε is so small that the
-    activations together hardly bend unit data, off-diagonals fall as 1/√M, and signs are negative by default.
-    Training may leave that start at its own pace, since ε is in the first and the last matrix.
+    than 4 layers it stays near it on unit data however many there are: off-diagonals fall as 1/√M, and biases
+    move the data to where the activations hardly bend it, for LeakySoftplus to the right by about log M.
+    Without biases it does not.
 
     Args:
         features: D.
@@ -65,8 +68,7 @@ class LUNet(nn.Module):
         signs: of the diagonals of U, which training keeps: "positive"; "negative" in every layer, so that
             each layer turns its coordinates round and the activations, which are convex, bend them to
             alternate sides; "random", drawn for each coordinate of each layer. f then starts near a diagonal
-            matrix of signs. As a flow on digits, "negative" is worth 0.05 bits a dimension. None is
-            "positive" up to 4 layers and "negative" beyond.
+            matrix of signs. As a flow on digits, "negative" is worth 0.05 bits a dimension.
         structure_seed: what random permutations and signs are drawn from, and nothing else is, so that nets
             made in several processes, each with a seed of its own for the weights, are of one structure.
         input: ψ, a ``BijectiveActivation`` before the first matrix, or None; copied. A ``MonotoneSpline``
@@ -111,7 +113,7 @@ class LUNet(nn.Module):
         *,
         memory: str = "saved",
         permutation: str | None = None,
-        signs: str | None = None,
+        signs: str = "positive",
         structure_seed: int = 0,
         input: BijectiveActivation | None = None,  # noqa: A002
     ) -> None:
@@ -123,10 +125,8 @@ class LUNet(nn.Module):
             )
         self.features = features
         self.memory = memory
-        if signs is None:
-            signs = "positive" if layers <= SHALLOW else "negative"
         if signs not in SIGNS:
-            raise ValueError(f"signs must be one of {', '.join(SIGNS)} or None, got {signs!r}")
+            raise ValueError(f"signs must be one of {', '.join(SIGNS)}, got {signs!r}")
         self.signs = signs
         if input is not None and not isinstance(input, BijectiveActivation):
             raise TypeError(f"input must be a BijectiveActivation or None, got {type(input).__name__}")
@@ -147,21 +147,22 @@ class LUNet(nn.Module):
             for each, order in zip([*own, None], orders, strict=True)
         )
         before: BijectiveActivation | None = None
-        scale = _start_scale(activation, features, layers, signs)
+        point, scale = _start_of(activation, features, layers) if bias else (0.0, 1.0)
         for layer in self._layers():
             layer._start_noise = 0.1 * math.sqrt(min(1.0, SHALLOW / layers))
             if signs != "positive":
                 drawn = torch.randint(2, (features,), generator=generator, device="cpu")
                 layer._start_sign = -torch.ones_like(drawn) if signs == "negative" else 2 * drawn - 1
-            layer._start_after = None if before is None else before.tangent_at_zero(features)
+            layer._start_after = None if before is None else before.tangent_at(point, features)
             before = layer.activation
+            layer._start_point = 0.0 if before is None else point
         self._layers()[0]._start_scale, self._layers()[-1]._start_scale = scale, 1.0 / scale
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start near the identity: u_ii = 1/φ′(0) and b = −A φ(0)·1 after an activation, so that f(0) = 0.
+        """Start near the identity: u_ii = 1/φ′(p) and b = −A φ(p)·1 after an activation, so that f(0) = 0.
 
-        Of more than 4 layers, the first A is multiplied by an ε below 1 and the last by 1/ε.
+        p, which is added to b before an activation, is 0 up to 4 layers.
 
         With other signs, near a diagonal matrix of them, those that the net was made with. Learnable slopes
         go back to where they started. Same as ``reset_parameters`` of each layer and each activation.
@@ -420,20 +421,27 @@ class LUNet(nn.Module):
         return -math.log10(worst) if worst > 0 else math.inf
 
 
-def _start_scale(activation: BijectiveActivation, features: int, layers: int, signs: str) -> float:
-    """ε: a net starts as (1/ε)·g(ε x), which is as near to the identity as its layers' g is near 0.
+def _start_of(activation: BijectiveActivation, features: int, layers: int) -> tuple[float, float]:
+    """(p, ε) of a deep net, which starts as (1/ε)·g(ε x) with the data of g's activations around p.
 
-    What the layers bend adds up, and so ε falls with the depth, here by halves. Where signs alternate or are
-    random, the odd part of log φ′ comes from either side and adds up as its root.
+    What the layers bend adds up. So p is the first of 0, 1, 2, … around which all together bend unit data
+    less than ``START_BEND``, since few get straighter to the left: LeakySoftplus does as e^−p. Where none is,
+    ε falls by halves, as any function gets straighter the closer one looks. That moves biases further than
+    the data by a step of training, and so comes second.
     """
-    scale, active = 1.0, layers - 1
-    while layers > SHALLOW:
-        odd, even = activation.bend_within(scale, features)
-        bend = active * even + (active if signs == "positive" else math.sqrt(active)) * odd
-        if bend <= START_BEND or scale < 1e-6:  # as of a function with a kink at 0
-            break
+
+    def bend(point: float, deviation: float) -> float:
+        return (layers - 1) * activation.bend_around(point, deviation, features)
+
+    if layers <= SHALLOW:
+        return 0.0, 1.0
+    point = next((float(p) for p in range(MOST_POINT) if bend(float(p), 1.0) <= START_BEND), None)
+    if point is not None:
+        return point, 1.0
+    scale = 1.0
+    while scale > 1e-6 and bend(0.0, scale) > START_BEND:  # which a function with a kink at 0 never ends
         scale /= 2.0
-    return scale
+    return 0.0, scale
 
 
 def _is_plain(layer: nn.Module) -> bool:
