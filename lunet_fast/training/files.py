@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from lunet_fast.training.schema import DIGEST_FROM, FORMAT_VERSION, Schema, shown, violation
+from lunet_fast.training.schema import DIGEST_FROM, FORMAT_VERSION, Schema, one_line, shown, violation
 from lunet_fast.training.sharding import BLOCK, Dealt
 
 MOST_HEADER_BYTES = 100_000_000
@@ -35,7 +35,13 @@ _TEMPORARY = ".lunet-fast-"
 
 
 class CheckpointError(ValueError):
-    """A model or checkpoint file cannot be used; the message names the file and why."""
+    """A model or checkpoint file cannot be used; the message names the file and why.
+
+    In one line that is fit for a terminal, though others' messages and what the file says are in it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -94,7 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     A missing file raises ``FileNotFoundError``.
     """
-    with _opened(path) as (file, size):
+    with opened(path) as (file, size):
         if size > MOST_JSON_BYTES:
             raise CheckpointError(f"{path}: has {size} bytes, more than any file of a run")
         text = file.read()
@@ -118,7 +124,7 @@ def _refuse_constant(name: str) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """A regular file to read, and its size. What is none is refused before anything waits for it.
 
     A missing file raises ``FileNotFoundError``.
@@ -216,7 +222,7 @@ def read_tensors(
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load
 
-    with _opened(path) as (file, size):
+    with opened(path) as (file, size):
         text = _metadata(path, file, size)
         header = _checked_header(path, text, kind, schema)
         file.seek(0)
@@ -249,7 +255,7 @@ def read_tensors(
 
 def kind_of(path: Path) -> str:
     """The ``kind`` that a file says it is of, "" where it says none; errors as :func:`read_tensors`."""
-    with _opened(path) as (file, size):
+    with opened(path) as (file, size):
         header = _parsed(path, _metadata(path, file, size), "the header is not JSON")
     return str(header.get("format", "")) if isinstance(header, dict) else ""
 

@@ -197,3 +197,11 @@ def shown(value: Any, limit: int = 60) -> str:
         return f"a number of {value.bit_length()} bits"
     text = f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def one_line(text: str, limit: int = 2500) -> str:
+    """The text in one line without control characters, cut where it is long."""
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split())
+    )
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
