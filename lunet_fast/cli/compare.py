@@ -17,6 +17,7 @@ from rich.table import Table
 from lunet_fast.cli import options
 from lunet_fast.cli.output import (
     FigureOutput,
+    Terminal,
     errors_told,
     interruption_told,
     prepare_out,
@@ -149,7 +150,7 @@ def _told(total: int, output: FigureOutput) -> Iterator[tuple[Any, Any]]:
     if not output.told:
         yield lambda key, seed: None, lambda outcome: None
         return
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     count = 0
 
     def line(outcome: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lunet_fast.cli import options
 from lunet_fast.cli.options import data_option
-from lunet_fast.cli.output import FigureOutput, errors_told
+from lunet_fast.cli.output import FigureOutput, Terminal, errors_told
 from lunet_fast.cli.signatures import grouped
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def evaluate_command(
             figures["by_activity"] = [group._asdict() for group in groups]
         if out is not None:
             write_json(out, figures)
-        output.figures(figures, lambda: _show(Console(), values, groups))
+        output.figures(figures, lambda: _show(Terminal(), values, groups))
 
 
 def _parts(recommender: LUNetRecommender, run: Path, dataset: str | None, source: options.Source) -> Parts:

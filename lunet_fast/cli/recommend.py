@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,7 @@ from lunet_fast.cli import options
 from lunet_fast.cli.output import (
     WRITERS,
     Output,
+    Terminal,
     errors_told,
     given_text,
     plain,
@@ -203,7 +203,7 @@ def _rows(recommender: LUNetRecommender, frame: pd.DataFrame) -> Iterator[tuple[
 
 def _write_table(stream: TextIO | None, rows: list[tuple[Any, ...]], titles: bool) -> None:
     """To ``stream``, or to the terminal without one."""
-    console = wide_console() if stream is None else Console(file=stream, width=120)
+    console = wide_console() if stream is None else Terminal(file=stream, width=120)
     if not rows:
         console.print("No item is left to recommend: --include-seen allows those rated already.")
         return

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lunet_fast.cli.options import Continuation, Dataset, Device, Source, data_option, run_name
-from lunet_fast.cli.output import FigureOutput, fail
+from lunet_fast.cli.output import FigureOutput, Terminal, fail
 from lunet_fast.cli.signatures import grouped, settings_command
 
 if TYPE_CHECKING:
@@ -200,11 +200,11 @@ def train_command(
                 if workers.is_first:
                     output.line(f"{folder.path} holds the finished training; nothing to do.")
             else:
-                console = Console(quiet=not (workers.is_first and output.told))
+                console = Terminal(quiet=not (workers.is_first and output.told))
                 training.run(console, **continuation.arguments(folder), stop=stop, workers=workers)
     if workers.is_first:
         values = read_json(folder.metrics)
-        output.figures(values, lambda: _show(Console(), values, folder))
+        output.figures(values, lambda: _show(Terminal(), values, folder))
 
 
 def _settings(given: dict[str, Any], file: Path | None, parts: Parts) -> dict[str, Any]:

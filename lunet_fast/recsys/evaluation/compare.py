@@ -313,12 +313,13 @@ def _in_a_process(data: Path, key: str, seed: int) -> dict[str, Any]:
     ]
     process = subprocess.run(
         command,
+        cwd=data.parent,  # which -m looks for modules in first; it is nobody else's
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env=os.environ | ONE_THREAD,
+        env=os.environ | ONE_THREAD | _import_path(),
         check=False,
     )
     if process.returncode == 0:
@@ -332,6 +333,12 @@ def _in_a_process(data: Path, key: str, seed: int) -> dict[str, Any]:
         return {"error": f"its process was ended by {name}{hint}"}
     last = [line.strip() for line in process.stderr.splitlines() if line.strip()][-1:]
     return {"error": f"its process ended with code {process.returncode}: {''.join(last)}"}
+
+
+def _import_path() -> dict[str, str]:
+    """$PYTHONPATH for a process in another folder."""
+    given = os.environ.get("PYTHONPATH", "")
+    return {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, given.split(os.pathsep)))} if given else {}
 
 
 def _main(arguments: Sequence[str]) -> None:

@@ -237,7 +237,7 @@ def nearest_dataset(n_ratings: int) -> str:
     return min(_SETTINGS, key=lambda name: abs(math.log(_SETTINGS[name][0]) - size))
 
 
-def recipe(name: str, n_ratings: int, **overrides: Any) -> TrainConfig:
+def recipe(name: str, n_ratings: int, /, **overrides: Any) -> TrainConfig:
     """The settings of recipe ``paper`` or ``best`` for data of ``n_ratings`` ratings, with some overridden.
 
     Data other than the bundled sets takes the settings of the bundled set nearest in size. With ``gamma``

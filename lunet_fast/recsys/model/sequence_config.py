@@ -16,7 +16,7 @@ from lunet_fast.recsys.model.config import (
     nearest_dataset,
     recipe,
 )
-from lunet_fast.training.schema import Count, NotNegative, Positive, Seed, Settings, Threads
+from lunet_fast.training.schema import Count, NotNegative, Positive, Seed, Settings, Threads, shown
 
 SEQUENCE = "sequence"
 
@@ -95,17 +95,17 @@ STEPS, LEAST_BATCH = 40, 256
 """Smaller data take smaller batches, for this many steps an epoch: few steps teach nothing."""
 
 
-def settings_of(name: str, n_ratings: int, **overrides: Any) -> TrainConfig | SequenceConfig:
+def settings_of(name: str, n_ratings: int, /, **overrides: Any) -> TrainConfig | SequenceConfig:
     """The settings of any recipe for data of ``n_ratings`` ratings; ``ValueError`` for an unknown one."""
     if name == SEQUENCE:
         return sequence_recipe(n_ratings, **overrides)
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         known = ", ".join((*RECIPES, SEQUENCE))
-        raise ValueError(f"recipe={name!r} is unknown: choose one of {known}")
+        raise ValueError(f"recipe={shown(name)} is unknown: choose one of {known}")
     return recipe(name, n_ratings, **overrides)
 
 
-def sequence_recipe(n_ratings: int, **overrides: Any) -> SequenceConfig:
+def sequence_recipe(n_ratings: int, /, **overrides: Any) -> SequenceConfig:
     """The settings of recipe ``sequence`` for data of ``n_ratings`` ratings, with some overridden."""
     settings = {**_SETTINGS[nearest_dataset(n_ratings)]}
     most = settings.get("batch_size", SequenceConfig().batch_size)

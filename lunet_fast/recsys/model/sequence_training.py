@@ -24,7 +24,7 @@ from lunet_fast.recsys.model.sequence_config import SequenceConfig
 from lunet_fast.recsys.model.sequences import Sequences
 from lunet_fast.recsys.model.softmax import next_item_loss
 from lunet_fast.recsys.model.state_network import StateNetwork
-from lunet_fast.recsys.model.training import check_ratings, ratings_digest
+from lunet_fast.recsys.model.training import check_ratings, ids_digest, ratings_digest
 from lunet_fast.training.distributed import Workers, existing_device
 from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, write_json
@@ -133,6 +133,7 @@ def _resolved(config: SequenceConfig, parts: Parts) -> dict[str, Any]:
         "items": training.n_items,
         "scale": list(training.scale),
         "ratings_sha256": ratings_digest(parts),
+        "ids_sha256": ids_digest(parts),
         **config.to_dict(),
     }
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from lunet_fast.layers.activations import LeakySoftplus
 from lunet_fast.layers.lunet import LUNet
-from lunet_fast.recsys.model.schema import check_same_tensors
 from lunet_fast.recsys.model.sequence_config import SequenceConfig
 from lunet_fast.recsys.model.sequences import Sequences, Windows
 from lunet_fast.recsys.model.sources import Dropout, Source
 from lunet_fast.recsys.model.sources.history import HistorySource
 from lunet_fast.recsys.model.sources.order import OrderSource
+from lunet_fast.training.schema import check_same_tensors
 
 
 class StateNetwork(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -203,6 +204,14 @@ def ratings_digest(parts: Parts) -> str:
     return digest.hexdigest()
 
 
+def ids_digest(parts: Parts) -> str:
+    """SHA-256 over the ids of users and items, to which the indices of :func:`ratings_digest` lead."""
+    digest = hashlib.sha256()
+    for ids in (parts.training.users, parts.training.items):
+        digest.update(json.dumps(ids.ids.tolist()).encode())
+    return digest.hexdigest()
+
+
 def _resolved(config: TrainConfig, parts: Parts) -> dict[str, Any]:
     """The content of ``config.json``: all settings, and what data they were used on."""
     training = parts.training
@@ -213,6 +222,7 @@ def _resolved(config: TrainConfig, parts: Parts) -> dict[str, Any]:
         "items": training.n_items,
         "scale": list(training.scale),
         "ratings_sha256": ratings_digest(parts),
+        "ids_sha256": ids_digest(parts),
         **config.to_dict(),
     }
 
