@@ -21,7 +21,7 @@ from lunet_fast.layers.lunet import LUNet
 from lunet_fast.recsys.model.embeddings import Histories
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.prediction import CHUNK
-from lunet_fast.recsys.model.scoring import ranking_readout, training_pairs
+from lunet_fast.recsys.model.scoring import ranking_readout
 
 SPACES = ("latent", "input")
 """Where :class:`PairDensity` fits its normal distribution: on z = f(x), or on x itself."""
@@ -244,7 +244,7 @@ def items_for_score(
         if near is not None:
             distance.scatter_(1, near.unsqueeze(1), torch.inf)
         if exclude_seen:
-            distance[training_pairs(model, users)] = torch.inf
+            distance[seen.of_users(users)] = torch.inf
         nearest, items = distance.sort(dim=1, stable=True)
         nearest, items = nearest[:, :count], items[:, :count]
         return ItemsForScore(vector, score, items.masked_fill(nearest.isinf(), -1), nearest)

@@ -26,6 +26,7 @@ from lunet_fast.layers.lunet import LUNet
 from lunet_fast.ops import dispatch
 from lunet_fast.ops.reference import Slopes
 from lunet_fast.recsys.model.embeddings import Histories
+from lunet_fast.recsys.model.interactions import Interactions
 from lunet_fast.recsys.model.network import RatingModel
 
 BLOCK = 1 << 18
@@ -73,7 +74,7 @@ class ItemScorer:
     ``interaction``, the logit; by default the one that ranks (:func:`ranking_readout`). What depends on an
     item alone is computed here, once: O(K (I k D + M D³)) time and K I D numbers for K members, M layers and
     I items. Later changes of the model are not seen. ``device`` is where scores are computed; the model stays
-    where it is.
+    where it is. ``rated`` are the pairs that :meth:`best` leaves out, the training pairs and maybe more.
     """
 
     def __init__(
@@ -82,8 +83,10 @@ class ItemScorer:
         histories: Histories,
         device: torch.device | str = "cpu",
         readout: str | None = None,
+        rated: Interactions | None = None,
     ) -> None:
         self.model, self.histories, self.device = model, histories, torch.device(device)
+        self.rated = model.interactions if rated is None else rated
         self.readout = readout or ranking_readout(model)
         with torch.no_grad():
             first, self._user_bias, net, self._constant = _split(model, self.readout)
@@ -127,10 +130,13 @@ class ItemScorer:
         return score_all(p, self.q, self.net, user_offset, self.item_offset)
 
     @torch.no_grad()
-    def best(self, users: Tensor, k: int, candidates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def best(
+        self, users: Tensor, k: int, candidates: Tensor | None = None, *, training_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """(scores, items), both ``[U, k]`` and on the CPU: the k best for each of ``users``, best first.
 
-        ``users``, int64 ``[U]``, have training ratings; those pairs are left out. ``candidates``, int64 and
+        ``users``, int64 ``[U]``, have training ratings. Those pairs are left out, or all of ``rated`` unless
+        ``training_only``. ``candidates``, int64 and
         ascending, are the items to choose from, by default all. Items without training ratings are left out
         as well. Order, ties and what stands for missing items are those of :func:`score_topk`.
         """
@@ -139,16 +145,16 @@ class ItemScorer:
         if candidates is not None:
             there = candidates.to(self.device)
             q, item_offset = q.index_select(1, there), item_offset[there]
-        seen = self._seen(users, candidates)
+        seen = self._seen(self.model.interactions if training_only else self.rated, users, candidates)
         scores, items = score_topk(p, q, self.net, user_offset, item_offset, seen, k)
         scores, items = scores.cpu(), items.cpu()
         if candidates is not None and len(candidates):
             items = torch.where(items < 0, items, candidates[items.clamp(min=0)])
         return scores, items
 
-    def _seen(self, users: Tensor, candidates: Tensor | None) -> Seen:
-        """The training pairs of ``users``, as places among the candidates."""
-        rows, items = training_pairs(self.model, users)
+    def _seen(self, rated: Interactions, users: Tensor, candidates: Tensor | None) -> Seen:
+        """The pairs of ``users``, as places among the candidates."""
+        rows, items = rated.of_users(users)
         if candidates is not None:
             place = torch.full((self.model.interactions.n_items,), -1)
             place[candidates] = torch.arange(len(candidates))
@@ -157,16 +163,6 @@ class ItemScorer:
         counts = torch.bincount(rows, minlength=len(users))
         indptr = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
         return Seen(self._moved(indptr), self._moved(items.int()))
-
-
-def training_pairs(model: RatingModel, users: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, items), int64: row r of ``users`` ``[U]`` rated the item in training; sorted by row and item."""
-    interactions = model.interactions
-    start, count = interactions.indptr[users], interactions.user_counts[users]
-    rows = torch.repeat_interleave(torch.arange(len(users), device=users.device), count)
-    before = count.cumsum(0) - count
-    place = torch.arange(len(rows), device=users.device) - before[rows] + start[rows]
-    return rows, interactions.indices[place].long()
 
 
 def ranking_readout(model: RatingModel) -> str:

@@ -18,6 +18,7 @@ from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.measures import metrics
 from lunet_fast.recsys.measures.protocols import Parts, Ranking, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.interactions import Interactions
 from lunet_fast.recsys.model.losses import Losses, hybrid_loss
 from lunet_fast.recsys.model.mlp import MLPModel, perceptron
 from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_candidates, save_model
@@ -108,7 +109,7 @@ def _trained(config: TrainConfig, parts: Parts, run: Run) -> TrainResult:
         if config.mlp and config.gamma == 1:
             values |= phases.control()
     trained = TrainedModel(
-        model.to("cpu"), training.users, training.items, training.scale, training.item_info
+        model.to("cpu"), training.users, training.items, training.scale, training.item_info, known_of(parts)
     )
     if not is_first:
         return TrainResult(trained, {}, curve)
@@ -191,6 +192,13 @@ def evaluate(model: RatingModel, parts: Parts, device: torch.device | str = "cpu
     scorer = ItemScorer(model, model.histories(), device)
     ranking = evaluate_ranking(scorer.scores, parts, model.config.seed)
     return Ranking({**values, **ranking.metrics}, ranking.groups)
+
+
+def known_of(parts: Parts) -> Interactions | None:
+    """Every pair of the data for the model's file; None where training had all of them."""
+    if not parts.beyond_training():
+        return None
+    return Interactions.of_pairs(parts.known_pairs(), parts.training.n_users, parts.training.n_items)
 
 
 def ratings_digest(parts: Parts) -> str:
