@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lunet_fast.cli.options import Continuation, Dataset, Device, Source, data_option, run_name
+from lunet_fast.cli.options import Continuation, Dataset, Device, Source, Told, data_option, run_name
 from lunet_fast.cli.output import FigureOutput, fail
 from lunet_fast.cli.signatures import grouped, settings_command
 
@@ -191,7 +191,7 @@ def train_command(
     given = context.obj if recipe is None else {**context.obj, "recipe": recipe}
     chosen = _settings(given, settings, parts)
     parts.check(dataset, source, chosen["recipe"])
-    training = Training(dataset, parts, source, chosen)
+    training = Training(dataset, parts, source, chosen, output.note)
     folder = RunFolder(out or Path("runs") / (run_name(dataset, movielens.DATASETS) or "ratings"))
     with training_told(folder.checkpoints) as stop:
         training.config(1)  # a wrong value is told before any file is read
@@ -257,6 +257,7 @@ class Training(NamedTuple):
     parts: Parts
     source: Source
     settings: dict[str, Any]
+    told: Told
 
     def config(self, n_ratings: int) -> TrainConfig | SequenceConfig:
         """``ValueError`` for a setting that cannot work."""
@@ -315,9 +316,8 @@ class Training(NamedTuple):
     def open_stream(self) -> RatingStream:
         from lunet_fast.recsys.data.streaming import RatingStream
 
-        columns = self.source.columns(rated=self.rated)
-        names = {role: columns[role] for role in ("user", "item", "rating", "timestamp")}
-        return RatingStream.open(self.dataset, seed=self.settings["seed"], **names)
+        names = self.source.names(rated=self.rated)
+        return RatingStream.open(self.dataset, seed=self.settings["seed"], **names)  # type: ignore[arg-type]
 
     def read(self) -> tuple[Ratings, Ratings | None]:
         """All ratings, or the training and the test part where two files hold them."""
@@ -326,10 +326,10 @@ class Training(NamedTuple):
         from lunet_fast.recsys.data.splits import join
 
         if self.settings["recipe"] == "sequence":
-            return self.source.read_with_or_without_ratings(self.dataset)[0], None
+            return self.source.read_with_or_without_ratings(self.dataset, self.told)[0], None
         files = [file for file in (self.parts.train_file, self.parts.test_file) if file is not None]
         if not files:
-            return self.source.read(self.dataset, rated=self.rated), None
+            return self.source.read(self.dataset, rated=self.rated, told=self.told), None
         if self.dataset not in movielens.DATASETS:
             columns = self.source.columns(rated=self.rated)
             return join(*(read_ratings(file, **columns) for file in files))

@@ -9,6 +9,10 @@ class RatingFileError(ValueError):
     """A rating file that cannot be used; the message names the file, the line (from 1) and the value."""
 
 
+class Unavailable(Exception):
+    """Why a source does not have the data set, or a zip no table."""
+
+
 def cause(error: BaseException) -> str:
     """What an error of another library says, on one line, short, and safe for a terminal."""
     return brief(str(error) or type(error).__name__, 200)

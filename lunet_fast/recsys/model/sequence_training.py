@@ -130,6 +130,7 @@ def _resolved(config: SequenceConfig, parts: Parts) -> dict[str, Any]:
     return {
         "dataset": training.name,
         "source": training.source,
+        "reading": training.reading,
         "users": training.n_users,
         "items": training.n_items,
         "scale": list(training.scale),

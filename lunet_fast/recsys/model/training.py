@@ -217,6 +217,7 @@ def _resolved(config: TrainConfig, parts: Parts) -> dict[str, Any]:
     return {
         "dataset": training.name,
         "source": training.source,
+        "reading": training.reading,
         "users": training.n_users,
         "items": training.n_items,
         "scale": list(training.scale),
