@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 Told = Callable[[str], None]
 """Is told what people may want to know."""
 
+FINAL = "final"
+"""Within a run folder, the run on all ratings."""
+RANKS_WORSE = (
+    "As a ranking it is worse than popularity, for it was trained on ratings alone: for recommendations "
+    "train with --gamma 0.1, or 0"
+)
+
 DATA, FILES = "Data", "Columns of your own file"
 
 data_option = partial(typer.Option, rich_help_panel=DATA)
@@ -251,8 +258,8 @@ def existing_device(device: str) -> Any:
     return place
 
 
-def load_run(run: Path, device: str = "cpu") -> LUNetRecommender:
-    """The recommender of a run folder, to compute on ``device``.
+def load_run(run: Path, device: str = "cpu", *, final: bool = False) -> LUNetRecommender:
+    """The recommender of a run folder, to compute on ``device``; ``final``, of all ratings if there is one.
 
     ``FileNotFoundError`` where the folder holds no trained model, ``ValueError`` for a device that is not
     there, and the errors of ``LUNetRecommender.load``.
@@ -273,7 +280,8 @@ def load_run(run: Path, device: str = "cpu") -> LUNetRecommender:
             f"--run {run}: there is no trained model: train one with  lunet-fast train --out {run}  or name "
             f"another run folder{also}"
         )
-    recommender = LUNetRecommender.load(run)
+    whole = RunFolder(run / FINAL)
+    recommender = LUNetRecommender.load(whole.path if final and whole.is_finished() else run)
     recommender.device = place
     return recommender
 

@@ -87,7 +87,7 @@ def predict_command(
             table = _read_pairs(pairs, first, [user_column, item_column], sep, header is not False)
             for note in table.notes:
                 output.note(note)
-        recommender = options.load_run(run, device)
+        recommender = options.load_run(run, device, final=True)
         recommender.trained.model.to(device)
         if pairs is not None:
             users = _ids(table, "user", recommender.users)

@@ -235,6 +235,8 @@ def items_for_score(
         start = vectors[:, origin].mean(2).expand_as(user)
         member_scores = _scores_of_vectors(model, user, users, origin, readout)
         goal = torch.as_tensor(wanted, dtype=start.dtype, device=start.device).expand(start.shape[:2])
+        if readout == "rating":
+            goal = model.transform(goal)
     vector, score = _nearest_with_score(member_scores, start, goal)
     with torch.no_grad():
         # A member's k coordinates side by side: one vector an item.
@@ -280,15 +282,20 @@ def _scores_of_vectors(
     bias = torch.zeros_like(user[..., 0])
     if item_bias is not None:
         bias = bias + item_bias[origin].mean(1).t()
+    strength = 1.0
     if readout == "rating":
+        strength = model.strength()
         if model.user_bias is not None:
             bias = bias + model.user_bias[users].t()
+        bias = strength * bias
         if model.thresholds is None:
             bias = bias + model.mean
+        if model.config.offset == "biases":
+            bias = bias + model.user_deviation[users] + model.item_deviation[origin].mean(1)
 
     def scores(item: Tensor) -> Tensor:
         z = model.network(torch.cat((user, item), dim=-1))
-        return model._read_out(z, weight, intercept, product) + bias
+        return strength * model._read_out(z, weight, intercept, product) + bias
 
     return scores
 

@@ -99,6 +99,10 @@ class ItemScorer:
             item_offset = model.item_bias if self.readout == "rating" else model.item_logit
             if item_offset is not None:
                 offset = item_offset.mean(1)
+            if self.readout == "rating":
+                offset = model.strength() * offset
+                if model.config.offset == "biases":
+                    offset = offset + model.item_deviation
             # The network says nothing of an item without ratings, and −∞ is never among the best.
             offset = offset.masked_fill(model.interactions.item_counts == 0, -torch.inf)
         self.q, self.item_offset = self._moved(vectors @ first[..., k:].mT), self._moved(offset)
@@ -115,8 +119,11 @@ class ItemScorer:
         vectors = model.embed(users, torch.zeros_like(users), self.histories, False)[..., :k]
         p = torch.baddbmm(self._user_bias.unsqueeze(1), vectors, self._user_weight.mT)
         offset = self._constant.expand(len(users))
-        if self.readout == "rating" and model.user_bias is not None:
-            offset = offset + model.user_bias[users].mean(1)
+        if self.readout == "rating":
+            if model.user_bias is not None:
+                offset = offset + model.strength() * model.user_bias[users].mean(1)
+            if model.config.offset == "biases":
+                offset = offset + model.user_deviation[users]
         return self._moved(p), self._moved(offset)
 
     @torch.no_grad()
@@ -186,8 +193,9 @@ def _split(model: RatingModel, which: str) -> tuple[Tensor, Tensor, SplitNet, Te
         chosen, intercept, product = model.interaction_weight, model.interaction_intercept, slice(own, None)
     if chosen is None or intercept is None:
         raise ValueError(f"gamma={model.config.gamma:g}: this model was trained without the {which} read-out")
-    readout: Tensor = chosen
-    constant = intercept.mean()
+    strength = model.strength() if which == "rating" else 1.0
+    readout: Tensor = strength * chosen
+    constant = strength * intercept.mean()
     if which == "rating" and model.thresholds is None:
         constant = constant + model.mean
     curvature: Tensor | None = None
@@ -195,7 +203,7 @@ def _split(model: RatingModel, which: str) -> tuple[Tensor, Tensor, SplitNet, Te
         # w.z = w_u.(s + d) + w_i.(s − d)
         readout = 2 * _halves_turned(readout, dim=-1)
         half = torch.zeros_like(readout.chunk(2, dim=-1)[0])
-        half[:, product] = 1
+        half[:, product] = strength
         curvature = torch.cat((half, -half), dim=-1)
         last, last_bias = _halves_turned(weight[:, -1], dim=-2), _halves_turned(bias[:, -1], dim=-1)
         weight = torch.cat((weight[:, :-1], last.unsqueeze(1)), dim=1)

@@ -24,6 +24,7 @@ from lunet_fast.recsys.model.mlp import MLPModel, perceptron
 from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_candidates, save_model
 from lunet_fast.recsys.model.negatives import NegativeSampler
 from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.model.plain import plain_figures
 from lunet_fast.recsys.model.prediction import decode, predict_ratings, reconstruct
 from lunet_fast.recsys.model.scoring import ItemScorer
 from lunet_fast.training.distributed import Workers, existing_device
@@ -108,6 +109,8 @@ def _trained(config: TrainConfig, parts: Parts, run: Run) -> TrainResult:
             values = evaluate(model, parts, run.workers.device).metrics
         if config.mlp and config.gamma == 1:
             values |= phases.control()
+        if config.recipe == "auto" and is_first:
+            values |= plain_figures(parts, config)
     trained = TrainedModel(
         model.to("cpu"), training.users, training.items, training.scale, training.item_info, known_of(parts)
     )
@@ -274,7 +277,7 @@ def rating_objective(
         observed = torch.arange(len(users) * (1 + count), device=users.device) < len(users)
         users = torch.cat((users, users.repeat_interleave(count)))
         items = torch.cat((items, drawn.flatten()))
-    output = model.output(users, items, observed=observed, dropout=dropout)
+    output = model.output(users, items, observed=observed, dropout=dropout, strength=1.0)
     return hybrid_loss(model, output, ratings)
 
 

@@ -94,7 +94,9 @@ def ranked(
     found.append((warm_rows.repeat_interleave(k), items.flatten(), scores.flatten()))
     # As many more as may be left out at the end.
     cold = cold[: k + _most(rated.user_counts[warm] - model.interactions.user_counts[warm], exclude_seen)]
-    unrated = (model.mean + model.user_deviation[warm]).unsqueeze(1) if rates else popularity[cold]
+    unrated = popularity[cold]
+    if rates:
+        unrated = model.transform.inverse(model.mean + model.user_deviation[warm]).unsqueeze(1)
     found.append(_every_pair(warm_rows, cold, unrated))
     if not exclude_seen:
         # A training rating is predicted with its own entry left out: another x than scorer's.
@@ -111,6 +113,7 @@ def ranked(
         if rates:
             score = model.mean.expand(len(places)).clone()
             score[: len(known)] += model.item_deviation[known] * (counts[known] > 0)
+            score = model.transform.inverse(score)
         of_each = rated.user_counts[users[cold_rows].clamp(min=0)] * (users[cold_rows] >= 0)
         best = score.sort(descending=True, stable=True).indices[: k + _most(of_each, exclude_seen)]
         found.append(_every_pair(cold_rows, places[best], score[best]))

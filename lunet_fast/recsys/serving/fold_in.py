@@ -113,8 +113,12 @@ class FoldIn:
             model.item_history = _table(torch.zeros_like(self._embedding))
         if self._bias is not None:
             model.user_bias = nn.Parameter(self._bias.clone())
-        residual = 0.0 if ratings is None else float((ratings - whole.mean).sum())
-        model.user_deviation = torch.tensor([residual / (len(items) + 10)])
+        l2, left = 10.0, torch.zeros(())
+        if ratings is not None:
+            left = whole.transform(ratings) - whole.mean
+            if whole.config.offset == "biases":
+                l2, left = whole.config.offset_l2_user, left - whole.item_deviation[items]
+        model.user_deviation = (left.sum() / max(len(items) + l2, 1)).reshape(1)
         # One film seen says little of how a user rates: no user in training had a history as short as that.
         # What a user chooses, it says.
         damped = whole.config.gamma == 1

@@ -14,6 +14,7 @@ import torch
 from lunet_fast.recsys.data.ids import IdMap, listed
 from lunet_fast.recsys.data.objects import ratings_frame
 from lunet_fast.recsys.data.ratings import Ratings, from_frame, read_ratings
+from lunet_fast.recsys.model.auto import AUTO, auto_config
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.embeddings import Histories
 from lunet_fast.recsys.model.model_files import (
@@ -64,10 +65,14 @@ class LUNetRecommender:
         self._ready: Ready | SequenceServing | None = None
 
     def _config(self, n_ratings: int) -> TrainConfig | SequenceConfig:
+        return settings_of(self.recipe, n_ratings, **self._overrides())
+
+    def _overrides(self) -> dict[str, Any]:
+        """What is not the recipe's."""
         fixed: dict[str, Any] = {"seed": self.seed, "split": "none"}
         if self.recipe != SEQUENCE:
             fixed["mlp"] = False
-        return settings_of(self.recipe, n_ratings, **{**fixed, **self.settings})
+        return {**fixed, **self.settings}
 
     def fit(
         self,
@@ -110,6 +115,8 @@ class LUNetRecommender:
             ratings = from_frame(ratings_frame(ratings, names), **columns)
         config = self._config(len(ratings))
         if isinstance(config, TrainConfig):
+            if self.recipe == AUTO:
+                config = auto_config(ratings, device=self.device, **self._overrides())
             self._set_trained(train(ratings, config, device=self.device, progress=progress).trained)
         else:
             self._set_trained(train_sequence(ratings, config, device=self.device, progress=progress).trained)
