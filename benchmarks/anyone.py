@@ -244,7 +244,8 @@ def markdown(parts: dict[str, Any]) -> str:
     if files:
         lines += [
             "Test MSE in the files' own units, lower is better; ± is the standard error over three splits. "
-            "Bold is the best. The last row is the share of ten recommendations to each user that its file rates.",
+            "Bold is the best. The last row is the share of ten recommendations to each user that its file "
+            "rates.",
             "",
             f"| method | {' | '.join(files)} |",
             "| --- |" + " ---: |" * len(files),
