@@ -47,7 +47,9 @@ class LUNetRecommender:
     >>> recommender.predict(["ann", "bob"], ["film-7", "film-9"])      # doctest: +SKIP
     array([4.12, 2.87], dtype=float32)
 
-    ``recipe`` is ``best`` or ``paper``; ``settings`` override single fields of
+    ``recipe`` is ``auto``, for ratings of any unit and size
+    (:func:`~lunet_fast.recsys.model.auto.auto_config`), or ``best`` or ``paper``, which have MovieLens'
+    settings; ``settings`` override single fields of
     :class:`~lunet_fast.recsys.model.config.TrainConfig`, such as ``epochs=5``. ``sequence`` ranks what a user
     may choose next by the order of what it chose before, and predicts no ratings; its settings are those of
     :class:`~lunet_fast.recsys.model.sequence_config.SequenceConfig`. ``device`` is where training
@@ -58,7 +60,7 @@ class LUNetRecommender:
     """
 
     def __init__(
-        self, recipe: str = "best", seed: int = 0, device: torch.device | str = "cpu", **settings: Any
+        self, recipe: str = AUTO, seed: int = 0, device: torch.device | str = "cpu", **settings: Any
     ) -> None:
         self.recipe, self.seed, self.device, self.settings = recipe, seed, device, settings
         self._config(1)  # a wrong name or value is told now, not after the data are read
@@ -95,8 +97,8 @@ class LUNetRecommender:
         The column names and ``scale`` apply to files and frames, as in
         :func:`~lunet_fast.recsys.data.ratings.read_ratings`, whose errors are raised, and ``TypeError`` for
         an object of another kind; ``rating=None`` reads
-        interactions without ratings, which need gamma 0 or recipe ``sequence``. Sizes other than MovieLens'
-        take the settings of the MovieLens set nearest in size.
+        interactions without ratings, which need gamma 0 or recipe ``sequence``. Recipe ``auto`` makes a short
+        search on validation parts first; ``best`` takes the settings of the MovieLens set nearest in size.
         """
         config = self._config(1)
         if rating is None and isinstance(config, TrainConfig) and config.gamma > 0:

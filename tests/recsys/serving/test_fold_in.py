@@ -16,7 +16,7 @@ from tests.recsys.synthetic import latent_frame, quick_config
 QUICK: dict[str, Any] = {
     name: value
     for name, value in quick_config().to_dict().items()
-    if name in ("members", "embedding_size", "batch_size", "learning_rate")
+    if name in ("recipe", "members", "embedding_size", "batch_size", "learning_rate")
 }
 GIVEN = {3: 5.0, 4: 1.0, 8: 4.0, 11: 2.0}
 

@@ -18,7 +18,8 @@ from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
 QUICK: dict[str, Any] = {
     name: value
     for name, value in quick_config().to_dict().items()
-    if name in ("members", "embedding_size", "item_history", "epochs", "batch_size", "learning_rate")
+    if name
+    in ("recipe", "members", "embedding_size", "item_history", "epochs", "batch_size", "learning_rate")
 }
 
 
@@ -278,4 +279,4 @@ class TestFiles:
 
 
 def test_repr() -> None:
-    assert repr(LUNetRecommender(seed=3)) == "LUNetRecommender(recipe='best', seed=3, not trained)"
+    assert repr(LUNetRecommender(seed=3)) == "LUNetRecommender(recipe='auto', seed=3, not trained)"

@@ -123,7 +123,7 @@ def test_what_another_recipe_does(recommender: LUNetRecommender) -> None:
     for call in (lambda: recommender.predict(0, 1), lambda: recommender.trained):
         with pytest.raises(ValueError, match="recipe 'sequence' ranks"):
             call()
-    best = LUNetRecommender(members=1, epochs=1, embedding_size=2).fit(RATINGS)
+    best = LUNetRecommender("best", members=1, epochs=1, embedding_size=2).fit(RATINGS)
     with pytest.raises(ValueError, match="knows no order"):
         best.session()
     with pytest.raises(ValueError, match="not of 'sequence'"):
