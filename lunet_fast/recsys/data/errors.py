@@ -25,7 +25,8 @@ def brief(value: object, most: int = 80) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def check_whole(name: str, value: object, least: int) -> None:
-    """ValueError unless the argument ``name`` is an integer of at least ``least``."""
+def check_whole(name: str, value: object, least: int) -> int:
+    """The argument ``name``; ValueError unless it is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)

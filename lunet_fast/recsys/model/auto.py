@@ -157,10 +157,11 @@ def _members(base: TrainConfig, size: int, rows: int) -> int:
 
 def _numbers(config: TrainConfig, n_users: int, n_items: int) -> int:
     """Parameters, of side features aside."""
-    size, members = config.embedding_size, config.members
+    size, members, heads = config.embedding_size, config.members, 2 - (config.gamma in (0, 1))
     rows = n_users * (1 + config.item_history) + n_items * (1 + config.user_history)
-    tables = members * (rows * size + (n_users + n_items) * int(config.biases))
-    return tables + members * config.layers * (4 * size * size + 2 * size)
+    alone = (n_users + n_items) * int(config.biases and config.gamma > 0) + n_items * int(config.gamma < 1)
+    nets = config.layers * (4 * size * size + 2 * size) + heads * (2 * size + 1)
+    return members * (rows * size + alone + nets)
 
 
 def _seconds_of_a_step(config: TrainConfig, n: int) -> float:

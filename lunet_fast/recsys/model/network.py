@@ -276,6 +276,12 @@ class RatingModel(Embeddings):
         """
         x = self.embed(users, items, histories or self.histories(), observed)
         z = self.network(x if dropout is None else x * dropout)
+        return self.read(x, z, users, items, strength)
+
+    def read(
+        self, x: Tensor, z: Tensor, users: Tensor, items: Tensor, strength: float | None = None
+    ) -> Output:
+        """What z = f(x), both ``[K, B, D]``, says of the pairs."""
         # Which coordinates of each half are whose: the interactions have the last ones.
         own = self.config.embedding_size - self.config.interaction_size
         score = logit = bias = None

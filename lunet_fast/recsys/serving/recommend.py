@@ -11,9 +11,11 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from lunet_fast.recsys.data.errors import check_whole
 from lunet_fast.recsys.data.ids import IdMap, listed
 from lunet_fast.recsys.data.objects import ratings_frame
 from lunet_fast.recsys.data.ratings import Ratings, from_frame, read_ratings
+from lunet_fast.recsys.measures import metrics
 from lunet_fast.recsys.model.auto import AUTO, auto_config
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.embeddings import Histories
@@ -33,6 +35,7 @@ from lunet_fast.recsys.model.training import train
 from lunet_fast.recsys.serving.best_items import Ready, in_chunks, place_in_row, ranked
 from lunet_fast.recsys.serving.fold_in import METHODS, given_items
 from lunet_fast.recsys.serving.sequence import SequenceServing, Session
+from lunet_fast.recsys.serving.similar import most_similar, reasons
 from lunet_fast.training.files import RunFolder, write_json
 from lunet_fast.training.loop import Progress
 
@@ -100,21 +103,8 @@ class LUNetRecommender:
         interactions without ratings, which need gamma 0 or recipe ``sequence``. Recipe ``auto`` makes a short
         search on validation parts first; ``best`` takes the settings of the MovieLens set nearest in size.
         """
-        config = self._config(1)
-        if rating is None and isinstance(config, TrainConfig) and config.gamma > 0:
-            raise ValueError("rating=None leaves no ratings to train on: make LUNetRecommender(gamma=0)")
-        columns: dict[str, Any] = {
-            "user": user,
-            "item": item,
-            "rating": rating,
-            "timestamp": timestamp,
-            "scale": scale,
-        }
-        if isinstance(ratings, (str, os.PathLike)):
-            ratings = read_ratings(ratings, **columns)
-        elif not isinstance(ratings, Ratings):
-            names = [name for name in (user, item, rating, timestamp) if name is not None]
-            ratings = from_frame(ratings_frame(ratings, names), **columns)
+        columns = {"user": user, "item": item, "rating": rating, "timestamp": timestamp, "scale": scale}
+        ratings = self._read(ratings, **columns)
         config = self._config(len(ratings))
         if isinstance(config, TrainConfig):
             if self.recipe == AUTO:
@@ -123,6 +113,19 @@ class LUNetRecommender:
         else:
             self._set_trained(train_sequence(ratings, config, device=self.device, progress=progress).trained)
         return self
+
+    def _read(self, ratings: Any, **columns: Any) -> Ratings:
+        """What :meth:`fit` is given, as a table."""
+        config = self._config(1)
+        names = {"user": "user", "item": "item", "rating": "rating", "timestamp": "timestamp", **columns}
+        if names["rating"] is None and isinstance(config, TrainConfig) and config.gamma > 0:
+            raise ValueError("rating=None leaves no ratings to train on: make LUNetRecommender(gamma=0)")
+        if isinstance(ratings, Ratings):
+            return ratings
+        if isinstance(ratings, (str, os.PathLike)):
+            return read_ratings(ratings, **names)
+        roles = [names[role] for role in ("user", "item", "rating", "timestamp") if names[role] is not None]
+        return from_frame(ratings_frame(ratings, roles), **names)
 
     def _set_trained(self, trained: TrainedModel | TrainedSequences) -> None:
         self._ready = Ready(trained) if isinstance(trained, TrainedModel) else SequenceServing(trained)
@@ -301,6 +304,65 @@ class LUNetRecommender:
         As ``session(recent_items).recommend(k)``. ``ValueError`` for a model of another recipe.
         """
         return self.session(recent_items).recommend(k)
+
+    def similar_items(self, items: Any, k: int = 10) -> pd.DataFrame:
+        """The k items most like each of ``items``: columns ``item``, ``rank``, ``similar``, ``similarity``.
+
+        >>> recommender.similar_items("film-7", k=2)                       # doctest: +SKIP
+             item  rank similar  similarity
+        0  film-7     1  film-3        0.81
+        1  film-7     2  film-1        0.64
+
+        By the cosine of what the network is given of them, less the mean item
+        (:func:`~lunet_fast.recsys.serving.similar.most_similar`). Items without training ratings have no row.
+        ``ValueError`` for recipe ``sequence``.
+        """
+        return most_similar(self._prepared(), "item", items, check_whole("k", k, 1))
+
+    def similar_users(self, users: Any, k: int = 10) -> pd.DataFrame:
+        """The k users most like each of ``users``, as :meth:`similar_items`; the first column is ``user``."""
+        return most_similar(self._prepared(), "user", users, check_whole("k", k, 1))
+
+    def explain(self, user: Any, item: Any, k: int = 10) -> pd.DataFrame:
+        """Which of a user's items speak for ``item``: columns ``item`` and ``effect``, the largest first.
+
+        The effect is what the score that ranks loses where the one item is left out of the user's history
+        (:func:`~lunet_fast.recsys.serving.similar.reasons`): a negative one speaks against. ``ValueError``
+        for ids without training ratings, a model without ``user_history``, and recipe ``sequence``.
+        """
+        return reasons(self._prepared(), user, item, check_whole("k", k, 1))
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The arguments that make the same recommender, not trained; as scikit-learn has it."""
+        return {"recipe": self.recipe, "seed": self.seed, "device": self.device, **self.settings}
+
+    def set_params(self, **params: Any) -> LUNetRecommender:
+        """Change arguments for the next :meth:`fit`; ``ValueError`` for a wrong one. Returns itself."""
+        changed = LUNetRecommender(**{**self.get_params(), **params})
+        self.recipe, self.seed = changed.recipe, changed.seed
+        self.device, self.settings = changed.device, changed.settings
+        return self
+
+    def cross_validate(self, ratings: Any, folds: int = 5, **columns: Any) -> pd.DataFrame:
+        """Errors of predicted ratings on each of ``folds`` parts, trained on the others.
+
+        Columns ``fold`` from 1, ``test_ratings``, ``mse``, ``rmse``. ``ratings`` and ``columns`` are those of
+        :meth:`fit`, whose errors are raised; parts are drawn by the seed. This recommender stays as it is.
+        ``ValueError`` where folds is below 2 or more than there are ratings, and with gamma 0.
+        """
+        table = self._read(ratings, **columns)
+        if check_whole("folds", folds, 2) > len(table):
+            raise ValueError(f"folds={folds!r} must be at most the number of ratings, {len(table)}")
+        order = torch.from_numpy(np.random.default_rng(self.seed).permutation(len(table)))
+        rows = []
+        for fold, part in enumerate(order.tensor_split(folds)):
+            rest = order[~torch.isin(order, part)].sort().values
+            fitted = LUNetRecommender(**self.get_params()).fit(table.select(rest))
+            ready, test = fitted._prepared(), table.select(part)
+            found = in_chunks(ready.trained.model, ready.histories(), test.user, test.item)
+            mse = metrics.mse(found.clamp_(*table.scale), test.rating)
+            rows.append({"fold": fold + 1, "test_ratings": len(part), "mse": mse, "rmse": mse**0.5})
+        return pd.DataFrame(rows)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``directory``, which is made if needed.
