@@ -98,7 +98,7 @@ def ranked(
 def rating_rows(ratings: Ratings, out: Tensor, users: list[User]) -> list[dict[str, Any]]:
     """MSE of each way and n."""
     known = ~out[ratings.user]
-    recommender = LUNetRecommender(seed=SEED, **RATING).fit(ratings.select(known))
+    recommender = LUNetRecommender("best", SEED, **RATING).fit(ratings.select(known))
     model = recommender.trained.model
     ids = ratings.items.ids
 
@@ -134,7 +134,7 @@ def rating_rows(ratings: Ratings, out: Tensor, users: list[User]) -> list[dict[s
     again: dict[str, Any] = {"way": "trained again with the n ratings"}
     for n in GIVEN:
         rows = torch.cat([known.nonzero().squeeze(1), *(user.rows[:n] for user in users)])
-        new = LUNetRecommender(seed=SEED, **RATING).fit(ratings.select(rows))
+        new = LUNetRecommender("best", SEED, **RATING).fit(ratings.select(rows))
 
         def retrained(user: User, n: int, new: LUNetRecommender = new) -> Any:
             items = ids[ratings.item[user.rows[MOST:]].numpy()]
@@ -147,7 +147,7 @@ def rating_rows(ratings: Ratings, out: Tensor, users: list[User]) -> list[dict[s
 
 def ranking_rows(ratings: Ratings, out: Tensor, users: list[User]) -> list[dict[str, Any]]:
     """HR@10 and NDCG@10 of each way and n."""
-    recommender = LUNetRecommender(seed=SEED, **RANKING).fit(ratings.select(~out[ratings.user]))
+    recommender = LUNetRecommender("best", SEED, **RANKING).fit(ratings.select(~out[ratings.user]))
     model = recommender.trained.model
     cold = model.interactions.item_counts == 0
     popularity = model.popularity().masked_fill(cold, -torch.inf)

@@ -122,7 +122,7 @@ def compare_command(
 
 def _read(dataset: str, source: options.Source, output: FigureOutput) -> Ratings:
     """As ``Source.read``; a file without the usual column of ratings is one of interactions."""
-    ratings, rated = source.read_with_or_without_ratings(dataset)
+    ratings, rated = source.read_with_or_without_ratings(dataset, output.note)
     if not rated:
         output.note(
             f"{dataset}: no column 'rating' (another name is given by --rating-column): each row is an "

@@ -91,7 +91,7 @@ def fetch_command(
 
 @data_app.command("verify")
 @grouped
-def verify_command(*, dataset: NameOrPath, source: options.Source) -> None:
+def verify_command(*, dataset: NameOrPath, source: options.Source, output: Output) -> None:
     """Check every byte of a MovieLens data set, or every value of a file of your own.
 
     MovieLens: checksums and counts of the copy on this machine; nothing is fetched. Your own file: columns,
@@ -120,7 +120,7 @@ def verify_command(*, dataset: NameOrPath, source: options.Source) -> None:
             ratings = source.read(dataset)
         else:
             try:
-                ratings = source.read(dataset, argument="NAME|PATH")
+                ratings = source.read(dataset, argument="NAME|PATH", told=output.note)
             except RatingFileError as error:
                 fail(error, 1)
     low, high = ratings.scale
@@ -144,7 +144,7 @@ def describe_command(*, dataset: NameOrPath, source: options.Source, output: Fig
         lunet-fast data describe ratings.csv --sep ";" --json
     """
     with errors_told(), _log_told(output.told):
-        ratings = source.read(dataset, argument="NAME|PATH")
+        ratings = source.read(dataset, argument="NAME|PATH", told=output.note)
     found = ratings.describe()
     output.figures({**found, "source": ratings.source}, lambda: _show_description(found))
 

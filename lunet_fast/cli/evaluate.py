@@ -60,6 +60,7 @@ def evaluate_command(
         low, high = recommender.scale
         if source.scale is None and low < high:
             source = replace(source, scale=(low, high))  # predictions were clipped to the training's
+        source = source.of_run(options.recorded(run).get("reading"))
         if test_file is not None:
             values = _on_file(recommender, test_file, source)
             groups: list[ActivityGroup] = []
@@ -87,11 +88,9 @@ def _parts(recommender: LUNetRecommender, run: Path, dataset: str | None, source
     from lunet_fast.recsys.data import movielens
     from lunet_fast.recsys.measures.protocols import Parts
     from lunet_fast.recsys.model.training import ratings_digest
-    from lunet_fast.training.files import RunFolder, read_json
 
     config = recommender.config
-    file = RunFolder(run).config
-    recorded = read_json(file) if file.is_file() else {}
+    recorded = options.recorded(run)
     if config.split in ("files", "stream", "none"):
         why = {"files": "two files", "stream": "a stream", "none": "all ratings"}[config.split]
         raise ValueError(f"--run {run}: was trained on {why}: give --test-file to evaluate it on")

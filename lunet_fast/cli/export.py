@@ -43,6 +43,6 @@ def export_command(
         require_pyarrow("writing Parquet")
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out}: is a file: name a folder")
-        recommender = options.load_run(run, device)
+        recommender = options.load_run(run, device, final=True)
         for path, rows, size in export_vectors(recommender, out):
             output.line(f"{path}: {rows:,} vectors of {size} numbers")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,16 @@ if TYPE_CHECKING:
     from lunet_fast.recsys.data.ratings import Ratings
     from lunet_fast.recsys.serving.recommend import LUNetRecommender
     from lunet_fast.training.files import RunFolder
+
+Told = Callable[[str], None]
+"""Is told what people may want to know."""
+
+FINAL = "final"
+"""Within a run folder, the run on all ratings."""
+RANKS_WORSE = (
+    "As a ranking it is worse than popularity, for it was trained on ratings alone: for recommendations "
+    "train with --gamma 0.1, or 0"
+)
 
 DATA, FILES = "Data", "Columns of your own file"
 
@@ -41,21 +53,43 @@ DataDir = Annotated[
         show_default="$LUNET_FAST_DATA, else a download",
     ),
 ]
+USUAL = "a usual name, such as {}"
 UserColumn = Annotated[
-    str,
-    file_option("--user-column", "--user-col", metavar="NAME", help="Users' ids."),
+    str | None,
+    file_option(
+        "--user-column",
+        "--user-col",
+        metavar="NAME",
+        help="Users' ids.",
+        show_default=USUAL.format("user or userId"),
+    ),
 ]
 ItemColumn = Annotated[
-    str,
-    file_option("--item-column", "--item-col", metavar="NAME", help="Items' ids."),
+    str | None,
+    file_option(
+        "--item-column",
+        "--item-col",
+        metavar="NAME",
+        help="Items' ids.",
+        show_default=USUAL.format("item or movieId"),
+    ),
 ]
 Separator = Annotated[
     str | None,
     file_option(
         "--sep",
         metavar="TEXT",
-        help="What stands between two columns.",
-        show_default="by the file's extension",
+        help="What stands between two columns: the text, or comma, tab, semicolon, pipe, colons, space.",
+        show_default="by the file's extension, or found",
+    ),
+]
+Header = Annotated[
+    bool | None,
+    file_option(
+        "--header/--no-header",
+        help="Whether the first line names the columns. Without it they are users, items, ratings and "
+        "times, or those whose numbers, from 1, `--user-column` and the others name.",
+        show_default="header",
     ),
 ]
 Run = Annotated[
@@ -77,22 +111,38 @@ class Source:
     """Where MovieLens lies, and what a file of one's own looks like."""
 
     data_dir: DataDir = None
-    user_column: UserColumn = "user"
-    item_column: ItemColumn = "item"
+    user_column: UserColumn = None
+    item_column: ItemColumn = None
     rating_column: Annotated[
-        str,
-        file_option("--rating-column", "--rating-col", metavar="NAME", help="Numbers."),
-    ] = "rating"
+        str | None,
+        file_option(
+            "--rating-column",
+            "--rating-col",
+            metavar="NAME",
+            help="Numbers.",
+            show_default=USUAL.format("rating or stars"),
+        ),
+    ] = None
     timestamp_column: Annotated[
-        str,
+        str | None,
         file_option(
             "--timestamp-column",
             "--timestamp-col",
             metavar="NAME",
-            help="Unix seconds or ISO dates; may be absent.",
+            help="Unix seconds or ISO dates; may be absent; `none` leaves it out.",
+            show_default=USUAL.format("timestamp"),
         ),
-    ] = "timestamp"
+    ] = None
     sep: Separator = None
+    header: Header = None
+    duplicates: Annotated[
+        str | None,
+        file_option(
+            metavar="error|latest|mean|max",
+            help="What becomes of several ratings of a pair.",
+            show_default="error",
+        ),
+    ] = None
     scale: Annotated[
         tuple[float, float] | None,
         file_option(
@@ -102,21 +152,41 @@ class Source:
         ),
     ] = None
 
+    def of_run(self, recorded: dict[str, Any] | None) -> Source:
+        """The same, with what a run's ``config.json`` says of its file where no option is given."""
+        if not recorded:
+            return self
+        fields = {role: f"{role}_column" for role in ("user", "item", "rating", "timestamp")}
+        known: dict[str, Any] = {fields.get(name, name): value for name, value in recorded.items()}
+        names = {field.name for field in dataclasses.fields(self)} & known.keys()
+        left = {name: known[name] for name in names if getattr(self, name) is None}
+        return dataclasses.replace(self, **left)
+
     def columns(self, *, rated: bool = True) -> dict[str, Any]:
         """The arguments of ``read_ratings`` for a file; not ``rated``, it needs no column of ratings."""
         return {
-            "user": self.user_column,
-            "item": self.item_column,
-            "rating": self.rating_column if rated else None,
-            "timestamp": self.timestamp_column,
+            **self.names(rated=rated),
             "sep": self.sep,
+            "header": self.header is not False,
+            "duplicates": self.duplicates or "error",
             "scale": self.scale,
         }
 
-    def read(self, dataset: str, *, rated: bool = True, argument: str = "--dataset") -> Ratings:
+    def names(self, *, rated: bool = True) -> dict[str, str | None]:
+        """The columns by role."""
+        return {
+            "user": self.user_column or "user",
+            "item": self.item_column or "item",
+            "rating": (self.rating_column or "rating") if rated else None,
+            "timestamp": None if self.timestamp_column == "none" else self.timestamp_column or "timestamp",
+        }
+
+    def read(
+        self, dataset: str, *, rated: bool = True, argument: str = "--dataset", told: Told | None = None
+    ) -> Ratings:
         """The bundled data set of that name, fetched if need be, or the file of that path.
 
-        ``argument`` is what messages call ``dataset``.
+        ``argument`` is what messages call ``dataset``; ``told`` gets a line for all that was recognised.
         """
         from lunet_fast.recsys.data import movielens
         from lunet_fast.recsys.data.ratings import read_ratings
@@ -128,19 +198,23 @@ class Source:
             raise FileNotFoundError(
                 f"{argument} {dataset}: neither a known data set ({known}) nor an existing file"
             )
-        return read_ratings(dataset, **self.columns(rated=rated))
+        ratings = read_ratings(dataset, **self.columns(rated=rated))
+        if told is not None:
+            for note in ratings.notes:
+                told(note)
+        return ratings
 
-    def read_with_or_without_ratings(self, dataset: str) -> tuple[Ratings, bool]:
+    def read_with_or_without_ratings(self, dataset: str, told: Told | None = None) -> tuple[Ratings, bool]:
         """As :meth:`read`, and whether there are ratings: a file without the usual column has none."""
         from lunet_fast.recsys.data.ratings import RatingFileError
 
         try:
-            return self.read(dataset), True
+            return self.read(dataset, told=told), True
         except RatingFileError as error:
-            usual = self.rating_column == "rating" and "no column 'rating' for the rating" in str(error)
+            usual = self.rating_column is None and "no column 'rating' for the rating" in str(error)
             if not usual:
                 raise
-        return self.read(dataset, rated=False), False
+        return self.read(dataset, rated=False, told=told), False
 
 
 @dataclass(frozen=True)
@@ -184,8 +258,8 @@ def existing_device(device: str) -> Any:
     return place
 
 
-def load_run(run: Path, device: str = "cpu") -> LUNetRecommender:
-    """The recommender of a run folder, to compute on ``device``.
+def load_run(run: Path, device: str = "cpu", *, final: bool = False) -> LUNetRecommender:
+    """The recommender of a run folder, to compute on ``device``; ``final``, of all ratings if there is one.
 
     ``FileNotFoundError`` where the folder holds no trained model, ``ValueError`` for a device that is not
     there, and the errors of ``LUNetRecommender.load``.
@@ -206,9 +280,18 @@ def load_run(run: Path, device: str = "cpu") -> LUNetRecommender:
             f"--run {run}: there is no trained model: train one with  lunet-fast train --out {run}  or name "
             f"another run folder{also}"
         )
-    recommender = LUNetRecommender.load(run)
+    whole = RunFolder(run / FINAL)
+    recommender = LUNetRecommender.load(whole.path if final and whole.is_finished() else run)
     recommender.device = place
     return recommender
+
+
+def recorded(run: Path) -> dict[str, Any]:
+    """What the ``config.json`` of a run folder says of its training; {} without one."""
+    from lunet_fast.training.files import RunFolder, read_json
+
+    file = RunFolder(run).config
+    return read_json(file) if file.is_file() else {}
 
 
 def run_name(dataset: str, known: Any) -> str:

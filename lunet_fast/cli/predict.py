@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,9 +45,10 @@ def predict_command(
         str | None, typer.Option("--item", "-i", metavar="ID", help="One item; goes with --user.")
     ] = None,
     out: options.TableOut = None,
-    user_column: options.UserColumn = "user",
-    item_column: options.ItemColumn = "item",
+    user_column: options.UserColumn = None,
+    item_column: options.ItemColumn = None,
     sep: options.Separator = None,
+    header: options.Header = None,
     device: options.Device = "cpu",
     output: FigureOutput,
 ) -> None:
@@ -80,8 +81,13 @@ def predict_command(
         if pairs is None:
             users, items = [given_text("--user", str(user))], [given_text("--item", str(item))]
         else:
-            table = _read_pairs(pairs, user_column, item_column, sep)
-        recommender = options.load_run(run, device)
+            known = options.recorded(run).get("reading") or {}
+            first = [user_column or known.get("user"), item_column or known.get("item")]
+            # As in the file that the run was trained on, or else with a usual header.
+            table = _read_pairs(pairs, first, [user_column, item_column], sep, header is not False)
+            for note in table.notes:
+                output.note(note)
+        recommender = options.load_run(run, device, final=True)
         recommender.trained.model.to(device)
         if pairs is not None:
             users = _ids(table, "user", recommender.users)
@@ -122,16 +128,27 @@ def _rated(index: Any, counts: Any) -> Any:
     return (index >= 0) & (counts.cpu().numpy()[index.clip(min=0)] > 0)
 
 
-def _read_pairs(path: Path, user: str, item: str, sep: str | None) -> Table:
-    """The rows of the file, no id of which is empty.
+def _read_pairs(
+    path: Path, first: Sequence[str | None], then: Sequence[str | None], sep: str | None, header: bool = True
+) -> Table:
+    """The rows of the file, no id of which is empty; ``first`` names the columns, or else ``then``.
 
     Formats, rules and errors are those of ``read_ratings``, which itself wants a rating and each pair once.
     """
-    from lunet_fast.recsys.data.ratings import read_table
+    from lunet_fast.recsys.data.ratings import RatingFileError, read_table
 
     if not path.is_file():
         raise FileNotFoundError(f"--pairs {path}: no such file")
-    table = read_table(path, sep, user=user, item=item)
+    chosen = [
+        {role: name or role for role, name in zip(("user", "item"), each, strict=True)}
+        for each in (first, then)
+    ]
+    try:
+        table = read_table(path, sep, header=header, **chosen[0])
+    except RatingFileError:
+        if chosen[0] == chosen[1]:
+            raise
+        table = read_table(path, sep, header=header, **chosen[1])
     for role in ("user", "item"):
         table.refuse_empty(role)
     return table

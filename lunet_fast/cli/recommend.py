@@ -103,9 +103,10 @@ def recommend_command(
         if users_file is not None:
             ids += _read_ids(users_file)
         prepare_out(out)
-        recommender = options.load_run(run, device)
+        recommender = options.load_run(run, device, final=True)
         ids = recommender.users.ids.tolist() if all_users else list(dict.fromkeys(ids))
         _note_unseen(output, recommender, ids)
+        _note_ranking(output, run, recommender)
         titles = recommender.item_info is not None
         # Bars over rows in a terminal would be unreadable.
         short = len(ids) <= BATCH or out is None
@@ -183,6 +184,19 @@ def _note_unseen(output: Output, recommender: LUNetRecommender, ids: Sequence[An
             f"Note: {len(unseen)} of {len(ids)} users have no rating in the training data ({names}): they "
             f"get the items {best}"
         )
+
+
+def _note_ranking(output: Output, run: Path, recommender: LUNetRecommender) -> None:
+    """A note on stderr where popularity ranked better on the parts that were held out."""
+    from lunet_fast.training.files import RunFolder, read_json
+
+    metrics = RunFolder(run).metrics
+    if recommender.ranks_by != "rating" or not metrics.is_file():
+        return
+    values = read_json(metrics)
+    ours, popularity = values.get("full_ndcg@10"), values.get("popularity_full_ndcg@10")
+    if ours is not None and popularity is not None and ours < popularity:
+        output.note(f"Note: NDCG@10 {ours:.4f}, popularity {popularity:.4f}. {options.RANKS_WORSE}")
 
 
 def _rows(recommender: LUNetRecommender, frame: pd.DataFrame) -> Iterator[tuple[Any, ...]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -12,7 +14,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lunet_fast.cli.options import Continuation, Dataset, Device, Source, data_option, run_name
+from lunet_fast.cli.options import (
+    FINAL,
+    RANKS_WORSE,
+    Continuation,
+    Dataset,
+    Device,
+    Source,
+    Told,
+    data_option,
+    run_name,
+)
 from lunet_fast.cli.output import FigureOutput, Terminal, fail
 from lunet_fast.cli.signatures import grouped, settings_command
 
@@ -35,13 +47,13 @@ TrainCommand = settings_command(
             *("epochs", "batch_size", "learning_rate", "net_learning_rate", "embedding_size", "layers"),
             *("alpha", "members", "side_features", "dropout", "mlp", "seed", "threads"),
         ),
-        OBJECTIVE: ("gamma", "loss", "negatives", "negative_sampling", "negatives_outside"),
+        OBJECTIVE: ("gamma", "loss", "transform", "negatives", "negative_sampling", "negatives_outside"),
         ORDER: ("order", "length", "decays", "network"),
     },
     dict.fromkeys(
         (
             *("epochs", "batch_size", "learning_rate", "net_learning_rate", "embedding_size", "layers"),
-            *("members", "side_features", "dropout", "negatives"),
+            *("members", "side_features", "dropout", "negatives", "transform", "mlp"),
         ),
         "the recipe's",
     ),
@@ -104,6 +116,8 @@ class Parts:
                 "--shard-tables divides the tables of a training on a stream: add --stream, with a Parquet "
                 "file"
             )
+        if recipe == "auto" and self.stream:
+            raise typer.BadParameter("--recipe auto reads all ratings: leave --stream away")
         if recipe == "sequence" and (self.stream or self.train_file is not None):
             raise typer.BadParameter(
                 "--recipe sequence holds each user's latest rating out of one data set: leave --stream, "
@@ -137,11 +151,12 @@ def train_command(
         typer.Option(
             "--recipe",
             "-r",
-            metavar="paper|best|sequence",
+            metavar="paper|best|auto|sequence",
             help="`paper`: the paper's protocol (Adam 1e-3, batch 128, 50 epochs, linear read-out). "
-            "`best`: the best settings found on a validation part. `sequence`: each user's next item, from "
-            "the order of those before; it ranks and predicts no ratings.",
-            show_default="best",
+            "`best`: the best settings found on MovieLens' validation part. `auto`: for any unit and size of "
+            "ratings, by a short search on a validation part of yours. `sequence`: each user's next item, "
+            "from the order of those before; it ranks and predicts no ratings.",
+            show_default="auto; best for ml-100k and ml-1m, and with --stream",
         ),
     ] = None,
     out: Annotated[
@@ -151,10 +166,22 @@ def train_command(
     parts: Parts,
     source: Source,
     settings: SettingsFile = None,
+    final: Annotated[
+        bool,
+        typer.Option(
+            "--final",
+            help="After the test train once more, on all ratings, into `final` in the run folder, which "
+            "`recommend`, `predict` and `export` then use.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be trained, its memory and time, and train nothing."),
+    ] = False,
     device: Device = "cpu",
     output: FigureOutput,
 ) -> None:
-    """Train the recommender and set it beside the paper's table 2.
+    """Train the recommender; on MovieLens it is set beside the paper's table 2.
 
     Writes `metrics.json`, `config.json`, `model.safetensors`, `loss.png` and `checkpoints/` into the run
     folder. The ratings held out are evaluated for the figure and the result; no decision reads them. Settings
@@ -189,26 +216,35 @@ def train_command(
     from lunet_fast.training.files import RunFolder, read_json
 
     given = context.obj if recipe is None else {**context.obj, "recipe": recipe}
-    chosen = _settings(given, settings, parts)
+    own = dataset not in movielens.DATASETS and not parts.stream
+    chosen = _settings(given, settings, parts, "auto" if own else "best")
     parts.check(dataset, source, chosen["recipe"])
-    training = Training(dataset, parts, source, chosen)
+    if final and (parts.stream or parts.train_file is not None):
+        raise typer.BadParameter("--final trains on one data set: leave --stream and --train-file away")
+    training = Training(dataset, parts, source, chosen, output.note)
     folder = RunFolder(out or Path("runs") / (run_name(dataset, movielens.DATASETS) or "ratings"))
     with training_told(folder.checkpoints) as stop:
         training.config(1)  # a wrong value is told before any file is read
+        if dry_run:
+            output.figures(*training.planned())
+            return
         with workers_of_torchrun(device) as workers, _process_told(workers, stop):
-            if training.is_finished(folder, workers, continuation):
+            left = final and not RunFolder(folder.path / FINAL).is_finished()
+            if training.is_finished(folder, workers, continuation) and not left:
                 if workers.is_first:
                     output.line(f"{folder.path} holds the finished training; nothing to do.")
             else:
                 console = Terminal(quiet=not (workers.is_first and output.told))
-                training.run(console, **continuation.arguments(folder), stop=stop, workers=workers)
+                arguments = continuation.arguments(folder)
+                training.run(console, final, **arguments, stop=stop, workers=workers)
     if workers.is_first:
         values = read_json(folder.metrics)
         output.figures(values, lambda: _show(Terminal(), values, folder))
 
 
-def _settings(given: dict[str, Any], file: Path | None, parts: Parts) -> dict[str, Any]:
-    """Settings by name: those typed before those of ``--settings``, and what a stream asks for."""
+def _settings(given: dict[str, Any], file: Path | None, parts: Parts, recipe: str) -> dict[str, Any]:
+    """Settings by name: those typed before those of ``--settings``, and what a stream asks for; the recipe is
+    ``recipe`` where none is given."""
     from lunet_fast.recsys.model.streamed_training import STREAM_SETTINGS
     from lunet_fast.training.files import read_json
 
@@ -220,7 +256,7 @@ def _settings(given: dict[str, Any], file: Path | None, parts: Parts) -> dict[st
             given = {**read_json(file), **given}
         except (OSError, ValueError) as error:
             fail(ValueError(f"--settings {file}: {error}"), 2)
-    given = {"recipe": "best", "seed": 0, **given}
+    given = {"recipe": recipe, "seed": 0, **given}
     if epochs is not None and given["recipe"] != "sequence":
         given["mlp_epochs"] = epochs
     if not parts.stream:
@@ -257,6 +293,7 @@ class Training(NamedTuple):
     parts: Parts
     source: Source
     settings: dict[str, Any]
+    told: Told
 
     def config(self, n_ratings: int) -> TrainConfig | SequenceConfig:
         """``ValueError`` for a setting that cannot work."""
@@ -287,8 +324,39 @@ class Training(NamedTuple):
             _check_same(folder, {**named, **self.settings})
         return True
 
-    def run(self, console: Console, **arguments: Any) -> None:
-        """Train with these further arguments of ``train`` or ``train_stream``."""
+    def config_for(self, ratings: Ratings, test: Ratings | None, **more: Any) -> TrainConfig | SequenceConfig:
+        """The settings for these data, which recipe auto looks for."""
+        from lunet_fast.recsys.model.auto import auto_config
+
+        if self.settings["recipe"] != "auto":
+            return self.config(len(ratings) + (0 if test is None else len(test)))
+        return auto_config(ratings, test, **more, **{k: v for k, v in self.settings.items() if k != "recipe"})
+
+    def planned(self) -> tuple[dict[str, Any], Callable[[], None]]:
+        """(figures of what would be trained, what prints them)."""
+        from lunet_fast.recsys.model.auto import estimated, plan
+        from lunet_fast.recsys.model.config import TrainConfig
+
+        if self.parts.stream or self.settings["recipe"] == "sequence":
+            raise typer.BadParameter("--dry-run knows recipes auto, best and paper, without --stream")
+        ratings, test = self.read()
+        if self.settings["recipe"] == "auto":
+            made = plan(ratings, **{k: v for k, v in self.settings.items() if k != "recipe"})
+        else:
+            config = self.config(len(ratings) + (0 if test is None else len(test)))
+            assert isinstance(config, TrainConfig)
+            made = estimated(config, ratings)
+        values = {
+            "ratings": len(ratings),
+            "users": ratings.n_users,
+            "items": ratings.n_items,
+            **{name: getattr(made, name) for name in ("folds", "parameters", "bytes", "seconds")},
+            "settings": made.config.to_dict(),
+        }
+        return values, partial(_show_plan, values, made.notes)
+
+    def run(self, console: Console, final: bool = False, **arguments: Any) -> None:
+        """Train with these further arguments of ``train`` or ``train_stream``; ``final``, on all data too."""
         from lunet_fast.cli.progress import training_progress
         from lunet_fast.recsys.model.config import TrainConfig
         from lunet_fast.recsys.model.sequence_training import train_sequence
@@ -305,19 +373,31 @@ class Training(NamedTuple):
                 train_stream(rows, config, progress=progress, shard_tables=sharded, **arguments)
             return
         ratings, test = self.read()
-        config = self.config(len(ratings) + (0 if test is None else len(test)))
+        workers = arguments["workers"]
+        if workers.is_first and not arguments["resume"]:
+            shutil.rmtree(arguments["out"] / FINAL, ignore_errors=True)  # of the training that is replaced
+        told = self.told if workers.is_first else None
+        config = self.config_for(ratings, test, device=workers.device, told=told)
         with training_progress(console) as progress:
             if isinstance(config, TrainConfig):
                 train(ratings, config, test=test, progress=progress, **arguments)
             else:
                 train_sequence(ratings, config, progress=progress, **arguments)
+        if not final:
+            return
+        arguments["out"] = arguments["out"] / FINAL
+        with training_progress(console) as progress:
+            if isinstance(config, TrainConfig):
+                whole = config.replace(split="none", mlp=False)
+                train(ratings, whole, progress=progress, **arguments)
+            else:
+                train_sequence(ratings, config.replace(split="none"), progress=progress, **arguments)
 
     def open_stream(self) -> RatingStream:
         from lunet_fast.recsys.data.streaming import RatingStream
 
-        columns = self.source.columns(rated=self.rated)
-        names = {role: columns[role] for role in ("user", "item", "rating", "timestamp")}
-        return RatingStream.open(self.dataset, seed=self.settings["seed"], **names)
+        names = self.source.names(rated=self.rated)
+        return RatingStream.open(self.dataset, seed=self.settings["seed"], **names)  # type: ignore[arg-type]
 
     def read(self) -> tuple[Ratings, Ratings | None]:
         """All ratings, or the training and the test part where two files hold them."""
@@ -326,10 +406,10 @@ class Training(NamedTuple):
         from lunet_fast.recsys.data.splits import join
 
         if self.settings["recipe"] == "sequence":
-            return self.source.read_with_or_without_ratings(self.dataset)[0], None
+            return self.source.read_with_or_without_ratings(self.dataset, self.told)[0], None
         files = [file for file in (self.parts.train_file, self.parts.test_file) if file is not None]
         if not files:
-            return self.source.read(self.dataset, rated=self.rated), None
+            return self.source.read(self.dataset, rated=self.rated, told=self.told), None
         if self.dataset not in movielens.DATASETS:
             columns = self.source.columns(rated=self.rated)
             return join(*(read_ratings(file, **columns) for file in files))
@@ -351,10 +431,45 @@ def _check_same(folder: RunFolder, asked: dict[str, Any]) -> None:
             )
 
 
+def _show_plan(values: dict[str, Any], notes: list[str]) -> None:
+    settings = values["settings"]
+    for note in notes:
+        typer.echo(note)
+    typer.echo(
+        f"{values['ratings']:,} ratings by {values['users']:,} users of {values['items']:,} items: recipe "
+        f"{settings['recipe']}, {settings['members']} members of vectors of {settings['embedding_size']}, "
+        f"{settings['epochs']} epochs in batches of {settings['batch_size']:,}\n"
+        f"{values['parameters']:,} parameters, about {values['bytes'] / 2**20:,.0f} MiB beside the program, "
+        f"and {values['seconds']:,.0f} s of one core, within a factor of three"
+        + (f", a search on {values['folds']} validation parts included" if values["folds"] else "")
+    )
+
+
+def _show_beside(console: Console, values: dict[str, Any]) -> None:
+    """The model beside biases and popularity on the same parts."""
+    full = "full_ndcg@10" in values
+    table = Table(title=f"Test part: {values['test_ratings'] or values['held_out_ratings']:,} ratings")
+    table.add_column("method")
+    for heading in ("MSE", "RMSE", *(("HR@10 of all items", "NDCG@10 of all items") if full else ())):
+        table.add_column(heading, justify="right")
+    methods = ("this model", ""), ("biases of users and items", "biases_"), ("popularity", "popularity_")
+    for name, prefix in methods:
+        keys = ("test_mse", "test_rmse", *(("full_hr@10", "full_ndcg@10") if full else ()))
+        cells = [f"{values[prefix + key]:.4g}" if prefix + key in values else "" for key in keys]
+        if any(cells):
+            table.add_row(name, *cells, style=None if prefix else "bold")
+    console.print(table)
+    if values.get("full_ndcg@10", 1) < values.get("popularity_full_ndcg@10", 0):
+        typer.echo(RANKS_WORSE)
+
+
 def _show(console: Console, values: dict[str, Any], folder: RunFolder) -> None:
     from lunet_fast.recsys import report
 
-    if "reconstruction_error" in values and "test_mse" in values:
+    beside = "popularity_full_ndcg@10" in values or "biases_test_mse" in values
+    if beside:
+        _show_beside(console, values)
+    elif "reconstruction_error" in values and "test_mse" in values:
         table = Table(title="Table 2: test error and reconstruction of the embeddings")
         for heading in ("model", "data"):
             table.add_column(heading)
@@ -365,7 +480,7 @@ def _show(console: Console, values: dict[str, Any], folder: RunFolder) -> None:
         console.print(table)
     elif "test_mse" in values:
         typer.echo(f"test MSE {values['test_mse']:.4f} over {values['test_ratings']:,} ratings")
-    if "full_ndcg@10" in values:
+    if "full_ndcg@10" in values and (values["held_out_ratings"] or not beside):
         console.print(_ranking_table(values))
     typer.echo(
         f"{values['dataset']}, split {values['split']}, seed {values['seed']}: {values['epochs']} epochs in "

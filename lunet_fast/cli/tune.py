@@ -55,7 +55,7 @@ def tune_command(
             raise ValueError(f"--out {out}: there is no folder {out.parent}")
         asked: dict[str, Any] = {"gamma": 1.0, "members": MEMBERS, **context.obj}
         seed = asked.pop("seed", 0)
-        ratings = source.read(dataset, rated=asked["gamma"] != 0)
+        ratings = source.read(dataset, rated=asked["gamma"] != 0, told=output.note)
 
         def told(number: int, value: float | None, best: float) -> None:
             figure = "failed" if value is None else f"{value:.4f}"

@@ -18,7 +18,7 @@ FORMULA = "=HYPERLINK(A1)"
 QUICK: dict[str, Any] = {
     name: value
     for name, value in quick_config().to_dict().items()
-    if name in ("members", "embedding_size", "epochs", "batch_size", "learning_rate")
+    if name in ("recipe", "members", "embedding_size", "epochs", "batch_size", "learning_rate")
 }
 
 

@@ -53,3 +53,35 @@ def test_a_file_of_ones_own(folder: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "m.json").read_text())
     assert (found["test_ratings"], found["test_ratings_of_known_pairs"]) == (3, 1)
     assert 0 < found["test_mse"] < 16
+
+
+@pytest.mark.parametrize(
+    ("header", "options"),
+    [
+        ("who;what;stars", ["--user-column", "who", "--item-column", "what", "--rating-column", "stars"]),
+        (None, ["--no-header", "--sep", "semicolon", "--duplicates", "mean"]),
+        ("userId;movieId;Score", []),
+    ],
+)
+def test_a_run_remembers_how_its_file_was_read(
+    tmp_path: Path, header: str | None, options: list[str]
+) -> None:
+    frame = latent_frame().astype({"rating": float})
+    frame["rating"] += 0.5
+    text = frame.to_csv(sep=";", decimal=",", header=False, index=False)
+    file = tmp_path / "r.csv"
+    file.write_text(f"{header}\n{text}" if header else text)
+    run = tmp_path / "run"
+    made = invoke("train", "-d", str(file), "-o", str(run), *QUICK, *options)
+    assert made.exit_code == 0, made.output
+    assert "decimal commas" in made.stderr
+    assert ("read as columns" in made.stderr) == (header != "who;what;stars")
+    result = invoke("evaluate", "--run", str(run), "--json")
+    assert result.exit_code == 0, result.output
+    trained = json.loads((run / "metrics.json").read_text())
+    assert json.loads(result.stdout)["test_mse"] == trained["test_mse"]
+    result = invoke("evaluate", "--run", str(run), "--test-file", str(file), "--json")
+    assert json.loads(result.stdout)["test_ratings"] == 1200
+    bare = ["--no-header"] if header is None else []
+    result = invoke("predict", "--run", str(run), "--pairs", str(file), *bare)
+    assert len(result.stdout.splitlines()) == 1201, result.output

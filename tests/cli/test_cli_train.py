@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -41,11 +42,73 @@ def test_the_real_command_on_a_file_of_ones_own(csv: Path, tmp_path: Path) -> No
     assert "LU-Net  epoch 1/1  train " in done.stdout
     assert "\x1b" not in done.stdout  # no bars and colours where there is no terminal
     values = metrics(out)
-    for text in ("paper: classic MLP", "0.9200", "0.8880", "0.7955", f"{values['test_mse']:.4f}"):
+    figures = ("test_mse", "test_rmse", "biases_test_mse", "full_ndcg@10", "popularity_full_ndcg@10")
+    for text in ("this model", "biases of users", "popularity", *(f"{values[key]:.4g}" for key in figures)):
         assert text in done.stdout
-    assert (values["dataset"], values["recipe"], values["seed"]) == ("films.csv", "best", 0)
+    assert "classic MLP" not in done.stdout
+    assert "recipe auto: biases of users and items with L2" in done.stderr
+    assert (values["dataset"], values["recipe"], values["seed"]) == ("films.csv", "auto", 0)
     frame = latent_frame(text_ids=True)
     assert LUNetRecommender.load(out).predict(frame["user"], frame["item"]).shape == (1200,)
+
+
+class TestAuto:
+    def test_a_plan_trains_nothing(self, csv: Path, tmp_path: Path) -> None:
+        out = tmp_path / "run"
+        result = run("train", "-d", csv, "-o", out, "--dry-run")
+        assert result.exit_code == 0, result.output
+        for text in ("1,200 ratings by 60 users of 40 items", "recipe auto", "MiB", "one core"):
+            assert text in result.stdout
+        assert not out.exists()
+        result = run("train", "-d", csv, "-o", out, "--recipe", "best", "--dry-run", "--json", *SHORT)
+        values = json.loads(result.stdout)
+        trained = run("train", "-d", csv, "-o", out, "--recipe", "best", "--no-mlp", *SHORT)
+        assert trained.exit_code == 0, trained.output
+        assert values["parameters"] == metrics(out)["parameters"]
+        assert values["settings"]["epochs"] == 1
+
+    def test_a_final_fit_is_what_recommends(self, csv: Path, tmp_path: Path) -> None:
+        out = tmp_path / "run"
+        for _ in range(2):  # the second time nothing is left to do
+            result = run("train", "-d", csv, "-o", out, "--final", "--resume", *SHORT)
+            assert result.exit_code == 0, result.output
+        assert "nothing to do" in result.output
+        assert json.loads((out / "final" / "config.json").read_text())["split"] == "none"
+        whole = LUNetRecommender.load(out / "final")
+        assert whole.user_counts().sum() == 1200
+        found = run("recommend", "--run", out, "--user", "user 3 ü", "-k", 3, "--format", "json")
+        expected = whole.recommend("user 3 ü", 3)
+        assert [row["item"] for row in json.loads(found.stdout)] == expected["item"].tolist()
+        evaluated = run("evaluate", "--run", out, "--json")
+        assert json.loads(evaluated.stdout)["test_mse"] == metrics(out)["test_mse"]
+        assert run("train", "-d", csv, "-o", out, "--overwrite", *SHORT).exit_code == 0
+        assert not (out / "final").exists()
+
+    def test_what_ranks_worse_than_popularity_is_told(self, tmp_path: Path) -> None:
+        """Ratings that say nothing, of items that are chosen by popularity alone."""
+        rng = np.random.default_rng(0)
+        pairs = {
+            (int(u), int(i))
+            for u, i in zip(rng.integers(0, 80, 2500), rng.geometric(0.05, 2500), strict=True)
+        }
+        frame = pd.DataFrame(sorted(pairs), columns=["user", "item"])
+        frame["rating"] = rng.integers(1, 6, len(frame))
+        frame.to_csv(tmp_path / "r.csv", index=False)
+        result = run("train", "-d", tmp_path / "r.csv", "-o", tmp_path / "run", *SHORT)
+        assert "--gamma 0.1" in result.stdout
+        found = run("recommend", "--run", tmp_path / "run", "--user", 3)
+        assert "popularity" in found.stderr
+        assert "--gamma 0.1" in found.stderr
+        ranking = run("train", "-d", tmp_path / "r.csv", "-o", tmp_path / "ids", "--gamma", 0, *SHORT)
+        assert ranking.exit_code == 0, ranking.output
+        assert "Note" not in run("recommend", "--run", tmp_path / "ids", "--user", 3).stderr
+
+    def test_transform(self, csv: Path, tmp_path: Path) -> None:
+        result = run("train", "-d", csv, "-o", tmp_path / "run", "--transform", "rank", *SHORT)
+        assert result.exit_code == 0, result.output
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["transform"] == "rank"
+        evaluated = run("evaluate", "--run", tmp_path / "run", "--json")
+        assert json.loads(evaluated.stdout)["test_mse"] == metrics(tmp_path / "run")["test_mse"]
 
 
 class TestTrain:

@@ -55,6 +55,9 @@ CASES = [
     Case("like", "ratings.dat", {"sep": "::"}),
     Case("archive", "ml-1m.zip", {}),
     Case("model", "model.safetensors", {}),
+    Case("ratings", "r.csv", {"header": False}),
+    Case("ratings", "r.any", {"duplicates": "mean"}),
+    Case("ratings", "r.jsonl", {}),
 ]
 HEAVY = {"archive", "model"}
 """Kinds that have runs of their own."""
@@ -141,7 +144,10 @@ def text_file(case: Case) -> bytes:
     header = ["user", "item", "rating", "timestamp"]
     if case.name.endswith((".inter", ".inter.gz")):
         header = ["user:token", "item:token", "rating:float", "timestamp:float"]
-    lines = rows() if case.kind in ("like", "users") else [header, *rows()]
+    if case.name.endswith(".jsonl"):
+        return "".join(json.dumps(dict(zip(header, row, strict=True))) + "\n" for row in rows()).encode()
+    bare = case.kind in ("like", "users") or case.options.get("header") is False
+    lines = rows() if bare else [header, *rows()]
     if case.kind == "users":
         lines = [line[:1] for line in lines]
     return "".join(case.sep.join(line) + "\n" for line in lines).encode()

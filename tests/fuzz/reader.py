@@ -76,7 +76,7 @@ class Reader:
             dataset = "ml-1m" if case.sep == "::" else "ml-100k"
             self._check_ratings(self.movielens.read_like(dataset, file))
         elif case.kind == "pairs":
-            table = self.predict._read_pairs(file, "user", "item", None)
+            table = self.predict._read_pairs(file, ("user", "item"), ("user", "item"), None)
             ids = [self.predict._ids(table, role, self.known) for role in ("user", "item")]
             if not len(ids[0]) == len(ids[1]) > 0:
                 raise Failure(f"{len(ids[0])} users and {len(ids[1])} items")

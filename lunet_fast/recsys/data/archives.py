@@ -1,30 +1,23 @@
 """The files of a data set in a zip or a wheel: unpacked in memory within bounds, and checked.
 
-Files are known by their SHA-256, or, for the ratings of ML-1M, by their counts. Nothing is extracted. A zip
-that has a name outside its own folder (``/x``, ``../x``), a link, more than MAX_MEMBERS names, or a member of
-another size than it states, is refused.
+Files are known by their SHA-256, or, for the ratings of ML-1M, by their counts. What zips are refused is said
+in :mod:`~lunet_fast.recsys.data.zipped`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import stat
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from lunet_fast.recsys.data.datasets import Counts, DataSet, Wheel
-from lunet_fast.recsys.data.errors import RatingFileError, brief, cause
+from lunet_fast.recsys.data.errors import RatingFileError, Unavailable
 from lunet_fast.recsys.data.movielens_tables import parse
+from lunet_fast.recsys.data.zipped import opened, read_member
 
 MAX_MEMBER_BYTES = 64 << 20  # the largest file that is read has 24.6 MB
 MAX_ARCHIVE_BYTES = 32 << 20  # the largest that is read has 5.9 MB
-MAX_MEMBERS = 10_000  # the wheel has some hundreds; zipfile makes an object of each
-
-
-class Unavailable(Exception):
-    """Why a source does not have the data set."""
 
 
 def read_archive(file: Path) -> bytes:
@@ -48,12 +41,12 @@ def _read_file(file: Path, limit: int) -> bytes:
 def read_zip(spec: DataSet, data: bytes) -> dict[str, bytes]:
     """The files of the data set in a zip, official or re-packed, in whatever folder of the zip they lie."""
     wanted: dict[str, zipfile.ZipInfo] = {}
-    with _opened(data) as archive:
+    with opened(data) as archive:
         for member in sorted(archive.infolist(), key=lambda m: len(m.filename)):
             path = PurePosixPath(member.filename.replace("\\", "/"))
             if path.name in spec.files and (path.name not in wanted or path.parent.name == spec.name):
                 wanted[path.name] = member
-        files = {name: _read_member(archive, member) for name, member in wanted.items()}
+        files = {name: read_member(archive, member, MAX_MEMBER_BYTES) for name, member in wanted.items()}
     if spec.ratings not in files:
         raise Unavailable(f"the zip has no {spec.ratings}")
     check(spec, files, official=hashlib.md5(data, usedforsecurity=False).hexdigest() == spec.md5)
@@ -65,50 +58,15 @@ def read_wheel(wheel: Wheel, data: bytes) -> dict[str, bytes]:
     digest = hashlib.sha256(data).hexdigest()
     if digest != wheel.sha256:
         raise Unavailable(f"{wheel.file} has the SHA-256 {digest}, expected {wheel.sha256}")
-    with _opened(data) as archive:
+    with opened(data) as archive:
         try:
             members = {name: archive.getinfo(f"{wheel.folder}/{name}") for name in wheel.members}
         except KeyError as error:
             raise Unavailable(f"{wheel.file}: {error}") from error
-        files = {name: _read_member(archive, member) for name, member in members.items()}
+        files = {name: read_member(archive, member, MAX_MEMBER_BYTES) for name, member in members.items()}
     for name, expected in wheel.members.items():
         _check_sha256(name, files[name], expected)
     return files
-
-
-def _opened(data: bytes) -> zipfile.ZipFile:
-    # As many as the directory can have at most, before zipfile makes an object of each.
-    if data.count(b"PK\x01\x02") > MAX_MEMBERS:
-        raise Unavailable(f"the zip has more than {MAX_MEMBERS:,} members: refused")
-    try:
-        archive = zipfile.ZipFile(io.BytesIO(data))
-    except Exception as error:  # a damaged directory ends in errors of several types
-        raise Unavailable(f"not a zip file, or cut short ({cause(error)})") from error
-    for member in archive.infolist():
-        path = PurePosixPath(member.filename.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or (path.parts[:1] and ":" in path.parts[0]):
-            raise Unavailable(f"{brief(member.filename)} in the zip leads out of its folder: refused")
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise Unavailable(f"{brief(member.filename)} in the zip is a link: refused")
-    return archive
-
-
-def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    name = brief(member.filename)
-    # zipfile reads these two in bounded steps; of others, a few bytes can fill the memory.
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise Unavailable(f"{name} in the zip is packed by another method than deflate: refused")
-    try:
-        with archive.open(member) as stream:
-            data = stream.read(MAX_MEMBER_BYTES + 1)  # the size that the directory states may be a lie
-    except Exception as error:  # of zipfile, zlib and struct
-        raise Unavailable(f"{name} in the zip is damaged ({cause(error)})") from error
-    if len(data) > MAX_MEMBER_BYTES:
-        raise Unavailable(f"{name} in the zip unpacks to more than {MAX_MEMBER_BYTES} bytes: refused")
-    if len(data) != member.file_size:
-        stated = f"states {member.file_size:,} bytes and has {len(data):,}"
-        raise Unavailable(f"{name} in the zip {stated}: refused")
-    return data
 
 
 def _check_sha256(name: str, data: bytes, expected: str) -> None:

@@ -9,6 +9,10 @@ class RatingFileError(ValueError):
     """A rating file that cannot be used; the message names the file, the line (from 1) and the value."""
 
 
+class Unavailable(Exception):
+    """Why a source does not have the data set, or a zip no table."""
+
+
 def cause(error: BaseException) -> str:
     """What an error of another library says, on one line, short, and safe for a terminal."""
     return brief(str(error) or type(error).__name__, 200)
@@ -21,7 +25,8 @@ def brief(value: object, most: int = 80) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def check_whole(name: str, value: object, least: int) -> None:
-    """ValueError unless the argument ``name`` is an integer of at least ``least``."""
+def check_whole(name: str, value: object, least: int) -> int:
+    """The argument ``name``; ValueError unless it is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)

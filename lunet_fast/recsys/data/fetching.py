@@ -9,8 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lunet_fast.recsys.data.archives import Unavailable, read_archive
+from lunet_fast.recsys.data.archives import read_archive
 from lunet_fast.recsys.data.datasets import Wheel
+from lunet_fast.recsys.data.errors import Unavailable
 
 CONNECT_SECONDS = 10
 READ_SECONDS = 30

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,9 +22,12 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from lunet_fast.recsys.data.errors import brief
+
 Int64Array = npt.NDArray[np.int64]
 
 INT64 = np.iinfo(np.int64)
+_CONTAINERS = (tuple, list, set, frozenset, dict, np.ndarray)
 PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 
 
@@ -94,15 +97,11 @@ class IdMap:
     def index(self, ids: Any) -> Int64Array:
         """Indices [N] (int64) of ``ids``, -1 for an id that is not in the map.
 
-        ``ids`` is a sequence, array or tensor of integers or strings, or one of them. In a map of integers
-        the string "42" is the id 42; a map of strings looks an integer up as ``str(id)``. Expected O(N).
+        ``ids`` is what :func:`ids_array` takes, which raises ``TypeError`` for anything else. In a map of
+        integers the string "42" is the id 42; a map of strings looks an integer up as ``str(id)``. Expected
+        O(N).
         """
-        if isinstance(ids, torch.Tensor):
-            ids = ids.detach().cpu().numpy()
-        elif isinstance(ids, (str, int, float, np.generic)):
-            ids = [ids]
-        is_array = isinstance(ids, (np.ndarray, pd.Series, pd.Index))
-        values = np.asarray(ids).reshape(-1) if is_array else as_array(list(ids))
+        values = ids_array(ids)
         if values.dtype.kind == "i" and self.is_integer:
             return np.asarray(self._table.get_indexer(pd.Index(values.astype(np.int64))), dtype=np.int64)
         # Everything else goes by its distinct values: Python code runs once for each id, not for each row.
@@ -116,6 +115,51 @@ class IdMap:
         elif texts:
             found[:-1] = self._table.get_indexer(pd.Index(texts, dtype=object))
         return found[codes]
+
+
+def ids_array(ids: Any) -> npt.NDArray[Any]:
+    """``[N]`` of ids: a sequence, column, array or tensor of integers or strings, or one of them.
+
+    ``TypeError``, which names the type, for what has ids only in a part of it (a data frame, a sparse matrix,
+    a dict) and for entries that are tuples or lists: nothing is guessed.
+    """
+    if isinstance(ids, torch.Tensor):
+        ids = ids.detach().cpu().numpy()
+    if isinstance(ids, (str, int, float, np.generic)):
+        return as_array([ids])
+    if hasattr(ids, "columns") or hasattr(ids, "tocsr") or isinstance(ids, (Mapping, bytes)) or ids is None:
+        raise TypeError(
+            f"ids are wanted, one or a list of them, and this is {a_type(ids)}: give list(...) of them, of a "
+            "data frame a column such as frame['item']"
+        )
+    if isinstance(ids, (np.ndarray, pd.Series, pd.Index)):
+        values = np.asarray(ids)
+        if values.ndim > 1 and values.size != max(values.shape):
+            raise TypeError(f"ids are wanted in one dimension, and this array is {list(values.shape)}")
+        values = values.reshape(-1)
+    else:
+        try:
+            values = as_array(list(ids))
+        except TypeError:
+            raise TypeError(f"ids are wanted, one or a list of them, and this is {a_type(ids)}") from None
+    if values.dtype == object:
+        inner = next((v for v in values.tolist() if isinstance(v, _CONTAINERS)), None)
+        if inner is not None:
+            raise TypeError(f"ids are wanted, and this list holds {a_type(inner)}: {brief(repr(inner))}")
+    return values
+
+
+def listed(ids: Any) -> list[Any]:
+    """:func:`ids_array` as a list."""
+    found: list[Any] = ids_array(ids).tolist()
+    return found
+
+
+def a_type(value: Any) -> str:
+    """The type of ``value``, for messages."""
+    kind = type(value)
+    where = "" if kind.__module__ == "builtins" else kind.__module__.split(".")[0] + "."
+    return f"a {where}{kind.__qualname__}"
 
 
 def is_int64(text: str) -> bool:

@@ -34,7 +34,6 @@ import torch
 
 from lunet_fast.recsys.data import fetching
 from lunet_fast.recsys.data.archives import (
-    Unavailable,
     check,
     read_archive,
     read_unpacked,
@@ -42,6 +41,7 @@ from lunet_fast.recsys.data.archives import (
     read_zip,
 )
 from lunet_fast.recsys.data.datasets import DATASETS, SCALE, DataSet
+from lunet_fast.recsys.data.errors import Unavailable
 from lunet_fast.recsys.data.ids import IdMap
 from lunet_fast.recsys.data.limits import read_bytes
 from lunet_fast.recsys.data.movielens_tables import (

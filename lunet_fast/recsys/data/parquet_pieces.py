@@ -37,6 +37,8 @@ class PieceFile:
     """``st_mtime_ns``"""
     texts: dict[str, str]
     """By role, the columns of texts: a page can name one of a megabyte a million times."""
+    names: dict[str, str]
+    """By role, all columns that are read."""
 
     @classmethod
     def of(cls, path: Path, columns: dict[str, str | None]) -> PieceFile:
@@ -61,7 +63,8 @@ class PieceFile:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if check_sizes(path, data, places, streamed=True) != sum(rows):
                 raise RatingFileError(f"{path}: the Parquet file is damaged: its numbers of rows differ")
-        return cls(path, rows, state.st_size, state.st_mtime_ns, texts)
+        names = {role: schema.field(place).name for role, place in used.items()}
+        return cls(path, rows, state.st_size, state.st_mtime_ns, texts, names)
 
     def check(self) -> None:
         """RatingFileError where the file is not the one that was opened."""
@@ -92,6 +95,19 @@ def find_files(path: Path, columns: dict[str, str | None]) -> list[PieceFile]:
     if not any(sum(file.rows) for file in files):
         raise RatingFileError(f"{path}: there is no row")
     return files
+
+
+def names_in(files: list[PieceFile], columns: dict[str, str | None]) -> dict[str, str | None]:
+    """``columns`` as the files have them, usual names too; RatingFileError where two files differ."""
+    found: dict[str, str] = {}
+    for file in files:
+        for role, name in file.names.items():
+            if found.setdefault(role, name) != name:
+                raise RatingFileError(
+                    f"{file.path}: the {role} column is {name!r}, and {found[role]!r} in {files[0].path}: "
+                    "name it the same in all files"
+                )
+    return columns | found
 
 
 def _is_text(path: Path, role: str, field: Any) -> bool:

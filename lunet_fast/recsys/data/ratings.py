@@ -21,21 +21,37 @@ import torch
 
 from lunet_fast.recsys.data.errors import RatingFileError
 from lunet_fast.recsys.data.ids import IdMap, TwoIdMaps
+from lunet_fast.recsys.data.json_table import read_json_rows
 from lunet_fast.recsys.data.limits import read_bytes
 from lunet_fast.recsys.data.parquet_table import read_parquet
 from lunet_fast.recsys.data.table import Table, by_role, frame_table
-from lunet_fast.recsys.data.text_table import read_text
+from lunet_fast.recsys.data.text_table import BLANKS, read_text, sniffed
 from lunet_fast.recsys.data.values import (
     indices,
     latest_of_each_pair,
+    of_each_pair,
     rating_values,
     refuse_duplicates,
     timestamp_values,
 )
+from lunet_fast.recsys.data.zipped import table_in
 
 __all__ = ["IdMap", "RatingFileError", "Ratings", "from_frame", "parse_text", "read_ratings", "read_table"]
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".inter": "\t", ".dat": "::"}
+JSON = (".json", ".jsonl", ".ndjson")
+SEPARATOR_NAMES = {
+    "tab": "\t",
+    "\\t": "\t",
+    "comma": ",",
+    "semicolon": ";",
+    "pipe": "|",
+    "colons": "::",
+    BLANKS: BLANKS,
+    " ": BLANKS,
+}
+"""Separators that are hard to type, by name."""
+DUPLICATES = ("error", "latest", "mean", "max")
 _HISTOGRAM_VALUES = 100
 _HISTOGRAM_BINS = 10
 
@@ -65,6 +81,11 @@ class Ratings(TwoIdMaps):
     user_info: pd.DataFrame | None = None
     source: str = ""
     position: torch.Tensor | None = None
+    reading: dict[str, Any] | None = None
+    """The arguments of :func:`read_ratings` that read these from their file again, ``scale`` aside; None for
+    other sources."""
+    notes: tuple[str, ...] = ()
+    """How the file was taken to be meant where nobody said, for people."""
 
     def __post_init__(self) -> None:
         expected = [
@@ -148,23 +169,33 @@ def read_ratings(
     timestamp: str | None = "timestamp",
     scale: tuple[float, float] | None = None,
     sep: str | None = None,
+    header: bool = True,
+    duplicates: str = "error",
     users: IdMap | None = None,
     items: IdMap | None = None,
 ) -> Ratings:
     """Reads a file of ratings, one a row, and validates every value.
 
     The format follows the extension: ``.csv`` (comma), ``.tsv``, ``.txt``, ``.inter`` (tab), ``.dat``
-    (``::``) or ``.parquet``, each also with ``.gz``; ``sep`` overrides the separator. Text files are UTF-8
-    and start with a header line; a field may be quoted with ``"`` where the separator is one character. A
-    header name of a ``.inter`` file loses its ``:type``. Blank lines are skipped.
+    (``::``), ``.json``, ``.jsonl``, ``.ndjson`` (an object a line) or ``.parquet``, each also with ``.gz``,
+    or in a ``.zip`` of one table. Where the first line has no such separator, or the extension is another,
+    the one that cuts the first rows evenly is taken. ``sep`` is the separator, or its name (SEPARATOR_NAMES).
+    Text files are UTF-8 and start with a header line, unless ``header`` is false: then columns are named by
+    their numbers from 1, and are users, items, ratings and times in this order. A field may be quoted with
+    ``"`` where the separator is one character. A header name of a ``.inter`` file loses its ``:type``. Blank
+    lines are skipped.
 
-    ``user``, ``item``, ``rating`` and ``timestamp`` name the columns; other columns are ignored, and the
-    timestamp may be absent. Without ratings, ``rating=None``, each row is an interaction (a click, a
-    purchase): its rating is 1, and of several rows of a pair the latest counts. A timestamp is a number of
-    Unix seconds or an ISO date (``2020-01-31``, ``2020-01-31T12:30:00Z``; UTC unless it says otherwise),
-    fractions of a second are cut off, and an empty one is 0, unknown. ``scale`` is the (lowest, highest)
-    rating allowed; without it, the lowest and highest of the file. ``users`` and ``items`` index the ids by
-    given maps instead of the file's own.
+    ``user``, ``item``, ``rating`` and ``timestamp`` name the columns; by default they are those that are
+    usually called so (:data:`~.headers.USUAL`). Other columns are ignored, and the timestamp may be absent.
+    Without ratings, ``rating=None``, each row is an interaction (a click, a purchase): its rating is 1, and
+    of several rows of a pair the latest counts. Ratings may have decimal commas, or all be true and false. A
+    timestamp is a number of Unix seconds (or milli-, micro-, nanoseconds) or an ISO date (``2020-01-31``,
+    ``2020-01-31T12:30:00Z``; UTC unless it says otherwise), fractions of a second are cut off, and an empty
+    one is 0, unknown. ``duplicates``: of several ratings of a pair, ``error`` refuses them, ``latest`` takes
+    the latest (the last of equal times), ``mean`` and ``max`` what they say, with the latest time. ``scale``
+    is the (lowest, highest) rating allowed; without it, the lowest and highest of the file. ``users`` and
+    ``items`` index the ids by given maps instead of the file's own. What was recognised stands in ``notes``
+    of the result, and the arguments that read the file the same again in ``reading``.
 
     Raises RatingFileError, naming the file, line and value: a missing column, text in a number, a rating that
     is not finite or outside the scale, an empty id, an id that a given map lacks, a (user, item) pair rated
@@ -178,8 +209,12 @@ def read_ratings(
     """
     file = Path(path)
     _check_scale(scale)
-    table = read_table(file, sep, user=user, item=item, rating=rating, timestamp=timestamp)
-    return _ratings(table, file.name, str(file), scale, users, items)
+    columns: dict[str, Any] = {"user": user, "item": item, "rating": rating, "timestamp": timestamp}
+    table = read_table(file, sep, header=header, **columns)
+    ratings = _ratings(table, file.name, str(file), scale, users, items, duplicates)
+    columns |= {role: column.name for role, column in table.columns.items()}
+    reading = {**columns, "sep": sep, "header": header, "duplicates": duplicates}
+    return replace(ratings, reading=reading)
 
 
 def from_frame(
@@ -190,6 +225,7 @@ def from_frame(
     rating: str | None = "rating",
     timestamp: str | None = "timestamp",
     scale: tuple[float, float] | None = None,
+    duplicates: str = "error",
     users: IdMap | None = None,
     items: IdMap | None = None,
     name: str = "ratings",
@@ -197,7 +233,7 @@ def from_frame(
     """The ratings in a data frame; arguments, rules and errors as :func:`read_ratings`, rows from 1."""
     _check_scale(scale)
     columns = by_role(user=user, item=item, rating=rating, timestamp=timestamp)
-    return _ratings(frame_table(name, frame, columns), name, "a data frame", scale, users, items)
+    return _ratings(frame_table(name, frame, columns), name, "a data frame", scale, users, items, duplicates)
 
 
 def parse_text(
@@ -217,21 +253,39 @@ def parse_text(
     """
     names = ["user", "item", "rating", "timestamp"]
     table = read_text(source, data, sep, {role: role for role in names}, names=names, quoted=False)
-    return _ratings(table, name, source, scale, users, items)
+    return _ratings(table, name, source, scale, users, items, "error")
 
 
-def read_table(file: Path, sep: str | None = None, **columns: str | None) -> Table:
+def read_table(file: Path, sep: str | None = None, *, header: bool = True, **columns: str | None) -> Table:
     """The columns of a file, named by role as in :func:`read_ratings`, whose formats and errors it has.
 
     What the texts mean is not looked at: an id may be empty, a rating any text, a pair there twice.
     """
-    suffix = _format(file, sep)
-    data = read_bytes(file)
+    sep = SEPARATOR_NAMES.get(sep, sep) if isinstance(sep, str) else sep
+    _check_separator(sep)
     names = by_role(**columns)
+    data, notes, inner = read_bytes(file), [], file
+    if _suffix(file) == ".zip":
+        name, data = table_in(file, data)
+        notes.append(f"{file}: read {name} in the zip")
+        inner = Path(name)
+    suffix = _suffix(inner)
     if suffix == ".parquet":
-        return read_parquet(file, data, names)
-    separator = SEPARATORS[suffix] if sep is None else sep
-    return read_text(str(file), data, separator, names, strip_types=suffix == ".inter")
+        table = read_parquet(file, data, names)
+    elif suffix in JSON:
+        table = read_json_rows(str(file), data, names)
+    else:
+        usual = SEPARATORS.get(suffix)
+        separator = _separator(file, suffix, data, usual) if sep is None else sep
+        if sep is None and separator != usual:
+            notes.append(f"{file}: columns are separated by {_SHOWN.get(separator, separator)}")
+        table = read_text(str(file), data, separator, names, header=header, strip_types=suffix == ".inter")
+    read_as = [f"{role} {c.name!r}" for role, c in table.columns.items() if c.name != names[role]]
+    if read_as:
+        kind = "columns" if header else "columns by number"
+        notes.append(f"{file}: read as {kind} {', '.join(read_as)}")
+    table.notes.extend(notes)
+    return table
 
 
 def _ratings(
@@ -241,18 +295,27 @@ def _ratings(
     scale: tuple[float, float] | None,
     users: IdMap | None,
     items: IdMap | None,
+    duplicates: str,
 ) -> Ratings:
+    if duplicates not in DUPLICATES:
+        raise ValueError(f"duplicates={duplicates!r} is unknown: choose one of {', '.join(DUPLICATES)}")
     user, users = indices(table, "user", users)
     item, items = indices(table, "item", items)
     rating = rating_values(table, scale) if "rating" in table.columns else None
     timestamp = timestamp_values(table) if "timestamp" in table.columns else None
-    if rating is not None:
+    if rating is not None and duplicates == "error":
         refuse_duplicates(table, user, item, users, items)
     else:
         latest = latest_of_each_pair(user, item, timestamp)
+        if rating is None:
+            rating = np.ones(len(latest), dtype=np.float32)
+        else:
+            if len(latest) < len(rating):
+                repeated = len(rating) - len(latest)
+                table.notes.append(f"{source}: {repeated:,} repeated pairs: the {duplicates} of each")
+            rating = of_each_pair(user, item, rating, latest, duplicates)
         user, item = user[latest], item[latest]
         timestamp = None if timestamp is None else timestamp[latest]
-        rating = np.ones(len(user), dtype=np.float32)
     bounds = (
         (float(rating.min()), float(rating.max())) if scale is None else (float(scale[0]), float(scale[1]))
     )
@@ -266,6 +329,7 @@ def _ratings(
         items=items,
         scale=bounds,
         source=source,
+        notes=tuple(table.notes),
     )
 
 
@@ -277,24 +341,37 @@ def _check_scale(scale: tuple[float, float] | None) -> None:
         raise ValueError(f"scale must be (lowest, highest), two finite numbers in that order, got {scale!r}")
 
 
-def _format(file: Path, sep: str | None) -> str:
+_SHOWN = {"\t": "tabs", BLANKS: "blanks"}
+
+
+def _suffix(file: Path) -> str:
+    """The extension that tells the format."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
-    suffix = suffixes[-1] if suffixes else ""
-    if sep is not None:
-        if not isinstance(sep, str) or not sep or any(c in sep for c in '\n\r"\0') or not _is_utf8(sep):
-            raise ValueError(
-                f"sep must be a text without line ends and quotes, such as ',' or '\\t', got {sep!r}"
-            )
-        return suffix
-    if suffix != ".parquet" and suffix not in SEPARATORS:
-        known = ", ".join([*SEPARATORS, ".parquet"])
+    return suffixes[-1] if suffixes else ""
+
+
+def _check_separator(sep: str | None) -> None:
+    if sep is None:
+        return
+    if not isinstance(sep, str) or not sep or any(c in sep for c in '\n\r"\0') or not _is_utf8(sep):
+        raise ValueError(
+            f"sep must be a text without line ends and quotes, such as ',' or '\\t', or one of "
+            f"{', '.join(name for name in SEPARATOR_NAMES if name.isalpha())}, got {sep!r}"
+        )
+
+
+def _separator(file: Path, suffix: str, data: bytes, usual: str | None) -> str:
+    """The separator of a text; RatingFileError where neither extension nor rows tell it."""
+    found = None if usual is None and b"\0" in data else sniffed(data, usual)
+    if found is None:
+        known = ", ".join([*SEPARATORS, *JSON, ".parquet", ".zip"])
         raise RatingFileError(
             f"{file}: cannot tell the format from the extension {suffix!r}: rename it to one of {known} "
-            "(.gz may follow), or pass sep="
+            "(.gz may follow), or pass sep=, --sep"
         )
-    return suffix
+    return found
 
 
 def _is_utf8(text: str) -> bool:

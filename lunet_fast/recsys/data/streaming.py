@@ -39,6 +39,7 @@ from lunet_fast.recsys.data.parquet_pieces import (
     column_of,
     damaged,
     find_files,
+    names_in,
     ratings_of,
     record_batches,
 )
@@ -140,6 +141,7 @@ class RatingStream(TwoIdMaps):
         columns = by_role(user=user, item=item, rating=rating, timestamp=timestamp)
         place = Path(path)
         files = find_files(place, columns)
+        columns = names_in(files, columns)
         first = FirstPass.over(files, columns, test_share, seed, progress)
         group_rows = np.concatenate(first.group_rows)
         total, n_rows = sum(sum(file.rows) for file in files), int(group_rows.sum())

@@ -6,15 +6,18 @@ So all rules on values run once for each distinct text, and only a failure looks
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import numpy as np
 import pandas as pd
 
 from lunet_fast.recsys.data.errors import RatingFileError, brief, cause
+from lunet_fast.recsys.data.headers import usual_column
 from lunet_fast.recsys.data.ids import Int64Array, as_array
 
+MISSING = ("nan", "null", "none", "<na>", "nat", "\\n")
+"""What programs write for no value, in lower case."""
 MAX_FIELD = 131_072
 """Characters of an id, a rating or a time; also the limit of Python's csv module."""
 
@@ -53,6 +56,8 @@ class Table:
     """``[N]``, the line (or row) of the source, from 1."""
     unit: str
     """``line``, or ``row`` for a format without lines."""
+    notes: list[str] = field(default_factory=list)
+    """How the rows were taken to be meant where nobody said, for people."""
 
     def __post_init__(self) -> None:
         for role, column in self.columns.items():
@@ -63,10 +68,14 @@ class Table:
                 )
 
     def refuse_empty(self, role: str) -> None:
-        """RatingFileError for the first row whose id is empty."""
-        empty = [k for k, text in enumerate(self.columns[role].texts) if not text]
+        """RatingFileError for the first row whose id is empty, or what stands for one in exported tables."""
+        texts = self.columns[role].texts
+        empty = [k for k, text in enumerate(texts) if not text]
         if empty:
             self.fail(role, empty, "id is empty: give every row one")
+        missing = [k for k, text in enumerate(texts) if text.lower() in MISSING]
+        if missing:
+            self.fail(role, missing, "id {text} stands for a missing one: leave such rows out, or rename it")
 
     def fail(self, role: str, bad: Sequence[int], problem: str) -> NoReturn:
         """Raises for the distinct texts ``bad`` and names the first row with one; {text} stands for it."""
@@ -74,7 +83,11 @@ class Table:
         rows = np.flatnonzero(np.isin(column.codes, np.asarray(bad, dtype=np.int64)))
         text = column.texts[int(column.codes[rows[0]])]
         label = role if role == column.name else f"{role} (column {column.name!r})"
-        more = f" ({len(rows)} such {self.unit}s in all)" if len(rows) > 1 else ""
+        more = ""
+        if len(rows) > 1:
+            listed = ", ".join(str(place) for place in self.places[rows[:10]])
+            others = ", ..." if len(rows) > 10 else ""
+            more = f" ({len(rows)} such {self.unit}s in all: {listed}{others})"
         shown = repr(text if len(text) <= 80 else text[:77] + "...")
         raise RatingFileError(
             f"{self.source}, {self.unit} {self.places[rows[0]]}: {label} "
@@ -97,11 +110,24 @@ def by_role(**columns: str | None) -> dict[str, str | None]:
 def used_columns(
     source: str, names: Sequence[str], columns: Mapping[str, str | None], hint: str = ""
 ) -> dict[str, int]:
-    """The place of each role's column; a timestamp may be absent."""
-    used = {}
+    """The place of each role's column; a timestamp may be absent.
+
+    A name that is that of its role, as by default, stands for all that are usual (:mod:`~.headers`).
+    """
+    used: dict[str, int] = {}
+    exact = {
+        role: list(names).index(name)
+        for role, name in columns.items()
+        if name is not None and names.count(name) == 1
+    }
     for role, name in columns.items():
-        if name is not None and names.count(name) == 1:
-            used[role] = list(names).index(name)
+        usual = None
+        if name == role and role not in exact and name not in names:
+            usual = usual_column(source, names, role, {*exact.values(), *used.values()})
+        if role in exact:
+            used[role] = exact[role]
+        elif usual is not None:
+            used[role] = usual
         elif name is not None and names.count(name) > 1:
             raise RatingFileError(
                 f"{source}, line 1: the column {name!r} ({role}) occurs {names.count(name)} times"

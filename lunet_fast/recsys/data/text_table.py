@@ -25,6 +25,11 @@ from lunet_fast.recsys.data.values import NUMBER
 _ONE_BYTE_SEPARATOR = b"\x1f"
 
 
+BLANKS = "space"
+"""A separator: any run of spaces and tabs."""
+_SNIFFED, _LINES = 65536, 50
+
+
 class _Rows(NamedTuple):
     """All rows of a text, the header's too, that are not blank."""
 
@@ -45,17 +50,22 @@ def read_text(
     columns: Mapping[str, str | None],
     *,
     names: list[str] | None = None,
+    header: bool = True,
     quoted: bool = True,
     strip_types: bool = False,
 ) -> Table:
     """The columns of text; with ``names`` there is no header line. ``source`` stands in messages.
 
-    A field may be ``quoted`` where ``sep`` is one byte; ``strip_types`` takes ``:type`` off names of the
-    header. RatingFileError.
+    Without a ``header`` and ``names``, columns are in the order of ``columns``, or named by their numbers
+    from 1. A field may be ``quoted`` where ``sep`` is one byte; BLANKS is any run of spaces and tabs.
+    ``strip_types`` takes ``:type`` off names of the header. RatingFileError.
     """
-    data = _utf8(source, data)
+    data = utf8(source, data)
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if sep == BLANKS:
+        data = re.sub(rb"[ \t]+", b" ", re.sub(rb"(?m)^[ \t]+|[ \t]+$", b"", data))
+        sep, quoted = " ", False
     separator = sep
     if len(sep.encode()) > 1:
         if _ONE_BYTE_SEPARATOR in data:
@@ -67,6 +77,8 @@ def read_text(
     del data  # the rows have a copy
     if not len(rows.places):
         raise RatingFileError(f"{source}: the file is empty")
+    if names is None and not header:
+        names, columns = _numbered(source, int(rows.counts[0]), columns)
     if names is None:
         names = [name.strip() for name in rows.head]
         if strip_types:
@@ -147,7 +159,46 @@ def _quoted(source: str, data: bytes, separator: str) -> _Rows:
     return _Rows(rows[0] if rows else [], counts, np.array(places, dtype=np.int64), rows)
 
 
-def _utf8(source: str, data: bytes) -> bytes:
+def sniffed(data: bytes, usual: str | None) -> str | None:
+    """The separator that cuts most of the first rows into as many fields as the first, at least two.
+
+    Else ``usual``, which goes before wherever the first row has it.
+    """
+    text = data[:_SNIFFED].decode("utf-8", "replace").lstrip("\ufeff")
+    lines = [line.strip(" ") for line in re.split(r"[\r\n]+", text) if line.strip()]
+    if len(data) > _SNIFFED:
+        lines = lines[:-1]
+    if not lines or (usual is not None and usual in lines[0]):
+        return usual
+    lines = lines[:_LINES]
+    cuts = {sep: [line.count(sep) for line in lines] for sep in ("\t", "::", ";", "|", ",")}
+    cuts[BLANKS] = [len(line.split()) - 1 for line in lines]
+    # The rows that are cut as the first one is, and the first separator of as many.
+    alike = {sep: sum(count == counts[0] for count in counts) for sep, counts in cuts.items() if counts[0]}
+    best = max(alike, key=alike.__getitem__, default=None)
+    return best if best is not None and alike[best] > len(lines) / 2 else usual
+
+
+def _numbered(
+    source: str, width: int, columns: Mapping[str, str | None]
+) -> tuple[list[str], dict[str, str | None]]:
+    """Names of ``width`` columns without a header, which are their numbers, and the one of each role."""
+    names = [str(k) for k in range(1, width + 1)]
+    chosen = {role: name for role, name in columns.items() if name in names}
+    free = iter([name for name in names if name not in chosen.values()])
+    for role, name in columns.items():
+        if name is None or role in chosen:
+            continue
+        if name != role:
+            raise RatingFileError(
+                f"{source}: without a header the column {name!r} for the {role} has no name: give its number "
+                f"from 1, here to {width}"
+            )
+        chosen[role] = next(free, role)
+    return names, {role: chosen.get(role) for role in columns}
+
+
+def utf8(source: str, data: bytes) -> bytes:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise RatingFileError(
             f"{source}, line 1: the text is UTF-16 (byte order mark at byte 0): save it as UTF-8"
@@ -184,5 +235,8 @@ def _header_hint(names: Sequence[str]) -> str:
     if len(names) == 1 and (other := [s for s in (",", "\t", ";", "|", "::") if s in names[0]]):
         return f"; the separator may be another one: sep={other[-1]!r}"
     if all(NUMBER.fullmatch(name) for name in names):
-        return "; the first line holds numbers: put a header such as user,item,rating,timestamp before it"
+        return (
+            "; the first line holds numbers: put a header such as user,item,rating,timestamp before it, or "
+            "read the file without one: header=False, --no-header"
+        )
     return ""

@@ -21,6 +21,11 @@ from lunet_fast.recsys.data.table import Table
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 # No digit can be matched by two parts of it: otherwise a long text that is no number took quadratic time.
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+_THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}")
+_BOOLEANS = {"true": "1", "false": "0"}
+_PLAUSIBLE = (500_000_000, 4_200_000_000)
+"""Seconds of 1985 and 2103: times that all lie between them in a finer unit are in that unit."""
 _NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 _ISO_DATE = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})"
@@ -45,9 +50,10 @@ def indices(table: Table, role: str, given: IdMap | None) -> tuple[Int64Array, I
 def rating_values(table: Table, scale: tuple[float, float] | None) -> npt.NDArray[np.float32]:
     """The ratings, float32 ``[N]``: finite numbers, within ``scale`` where it is given."""
     column = table.columns["rating"]
+    texts = _numbers_as_written(table, column.texts)
     missing, text_in_number, not_finite, outside = (list[int]() for _ in range(4))
-    values = np.zeros(len(column.texts), dtype=np.float64)
-    for k, text in enumerate(column.texts):
+    values = np.zeros(len(texts), dtype=np.float64)
+    for k, text in enumerate(texts):
         if NUMBER.fullmatch(text):
             values[k] = float(text)
             if abs(values[k]) > _FLOAT32_MAX:
@@ -69,6 +75,21 @@ def rating_values(table: Table, scale: tuple[float, float] | None) -> npt.NDArra
     return values.astype(np.float32)[column.codes]
 
 
+def _numbers_as_written(table: Table, texts: list[str]) -> list[str]:
+    """The texts of ratings with decimal points and 0 and 1 for what all are: decimal commas, or booleans."""
+    if texts and all(text.lower() in _BOOLEANS for text in texts):
+        table.notes.append(f"{table.source}: ratings are true and false, read as 1 and 0")
+        return [_BOOLEANS[text.lower()] for text in texts]
+    commas = [text for text in texts if _DECIMAL_COMMA.fullmatch(text)]
+    if not commas or any("." in text for text in texts):
+        return texts
+    if all(_THOUSANDS.fullmatch(text) for text in commas):
+        bad = [k for k, text in enumerate(texts) if text in commas]
+        table.fail("rating", bad, "{text} has a comma for decimals or thousands: write it without")
+    table.notes.append(f"{table.source}: ratings have decimal commas")
+    return [text.replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else text for text in texts]
+
+
 def timestamp_values(table: Table) -> Int64Array:
     """Unix seconds, int64 ``[N]``, 0 where the text is empty."""
     column = table.columns["timestamp"]
@@ -84,6 +105,14 @@ def timestamp_values(table: Table) -> Int64Array:
         table.fail(
             "timestamp", bad, "{text} is neither Unix seconds nor an ISO date such as 2020-01-31T12:30:00Z"
         )
+    numbers = np.array([bool(PLAIN_INTEGER.fullmatch(text)) for text in column.texts], dtype=bool)
+    known = values != 0
+    if known.any() and bool(numbers[known].all()):
+        for unit, parts in (("milli", 10**3), ("micro", 10**6), ("nano", 10**9)):
+            low, high = (plausible * parts for plausible in _PLAUSIBLE)
+            if low <= values[known].min() and values[known].max() < high:
+                table.notes.append(f"{table.source}: times are in {unit}seconds")
+                values //= parts
     return values[column.codes]
 
 
@@ -119,6 +148,26 @@ def latest_of_each_pair(user: Int64Array, item: Int64Array, timestamp: Int64Arra
     is_last = np.ones(len(user), dtype=bool)
     is_last[:-1] = (np.diff(user[order]) != 0) | (np.diff(item[order]) != 0)
     return np.sort(order[is_last])
+
+
+def of_each_pair(
+    user: Int64Array, item: Int64Array, rating: npt.NDArray[np.float32], latest: Int64Array, how: str
+) -> npt.NDArray[np.float32]:
+    """One rating for each row of ``latest``: its own, or ``mean`` or ``max`` over all rows of its pair."""
+    if how == "latest":
+        return rating[latest]
+    order = np.lexsort((item, user))
+    starts = np.flatnonzero(np.r_[True, (np.diff(user[order]) != 0) | (np.diff(item[order]) != 0)])
+    if how == "max":
+        found = np.maximum.reduceat(rating[order], starts)
+    else:
+        sums = np.add.reduceat(rating[order].astype(np.float64), starts)
+        found = (sums / np.diff(np.r_[starts, len(order)])).astype(np.float32)
+    # The pairs ascend here, and stand in the order of the file there.
+    place = np.empty(len(latest), dtype=np.int64)
+    place[np.lexsort((item[latest], user[latest]))] = np.arange(len(latest))
+    result: npt.NDArray[np.float32] = found[place]
+    return result
 
 
 def refuse_duplicates(table: Table, user: Int64Array, item: Int64Array, users: IdMap, items: IdMap) -> None:

@@ -21,7 +21,7 @@ from lunet_fast.layers.lunet import LUNet
 from lunet_fast.recsys.model.embeddings import Histories
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.prediction import CHUNK
-from lunet_fast.recsys.model.scoring import ranking_readout, training_pairs
+from lunet_fast.recsys.model.scoring import ranking_readout
 
 SPACES = ("latent", "input")
 """Where :class:`PairDensity` fits its normal distribution: on z = f(x), or on x itself."""
@@ -235,6 +235,8 @@ def items_for_score(
         start = vectors[:, origin].mean(2).expand_as(user)
         member_scores = _scores_of_vectors(model, user, users, origin, readout)
         goal = torch.as_tensor(wanted, dtype=start.dtype, device=start.device).expand(start.shape[:2])
+        if readout == "rating":
+            goal = model.transform(goal)
     vector, score = _nearest_with_score(member_scores, start, goal)
     with torch.no_grad():
         # A member's k coordinates side by side: one vector an item.
@@ -244,7 +246,7 @@ def items_for_score(
         if near is not None:
             distance.scatter_(1, near.unsqueeze(1), torch.inf)
         if exclude_seen:
-            distance[training_pairs(model, users)] = torch.inf
+            distance[seen.of_users(users)] = torch.inf
         nearest, items = distance.sort(dim=1, stable=True)
         nearest, items = nearest[:, :count], items[:, :count]
         return ItemsForScore(vector, score, items.masked_fill(nearest.isinf(), -1), nearest)
@@ -280,15 +282,20 @@ def _scores_of_vectors(
     bias = torch.zeros_like(user[..., 0])
     if item_bias is not None:
         bias = bias + item_bias[origin].mean(1).t()
+    strength = 1.0
     if readout == "rating":
+        strength = model.strength()
         if model.user_bias is not None:
             bias = bias + model.user_bias[users].t()
+        bias = strength * bias
         if model.thresholds is None:
             bias = bias + model.mean
+        if model.config.offset == "biases":
+            bias = bias + model.user_deviation[users] + model.item_deviation[origin].mean(1)
 
     def scores(item: Tensor) -> Tensor:
         z = model.network(torch.cat((user, item), dim=-1))
-        return model._read_out(z, weight, intercept, product) + bias
+        return strength * model._read_out(z, weight, intercept, product) + bias
 
     return scores
 

@@ -67,6 +67,10 @@ class Parts:
         test = ratings.select(divided.test) if len(divided.test) else None
         return cls(ratings.select(divided.train), test, held_out, candidates)
 
+    def beyond_training(self) -> bool:
+        """Whether a part other than training's has rows."""
+        return self.test is not None or self.held_out is not None
+
     def known_pairs(self) -> Tensor:
         """``user * n_items + item`` of all parts, int64."""
         parts = [part for part in (self.training, self.test, self.held_out) if part is not None]

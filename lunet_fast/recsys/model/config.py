@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from lunet_fast.recsys.model.transform import TransformName
 from lunet_fast.training.schema import Count, NotNegative, Positive, Seed, Settings, Threads
 
-Recipe = Literal["paper", "best"]
-RECIPES: tuple[str, ...] = get_args(Recipe)
+Recipe = Literal["paper", "best", "auto"]
+RECIPES = ("paper", "best")
+"""Those whose settings the number of ratings tells; for ``auto`` see :mod:`~lunet_fast.recsys.model.auto`."""
 
 Width = Annotated[int, Field(ge=1, le=1 << 14)]
 """Of a vector: a matrix of the network has 4 times its square, and 4 GiB at the bound."""
@@ -53,6 +55,20 @@ class TrainConfig(Settings):
     interaction_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of each half of z whose product is the interactions'; the rest is the ratings'. Without effect
     where gamma is 0 or 1."""
+
+    transform: TransformName = "none"
+    """What is learnt of a rating: ``none``, itself; ``standard``, in units of its spread, so that no result
+    depends on the unit; ``log`` or ``rank`` of it, for counts, whose few large values drown all others.
+    Errors are of the ratings themselves."""
+    offset: Literal["mean", "biases"] = "mean"
+    """What the network's rating is added to: the mean, or with ``biases`` to shrunk biases of user and item
+    too, in closed form."""
+    offset_l2_user: NotNegative = 5.0
+    """L2 of the users' biases of ``offset``: those of n ratings are shrunk by n / (n + l2)."""
+    offset_l2_item: NotNegative = 5.0
+    """The same of the items'."""
+    strength: NotNegative = 1.0
+    """What the network's rating is multiplied by once it is trained: 0 leaves the offset alone."""
 
     members: Several = 16
     """Independent models trained side by side; the prediction is the mean of theirs."""
@@ -134,6 +150,11 @@ class TrainConfig(Settings):
         if self.loss in ("huber", "ordinal") and self.gamma == 0:
             raise ValueError(
                 f"loss={self.loss!r} is a loss of ratings, which gamma=0.0 leaves out: raise gamma"
+            )
+        if self.loss == "ordinal" and (self.transform, self.offset, self.strength) != ("none", "mean", 1):
+            raise ValueError(
+                "loss='ordinal' has levels and thresholds of its own: leave transform, offset and strength "
+                "away"
             )
         if self.embedding_size < 2 and 0 < self.gamma < 1:
             raise ValueError(

@@ -84,6 +84,20 @@ class Interactions(nn.Module):
         self.register_buffer("item_counts", item_counts, persistent=False)
         self.register_buffer("pairs", rows * n_items + indices, persistent=False)
 
+    @classmethod
+    def of_pairs(cls, pairs: Tensor, n_users: int, n_items: int) -> Interactions:
+        """Of ``user * n_items + item``, int64 ``[N]``, duplicates allowed."""
+        users = torch.div(pairs, n_items, rounding_mode="floor")
+        return cls(users, pairs - users * n_items, n_users, n_items)
+
+    def of_users(self, users: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows, items), int64: row r of ``users`` ``[U]`` has the item; sorted by row and item."""
+        start, count = self.indptr[users], self.user_counts[users]
+        rows = torch.repeat_interleave(torch.arange(len(users), device=users.device), count)
+        before = count.cumsum(0) - count
+        place = torch.arange(len(rows), device=users.device) - before[rows] + start[rows]
+        return rows, self.indices[place].long()
+
     def contains(self, users: Tensor, items: Tensor) -> Tensor:
         """bool ``[B]``: whether the pair was rated in the training part; O(B log nnz)."""
         wanted = users * self.n_items + items

@@ -69,6 +69,7 @@ def _rating_loss(model: RatingModel, score: Tensor, rating: Tensor) -> Tensor:
         inside = _log_difference(high - score, low - score)
         inside = torch.where(first, F.logsigmoid(high - score), inside)
         return -torch.where(last, F.logsigmoid(score - low), inside)
+    rating = model.transform(rating)
     if model.config.loss == "huber":
         return F.huber_loss(score, rating.expand_as(score), reduction="none", delta=1.0)
     return (score - rating).square()

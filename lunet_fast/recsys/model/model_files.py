@@ -15,6 +15,7 @@ from torch import Tensor
 from lunet_fast.recsys.data.ratings import IdMap
 from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.interactions import Interactions
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.schema import (
     CANDIDATES_FORMAT,
@@ -41,6 +42,12 @@ class TrainedModel:
     """The lowest and the highest rating that is possible."""
     item_info: pd.DataFrame | None = None
     """Titles and genres, a row for each index."""
+    known: Interactions | None = None
+    """Who rated what in the whole data, tested and held-out parts too; None where training had all."""
+
+    def rated(self) -> Interactions:
+        """Every pair that is known, for leaving out of recommendations."""
+        return self.model.interactions if self.known is None else self.known
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,11 @@ class TrainedSequences:
     items: IdMap
     scale: tuple[float, float]
     item_info: pd.DataFrame | None = None
+    known: Interactions | None = None
+
+    def rated(self) -> Interactions:
+        """Every pair that is known, for leaving out of recommendations."""
+        return self.model.sequences.interactions() if self.known is None else self.known
 
 
 def save_model(path: Path | None, trained: TrainedModel, dealt: DealtTables | None = None) -> None:
@@ -76,6 +88,8 @@ def _write(
 ) -> None:
     """The ``tensors`` of a model with what leads to it."""
     tensors |= _pack_ids("users", trained.users) | _pack_ids("items", trained.items)
+    if trained.known is not None:
+        tensors |= {f"known.{name}": getattr(trained.known, name) for name in ("indptr", "indices")}
     columns = []
     if trained.item_info is not None:
         columns = [name for name in TEXT_COLUMNS if name in trained.item_info.columns]
@@ -116,7 +130,7 @@ def is_of_sequences(path: Path) -> bool:
 
 
 def _read(path: Path, kind: str, config_type: Any, model_type: Any) -> tuple[Any, ...]:
-    """(model, users, items, scale, titles) of a file of that format."""
+    """(model, users, items, scale, titles, known pairs) of a file of that format."""
     tensors, header = read_tensors(path, kind, HEADERS[kind])
     try:
         config = config_type.from_dict(header["config"])
@@ -125,6 +139,7 @@ def _read(path: Path, kind: str, config_type: Any, model_type: Any) -> tuple[Any
         if not low <= high:
             raise ValueError(f"scale=({low:g}, {high:g}) must be the lowest and the highest rating")
         info = {name: _unpack_texts(f"items.{name}", tensors, len(items)) for name in header["item_info"]}
+        known = _unpack_known(tensors, len(users), len(items))
         # What is left is the model's.
         state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
         if len(state) < len(tensors):
@@ -134,7 +149,7 @@ def _read(path: Path, kind: str, config_type: Any, model_type: Any) -> tuple[Any
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path}: {reason}") from error
-    return model, users, items, (low, high), pd.DataFrame(info) if info else None
+    return model, users, items, (low, high), pd.DataFrame(info) if info else None, known
 
 
 def save_candidates(path: Path, parts: Parts) -> None:
@@ -162,6 +177,19 @@ def _unpack_ids(name: str, tensors: dict[str, Tensor], count: int) -> IdMap:
     if len(ids) != count:
         raise ValueError(f"the header has {count} {name} but {len(ids)} {name[:-1]} ids are there")
     return ids
+
+
+def _unpack_known(tensors: dict[str, Tensor], n_users: int, n_items: int) -> Interactions | None:
+    """The pairs of the whole data, taken out of ``tensors``; files of before have none."""
+    if "known.indptr" not in tensors:
+        return None
+    indptr, indices = (
+        _taken(f"known.{name}", tensors, dtype)
+        for name, dtype in (("indptr", torch.int64), ("indices", torch.int32))
+    )
+    if len(indptr) != n_users + 1:
+        raise ValueError(f"known.indptr is of {len(indptr) - 1} users and there are {n_users}")
+    return Interactions.from_csr(indptr, indices, n_items)
 
 
 def _pack_texts(name: str, texts: list[str]) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ from lunet_fast.layers.lunet import LUNet
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.embeddings import Embeddings, Histories
 from lunet_fast.recsys.model.interactions import Interactions
+from lunet_fast.recsys.model.offsets import shrunk_biases
+from lunet_fast.recsys.model.transform import MOST_KNOTS, Transform
 from lunet_fast.training.distributed import Workers
 from lunet_fast.training.schema import check_same_tensors
 
@@ -52,7 +54,9 @@ class RatingModel(Embeddings):
         rating = mean + w.z + c + z_u[:r].z_i[:r]        (readout ``pair``; z_u, z_i the halves of z)
         logit  = v.z + a + a_i + z_u[r:].z_i[r:]         (``pair``; without the product ``linear``)
 
-    plus, for the rating, biases of user and item with ``biases``. The interactions have q = k - r =
+    plus, for the rating, biases of user and item with ``biases``. With other settings of ``offset``,
+    ``strength`` and ``transform`` t it is t⁻¹(offset + strength (w.z + c + ...)), and the mean, all biases
+    and errors of training are those of t(rating). The interactions have q = k - r =
     ``config.interaction_size`` coordinates of each half for themselves, because ratings need about ten times
     the regularisation. With gamma 1 there is no logit and r = k, with gamma 0 no rating and r = 0.
 
@@ -91,8 +95,6 @@ class RatingModel(Embeddings):
         if len(ratings) == 0:
             raise ValueError("ratings is empty: a model needs at least one training rating")
         super().__init__()
-        mean = ratings.double().mean()
-        residual = ratings.double() - mean
         levels = torch.unique(ratings.double()) if config.loss == "ordinal" else None
         if levels is not None and not 2 <= len(levels) <= MOST_LEVELS:
             raise ValueError(
@@ -101,12 +103,21 @@ class RatingModel(Embeddings):
             )
         interactions = Interactions(users, items, n_users, n_items)
         self._build(config, interactions, levels, user_features, item_features)
-        self.mean.copy_(mean)
-        for buffer, index in ((self.user_deviation, users), (self.item_deviation, items)):
-            total = torch.zeros(len(buffer), dtype=torch.float64, device=index.device).index_add_(
-                0, index, residual
+        self.transform.fit_(ratings)
+        learnt = self.transform(ratings.double())
+        self.mean.copy_(learnt.mean())
+        residual = learnt - learnt.mean()
+        if config.offset == "biases":
+            l2 = (config.offset_l2_user, config.offset_l2_item)
+            biases = shrunk_biases(users, items, residual, (n_users, n_items), l2)
+        else:
+            biases = tuple(
+                residual.new_zeros(count).index_add_(0, index, residual)
+                / (torch.bincount(index, minlength=count) + 10)
+                for index, count in ((users, n_users), (items, n_items))
             )
-            buffer.copy_(total / (torch.bincount(index, minlength=len(buffer)) + 10))
+        self.user_deviation.copy_(biases[0])
+        self.item_deviation.copy_(biases[1])
 
         if self.thresholds is not None and levels is not None:
             # From the shares of the ratings, so that a score of 0 predicts their distribution.
@@ -131,10 +142,11 @@ class RatingModel(Embeddings):
         they would have in the whole (:mod:`lunet_fast.training.sharding`); such a model computes nothing by
         itself. ``ValueError`` for settings that need the pairs: histories, gamma below 1, loss ``ordinal``.
         """
-        if config.user_history or config.item_history or config.gamma < 1 or config.loss == "ordinal":
+        pairs = config.user_history or config.item_history or config.gamma < 1 or config.loss == "ordinal"
+        if pairs or config.transform != "none" or config.offset != "mean":
             raise ValueError(
                 "without the pairs of users and items a model is trained with user_history=False, "
-                "item_history=False, gamma=1 and loss='mse' or 'huber'"
+                "item_history=False, gamma=1, loss='mse' or 'huber', transform='none' and offset='mean'"
             )
         model = cls.__new__(cls)
         nn.Module.__init__(model)
@@ -178,7 +190,8 @@ class RatingModel(Embeddings):
             # There nothing is allocated and nothing drawn: no settings are too large, and the generator that
             # somebody's own program draws from stays as it is, in other threads too.
             with torch.device("meta"):
-                model._build(config, interactions, levels, *features)
+                knots = state.get("transform.knots")
+                model._build(config, interactions, levels, *features, knots=_count_knots(config, knots))
             check_same_tensors(model.state_dict(), state)
             for name, tensor in state.items():
                 if name.endswith(".sign") and not bool((tensor.abs() == 1).all()):
@@ -199,6 +212,7 @@ class RatingModel(Embeddings):
         item_features: Tensor | None,
         *,
         workers: Workers | None = None,
+        knots: int = 0,
     ) -> None:
         self.config = config
         self.interactions = interactions
@@ -218,6 +232,7 @@ class RatingModel(Embeddings):
         self.interaction_weight = nn.Parameter(torch.zeros(members, 2 * size)) if interacts else None
         self.interaction_intercept = nn.Parameter(torch.zeros(members)) if interacts else None
         self.item_logit = nn.Parameter(torch.zeros(n_items, members)) if interacts else None
+        self.transform = Transform(config.transform, knots)
         self.register_buffer("levels", None if levels is None else levels.float())
         self.thresholds = None
         if levels is not None:
@@ -250,20 +265,29 @@ class RatingModel(Embeddings):
         histories: Histories | None = None,
         observed: bool | Tensor | None = None,
         dropout: Tensor | None = None,
+        strength: float | None = None,
     ) -> Output:
         """One pass over B pairs; ``users``, ``items`` int64 ``[B]``.
 
         ``histories`` are computed unless given. ``observed`` says whether these pairs, all or each (bool
         ``[B]``), are training ratings, whose items are left out of the histories; None looks it up.
-        ``dropout``, of :meth:`draw_dropout`, multiplies the network's input.
+        ``dropout``, of :meth:`draw_dropout`, multiplies the network's input, ``strength`` its rating, by
+        default the settings'.
         """
         x = self.embed(users, items, histories or self.histories(), observed)
         z = self.network(x if dropout is None else x * dropout)
+        return self.read(x, z, users, items, strength)
+
+    def read(
+        self, x: Tensor, z: Tensor, users: Tensor, items: Tensor, strength: float | None = None
+    ) -> Output:
+        """What z = f(x), both ``[K, B, D]``, says of the pairs."""
         # Which coordinates of each half are whose: the interactions have the last ones.
         own = self.config.embedding_size - self.config.interaction_size
         score = logit = bias = None
         if self.weight is not None and self.intercept is not None:
-            constant = self.intercept if self.thresholds is not None else self.mean + self.intercept
+            apart = self.thresholds is not None or self._offset_apart(strength)
+            constant = self.intercept if apart else self.mean + self.intercept
             score = self._read_out(z, self.weight, constant, slice(None, own))
         if self.user_bias is not None and self.item_bias is not None:
             sparse = self.user_embedding.sparse  # gradients of rows alone, where the tables have them
@@ -271,11 +295,26 @@ class RatingModel(Embeddings):
             of_item = F.embedding(items, self.item_bias, sparse=sparse)
             bias = torch.stack((of_user.t(), of_item.t()), -1)
             score = bias.sum(-1) if score is None else score + bias.sum(-1)
+        if score is not None and self._offset_apart(strength):
+            score = self.offset(users, items) + self.strength(strength) * score
         weight, intercept, item_logit = self.interaction_weight, self.interaction_intercept, self.item_logit
         if weight is not None and intercept is not None and item_logit is not None:
             logit = self._read_out(z, weight, intercept, slice(own, None))
             logit = logit + F.embedding(items, item_logit).t()
         return Output(x, z, score, logit, bias)
+
+    def strength(self, asked: float | None = None) -> float:
+        """What the network's rating is multiplied by."""
+        return self.config.strength if asked is None else asked
+
+    def _offset_apart(self, strength: float | None) -> bool:
+        return self.config.offset == "biases" or self.strength(strength) != 1
+
+    def offset(self, users: Tensor, items: Tensor) -> Tensor:
+        """``[B]``: what the network's rating is added to, before the transform's inverse."""
+        if self.config.offset == "mean":
+            return self.mean.expand(len(users))
+        return self.mean + self.user_deviation[users] + self.item_deviation[items]
 
     def draw_dropout(self, pairs: int, generator: torch.Generator) -> Tensor | None:
         """``[K, pairs, D]``: 0 for the coordinates dropped, 1 / (1 - p) for the others; None where p is 0.
@@ -302,10 +341,11 @@ class RatingModel(Embeddings):
 
             level_1 + sum_l (level_{l+1} - level_l) sigmoid(score - threshold_l),
 
-        thresholds being the mean of the members'. Increasing in ``score``; any shape, O(levels) each.
+        thresholds being the mean of the members'. Increasing in ``score``; any shape, O(levels) each. With a
+        ``transform``, its inverse.
         """
         if self.thresholds is None or self.levels is None:
-            return score
+            return self.transform.inverse(score)
         above = torch.sigmoid(score.unsqueeze(-1) - self.increasing_thresholds().mean(0))
         return self.levels[0] + above @ self.levels.diff()
 
@@ -359,7 +399,7 @@ class RatingModel(Embeddings):
         score = self.output(known_user, known_item, histories=histories).score
         if score is None:
             raise ValueError("this model was trained with gamma=0, on interactions alone: it rates nothing")
-        return torch.where(known, self.rating(score.mean(0)), fallback)
+        return torch.where(known, self.rating(score.mean(0)), self.transform.inverse(fallback))
 
     def interaction(self, users: Tensor, items: Tensor, histories: Histories | None = None) -> Tensor:
         """Logits ``[B]`` of an interaction, the members' mean; sigmoid makes the probability (2.14) of them.
@@ -384,6 +424,16 @@ class RatingModel(Embeddings):
     def popularity(self) -> Tensor:
         """``[n_items]``: log of (n + 1) / (users - n + 1), n the users who chose the item in training."""
         return _log_odds(self.interactions.item_counts, self.interactions.n_users)
+
+
+def _count_knots(config: TrainConfig, knots: Tensor | None) -> int:
+    """How many a saved model has; ``ValueError`` where they are none of a transform's."""
+    if config.transform != "rank":
+        return 0
+    fit = knots is not None and knots.ndim == 2 and len(knots) == 2 and 1 <= knots.shape[1] <= MOST_KNOTS
+    if knots is None or not fit or not bool((knots[0].diff() > 0).all() and (knots[1].diff() >= 0).all()):
+        raise ValueError(f"transform.knots must be 1 to {MOST_KNOTS} ratings and their scores, ascending")
+    return knots.shape[1]
 
 
 def _check_levels(config: TrainConfig, levels: Tensor | None) -> None:

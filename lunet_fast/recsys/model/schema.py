@@ -7,6 +7,8 @@ Tensors of a model file, little-endian: ``model.<name>``, the ``state_dict`` of
 :class:`~lunet_fast.recsys.model.network.RatingModel`; ``users.ids`` and ``items.ids`` int64 ``[n]``, or where
 ids are strings, ``users.ids.text`` uint8, all of them in UTF-8 one after another, and ``users.ids.offsets``
 int64 ``[n + 1]``, where each begins and the last ends; ``items.title`` and ``items.genres`` likewise, if any.
+``known.indptr`` int64 and ``known.indices`` int32: the pairs of the whole data as a sparse matrix of users by
+items, where training had a part of them.
 A model of recipe ``sequence`` is such a file of another format: ``model.<name>`` is of
 :class:`~lunet_fast.recsys.model.state_network.StateNetwork`.
 """

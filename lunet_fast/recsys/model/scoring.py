@@ -26,6 +26,7 @@ from lunet_fast.layers.lunet import LUNet
 from lunet_fast.ops import dispatch
 from lunet_fast.ops.reference import Slopes
 from lunet_fast.recsys.model.embeddings import Histories
+from lunet_fast.recsys.model.interactions import Interactions
 from lunet_fast.recsys.model.network import RatingModel
 
 BLOCK = 1 << 18
@@ -73,7 +74,7 @@ class ItemScorer:
     ``interaction``, the logit; by default the one that ranks (:func:`ranking_readout`). What depends on an
     item alone is computed here, once: O(K (I k D + M D³)) time and K I D numbers for K members, M layers and
     I items. Later changes of the model are not seen. ``device`` is where scores are computed; the model stays
-    where it is.
+    where it is. ``rated`` are the pairs that :meth:`best` leaves out, the training pairs and maybe more.
     """
 
     def __init__(
@@ -82,8 +83,10 @@ class ItemScorer:
         histories: Histories,
         device: torch.device | str = "cpu",
         readout: str | None = None,
+        rated: Interactions | None = None,
     ) -> None:
         self.model, self.histories, self.device = model, histories, torch.device(device)
+        self.rated = model.interactions if rated is None else rated
         self.readout = readout or ranking_readout(model)
         with torch.no_grad():
             first, self._user_bias, net, self._constant = _split(model, self.readout)
@@ -96,6 +99,10 @@ class ItemScorer:
             item_offset = model.item_bias if self.readout == "rating" else model.item_logit
             if item_offset is not None:
                 offset = item_offset.mean(1)
+            if self.readout == "rating":
+                offset = model.strength() * offset
+                if model.config.offset == "biases":
+                    offset = offset + model.item_deviation
             # The network says nothing of an item without ratings, and −∞ is never among the best.
             offset = offset.masked_fill(model.interactions.item_counts == 0, -torch.inf)
         self.q, self.item_offset = self._moved(vectors @ first[..., k:].mT), self._moved(offset)
@@ -112,8 +119,11 @@ class ItemScorer:
         vectors = model.embed(users, torch.zeros_like(users), self.histories, False)[..., :k]
         p = torch.baddbmm(self._user_bias.unsqueeze(1), vectors, self._user_weight.mT)
         offset = self._constant.expand(len(users))
-        if self.readout == "rating" and model.user_bias is not None:
-            offset = offset + model.user_bias[users].mean(1)
+        if self.readout == "rating":
+            if model.user_bias is not None:
+                offset = offset + model.strength() * model.user_bias[users].mean(1)
+            if model.config.offset == "biases":
+                offset = offset + model.user_deviation[users]
         return self._moved(p), self._moved(offset)
 
     @torch.no_grad()
@@ -127,10 +137,13 @@ class ItemScorer:
         return score_all(p, self.q, self.net, user_offset, self.item_offset)
 
     @torch.no_grad()
-    def best(self, users: Tensor, k: int, candidates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def best(
+        self, users: Tensor, k: int, candidates: Tensor | None = None, *, training_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """(scores, items), both ``[U, k]`` and on the CPU: the k best for each of ``users``, best first.
 
-        ``users``, int64 ``[U]``, have training ratings; those pairs are left out. ``candidates``, int64 and
+        ``users``, int64 ``[U]``, have training ratings. Those pairs are left out, or all of ``rated`` unless
+        ``training_only``. ``candidates``, int64 and
         ascending, are the items to choose from, by default all. Items without training ratings are left out
         as well. Order, ties and what stands for missing items are those of :func:`score_topk`.
         """
@@ -139,16 +152,16 @@ class ItemScorer:
         if candidates is not None:
             there = candidates.to(self.device)
             q, item_offset = q.index_select(1, there), item_offset[there]
-        seen = self._seen(users, candidates)
+        seen = self._seen(self.model.interactions if training_only else self.rated, users, candidates)
         scores, items = score_topk(p, q, self.net, user_offset, item_offset, seen, k)
         scores, items = scores.cpu(), items.cpu()
         if candidates is not None and len(candidates):
             items = torch.where(items < 0, items, candidates[items.clamp(min=0)])
         return scores, items
 
-    def _seen(self, users: Tensor, candidates: Tensor | None) -> Seen:
-        """The training pairs of ``users``, as places among the candidates."""
-        rows, items = training_pairs(self.model, users)
+    def _seen(self, rated: Interactions, users: Tensor, candidates: Tensor | None) -> Seen:
+        """The pairs of ``users``, as places among the candidates."""
+        rows, items = rated.of_users(users)
         if candidates is not None:
             place = torch.full((self.model.interactions.n_items,), -1)
             place[candidates] = torch.arange(len(candidates))
@@ -157,16 +170,6 @@ class ItemScorer:
         counts = torch.bincount(rows, minlength=len(users))
         indptr = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
         return Seen(self._moved(indptr), self._moved(items.int()))
-
-
-def training_pairs(model: RatingModel, users: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, items), int64: row r of ``users`` ``[U]`` rated the item in training; sorted by row and item."""
-    interactions = model.interactions
-    start, count = interactions.indptr[users], interactions.user_counts[users]
-    rows = torch.repeat_interleave(torch.arange(len(users), device=users.device), count)
-    before = count.cumsum(0) - count
-    place = torch.arange(len(rows), device=users.device) - before[rows] + start[rows]
-    return rows, interactions.indices[place].long()
 
 
 def ranking_readout(model: RatingModel) -> str:
@@ -190,8 +193,9 @@ def _split(model: RatingModel, which: str) -> tuple[Tensor, Tensor, SplitNet, Te
         chosen, intercept, product = model.interaction_weight, model.interaction_intercept, slice(own, None)
     if chosen is None or intercept is None:
         raise ValueError(f"gamma={model.config.gamma:g}: this model was trained without the {which} read-out")
-    readout: Tensor = chosen
-    constant = intercept.mean()
+    strength = model.strength() if which == "rating" else 1.0
+    readout: Tensor = strength * chosen
+    constant = strength * intercept.mean()
     if which == "rating" and model.thresholds is None:
         constant = constant + model.mean
     curvature: Tensor | None = None
@@ -199,7 +203,7 @@ def _split(model: RatingModel, which: str) -> tuple[Tensor, Tensor, SplitNet, Te
         # w.z = w_u.(s + d) + w_i.(s − d)
         readout = 2 * _halves_turned(readout, dim=-1)
         half = torch.zeros_like(readout.chunk(2, dim=-1)[0])
-        half[:, product] = 1
+        half[:, product] = strength
         curvature = torch.cat((half, -half), dim=-1)
         last, last_bias = _halves_turned(weight[:, -1], dim=-2), _halves_turned(bias[:, -1], dim=-1)
         weight = torch.cat((weight[:, :-1], last.unsqueeze(1)), dim=1)

@@ -99,8 +99,11 @@ def settings_of(name: str, n_ratings: int, /, **overrides: Any) -> TrainConfig |
     """The settings of any recipe for data of ``n_ratings`` ratings; ``ValueError`` for an unknown one."""
     if name == SEQUENCE:
         return sequence_recipe(n_ratings, **overrides)
+    if name == "auto":
+        # What can be said without the ratings; the settings are those of auto_config.
+        return recipe("best", n_ratings, **overrides).replace(recipe=name)
     if not isinstance(name, str) or name not in RECIPES:
-        known = ", ".join((*RECIPES, SEQUENCE))
+        known = ", ".join((*RECIPES, "auto", SEQUENCE))
         raise ValueError(f"recipe={shown(name)} is unknown: choose one of {known}")
     return recipe(name, n_ratings, **overrides)
 

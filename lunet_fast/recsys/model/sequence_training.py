@@ -24,7 +24,7 @@ from lunet_fast.recsys.model.sequence_config import SequenceConfig
 from lunet_fast.recsys.model.sequences import Sequences
 from lunet_fast.recsys.model.softmax import next_item_loss
 from lunet_fast.recsys.model.state_network import StateNetwork
-from lunet_fast.recsys.model.training import check_ratings, ids_digest, ratings_digest
+from lunet_fast.recsys.model.training import check_ratings, ids_digest, known_of, ratings_digest
 from lunet_fast.training.distributed import Workers, existing_device
 from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, write_json
@@ -82,7 +82,8 @@ def _trained(config: SequenceConfig, parts: Parts, run: Run) -> SequenceResult:
         model.to(run.workers.device)
         curve = run.fit(_phase(model))
         model.to("cpu")
-        trained = TrainedSequences(model, training.users, training.items, training.scale, training.item_info)
+        ids = training.users, training.items, training.scale, training.item_info
+        trained = TrainedSequences(model, *ids, known_of(parts))
         if not run.workers.is_first:
             return SequenceResult(trained, {}, curve)
         values: dict[str, Any] = dict(evaluate_sequences(model, parts).metrics)
@@ -129,6 +130,7 @@ def _resolved(config: SequenceConfig, parts: Parts) -> dict[str, Any]:
     return {
         "dataset": training.name,
         "source": training.source,
+        "reading": training.reading,
         "users": training.n_users,
         "items": training.n_items,
         "scale": list(training.scale),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lunet_fast.recsys.data.order import GAPS, by_time, gap_classes
 from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.model.interactions import Interactions
 
 MOST_LEVELS = 20
 """Different ratings that each have a vector; more are put into as many classes of equal size."""
@@ -129,6 +130,11 @@ class Sequences(nn.Module):
     def user_counts(self) -> Tensor:
         """int64 ``[n_users]``"""
         return self.indptr.diff()
+
+    def interactions(self) -> Interactions:
+        """The pairs, without their order."""
+        users = torch.repeat_interleave(torch.arange(self.n_users), self.user_counts)
+        return Interactions(users, self.items.long(), self.n_users, self.n_items)
 
     def windows(self, users: Tensor, start: Tensor, stop: Tensor) -> Windows:
         """Entries ``start`` to ``stop``, the latter excluded, of each of ``users``; all int64 ``[B]``."""

@@ -19,11 +19,13 @@ from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.measures import metrics
 from lunet_fast.recsys.measures.protocols import Parts, Ranking, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.interactions import Interactions
 from lunet_fast.recsys.model.losses import Losses, hybrid_loss
 from lunet_fast.recsys.model.mlp import MLPModel, perceptron
 from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_candidates, save_model
 from lunet_fast.recsys.model.negatives import NegativeSampler
 from lunet_fast.recsys.model.network import RatingModel
+from lunet_fast.recsys.model.plain import plain_figures
 from lunet_fast.recsys.model.prediction import decode, predict_ratings, reconstruct
 from lunet_fast.recsys.model.scoring import ItemScorer
 from lunet_fast.training.distributed import Workers, existing_device
@@ -108,8 +110,10 @@ def _trained(config: TrainConfig, parts: Parts, run: Run) -> TrainResult:
             values = evaluate(model, parts, run.workers.device).metrics
         if config.mlp and config.gamma == 1:
             values |= phases.control()
+        if config.recipe == "auto" and is_first:
+            values |= plain_figures(parts, config)
     trained = TrainedModel(
-        model.to("cpu"), training.users, training.items, training.scale, training.item_info
+        model.to("cpu"), training.users, training.items, training.scale, training.item_info, known_of(parts)
     )
     if not is_first:
         return TrainResult(trained, {}, curve)
@@ -194,6 +198,13 @@ def evaluate(model: RatingModel, parts: Parts, device: torch.device | str = "cpu
     return Ranking({**values, **ranking.metrics}, ranking.groups)
 
 
+def known_of(parts: Parts) -> Interactions | None:
+    """Every pair of the data for the model's file; None where training had all of them."""
+    if not parts.beyond_training():
+        return None
+    return Interactions.of_pairs(parts.known_pairs(), parts.training.n_users, parts.training.n_items)
+
+
 def ratings_digest(parts: Parts) -> str:
     """SHA-256 over users, items and ratings of all parts: what ``config.json`` says of the data."""
     digest = hashlib.sha256()
@@ -218,6 +229,7 @@ def _resolved(config: TrainConfig, parts: Parts) -> dict[str, Any]:
     return {
         "dataset": training.name,
         "source": training.source,
+        "reading": training.reading,
         "users": training.n_users,
         "items": training.n_items,
         "scale": list(training.scale),
@@ -275,7 +287,7 @@ def rating_objective(
         observed = torch.arange(len(users) * (1 + count), device=users.device) < len(users)
         users = torch.cat((users, users.repeat_interleave(count)))
         items = torch.cat((items, drawn.flatten()))
-    output = model.output(users, items, observed=observed, dropout=dropout)
+    output = model.output(users, items, observed=observed, dropout=dropout, strength=1.0)
     return hybrid_loss(model, output, ratings)
 
 

@@ -25,6 +25,7 @@ from lunet_fast.recsys.data.parquet_table import require_pyarrow
 from lunet_fast.recsys.model.embeddings import Histories
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.serving.recommend import LUNetRecommender
+from lunet_fast.recsys.serving.vectors import item_vectors, user_vectors
 from lunet_fast.training.files import write_atomically
 
 __all__ = ["Written", "export_vectors", "item_vectors", "user_vectors"]
@@ -71,29 +72,6 @@ def export_vectors(recommender: LUNetRecommender, directory: Path | str) -> list
             folder / "items.parquet", model, histories, trained.items, counts.item_counts, titles, item=True
         ),
     ]
-
-
-def user_vectors(model: RatingModel, users: Tensor, histories: Histories | None = None) -> Tensor:
-    """The vectors ``[N, K k]`` of ``users``, int64 ``[N]``; float32. O(N K k), after ``model.histories()``
-    where ``histories`` is not given."""
-    return _halves(model, users, torch.zeros_like(users), histories, item=False)
-
-
-def item_vectors(model: RatingModel, items: Tensor, histories: Histories | None = None) -> Tensor:
-    """The vectors ``[N, K k]`` of ``items``, int64 ``[N]``; as :func:`user_vectors`."""
-    return _halves(model, torch.zeros_like(items), items, histories, item=True)
-
-
-@torch.no_grad()
-def _halves(
-    model: RatingModel, users: Tensor, items: Tensor, histories: Histories | None, *, item: bool
-) -> Tensor:
-    histories = model.histories() if histories is None else histories
-    # With no pair taken for a training rating, one half does not depend on the other: any index does there.
-    x = model.embed(users, items, histories, False)
-    k = model.config.embedding_size
-    half = x[..., k:] if item else x[..., :k]
-    return half.transpose(0, 1).flatten(1)
 
 
 def _write(

@@ -7,14 +7,13 @@ trained model is not changed. The new user has rated the items given, and is in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from lunet_fast.recsys.data.ids import IdMap
+from lunet_fast.recsys.data.objects import items_frame
 from lunet_fast.recsys.data.ratings import from_frame
 from lunet_fast.recsys.model.embeddings import Histories
 from lunet_fast.recsys.model.interactions import Interactions
@@ -75,6 +74,7 @@ class FoldIn:
         """
         whole = self.trained.model
         known = whole.interactions.item_counts[items] > 0
+        given = Interactions(torch.zeros_like(items), items, 1, whole.interactions.n_items)
         items, ratings = items[known], None if ratings is None else ratings[known]
         model = self._model(items, ratings)
         sums = None
@@ -90,9 +90,8 @@ class FoldIn:
         # A user of every item leaves none to draw as not chosen.
         if fitted and 0 < len(items) < whole.interactions.n_items:
             _fit(model, histories, items, ratings, fitted)
-        alone = TrainedModel(
-            model, IdMap([0]), self.trained.items, self.trained.scale, self.trained.item_info
-        )
+        trained = self.trained
+        alone = TrainedModel(model, IdMap([0]), trained.items, trained.scale, trained.item_info, given)
         return alone, histories
 
     def _model(self, items: Tensor, ratings: Tensor | None) -> OneUserModel:
@@ -114,8 +113,12 @@ class FoldIn:
             model.item_history = _table(torch.zeros_like(self._embedding))
         if self._bias is not None:
             model.user_bias = nn.Parameter(self._bias.clone())
-        residual = 0.0 if ratings is None else float((ratings - whole.mean).sum())
-        model.user_deviation = torch.tensor([residual / (len(items) + 10)])
+        l2, left = 10.0, torch.zeros(())
+        if ratings is not None:
+            left = whole.transform(ratings) - whole.mean
+            if whole.config.offset == "biases":
+                l2, left = whole.config.offset_l2_user, left - whole.item_deviation[items]
+        model.user_deviation = (left.sum() / max(len(items) + l2, 1)).reshape(1)
         # One film seen says little of how a user rates: no user in training had a history as short as that.
         # What a user chooses, it says.
         damped = whole.config.gamma == 1
@@ -173,25 +176,19 @@ def _fit(
         optimizer.step(loss)
 
 
-def given_items(
-    ratings: pd.DataFrame | Mapping[Any, float] | Any, trained: TrainedModel
-) -> tuple[Tensor, Tensor | None]:
+def given_items(ratings: Any, trained: TrainedModel) -> tuple[Tensor, Tensor | None]:
     """(items int64 ``[n]``, ratings float32 ``[n]`` or None) of what a user gives; unseen ids are left out.
 
-    A frame with a column ``item`` and, where there are ratings, ``rating``; ratings by item; or items alone.
-    A model of gamma 0 takes no ratings. ``RatingFileError`` as ``from_frame`` raises: a rating outside the
-    scale, an item rated twice.
+    ``ratings`` is what :func:`~lunet_fast.recsys.data.objects.items_frame` takes, whose ``TypeError`` is
+    raised. A model of gamma 0 looks at no ratings. ``RatingFileError`` as ``from_frame`` raises: a rating
+    outside the scale, an item rated twice; ``ValueError`` for those of several users.
     """
-    if isinstance(ratings, pd.DataFrame):
-        if "item" not in ratings.columns:
-            raise ValueError(f"ratings has no column 'item', only {', '.join(map(str, ratings.columns))}")
-        frame = ratings[[name for name in ("item", "rating") if name in ratings.columns]].copy()
-    elif isinstance(ratings, Mapping):
-        frame = pd.DataFrame({"item": list(ratings.keys()), "rating": list(ratings.values())})
-    elif isinstance(ratings, (str, int, float)):
-        raise ValueError(f"ratings={ratings!r} must be ratings by item, or a list of items: [{ratings!r}]")
-    else:
-        frame = pd.DataFrame({"item": ratings.tolist() if hasattr(ratings, "tolist") else list(ratings)})
+    frame = items_frame(ratings, "ratings")
+    if "item" not in frame.columns:
+        raise ValueError(f"ratings has no column 'item', only {', '.join(map(str, frame.columns))}")
+    if "user" in frame.columns and frame["user"].nunique() > 1:
+        raise ValueError(f"ratings are of {frame['user'].nunique()} users: fold_in makes one, so give one's")
+    frame = frame[[name for name in ("item", "rating") if name in frame.columns]].copy()
     rated = "rating" in frame.columns and trained.model.config.gamma > 0
     if not len(frame):
         return torch.empty(0, dtype=torch.int64), torch.empty(0) if rated else None

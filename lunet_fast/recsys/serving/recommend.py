@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
 
-from lunet_fast.recsys.data.ids import IdMap
+from lunet_fast.recsys.data.errors import check_whole
+from lunet_fast.recsys.data.ids import IdMap, listed
+from lunet_fast.recsys.data.objects import ratings_frame
 from lunet_fast.recsys.data.ratings import Ratings, from_frame, read_ratings
+from lunet_fast.recsys.measures import metrics
+from lunet_fast.recsys.model.auto import AUTO, auto_config
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.embeddings import Histories
 from lunet_fast.recsys.model.model_files import (
@@ -25,61 +28,19 @@ from lunet_fast.recsys.model.model_files import (
     save_model,
     save_sequences,
 )
-from lunet_fast.recsys.model.network import RatingModel
-from lunet_fast.recsys.model.prediction import CHUNK
-from lunet_fast.recsys.model.scoring import ItemScorer, ranking_readout, training_pairs
+from lunet_fast.recsys.model.scoring import ranking_readout
 from lunet_fast.recsys.model.sequence_config import SEQUENCE, SequenceConfig, settings_of
 from lunet_fast.recsys.model.sequence_training import train_sequence
 from lunet_fast.recsys.model.training import train
-from lunet_fast.recsys.serving.fold_in import METHODS, FoldIn, given_items
+from lunet_fast.recsys.serving.best_items import Ready, in_chunks, place_in_row, ranked
+from lunet_fast.recsys.serving.fold_in import METHODS, given_items
 from lunet_fast.recsys.serving.sequence import SequenceServing, Session
+from lunet_fast.recsys.serving.similar import most_similar, reasons
 from lunet_fast.training.files import RunFolder, write_json
 from lunet_fast.training.loop import Progress
 
 USERS = 1024
 """Users that are scored at a time: bounds the memory of a recommendation, whatever the number of users."""
-
-
-class _Ranked(NamedTuple):
-    """Recommendations for a batch of users: sorted by row, and best first within one."""
-
-    row: npt.NDArray[np.int64]
-    item: npt.NDArray[np.int64]
-    score: npt.NDArray[np.float32]
-
-
-class _Ready:
-    """A trained model and what its predictions have in common, computed at first use.
-
-    A recommender refers to one of these, and a call to the one that it began with alone: threads may predict
-    while another trains the recommender anew. Two that come first both compute, and the same.
-    """
-
-    def __init__(self, trained: TrainedModel, histories: Histories | None = None) -> None:
-        self.trained = trained
-        self._histories = histories
-        self._scorer: ItemScorer | None = None
-        self._fold_in: FoldIn | None = None
-
-    @torch.no_grad()
-    def histories(self) -> Histories:
-        """The sums over all histories, which no prediction changes."""
-        if self._histories is None:
-            self._histories = self.trained.model.histories()
-        return self._histories
-
-    def scorer(self, device: torch.device) -> ItemScorer:
-        """All items as the network needs them, on ``device``."""
-        scorer = self._scorer
-        if scorer is None or scorer.device != device:
-            self._scorer = scorer = ItemScorer(self.trained.model, self.histories(), device)
-        return scorer
-
-    def fold_in(self) -> FoldIn:
-        """What new users start from."""
-        if self._fold_in is None:
-            self._fold_in = FoldIn(self.trained, self.histories())
-        return self._fold_in
 
 
 class LUNetRecommender:
@@ -89,7 +50,9 @@ class LUNetRecommender:
     >>> recommender.predict(["ann", "bob"], ["film-7", "film-9"])      # doctest: +SKIP
     array([4.12, 2.87], dtype=float32)
 
-    ``recipe`` is ``best`` or ``paper``; ``settings`` override single fields of
+    ``recipe`` is ``auto``, for ratings of any unit and size
+    (:func:`~lunet_fast.recsys.model.auto.auto_config`), or ``best`` or ``paper``, which have MovieLens'
+    settings; ``settings`` override single fields of
     :class:`~lunet_fast.recsys.model.config.TrainConfig`, such as ``epochs=5``. ``sequence`` ranks what a user
     may choose next by the order of what it chose before, and predicts no ratings; its settings are those of
     :class:`~lunet_fast.recsys.model.sequence_config.SequenceConfig`. ``device`` is where training
@@ -100,21 +63,25 @@ class LUNetRecommender:
     """
 
     def __init__(
-        self, recipe: str = "best", seed: int = 0, device: torch.device | str = "cpu", **settings: Any
+        self, recipe: str = AUTO, seed: int = 0, device: torch.device | str = "cpu", **settings: Any
     ) -> None:
         self.recipe, self.seed, self.device, self.settings = recipe, seed, device, settings
         self._config(1)  # a wrong name or value is told now, not after the data are read
-        self._ready: _Ready | SequenceServing | None = None
+        self._ready: Ready | SequenceServing | None = None
 
     def _config(self, n_ratings: int) -> TrainConfig | SequenceConfig:
+        return settings_of(self.recipe, n_ratings, **self._overrides())
+
+    def _overrides(self) -> dict[str, Any]:
+        """What is not the recipe's."""
         fixed: dict[str, Any] = {"seed": self.seed, "split": "none"}
         if self.recipe != SEQUENCE:
             fixed["mlp"] = False
-        return settings_of(self.recipe, n_ratings, **{**fixed, **self.settings})
+        return {**fixed, **self.settings}
 
     def fit(
         self,
-        ratings: Ratings | pd.DataFrame | str | os.PathLike[str],
+        ratings: Any,
         *,
         user: str = "user",
         item: str = "item",
@@ -123,36 +90,45 @@ class LUNetRecommender:
         scale: tuple[float, float] | None = None,
         progress: Progress | None = None,
     ) -> LUNetRecommender:
-        """Train on all of ``ratings``: a file, a data frame or a :class:`Ratings`; returns itself.
+        """Train on all of ``ratings``; returns itself.
+
+        They are a file's path, a :class:`Ratings`, a data frame of pandas or polars, a scipy.sparse matrix of
+        users by items, rows (user, item, rating, maybe time) as a list or an array,
+        ``{user: {item: rating}}``, or a pandas Series by user and item
+        (:func:`~lunet_fast.recsys.data.objects.ratings_frame`).
 
         The column names and ``scale`` apply to files and frames, as in
-        :func:`~lunet_fast.recsys.data.ratings.read_ratings`, whose errors are raised; ``rating=None`` reads
-        interactions without ratings, which need gamma 0 or recipe ``sequence``. Sizes other than MovieLens'
-        take the settings of the MovieLens set nearest in size.
+        :func:`~lunet_fast.recsys.data.ratings.read_ratings`, whose errors are raised, and ``TypeError`` for
+        an object of another kind; ``rating=None`` reads
+        interactions without ratings, which need gamma 0 or recipe ``sequence``. Recipe ``auto`` makes a short
+        search on validation parts first; ``best`` takes the settings of the MovieLens set nearest in size.
         """
-        config = self._config(1)
-        if rating is None and isinstance(config, TrainConfig) and config.gamma > 0:
-            raise ValueError("rating=None leaves no ratings to train on: make LUNetRecommender(gamma=0)")
-        columns: dict[str, Any] = {
-            "user": user,
-            "item": item,
-            "rating": rating,
-            "timestamp": timestamp,
-            "scale": scale,
-        }
-        if isinstance(ratings, pd.DataFrame):
-            ratings = from_frame(ratings, **columns)
-        elif not isinstance(ratings, Ratings):
-            ratings = read_ratings(ratings, **columns)
+        columns = {"user": user, "item": item, "rating": rating, "timestamp": timestamp, "scale": scale}
+        ratings = self._read(ratings, **columns)
         config = self._config(len(ratings))
         if isinstance(config, TrainConfig):
+            if self.recipe == AUTO:
+                config = auto_config(ratings, device=self.device, **self._overrides())
             self._set_trained(train(ratings, config, device=self.device, progress=progress).trained)
         else:
             self._set_trained(train_sequence(ratings, config, device=self.device, progress=progress).trained)
         return self
 
+    def _read(self, ratings: Any, **columns: Any) -> Ratings:
+        """What :meth:`fit` is given, as a table."""
+        config = self._config(1)
+        names = {"user": "user", "item": "item", "rating": "rating", "timestamp": "timestamp", **columns}
+        if names["rating"] is None and isinstance(config, TrainConfig) and config.gamma > 0:
+            raise ValueError("rating=None leaves no ratings to train on: make LUNetRecommender(gamma=0)")
+        if isinstance(ratings, Ratings):
+            return ratings
+        if isinstance(ratings, (str, os.PathLike)):
+            return read_ratings(ratings, **names)
+        roles = [names[role] for role in ("user", "item", "rating", "timestamp") if names[role] is not None]
+        return from_frame(ratings_frame(ratings, roles), **names)
+
     def _set_trained(self, trained: TrainedModel | TrainedSequences) -> None:
-        self._ready = _Ready(trained) if isinstance(trained, TrainedModel) else SequenceServing(trained)
+        self._ready = Ready(trained) if isinstance(trained, TrainedModel) else SequenceServing(trained)
 
     def predict(self, users: Any, items: Any) -> npt.NDArray[np.float32]:
         """Ratings of pairs, float32 ``[N]``, clipped to the scale of the training data.
@@ -165,7 +141,7 @@ class LUNetRecommender:
         for nnz training ratings, then O(D^2) a pair.
         """
         ready = self._prepared()
-        ratings = _in_chunks(ready.trained.model, ready.histories(), *_pairs(ready.trained, users, items))
+        ratings = in_chunks(ready.trained.model, ready.histories(), *_pairs(ready.trained, users, items))
         result: npt.NDArray[np.float32] = ratings.clamp_(*ready.trained.scale).cpu().numpy()
         return result
 
@@ -186,12 +162,12 @@ class LUNetRecommender:
         if isinstance(ready, SequenceServing):
             return ready.score(users, items)
         pairs = _pairs(ready.trained, users, items)
-        logits = _in_chunks(ready.trained.model.interaction, ready.histories(), *pairs)
+        logits = in_chunks(ready.trained.model.interaction, ready.histories(), *pairs)
         result: npt.NDArray[np.float32] = logits.cpu().numpy()
         return result
 
     def recommend(
-        self, users: Any, k: int = 10, *, exclude_seen: bool = True, items: Any = None
+        self, users: Any, k: int = 10, *, exclude_seen: bool = True, items: Any = None, exclude: Any = None
     ) -> pd.DataFrame:
         """The k best items of each user, best first: columns ``user``, ``rank`` from 1, ``item``, ``score``.
 
@@ -203,8 +179,10 @@ class LUNetRecommender:
         3  bob     2  film-1   4.19
 
         ``users`` are ids as in the training data, one or many; they keep their order. ``items`` are the ids
-        to choose from, by default all of the training data; ``exclude_seen`` leaves out what the user rated
-        in training. A user gets fewer rows where fewer than k items are left.
+        to choose from, by default all of the training data, and ``exclude`` those that nobody gets.
+        ``exclude_seen`` leaves out what the user rated anywhere in the data that :meth:`fit` or
+        ``lunet-fast train`` was given, tested and held-out ratings too. A user gets fewer rows where fewer
+        than k items are left.
 
         With gamma below 1 the items are ranked by :meth:`score`, which is trained to rank, and that is the
         column ``score``. With gamma 1 it is what :meth:`predict` gives for the pair, clipped to the scale;
@@ -219,29 +197,33 @@ class LUNetRecommender:
         each with all items.
 
         Cost: O(K M D²) for a user and item, on ``device``; what depends on one of them alone is computed
-        once. Memory: :func:`~lunet_fast.recsys.model.scoring.score_topk`'s for USERS users, and the result.
+        once. Memory: :func:`~lunet_fast.recsys.model.scoring.score_topk`'s for USERS users, and the result,
+        users × min(k, items) rows.
 
-        ``ValueError`` where k is not a whole number of at least 1.
+        ``ValueError`` where k is not a whole number of at least 1; ``TypeError`` for what are no ids.
         """
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise ValueError(f"k={k!r} must be a whole number of at least 1")
-        ready, given = self._trained(), _listed(users)
+        ready, given = self._trained(), listed(users)
         if isinstance(ready, SequenceServing):
-            return ready.recommend(given, int(k), exclude_seen, items)
+            return ready.recommend(given, int(k), exclude_seen, items, exclude)
         trained, device = ready.trained, torch.device(self.device)
         index = torch.from_numpy(trained.users.index(given))
         item_ids, candidates, unseen = trained.items.ids, None, 0
         if items is not None:
-            wanted = _listed(items)
+            wanted = listed(items)
             known = trained.items.index(wanted)
             candidates = torch.from_numpy(np.unique(known[known >= 0]))
             # They follow the known ones, in the order given.
             strangers = list(dict.fromkeys(item for item, i in zip(wanted, known, strict=True) if i < 0))
             unseen = len(strangers)
             item_ids = np.array([*item_ids.tolist(), *strangers], dtype=object)
+        if exclude is not None:
+            there = torch.arange(len(trained.items)) if candidates is None else candidates
+            candidates = there[~torch.isin(there, torch.from_numpy(trained.items.index(exclude)))]
+        k = min(int(k), max(len(item_ids), 1))
         parts = [
-            _ranked(ready, device, batch, int(k), exclude_seen, candidates, unseen)
-            for batch in index.split(USERS)
+            ranked(ready, device, batch, k, exclude_seen, candidates, unseen) for batch in index.split(USERS)
         ]
         row = np.concatenate([part.row + n * USERS for n, part in enumerate(parts)])
         item, score = (np.concatenate(side) for side in list(zip(*parts, strict=True))[1:])
@@ -253,15 +235,13 @@ class LUNetRecommender:
         return pd.DataFrame(
             {
                 "user": pd.Series(np.array(user_ids, dtype=object)[row], dtype=object).infer_objects(),
-                "rank": _place_in_row(row) + 1,
+                "rank": place_in_row(row) + 1,
                 "item": pd.Series(item_ids[item], dtype=item_ids.dtype).infer_objects(),
                 "score": score,
             }
         )
 
-    def fold_in(
-        self, ratings: pd.DataFrame | Mapping[Any, float] | Sequence[Any], *, method: str = "fit"
-    ) -> FoldedUser | Session:
+    def fold_in(self, ratings: Any, *, method: str = "fit") -> FoldedUser | Session:
         """A user whom training has not seen, from what it has rated or chosen; this model stays as it is.
 
         >>> ann = recommender.fold_in({"film-7": 5, "film-9": 2})          # doctest: +SKIP
@@ -271,9 +251,10 @@ class LUNetRecommender:
         1     2  film-1   4.44
 
         ``ratings`` are ratings by item, a frame with the columns ``item`` and ``rating``, or items alone, as
-        a sequence or a frame without ``rating``. Items that training has not seen say nothing and raise no
-        error; where none is left, the user is predicted like one never heard of. A model of gamma 0 looks
-        only at the items, and to one of gamma 1 items alone say little.
+        a sequence or a frame without ``rating``; or a pandas Series of ratings whose index are the items,
+        rows (item, rating), one row of a scipy.sparse matrix. Items that training has not seen say nothing
+        and raise no error; where none is left, the user is predicted like one never heard of. A model of
+        gamma 0 looks only at the items, and to one of gamma 1 items alone say little.
 
         The new user starts as the mean of the trained ones, side features included, with the items given as
         its history. Method ``fit`` then finds the vector and the bias of least training loss on what is
@@ -294,7 +275,7 @@ class LUNetRecommender:
         items, values = given_items(ratings, ready.trained)
         alone = LUNetRecommender(self.recipe, self.seed, self.device)
         alone.settings = self.settings
-        alone._ready = _Ready(*ready.fold_in()(items, values, method))
+        alone._ready = Ready(*ready.fold_in()(items, values, method))
         return FoldedUser(alone)
 
     def session(self, recent_items: Any = ()) -> Session:
@@ -323,6 +304,65 @@ class LUNetRecommender:
         As ``session(recent_items).recommend(k)``. ``ValueError`` for a model of another recipe.
         """
         return self.session(recent_items).recommend(k)
+
+    def similar_items(self, items: Any, k: int = 10) -> pd.DataFrame:
+        """The k items most like each of ``items``: columns ``item``, ``rank``, ``similar``, ``similarity``.
+
+        >>> recommender.similar_items("film-7", k=2)                       # doctest: +SKIP
+             item  rank similar  similarity
+        0  film-7     1  film-3        0.81
+        1  film-7     2  film-1        0.64
+
+        By the cosine of what the network is given of them, less the mean item
+        (:func:`~lunet_fast.recsys.serving.similar.most_similar`). Items without training ratings have no row.
+        ``ValueError`` for recipe ``sequence``.
+        """
+        return most_similar(self._prepared(), "item", items, check_whole("k", k, 1))
+
+    def similar_users(self, users: Any, k: int = 10) -> pd.DataFrame:
+        """The k users most like each of ``users``, as :meth:`similar_items`; the first column is ``user``."""
+        return most_similar(self._prepared(), "user", users, check_whole("k", k, 1))
+
+    def explain(self, user: Any, item: Any, k: int = 10) -> pd.DataFrame:
+        """Which of a user's items speak for ``item``: columns ``item`` and ``effect``, the largest first.
+
+        The effect is what the score that ranks loses where the one item is left out of the user's history
+        (:func:`~lunet_fast.recsys.serving.similar.reasons`): a negative one speaks against. ``ValueError``
+        for ids without training ratings, a model without ``user_history``, and recipe ``sequence``.
+        """
+        return reasons(self._prepared(), user, item, check_whole("k", k, 1))
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The arguments that make the same recommender, not trained; as scikit-learn has it."""
+        return {"recipe": self.recipe, "seed": self.seed, "device": self.device, **self.settings}
+
+    def set_params(self, **params: Any) -> LUNetRecommender:
+        """Change arguments for the next :meth:`fit`; ``ValueError`` for a wrong one. Returns itself."""
+        changed = LUNetRecommender(**{**self.get_params(), **params})
+        self.recipe, self.seed = changed.recipe, changed.seed
+        self.device, self.settings = changed.device, changed.settings
+        return self
+
+    def cross_validate(self, ratings: Any, folds: int = 5, **columns: Any) -> pd.DataFrame:
+        """Errors of predicted ratings on each of ``folds`` parts, trained on the others.
+
+        Columns ``fold`` from 1, ``test_ratings``, ``mse``, ``rmse``. ``ratings`` and ``columns`` are those of
+        :meth:`fit`, whose errors are raised; parts are drawn by the seed. This recommender stays as it is.
+        ``ValueError`` where folds is below 2 or more than there are ratings, and with gamma 0.
+        """
+        table = self._read(ratings, **columns)
+        if check_whole("folds", folds, 2) > len(table):
+            raise ValueError(f"folds={folds!r} must be at most the number of ratings, {len(table)}")
+        order = torch.from_numpy(np.random.default_rng(self.seed).permutation(len(table)))
+        rows = []
+        for fold, part in enumerate(order.tensor_split(folds)):
+            rest = order[~torch.isin(order, part)].sort().values
+            fitted = LUNetRecommender(**self.get_params()).fit(table.select(rest))
+            ready, test = fitted._prepared(), table.select(part)
+            found = in_chunks(ready.trained.model, ready.histories(), test.user, test.item)
+            mse = metrics.mse(found.clamp_(*table.scale), test.rating)
+            rows.append({"fold": fold + 1, "test_ratings": len(part), "mse": mse, "rmse": mse**0.5})
+        return pd.DataFrame(rows)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``directory``, which is made if needed.
@@ -373,14 +413,14 @@ class LUNetRecommender:
             raise ValueError(f"this model is of recipe {self.recipe!r}, not of 'sequence'")
         return ready.trained
 
-    def _trained(self) -> _Ready | SequenceServing:
+    def _trained(self) -> Ready | SequenceServing:
         """The model that a call goes on with, whatever happens to the recommender meanwhile."""
         ready = self._ready
         if ready is None:
             raise RuntimeError("this recommender is not trained yet: call fit() or load() first")
         return ready
 
-    def _prepared(self) -> _Ready:
+    def _prepared(self) -> Ready:
         """The same, of a model of pairs."""
         ready = self._trained()
         if isinstance(ready, SequenceServing):
@@ -458,86 +498,16 @@ class FoldedUser:
         """Logits of an interaction, ``[N]``, as :meth:`LUNetRecommender.score`."""
         return self._alone.score(0, items)
 
-    def recommend(self, k: int = 10, *, exclude_seen: bool = True, items: Any = None) -> pd.DataFrame:
+    def recommend(
+        self, k: int = 10, *, exclude_seen: bool = True, items: Any = None, exclude: Any = None
+    ) -> pd.DataFrame:
         """The k best items, as :meth:`LUNetRecommender.recommend`: columns ``rank``, ``item``, ``score``."""
-        return self._alone.recommend(0, k, exclude_seen=exclude_seen, items=items).drop(columns="user")
+        chosen = self._alone.recommend(0, k, exclude_seen=exclude_seen, items=items, exclude=exclude)
+        return chosen.drop(columns="user")
 
     def __repr__(self) -> str:
         model = self._alone.trained.model
         return f"FoldedUser({int(model.interactions.user_counts[0])} of {len(self._alone.items)} items)"
-
-
-@torch.no_grad()
-def _ranked(
-    ready: _Ready,
-    device: torch.device,
-    users: torch.Tensor,
-    k: int,
-    exclude_seen: bool,
-    candidates: torch.Tensor | None,
-    unseen: int,
-) -> _Ranked:
-    """The k best for each of ``users``, int64 ``[U]``, -1 for unseen ones, with scores not clipped.
-
-    ``candidates`` are the places of known items, ascending, or None for all of them; ``unseen`` items
-    without a place count on from the last known one.
-    """
-    model, scorer = ready.trained.model, ready.scorer(device)
-    n_items = len(ready.trained.items)
-    counts = model.interactions.item_counts
-    known = torch.arange(n_items) if candidates is None else candidates
-    cold = torch.cat((known[counts[known] == 0], n_items + torch.arange(unseen)))[:k]
-    has_ratings = (users >= 0) & (model.interactions.user_counts[users.clamp(min=0)] > 0)
-    warm_rows, cold_rows = torch.where(has_ratings)[0], torch.where(~has_ratings)[0]
-    warm = users[warm_rows]
-
-    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    scores, items = scorer.best(warm, k, candidates)
-    rates = scorer.readout == "rating"
-    if rates:
-        # -inf stands for no item at all, of which no rating is to be made.
-        scores = torch.where(items < 0, scores, model.rating(scores))
-    popularity = torch.cat((model.popularity(), _nobodys_choice(model).expand(unseen)))
-    found.append((warm_rows.repeat_interleave(k), items.flatten(), scores.flatten()))
-    unrated = (model.mean + model.user_deviation[warm]).unsqueeze(1) if rates else popularity[cold]
-    found.append(_every_pair(warm_rows, cold, unrated))
-    if not exclude_seen:
-        # A training rating is predicted with its own entry left out: another x than scorer's.
-        rows, items = training_pairs(model, warm)
-        if candidates is not None:
-            inside = torch.isin(items, candidates)
-            rows, items = rows[inside], items[inside]
-        if len(rows):
-            read = model if rates else model.interaction
-            found.append((warm_rows[rows], items, _in_chunks(read, ready.histories(), warm[rows], items)))
-    if len(cold_rows):
-        places = torch.cat((known, n_items + torch.arange(unseen)))
-        score = popularity[places]
-        if rates:
-            score = model.mean.expand(len(places)).clone()
-            score[: len(known)] += model.item_deviation[known] * (counts[known] > 0)
-        best = score.sort(descending=True, stable=True).indices[:k]
-        found.append(_every_pair(cold_rows, places[best], score[best]))
-
-    row, item, values = (torch.cat(side).numpy() for side in zip(*found, strict=True))
-    order = np.lexsort((item, -values, row))
-    order = order[values[order] > -np.inf]
-    order = order[_place_in_row(row[order]) < k]
-    return _Ranked(row[order], item[order], values[order])
-
-
-@torch.no_grad()
-def _in_chunks(
-    read: Callable[[torch.Tensor, torch.Tensor, Histories], torch.Tensor],
-    histories: Histories,
-    users: torch.Tensor,
-    items: torch.Tensor,
-) -> torch.Tensor:
-    """``read``, the model or its ``interaction``, of pairs of indices, int64 ``[B]``; CHUNK at a time."""
-    parts = [
-        read(user, item, histories) for user, item in zip(users.split(CHUNK), items.split(CHUNK), strict=True)
-    ]
-    return torch.cat(parts) if len(users) else torch.empty(0)
 
 
 def _pairs(trained: TrainedModel, users: Any, items: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -550,31 +520,3 @@ def _pairs(trained: TrainedModel, users: Any, items: Any) -> tuple[torch.Tensor,
     place = trained.model.mean.device
     user, item = (side.clone().to(place) for side in torch.broadcast_tensors(user, item))
     return user, item
-
-
-def _listed(ids: Any) -> list[Any]:
-    """One id, or a sequence, array or tensor of them, as a list."""
-    if isinstance(ids, torch.Tensor):
-        ids = ids.detach().cpu().numpy()
-    values: list[Any] = np.asarray(ids, dtype=object).reshape(-1).tolist()
-    return values
-
-
-def _nobodys_choice(model: RatingModel) -> torch.Tensor:
-    """The popularity ``[1]`` of an item that training has not seen."""
-    return -torch.log(torch.tensor([model.interactions.n_users + 1.0]))
-
-
-def _every_pair(
-    rows: torch.Tensor, items: torch.Tensor, score: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(row, item, score) of each row with each item; ``score`` broadcasts to ``[rows, items]``."""
-    shape = (len(rows), len(items))
-    sides = (rows.unsqueeze(1), items, score)
-    row, item, wide = (side.expand(shape).flatten() for side in sides)
-    return row, item, wide
-
-
-def _place_in_row(row: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """0, 1, ... within each run of equal rows, which are sorted."""
-    return np.arange(len(row)) - np.searchsorted(row, row)

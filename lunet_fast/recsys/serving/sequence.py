@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lunet_fast.recsys.data.objects import is_table, items_frame
 from lunet_fast.recsys.data.order import gap_classes
 from lunet_fast.recsys.data.ratings import from_frame
 from lunet_fast.recsys.model.model_files import TrainedSequences
@@ -25,7 +26,7 @@ class SequenceServing:
     """A trained model of recipe ``sequence``, in the ids of one's own file."""
 
     def __init__(self, trained: TrainedSequences) -> None:
-        self.trained = trained
+        self.trained, self._rated = trained, trained.rated()
         sequences = trained.model.sequences
         counts = torch.bincount(sequences.levels.long(), minlength=sequences.n_levels)
         self.usual_level = int(counts.argmax())
@@ -46,7 +47,9 @@ class SequenceServing:
             found[inside] = _of_items(scores[row[inside] - start], item[inside])
         return found
 
-    def recommend(self, users: list[Any], k: int, exclude_seen: bool, items: Any) -> pd.DataFrame:
+    def recommend(
+        self, users: list[Any], k: int, exclude_seen: bool, items: Any, exclude: Any
+    ) -> pd.DataFrame:
         """As ``LUNetRecommender.recommend``, for ids in a list. Unseen items are left out."""
         trained, frames = self.trained, []
         model = trained.model
@@ -55,12 +58,10 @@ class SequenceServing:
             some = index[start : start + USERS]
             scores = model.score_users(some)
             if exclude_seen:
-                counts = model.sequences.user_counts[some.clamp(min=0)] * (some >= 0)
-                who = torch.repeat_interleave(counts)
-                place = torch.arange(len(who)) - (counts.cumsum(0) - counts)[who]
-                seen = model.sequences.items[model.sequences.indptr[some.clamp(min=0)][who] + place]
-                scores[who, seen.long()] = -torch.inf
-            row, rank, frame = self._best(scores, k, items)
+                here = torch.where(some >= 0)[0]
+                who, seen = self._rated.of_users(some[here])
+                scores[here[who], seen] = -torch.inf
+            row, rank, frame = self._best(scores, k, items, exclude)
             frame.insert(0, "user", self._user_ids(users, index, row + start))
             frames.append(frame)
         return pd.concat(frames, ignore_index=True)
@@ -75,12 +76,16 @@ class SequenceServing:
         return pd.Series(np.array(ids, dtype=object)[rows], dtype=object).infer_objects()
 
     def _best(
-        self, scores: Tensor, k: int, items: Any
+        self, scores: Tensor, k: int, items: Any, exclude: Any
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], pd.DataFrame]:
         """(row, rank, frame of rank, item, score) of the k best in each row of scores ``[U, n_items]``.
 
-        ``items`` are the ids to choose from, or None for all. Of equal scores the lower item comes first.
+        ``items`` are the ids to choose from, or None for all, but for those of ``exclude``. Of equal scores
+        the lower item comes first.
         """
+        if exclude is not None:
+            known = self.trained.items.index(exclude)
+            scores = scores.index_fill(1, torch.from_numpy(known[known >= 0]), -torch.inf)
         if items is not None:
             known = self.trained.items.index(items)
             allowed = torch.zeros(scores.shape[1], dtype=torch.bool)
@@ -131,17 +136,20 @@ class Session:
             )
         self._append([(item, rating, timestamp)])
 
-    def recommend(self, k: int = 10, *, exclude_seen: bool = True, items: Any = None) -> pd.DataFrame:
+    def recommend(
+        self, k: int = 10, *, exclude_seen: bool = True, items: Any = None, exclude: Any = None
+    ) -> pd.DataFrame:
         """The k best next items, best first: columns ``rank``, ``item``, ``score``.
 
-        ``items`` are the ids to choose from, by default all; ``exclude_seen`` omits those chosen.
+        ``items`` are the ids to choose from, by default all, but for those of ``exclude``; ``exclude_seen``
+        omits those chosen.
         Without a known item the most popular are best. Cost: O((n + L K) d + K d² + n_items d) for n items
         chosen, of which the order of the last L is read.
         """
         scores = self._scores()
         if exclude_seen and self._items:
             scores[0, self._items] = -torch.inf
-        return self._serving._best(scores, k, items)[2]
+        return self._serving._best(scores, k, items, exclude)[2]
 
     def score(self, items: Any) -> npt.NDArray[np.float32]:
         """Scores ``[N]`` of one or many items, as ``LUNetRecommender.score``."""
@@ -198,25 +206,23 @@ class Session:
 
 def _entries(recent: Any) -> list[Entry]:
     """What a session begins with, in order of time."""
-    if isinstance(recent, pd.DataFrame):
-        if "item" not in recent.columns:
-            raise ValueError(f"recent has no column 'item', only {', '.join(map(str, recent.columns))}")
-        rated, timed = "rating" in recent.columns, "timestamp" in recent.columns
-        table = from_frame(
-            recent.assign(user=0),
-            rating="rating" if rated else None,
-            timestamp="timestamp" if timed else None,
-        )
-        times = [0] * len(table) if table.timestamp is None else table.timestamp.tolist()
-        order = np.argsort(np.array(times), kind="stable").tolist()
-        ids = table.items.ids[table.item.numpy()]
-        ratings = table.rating.tolist() if rated else [None] * len(table)
-        return [(ids[n], ratings[n], times[n]) for n in order]
-    if isinstance(recent, dict):
-        return [(item, float(rating), 0) for item, rating in recent.items()]
-    if isinstance(recent, (str, int, float)):
-        raise ValueError(f"recent={recent!r} must be a list of items: [{recent!r}]")
-    return [(item, None, 0) for item in (recent.tolist() if hasattr(recent, "tolist") else recent)]
+    frame = items_frame(recent, "recent")
+    rated, timed = "rating" in frame.columns, "timestamp" in frame.columns
+    if not is_table(recent) and not timed:
+        ratings = frame["rating"].tolist() if rated else [None] * len(frame)
+        return list(zip(frame["item"].tolist(), ratings, [0] * len(frame), strict=True))
+    if "item" not in frame.columns:
+        raise ValueError(f"recent has no column 'item', only {', '.join(map(str, frame.columns))}")
+    table = from_frame(
+        frame.assign(user=0),
+        rating="rating" if rated else None,
+        timestamp="timestamp" if timed else None,
+    )
+    times = [0] * len(table) if table.timestamp is None else table.timestamp.tolist()
+    order = np.argsort(np.array(times), kind="stable").tolist()
+    ids = table.items.ids[table.item.numpy()]
+    ratings = table.rating.tolist() if rated else [None] * len(table)
+    return [(ids[n], ratings[n], times[n]) for n in order]
 
 
 def _of_items(scores: Tensor, item: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

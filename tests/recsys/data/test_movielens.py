@@ -23,6 +23,8 @@ import pytest
 import torch
 
 from lunet_fast.recsys.data import archives, datasets, fetching, movielens
+from lunet_fast.recsys.data import zipped as zip_files
+from lunet_fast.recsys.data.errors import Unavailable
 from lunet_fast.recsys.data.movielens import DataNotFoundError, load, locate, read_like
 from lunet_fast.recsys.data.ratings import RatingFileError, Ratings
 from lunet_fast.recsys.data.splits import join
@@ -115,7 +117,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def refuse(reason: str) -> Callable[..., bytes]:
     def fetch(*_: object) -> bytes:
-        raise archives.Unavailable(reason)
+        raise Unavailable(reason)
 
     return fetch
 
@@ -301,9 +303,7 @@ def test_the_name_is_checked() -> None:
 def test_without_pooch(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "pooch", None)
-    with pytest.raises(
-        archives.Unavailable, match=r"pooch is not installed: pip install 'lunet-fast\[train\]'"
-    ):
+    with pytest.raises(Unavailable, match=r"pooch is not installed: pip install 'lunet-fast\[train\]'"):
         fetching.download("https://localhost/x.zip", "0" * 32)
     monkeypatch.delenv("LUNET_FAST_CACHE", raising=False)
     assert places.cache_folder().name == "lunet-fast"
@@ -311,7 +311,7 @@ def test_without_pooch(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unreachable_server_is_a_reason() -> None:
     pytest.importorskip("pooch")
-    with pytest.raises(archives.Unavailable, match="ConnectionError: .*localhost"):
+    with pytest.raises(Unavailable, match="ConnectionError: .*localhost"):
         fetching.download("https://localhost:9/x.zip", "0" * 32)
 
 
@@ -330,7 +330,7 @@ def test_the_download_is_checked_and_leaves_nothing(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(pooch, "HTTPDownloader", Local)
     assert fetching.download("https://localhost/x.zip", hashlib.md5(ZIP).hexdigest()) == ZIP
-    with pytest.raises(archives.Unavailable, match="ValueError: MD5 hash of downloaded file"):
+    with pytest.raises(Unavailable, match="ValueError: MD5 hash of downloaded file"):
         fetching.download("https://localhost/x.zip", "0" * 32)
     assert timeouts == [(10, 30)] * 2
     assert list(tmp_path.iterdir()) == []
@@ -370,14 +370,14 @@ def test_pip_is_asked_for_the_pinned_wheel(tmp_path: Path, monkeypatch: pytest.M
         )
 
     monkeypatch.setattr(subprocess, "run", fail)
-    with pytest.raises(archives.Unavailable, match="pip download failed: ERROR: No matching distribution$"):
+    with pytest.raises(Unavailable, match="pip download failed: ERROR: No matching distribution$"):
         fetching.pip_download(wheel)
 
     def hang(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         raise subprocess.TimeoutExpired(command, 1)
 
     monkeypatch.setattr(subprocess, "run", hang)
-    with pytest.raises(archives.Unavailable, match="did not end within"):
+    with pytest.raises(Unavailable, match="did not end within"):
         fetching.pip_download(wheel)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
     monkeypatch.undo()
@@ -456,7 +456,7 @@ def test_every_damaged_byte_is_noticed(made_up: Path) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of zipfile, on a name that now occurs twice
                 files = archives.read_zip(spec, damaged)
-        except archives.Unavailable:
+        except Unavailable:
             reasons += 1
         else:
             assert files["u.data"] == U_DATA
@@ -527,7 +527,7 @@ def test_a_zip_of_many_names_is_refused_before_they_are_read(
 ) -> None:
     put(tmp_path / "ml-100k.zip", zipped({**FILES, **{f"{n}": b"" for n in range(8)}}))
     assert_the_made_up(load("ml-100k", tmp_path))
-    monkeypatch.setattr(archives, "MAX_MEMBERS", 10)
+    monkeypatch.setattr(zip_files, "MAX_MEMBERS", 10)
     monkeypatch.setattr(zipfile, "ZipFile", None)
     with pytest.raises(DataNotFoundError, match="more than 10 members: refused"):
         load("ml-100k", tmp_path)

@@ -15,7 +15,6 @@ from lunet_fast.layers.lunet import LUNet
 from lunet_fast.recsys.evaluation import inversion
 from lunet_fast.recsys.evaluation.inversion import PairDensity, item_vectors, items_for_score, risk_coverage
 from lunet_fast.recsys.model.network import RatingModel
-from lunet_fast.recsys.model.scoring import training_pairs
 from tests.recsys.synthetic import latent_ratings, quick_config
 
 N_USERS, N_ITEMS = 60, 40
@@ -36,7 +35,7 @@ def model_of(**changes: object) -> RatingModel:
 
 
 def all_training(model: RatingModel) -> tuple[Tensor, Tensor]:
-    users, items = training_pairs(model, torch.arange(N_USERS))
+    users, items = model.interactions.of_users(torch.arange(N_USERS))
     return users, items
 
 
@@ -259,7 +258,7 @@ class TestItemsForScore:
             found = items_for_score(
                 model, model.histories(), users, 4.0, N_ITEMS, near=given, exclude_seen=exclude_seen
             )
-            rows, seen = training_pairs(model, users)
+            rows, seen = model.interactions.of_users(users)
             for row in range(len(users)):
                 left_out = {N_ITEMS - 1}
                 if exclude_seen:

@@ -23,7 +23,6 @@ from lunet_fast.recsys.model.scoring import (
     SplitNet,
     score_all,
     score_topk,
-    training_pairs,
 )
 from lunet_fast.recsys.serving import recommend
 from lunet_fast.recsys.serving.recommend import LUNetRecommender
@@ -138,7 +137,7 @@ class TestItemScorer:
     def test_training_pairs_are_another_matter(self) -> None:
         """Why they are left out: their own entry is not in their histories."""
         model = model_of().double()
-        rows, items = training_pairs(model, torch.tensor([5]))
+        rows, items = model.interactions.of_users(torch.tensor([5]))
         with torch.no_grad():
             own = model(torch.full_like(items, 5), items)
         assert float((scorer_of(model).scores(torch.tensor([5]))[0, items] - own).abs().min()) > 1e-4
@@ -166,12 +165,12 @@ class TestItemScorer:
     def test_training_pairs_of_users(self) -> None:
         model = model_of()
         users = torch.tensor([4, 59, 0, 4])
-        rows, items = training_pairs(model, users)
+        rows, items = model.interactions.of_users(users)
         seen = torch.zeros(4, N_ITEMS, dtype=torch.bool)
         seen[rows, items] = True
         assert torch.equal(seen.flatten(), model.interactions.contains(*grid(users)))
         assert torch.equal(rows * N_ITEMS + items, (rows * N_ITEMS + items).unique())
-        assert len(training_pairs(model, users[:0])[0]) == 0
+        assert len(model.interactions.of_users(users[:0])[0]) == 0
 
 
 def arguments(U: int, I: int, D: int, K: int = 2, L: int = 1, dtype: torch.dtype = torch.float32) -> Any:

@@ -16,7 +16,7 @@ from tests.recsys.synthetic import latent_frame, quick_config
 QUICK: dict[str, Any] = {
     name: value
     for name, value in quick_config().to_dict().items()
-    if name in ("members", "embedding_size", "batch_size", "learning_rate")
+    if name in ("recipe", "members", "embedding_size", "batch_size", "learning_rate")
 }
 GIVEN = {3: 5.0, 4: 1.0, 8: 4.0, 11: 2.0}
 
@@ -194,13 +194,21 @@ class TestGiven:
             ({3: float("nan")}, "row 1: rating is missing"),
             ({3: 4, "3": 4}, "3"),
             (pd.DataFrame({"film": [3]}), "no column 'item', only film"),
-            ("film-3", r"ratings='film-3' must be ratings by item, or a list of items: \['film-3'\]"),
+            (pd.DataFrame({"user": [1, 2], "item": [3, 4]}), "ratings are of 2 users"),
         ],
     )
     def test_wrong_ones_are_named(self, rating: LUNetRecommender, given: Any, message: str) -> None:
         with pytest.raises(ValueError, match=message) as error:
             rating.fold_in(given)
         assert isinstance(error.value, RatingFileError) or "ratings" in str(error.value)
+
+    def test_series_and_rows_mean_what_they_say(self, rating: LUNetRecommender) -> None:
+        expected = rating.fold_in(GIVEN).predict(range(40))
+        series = pd.Series(list(GIVEN.values()), index=list(GIVEN))
+        for given in (series, list(GIVEN.items()), np.array(list(GIVEN.items()))):
+            np.testing.assert_array_equal(rating.fold_in(given).predict(range(40)), expected)
+        with pytest.raises(TypeError, match="ratings is a str"):
+            rating.fold_in("film-3")
 
     def test_unknown_method(self, rating: LUNetRecommender) -> None:
         with pytest.raises(ValueError, match="method='magic' is unknown: choose one of fit, history"):

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import lunet_fast
+from lunet_fast.recsys.data.ratings import from_frame
 from lunet_fast.recsys.model.training import train
 from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from lunet_fast.training.files import CheckpointError
@@ -16,7 +18,8 @@ from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
 QUICK: dict[str, Any] = {
     name: value
     for name, value in quick_config().to_dict().items()
-    if name in ("members", "embedding_size", "item_history", "epochs", "batch_size", "learning_rate")
+    if name
+    in ("recipe", "members", "embedding_size", "item_history", "epochs", "batch_size", "learning_rate")
 }
 
 
@@ -122,6 +125,59 @@ class TestInteractions:
             )
 
 
+class TestLeavesOut:
+    """What the user's whole file holds, not the training part alone."""
+
+    @pytest.mark.parametrize(
+        ("split", "gamma"), [("random", 1.0), ("joint", 0.5), ("leave-one-out", 0.0), ("none", 1.0)]
+    )
+    def test_every_pair_of_the_file(self, split: str, gamma: float, tmp_path: Path) -> None:
+        """Users 60 and 61 have a rating each, and item 40 and 41 too: some are in the tested part alone."""
+        more = pd.DataFrame({"user": [60, 61, 5, 6], "item": [3, 41, 40, 41], "rating": [4, 2, 5, 1]})
+        frame = pd.concat([latent_frame(), more])
+        ratings = from_frame(frame, scale=(1, 5))
+        train(ratings, quick_config(mlp=False, epochs=1, split=split, gamma=gamma), out=tmp_path / "run")
+        loaded = LUNetRecommender.load(tmp_path / "run")
+        rated = set(zip(frame["user"], frame["item"], strict=True))
+        for k in (5, 42):
+            found = loaded.recommend([*range(62), "nobody"], k=k)
+            pairs = list(zip(found["user"], found["item"], strict=True))
+            assert not rated & set(pairs)
+            assert len(set(pairs)) == len(pairs)
+            left = 42 - frame["user"].value_counts()
+            expected = {user: min(k, left[user]) for user in range(62) if left[user]} | {"nobody": k}
+            assert found["user"].value_counts().to_dict() == expected
+        again = loaded.recommend([3, 60], k=42, exclude_seen=False)
+        assert len(again) == 84
+
+    def test_two_files(self, tmp_path: Path) -> None:
+        ratings = latent_ratings()
+        rows = torch.arange(len(ratings))
+        parts = ratings.select(rows[rows % 3 > 0]), ratings.select(rows[rows % 3 == 0])
+        train(parts[0], quick_config(mlp=False, epochs=1), test=parts[1], out=tmp_path / "run")
+        found = LUNetRecommender.load(tmp_path / "run").recommend(range(60), k=40)
+        assert len(found) == 60 * 40 - len(ratings)
+
+    def test_what_it_is_told_to(self, hybrid: LUNetRecommender) -> None:
+        first = hybrid.recommend([4, "nobody"], k=3)
+        fewer = hybrid.recommend([4, "nobody"], k=40, exclude=[*first["item"], "unknown"])
+        assert not set(fewer["item"]) & set(first["item"])
+        some = hybrid.recommend("nobody", items=[1, 2, 3], exclude=[2])
+        assert sorted(some["item"]) == [1, 3]
+
+    def test_items_that_a_new_user_gives_and_training_has_none_of(self, tmp_path: Path) -> None:
+        frame = pd.concat([latent_frame(), pd.DataFrame({"user": [5], "item": [40], "rating": [5]})])
+        ratings = from_frame(frame, scale=(1, 5))
+        training, rest = torch.where(ratings.item < 40)[0], torch.where(ratings.item == 40)[0]
+        config = quick_config(mlp=False, epochs=1)
+        train(ratings.select(training), config, test=ratings.select(rest), out=tmp_path / "run")
+        user = LUNetRecommender.load(tmp_path / "run").fold_in({40: 5.0, 3: 4.0})
+        assert sorted(user.recommend(41)["item"]) == [item for item in range(40) if item != 3]
+
+    def test_no_more_memory_than_there_are_items(self, hybrid: LUNetRecommender) -> None:
+        assert len(hybrid.recommend(range(60), k=10**9)) == 60 * 40 - 1200
+
+
 class TestPredict:
     def test_in_the_ids_of_the_file(self) -> None:
         frame = latent_frame(text_ids=True)
@@ -223,4 +279,4 @@ class TestFiles:
 
 
 def test_repr() -> None:
-    assert repr(LUNetRecommender(seed=3)) == "LUNetRecommender(recipe='best', seed=3, not trained)"
+    assert repr(LUNetRecommender(seed=3)) == "LUNetRecommender(recipe='auto', seed=3, not trained)"

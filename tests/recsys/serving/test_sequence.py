@@ -14,6 +14,7 @@ import torch
 from lunet_fast.recsys.data.ids import IdMap
 from lunet_fast.recsys.model.model_files import TrainedSequences
 from lunet_fast.recsys.model.sequence_config import SequenceConfig
+from lunet_fast.recsys.model.sequence_training import train_sequence
 from lunet_fast.recsys.model.sequences import Sequences
 from lunet_fast.recsys.model.state_network import StateNetwork
 from lunet_fast.recsys.serving.recommend import LUNetRecommender
@@ -122,17 +123,33 @@ def test_what_another_recipe_does(recommender: LUNetRecommender) -> None:
     for call in (lambda: recommender.predict(0, 1), lambda: recommender.trained):
         with pytest.raises(ValueError, match="recipe 'sequence' ranks"):
             call()
-    best = LUNetRecommender(members=1, epochs=1, embedding_size=2).fit(RATINGS)
+    best = LUNetRecommender("best", members=1, epochs=1, embedding_size=2).fit(RATINGS)
     with pytest.raises(ValueError, match="knows no order"):
         best.session()
     with pytest.raises(ValueError, match="not of 'sequence'"):
         _ = best.sequences
 
 
-@pytest.mark.parametrize("recent", ["film", 3, pd.DataFrame({"film": [1]})])
+@pytest.mark.parametrize("recent", ["film", 3, pd.DataFrame({"film": [1]}), [3, (4, 5.0)]])
 def test_what_is_no_session(recommender: LUNetRecommender, recent: Any) -> None:
-    with pytest.raises(ValueError, match="recent"):
+    with pytest.raises((TypeError, ValueError), match="recent"):
         recommender.session(recent)
+
+
+def test_ratings_of_a_session(recommender: LUNetRecommender) -> None:
+    expected = recommender.session({5: 1.0, 6: 4.0}).recommend(4)
+    for recent in (pd.Series([1.0, 4.0], index=[5, 6]), [(5, 1.0), (6, 4.0)], [(5, 1.0, 0), (6, 4.0, 0)]):
+        pd.testing.assert_frame_equal(recommender.session(recent).recommend(4), expected)
+
+
+def test_the_held_out_item_is_not_recommended_again(tmp_path: Path) -> None:
+    result = train_sequence(RATINGS, quick_sequence_config(epochs=1), out=tmp_path / "run")
+    loaded = LUNetRecommender.load(tmp_path / "run")
+    everyone = loaded.recommend(loaded.users.ids, k=RATINGS.n_items)
+    rated = set(zip(RATINGS.user.tolist(), RATINGS.item.tolist(), strict=True))
+    assert len(RATINGS) > len(result.trained.model.sequences.items)
+    assert not rated & set(zip(everyone["user"], everyone["item"], strict=True))
+    assert len(everyone) == RATINGS.n_users * RATINGS.n_items - len(rated)
 
 
 def test_the_state_comes_back(recommender: LUNetRecommender) -> None:

@@ -1,0 +1,262 @@
+"""Recipe ``auto``: settings for ratings of any unit and size, chosen on a part of the training data alone.
+
+What is learnt is standardised and added to shrunk biases. Size and batch follow the numbers of ratings, users
+and items; the strengths of the biases, the network's penalty, and the factor that its rating is multiplied by
+are found on validation folds of the training part. Where the data say no more than biases do, the factor goes
+to 0 and biases are left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.measures.protocols import Parts
+from lunet_fast.recsys.model.config import TrainConfig, recipe
+from lunet_fast.recsys.model.offsets import shrunk_biases
+from lunet_fast.recsys.model.training import train
+from lunet_fast.recsys.model.transform import Transform
+
+AUTO = "auto"
+PENALTIES = (0.04, 0.08, 0.2)
+"""Of z, that are tried: recipe ``best`` has the first on ML-100K."""
+BIAS_L2 = (0.3, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+TRIAL_MEMBERS = 4
+LARGE = 300_000
+"""Ratings from which the settings are those of recipe ``best``, found on ML-1M, with standardised ratings: a
+search takes longer than it gains there."""
+STEPS, LEAST_BATCH = 100, 64
+"""Steps an epoch: few teach nothing."""
+MOST_NUMBERS = 4_000_000
+"""In the tables of all members."""
+SKEWED = 3.0
+"""Skewness of ratings from which a transform is proposed; that of an exponential distribution is 2."""
+
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training will take."""
+
+    config: TrainConfig
+    notes: list[str] = field(default_factory=list)
+    folds: int = 0
+    parameters: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    """Of one core, the search included; within a factor of two or three."""
+
+
+def auto_config(
+    ratings: Ratings,
+    test: Ratings | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    told: Told | None = None,
+    **given: Any,
+) -> TrainConfig:
+    """The settings of recipe ``auto`` for these ratings; those ``given`` are kept.
+
+    ``ratings`` and ``test`` are what :func:`~lunet_fast.recsys.model.training.train` is to be called with:
+    what it will test on is not looked at. The same arguments give the same settings. ``told`` is told what
+    was chosen. ``ValueError`` for a setting that cannot work, and where all ratings are equal, which leaves
+    nothing to predict.
+    """
+    made = plan(ratings, **given)
+    if told is not None:
+        for note in made.notes:
+            told(note)
+    if not made.folds:
+        return made.config
+    config = made.config
+    training = ratings if test is not None else Parts.of(ratings, config.split, config.seed).training
+    search = _Search(training, config, made.folds, device)
+    if "offset_l2_user" not in given and "offset_l2_item" not in given:
+        config = search.biases()
+    if config.offset == "biases" and not {"strength", "l2_latent"} & given.keys():
+        config = search.network()
+    if told is not None:
+        told(
+            f"recipe auto: biases of users and items with L2 {config.offset_l2_user:g} and "
+            f"{config.offset_l2_item:g}; the network's penalty {config.l2_latent:g}, its rating times "
+            f"{config.strength:.2f} (chosen on {made.folds} validation part{'s' * (made.folds > 1)})"
+        )
+    return config
+
+
+def plan(ratings: Ratings, **given: Any) -> Plan:
+    """The settings but for what is found by trying, and what a training with them takes. O(N)."""
+    n, n_users, n_items = len(ratings), ratings.n_users, ratings.n_items
+    config = _sized(n, n_users, n_items, given)
+    notes = []
+    if config.gamma > 0 and n:
+        r = ratings.rating.double()
+        spread = float(r.std(correction=0))
+        if spread == 0 or float(r.min()) == float(r.max()):
+            raise ValueError(
+                f"all {n:,} ratings are {float(r[0]):g}, which leaves nothing to predict: to learn who chose "
+                "what, train with gamma=0 (--gamma 0)"
+            )
+        skewness = float(((r - r.mean()) / spread).pow(3).mean())
+        if abs(skewness) > SKEWED and config.transform == "standard":
+            notes.append(
+                f"ratings from {float(r.min()):g} to {float(r.max()):g} with a median of "
+                f"{float(r.median()):g} are very skewed (skewness {skewness:.0f}), as counts are: consider "
+                "--transform log or rank (transform='log'), or --gamma 0"
+            )
+    searched = config.gamma == 1 and config.loss != "ordinal" and n < LARGE and config.offset == "biases"
+    folds = (4 if n < 3000 else 2 if n < 12_000 else 1) if searched and n >= 20 else 0
+    return estimated(config, ratings, folds, notes)
+
+
+def estimated(config: TrainConfig, ratings: Ratings, folds: int = 0, notes: Sequence[str] = ()) -> Plan:
+    """What training all of ``ratings`` takes, with a search on so many ``folds`` before it. O(1)."""
+    n = len(ratings)
+    numbers = _numbers(config, ratings.n_users, ratings.n_items)
+    steps = config.epochs * math.ceil(n / config.batch_size)
+    trial = config.replace(members=min(config.members, TRIAL_MEMBERS))
+    seconds = steps * _seconds_of_a_step(config, n)
+    seconds += folds * len(PENALTIES) * steps * _seconds_of_a_step(trial, n)
+    activations = 24 * config.batch_size * config.members * 2 * config.embedding_size
+    # Parameters, their gradients and Adam's two averages; a row of ratings while it is read.
+    return Plan(config, list(notes), folds, numbers, 16 * numbers + 4 * activations + 200 * n, seconds)
+
+
+def _sized(n: int, n_users: int, n_items: int, given: Mapping[str, Any]) -> TrainConfig:
+    """The settings that follow from the numbers of ratings, users and items alone."""
+    base = recipe("best", n, **given)
+    settings: dict[str, Any] = {"recipe": AUTO, "mlp": False}
+    if base.loss != "ordinal" and base.gamma > 0:
+        settings["transform"] = "standard"
+    if n < LARGE:
+        each = n / max(n_users, n_items, 1)
+        size = 4 if each < 3 else 8 if each < 12 else base.embedding_size
+        batch = 2 ** round(math.log2(max(n / STEPS, 1)))
+        settings |= {
+            "embedding_size": min(size, base.embedding_size),
+            "batch_size": min(max(batch, LEAST_BATCH), base.batch_size),
+        }
+        settings["members"] = _members(base, settings["embedding_size"], n_users + n_items)
+        if base.gamma == 1 and base.loss != "ordinal":
+            settings["offset"] = "biases"
+    return base.replace(**{**settings, **{k: v for k, v in given.items() if k != "recipe"}})
+
+
+def _members(base: TrainConfig, size: int, rows: int) -> int:
+    tables = 1 + int(base.user_history or base.item_history)
+    return min(max(MOST_NUMBERS // (tables * rows * size or 1), 1), base.members)
+
+
+def _numbers(config: TrainConfig, n_users: int, n_items: int) -> int:
+    """Parameters, of side features aside."""
+    size, members, heads = config.embedding_size, config.members, 2 - (config.gamma in (0, 1))
+    rows = n_users * (1 + config.item_history) + n_items * (1 + config.user_history)
+    alone = (n_users + n_items) * int(config.biases and config.gamma > 0) + n_items * int(config.gamma < 1)
+    nets = config.layers * (4 * size * size + 2 * size) + heads * (2 * size + 1)
+    return members * (rows * size + alone + nets)
+
+
+def _seconds_of_a_step(config: TrainConfig, n: int) -> float:
+    """Of one core of 2024, measured on rating files of 1,000 to 100,000 rows."""
+    size, members = config.embedding_size, config.members
+    network = 3 * config.batch_size * members * 4 * size * size * config.layers
+    histories = n * members * size * (int(config.user_history) + int(config.item_history))
+    return 4e-3 + 3e-10 * network + 3e-10 * histories
+
+
+class _Search:
+    """What is found by trying on folds of the training part, each part of it by itself."""
+
+    def __init__(self, training: Ratings, config: TrainConfig, folds: int, device: Any) -> None:
+        self.config, self.device = config, device
+        order = np.random.default_rng((config.seed, 5)).permutation(len(training))
+        share = max(len(order) // (folds if folds > 1 else 8), 1)
+        self.folds = []
+        for fold in range(folds):
+            part = order[fold * share : (fold + 1) * share]
+            rest = np.setdiff1d(order, part)
+            rows = (training.select(torch.from_numpy(np.sort(which))) for which in (rest, part))
+            self.folds.append(tuple(rows))
+
+    def biases(self) -> TrainConfig:
+        """The strengths of the biases' L2 with the least error, by turns over BIAS_L2."""
+        chosen = [self.config.offset_l2_user, self.config.offset_l2_item]
+        learnt = [_learnt(part, self.config) for part in self.folds]
+        for side in (1, 0, 1, 0):
+            tried = {}
+            for l2 in BIAS_L2:
+                chosen[side] = l2
+                tried[l2] = sum(_error_of_biases(*part, (chosen[0], chosen[1])) for part in learnt)
+            chosen[side] = min(tried, key=tried.__getitem__)
+        self.config = self.config.replace(offset_l2_user=chosen[0], offset_l2_item=chosen[1])
+        return self.config
+
+    def network(self) -> TrainConfig:
+        """The penalty of z with the least error, and the strength of the network's rating."""
+        members = min(self.config.members, TRIAL_MEMBERS)
+        best: tuple[float, float, float] | None = None
+        for penalty in PENALTIES:
+            trial = self.config.replace(
+                l2_latent=penalty, members=members, split="none", mlp=False, strength=1.0
+            )
+            parts = [self._residuals(trial, *fold) for fold in self.folds]
+            network, left = (torch.cat(side) for side in zip(*parts, strict=True))
+            strength, error = shrunk_factor(network, left)
+            if best is None or error < best[0]:
+                best = (error, penalty, strength)
+        assert best is not None
+        self.config = self.config.replace(l2_latent=best[1], strength=round(best[2], 3))
+        return self.config
+
+    @torch.no_grad()
+    def _residuals(self, trial: TrainConfig, rest: Ratings, part: Ratings) -> tuple[Tensor, Tensor]:
+        """(the network's rating, what the offset leaves) of the rows of ``part``, as they are learnt."""
+        with torch.enable_grad():
+            model = train(rest, trial, device=self.device).trained.model
+        score = model.output(part.user, part.item, observed=False).score
+        assert score is not None
+        offset = model.offset(part.user, part.item)
+        seen = model.interactions
+        known = (seen.user_counts[part.user] > 0) & (seen.item_counts[part.item] > 0)
+        network = (score.mean(0) - offset) * known
+        return network.double(), (model.transform(part.rating) - offset).double()
+
+
+def shrunk_factor(network: Tensor, left: Tensor) -> tuple[float, float]:
+    """(factor, error): least squares of ``left`` ``[N]`` by factor · ``network``, shrunk by its own error.
+
+    factor · max(0, 1 - se² / factor²), the positive-part estimate of James and Stein, and at most 1.2; the
+    error is the mean square of what the unshrunk factor leaves.
+    """
+    size = float(network.square().sum())
+    if size == 0 or len(left) < 3:
+        return 0.0, float(left.square().mean())
+    factor = float((network * left).sum()) / size
+    factor = min(max(factor, 0.0), 1.2)
+    error = float((left - factor * network).square().mean())
+    variance = error / size
+    return (factor * max(0.0, 1 - variance / factor**2) if factor > 0 else 0.0), error
+
+
+def _learnt(fold: tuple[Ratings, ...], config: TrainConfig) -> tuple[Ratings, Ratings, Tensor, Tensor]:
+    """Both parts of a fold, and what is learnt of their ratings, less its mean in the first."""
+    rest, part = fold
+    transform = Transform(config.transform)
+    transform.fit_(rest.rating)
+    ours, theirs = (transform(side.rating).double() for side in (rest, part))
+    return rest, part, ours - ours.mean(), theirs - ours.mean()
+
+
+def _error_of_biases(
+    rest: Ratings, part: Ratings, ours: Tensor, theirs: Tensor, l2: tuple[float, float]
+) -> float:
+    of_user, of_item = shrunk_biases(rest.user, rest.item, ours, (rest.n_users, rest.n_items), l2)
+    return float((theirs - of_user[part.user] - of_item[part.item]).square().sum())
