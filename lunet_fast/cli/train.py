@@ -56,9 +56,9 @@ class Parts:
     split: Annotated[
         str | None,
         data_option(
-            metavar="random|per-user|leave-one-out|joint",
+            metavar="random|per-user|leave-one-out|joint|time",
             help="What is held out for the test: 20 % of all ratings; 20 % of each user's; each user's "
-            "latest rating, for ranking; or that and 20 % of the rest.",
+            "latest rating, for ranking; that and 20 % of the rest; or the latest 20 % of all.",
             show_default="random; joint with --gamma below 1, leave-one-out with 0",
         ),
     ] = None

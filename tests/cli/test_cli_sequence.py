@@ -60,6 +60,9 @@ def test_commands_on_the_run(folder: Path) -> None:
     values = json.loads((folder / "run" / "metrics.json").read_text())
     found = json.loads(evaluated.stdout)
     assert found["full_ndcg@10"] == values["full_ndcg@10"]
+    assert found["by_gap"] == values["by_gap"]
+    assert found["by_gap"].keys() == {"up to a minute"}
+    assert "up to a minute" in run("evaluate", "--run", folder / "run").output
     for command in (["predict", "--user", 1, "--item", 2], ["export", "--out", folder / "vectors"]):
         refused = run(*command, "--run", folder / "run")
         assert refused.exit_code != 0

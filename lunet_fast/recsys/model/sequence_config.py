@@ -31,8 +31,9 @@ class SequenceConfig(Settings):
     """Tells these settings from those of the other recipes."""
     seed: Seed = 0
     """Seeds the split, the order of what ties in time, the weights, batches, negatives and dropout."""
-    split: Literal["leave-one-out", "none"] = "leave-one-out"
-    """``leave-one-out``: each user's most recent rating is held out; ``none``: nothing is tested."""
+    split: Literal["leave-one-out", "time", "none"] = "leave-one-out"
+    """``leave-one-out``: each user's most recent rating is held out; ``time``: the latest 20 % of all, of
+    which each user's first is to be found; ``none``: nothing is tested."""
 
     order: bool = True
     """Give the user's state the last items, the more recent the heavier, by learned exponential decays."""

@@ -85,7 +85,7 @@ def _trained(config: SequenceConfig, parts: Parts, run: Run) -> SequenceResult:
         trained = TrainedSequences(model, training.users, training.items, training.scale, training.item_info)
         if not run.workers.is_first:
             return SequenceResult(trained, {}, curve)
-        values: dict[str, Any] = dict(evaluate_sequences(model, parts).metrics)
+        values: dict[str, Any] = evaluate_sequences(model, parts).figures
     rows = (0 if part is None else len(part) for part in (training, parts.test, parts.held_out))
     values |= {
         "dataset": training.name,
@@ -120,7 +120,7 @@ def evaluate_sequences(model: StateNetwork, parts: Parts) -> Ranking:
         values["reconstruction_error"] = error / len(parts.held_out)
         values["reconstruction_error_relative"] = error / size if size else error
     ranking = evaluate_ranking(model.score_users, parts, model.config.seed)
-    return Ranking({**values, **ranking.metrics}, ranking.groups)
+    return ranking._replace(metrics={**values, **ranking.metrics})
 
 
 def _resolved(config: SequenceConfig, parts: Parts) -> dict[str, Any]:
