@@ -84,6 +84,7 @@ def evaluate_command(
 def _parts(recommender: LUNetRecommender, run: Path, dataset: str | None, source: options.Source) -> Parts:
     """The parts that the run was trained and tested on."""
     from lunet_fast.recsys.data import movielens
+    from lunet_fast.recsys.data.texts import with_items
     from lunet_fast.recsys.measures.protocols import Parts
     from lunet_fast.recsys.model.training import ratings_digest
     from lunet_fast.training.files import RunFolder, read_json
@@ -98,7 +99,8 @@ def _parts(recommender: LUNetRecommender, run: Path, dataset: str | None, source
     if dataset is None and name not in movielens.DATASETS:
         name = str(recorded.get("source", name))
     if recommender.ranks_by == "next":
-        ratings = source.read_with_or_without_ratings(name)[0]
+        # Among the items may be some that only a file of texts had.
+        ratings = with_items(source.read_with_or_without_ratings(name)[0], recommender.items.ids.tolist())
     else:
         ratings = source.read(name, rated=recommender.trained.model.config.gamma != 0)
     parts = Parts.of(ratings, config.split, config.seed)

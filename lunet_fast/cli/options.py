@@ -92,6 +92,14 @@ class Source:
             help="Unix seconds or ISO dates; may be absent.",
         ),
     ] = "timestamp"
+    weight_column: Annotated[
+        str | None,
+        file_option(
+            "--weight-column",
+            metavar="NAME",
+            help="How often a choice was made, a number above 0; for recipe sequence, see `--confidence`.",
+        ),
+    ] = None
     sep: Separator = None
     scale: Annotated[
         tuple[float, float] | None,
@@ -109,6 +117,7 @@ class Source:
             "item": self.item_column,
             "rating": self.rating_column if rated else None,
             "timestamp": self.timestamp_column,
+            "weight": self.weight_column,
             "sep": self.sep,
             "scale": self.scale,
         }

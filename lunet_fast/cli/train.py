@@ -36,7 +36,9 @@ TrainCommand = settings_command(
             *("alpha", "members", "side_features", "dropout", "mlp", "seed", "threads"),
         ),
         OBJECTIVE: ("gamma", "loss", "negatives", "negative_sampling", "negatives_outside"),
-        ORDER: ("order", "length", "decays", "network"),
+        ORDER: (
+            *("order", "user_history", "elapsed", "identity", "confidence", "length", "decays", "network"),
+        ),
     },
     dict.fromkeys(
         (
@@ -116,6 +118,54 @@ class Parts:
             )
 
 
+@dataclass(frozen=True)
+class Further:
+    """What recipe sequence reads beside the ratings."""
+
+    text: Annotated[
+        str | None,
+        data_option(
+            metavar="FILE|titles",
+            help="For recipe sequence, what items are described by: a file with a column of items and one of "
+            "texts, an .npz file with the arrays `item` and `vectors`, or the data set's own titles.",
+        ),
+    ] = None
+    text_column: Annotated[str, data_option(metavar="NAME", help="The texts in the file of --text.")] = "text"
+    social: Annotated[
+        Path | None,
+        data_option(
+            metavar="FILE",
+            help="For recipe sequence, who knows or trusts whom: a file of users, each with a `friend`.",
+        ),
+    ] = None
+
+    def settings(self, given: dict[str, Any], source: Source) -> dict[str, Any]:
+        """``given`` with the settings that these files ask for; ``typer.BadParameter`` for another recipe."""
+        asked = {"--text": self.text, "--social": self.social, "--weight-column": source.weight_column}
+        named = [option for option, value in asked.items() if value is not None]
+        if named and given["recipe"] != "sequence":
+            raise typer.BadParameter(f"{named[0]} is for --recipe sequence: add it, or leave {named[0]} away")
+        more: dict[str, Any] = {}
+        if self.text is not None:
+            more["text"] = True
+        if self.social is not None:
+            more["social"] = True
+        if source.weight_column is not None:
+            more["confidence"] = 1.0
+        return {**more, **given}
+
+    def added_to(self, ratings: Ratings, source: Source) -> Ratings:
+        """``ratings`` with what these files know."""
+        from lunet_fast.recsys.data.texts import with_text
+        from lunet_fast.recsys.data.ties import with_friends
+
+        if self.text is not None:
+            ratings = with_text(ratings, self.text, item=source.item_column, text=self.text_column)
+        if self.social is not None:
+            ratings = with_friends(ratings, self.social, user=source.user_column)
+        return ratings
+
+
 SettingsFile = Annotated[
     Path | None,
     typer.Option(
@@ -149,6 +199,7 @@ def train_command(
     ] = None,
     continuation: Continuation,
     parts: Parts,
+    further: Further,
     source: Source,
     settings: SettingsFile = None,
     device: Device = "cpu",
@@ -173,6 +224,8 @@ def train_command(
 
         lunet-fast train --dataset ml-1m --recipe sequence
 
+        lunet-fast train --dataset plays.csv --recipe sequence --social friends.csv --weight-column plays
+
         lunet-fast train --dataset ml-100k --train-file u1.base --test-file u1.test
 
         lunet-fast train --dataset my.csv --user-column who --item-column what --scale 0.5 5 --out runs/mine
@@ -189,9 +242,9 @@ def train_command(
     from lunet_fast.training.files import RunFolder, read_json
 
     given = context.obj if recipe is None else {**context.obj, "recipe": recipe}
-    chosen = _settings(given, settings, parts)
+    chosen = further.settings(_settings(given, settings, parts), source)
     parts.check(dataset, source, chosen["recipe"])
-    training = Training(dataset, parts, source, chosen)
+    training = Training(dataset, parts, further, source, chosen)
     folder = RunFolder(out or Path("runs") / (run_name(dataset, movielens.DATASETS) or "ratings"))
     with training_told(folder.checkpoints) as stop:
         training.config(1)  # a wrong value is told before any file is read
@@ -255,6 +308,7 @@ class Training(NamedTuple):
 
     dataset: str
     parts: Parts
+    further: Further
     source: Source
     settings: dict[str, Any]
 
@@ -326,7 +380,8 @@ class Training(NamedTuple):
         from lunet_fast.recsys.data.splits import join
 
         if self.settings["recipe"] == "sequence":
-            return self.source.read_with_or_without_ratings(self.dataset)[0], None
+            ratings = self.source.read_with_or_without_ratings(self.dataset)[0]
+            return self.further.added_to(ratings, self.source), None
         files = [file for file in (self.parts.train_file, self.parts.test_file) if file is not None]
         if not files:
             return self.source.read(self.dataset, rated=self.rated), None

@@ -18,6 +18,11 @@ GAP_SECONDS = (1, 61, 3601, 86_401, 30 * 86_400)
 days, more."""
 GAPS = len(GAP_SECONDS) + 2
 """Classes of time since the rating before: those of GAP_SECONDS, and the last one, unknown."""
+ELAPSED = (0, 0, 0, 1, 2, 3, 0)
+"""What a request says of the time since a user's last rating, by the class of gaps: within an hour or
+unknown, within a day, within 30 days, or longer. Nothing finer: a held-out rating is its own request, and
+that it was given in the same second as the one before is known afterwards alone."""
+ELAPSED_CLASSES = 4
 GAP_NAMES = ("same second", "up to a minute", "up to an hour", "up to a day", "over a day")
 """What results by class are called; those of more than a day, which few users are in, are one."""
 

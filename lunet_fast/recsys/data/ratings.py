@@ -31,13 +31,33 @@ from lunet_fast.recsys.data.values import (
     rating_values,
     refuse_duplicates,
     timestamp_values,
+    weight_values,
 )
 
-__all__ = ["IdMap", "RatingFileError", "Ratings", "from_frame", "parse_text", "read_ratings", "read_table"]
+__all__ = [
+    "IdMap",
+    "RatingFileError",
+    "Ratings",
+    "Ties",
+    "from_frame",
+    "parse_text",
+    "read_ratings",
+    "read_table",
+]
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".inter": "\t", ".dat": "::"}
 _HISTOGRAM_VALUES = 100
 _HISTOGRAM_BINS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Ties:
+    """E directed ties between users: ``user`` knows or trusts ``friend``, indices int64 [E], with ``weight``
+    above 0, float32 [E]."""
+
+    user: torch.Tensor
+    friend: torch.Tensor
+    weight: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,7 +70,9 @@ class Ratings(TwoIdMaps):
     ``genres``, the latter separated by "|") and ``user_info`` are aligned to the indices, None where the
     source has none. ``source`` says where the rows were read. ``position``, int64 [N], is a row's place among
     the user's ratings in order of time, equal for those of one second, from sources that know it of rows of
-    unknown time; else None.
+    unknown time; else None. ``weight``, float32 [N] above 0, is how often a row's choice was made (plays,
+    clicks). ``item_text``, float32 [n_items, T], is what items are described by
+    (:func:`~.texts.with_text`), ``friends`` the ties between users (:func:`~.ties.with_friends`).
     """
 
     name: str
@@ -65,6 +87,9 @@ class Ratings(TwoIdMaps):
     user_info: pd.DataFrame | None = None
     source: str = ""
     position: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    item_text: torch.Tensor | None = None
+    friends: Ties | None = None
 
     def __post_init__(self) -> None:
         expected = [
@@ -73,17 +98,19 @@ class Ratings(TwoIdMaps):
             ("rating", torch.float32),
             ("timestamp", torch.int64),
             ("position", torch.int64),
+            ("weight", torch.float32),
         ]
         for field, dtype in expected:
             tensor = getattr(self, field)
-            if tensor is None and field in ("timestamp", "position"):
+            if tensor is None and field in ("timestamp", "position", "weight"):
                 continue
             if tensor.dtype != dtype or tensor.shape != (len(self),):
                 raise ValueError(
                     f"{field} must be a {dtype} tensor of shape [{len(self)}], "
                     f"got {tensor.dtype} {list(tensor.shape)}"
                 )
-        for field, count in (("item_info", self.n_items), ("user_info", self.n_users)):
+        rows = (("item_info", self.n_items), ("user_info", self.n_users), ("item_text", self.n_items))
+        for field, count in rows:
             info = getattr(self, field)
             if info is not None and len(info) != count:
                 raise ValueError(f"{field} must have {count} rows, one for each index, got {len(info)}")
@@ -106,6 +133,7 @@ class Ratings(TwoIdMaps):
             rating=self.rating[rows],
             timestamp=None if self.timestamp is None else self.timestamp[rows],
             position=None if self.position is None else self.position[rows],
+            weight=None if self.weight is None else self.weight[rows],
         )
 
     def describe(self) -> dict[str, Any]:
@@ -146,6 +174,7 @@ def read_ratings(
     item: str = "item",
     rating: str | None = "rating",
     timestamp: str | None = "timestamp",
+    weight: str | None = None,
     scale: tuple[float, float] | None = None,
     sep: str | None = None,
     users: IdMap | None = None,
@@ -158,8 +187,9 @@ def read_ratings(
     and start with a header line; a field may be quoted with ``"`` where the separator is one character. A
     header name of a ``.inter`` file loses its ``:type``. Blank lines are skipped.
 
-    ``user``, ``item``, ``rating`` and ``timestamp`` name the columns; other columns are ignored, and the
-    timestamp may be absent. Without ratings, ``rating=None``, each row is an interaction (a click, a
+    ``user``, ``item``, ``rating``, ``timestamp`` and ``weight`` name the columns; other columns are ignored,
+    and the timestamp may be absent. A weight is a number above 0.
+    Without ratings, ``rating=None``, each row is an interaction (a click, a
     purchase): its rating is 1, and of several rows of a pair the latest counts. A timestamp is a number of
     Unix seconds or an ISO date (``2020-01-31``, ``2020-01-31T12:30:00Z``; UTC unless it says otherwise),
     fractions of a second are cut off, and an empty one is 0, unknown. ``scale`` is the (lowest, highest)
@@ -178,7 +208,7 @@ def read_ratings(
     """
     file = Path(path)
     _check_scale(scale)
-    table = read_table(file, sep, user=user, item=item, rating=rating, timestamp=timestamp)
+    table = read_table(file, sep, user=user, item=item, rating=rating, timestamp=timestamp, weight=weight)
     return _ratings(table, file.name, str(file), scale, users, items)
 
 
@@ -189,6 +219,7 @@ def from_frame(
     item: str = "item",
     rating: str | None = "rating",
     timestamp: str | None = "timestamp",
+    weight: str | None = None,
     scale: tuple[float, float] | None = None,
     users: IdMap | None = None,
     items: IdMap | None = None,
@@ -196,7 +227,7 @@ def from_frame(
 ) -> Ratings:
     """The ratings in a data frame; arguments, rules and errors as :func:`read_ratings`, rows from 1."""
     _check_scale(scale)
-    columns = by_role(user=user, item=item, rating=rating, timestamp=timestamp)
+    columns = by_role(user=user, item=item, rating=rating, timestamp=timestamp, weight=weight)
     return _ratings(frame_table(name, frame, columns), name, "a data frame", scale, users, items)
 
 
@@ -246,12 +277,14 @@ def _ratings(
     item, items = indices(table, "item", items)
     rating = rating_values(table, scale) if "rating" in table.columns else None
     timestamp = timestamp_values(table) if "timestamp" in table.columns else None
+    weight = weight_values(table) if "weight" in table.columns else None
     if rating is not None:
         refuse_duplicates(table, user, item, users, items)
     else:
         latest = latest_of_each_pair(user, item, timestamp)
         user, item = user[latest], item[latest]
         timestamp = None if timestamp is None else timestamp[latest]
+        weight = None if weight is None else weight[latest]
         rating = np.ones(len(user), dtype=np.float32)
     bounds = (
         (float(rating.min()), float(rating.max())) if scale is None else (float(scale[0]), float(scale[1]))
@@ -266,6 +299,7 @@ def _ratings(
         items=items,
         scale=bounds,
         source=source,
+        weight=None if weight is None else torch.from_numpy(weight),
     )
 
 

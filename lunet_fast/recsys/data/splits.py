@@ -235,7 +235,8 @@ def join(train: Ratings, test: Ratings) -> tuple[Ratings, Ratings]:
     """The training and the test part of a data set that came as two files, both indexed by the ids of both.
 
     The scale of each covers both; a timestamp that only one of them has is 0 (unknown) in the other;
-    ``item_info`` and ``user_info`` are kept where they belong to exactly the ids of both together. ValueError
+    ``item_info`` and ``user_info`` are kept where they belong to exactly the ids of both together; texts and
+    ties are not, and are to be read for the joined parts. ValueError
     where a (user, item) pair is in both files: training would know its rating. O(N log N).
     """
     users, items = _union(train.users, test.users), _union(train.items, test.items)
@@ -267,6 +268,8 @@ def join(train: Ratings, test: Ratings) -> tuple[Ratings, Ratings]:
                 users=users,
                 items=items,
                 scale=(min(train.scale[0], test.scale[0]), max(train.scale[1], test.scale[1])),
+                item_text=None,
+                friends=None,
                 item_info=item_info[0] if item_info else None,
                 user_info=user_info[0] if user_info else None,
             )

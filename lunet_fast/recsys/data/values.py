@@ -42,9 +42,24 @@ def indices(table: Table, role: str, given: IdMap | None) -> tuple[Int64Array, I
     return place[column.codes], ids
 
 
+def weight_values(table: Table) -> npt.NDArray[np.float32]:
+    """The weights, float32 ``[N]``: finite numbers above 0."""
+    values = _numbers(table, "weight", None)
+    column = table.columns["weight"]
+    low = [k for k in range(len(column.texts)) if not values[k] > 0]
+    if low:
+        table.fail("weight", low, "{text} is not above 0: leave out rows that do not count")
+    return values[column.codes]
+
+
 def rating_values(table: Table, scale: tuple[float, float] | None) -> npt.NDArray[np.float32]:
     """The ratings, float32 ``[N]``: finite numbers, within ``scale`` where it is given."""
-    column = table.columns["rating"]
+    return _numbers(table, "rating", scale)[table.columns["rating"].codes]
+
+
+def _numbers(table: Table, role: str, scale: tuple[float, float] | None) -> npt.NDArray[np.float32]:
+    """The finite numbers of a column's distinct texts."""
+    column = table.columns[role]
     missing, text_in_number, not_finite, outside = (list[int]() for _ in range(4))
     values = np.zeros(len(column.texts), dtype=np.float64)
     for k, text in enumerate(column.texts):
@@ -59,14 +74,14 @@ def rating_values(table: Table, scale: tuple[float, float] | None) -> npt.NDArra
         else:
             (text_in_number if text else missing).append(k)
     if missing:
-        table.fail("rating", missing, "is missing: give every row a number")
+        table.fail(role, missing, "is missing: give every row a number")
     if text_in_number:
-        table.fail("rating", text_in_number, "{text} is not a number")
+        table.fail(role, text_in_number, "{text} is not a number")
     if not_finite:
-        table.fail("rating", not_finite, "{text} is not a finite number (as float32)")
+        table.fail(role, not_finite, "{text} is not a finite number (as float32)")
     if outside and scale is not None:
-        table.fail("rating", outside, f"{{text}} is outside the scale {scale[0]:g} to {scale[1]:g}")
-    return values.astype(np.float32)[column.codes]
+        table.fail(role, outside, f"{{text}} is outside the scale {scale[0]:g} to {scale[1]:g}")
+    return values.astype(np.float32)
 
 
 def timestamp_values(table: Table) -> Int64Array:

@@ -380,6 +380,10 @@ class _Inputs:
         digest = hashlib.sha256(f"{ratings.n_users} {ratings.n_items} {ratings.scale}".encode())
         for tensor in (ratings.user, ratings.item, ratings.rating, ratings.timestamp, ratings.position):
             digest.update(b"" if tensor is None else tensor.numpy().tobytes())
+        ties = ratings.friends
+        known = [ratings.weight, ratings.item_text, *((ties.user, ties.friend, ties.weight) if ties else ())]
+        for side in known:
+            digest.update(b"" if side is None else side.numpy().tobytes())
         for info in (ratings.item_info, ratings.user_info):
             digest.update(b"" if info is None else info.to_csv().encode("utf-8", "surrogatepass"))
         self.common = [digest.hexdigest(), processor, lunet_fast.__version__, torch.__version__]

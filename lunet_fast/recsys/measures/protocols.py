@@ -46,8 +46,8 @@ class Parts:
     candidates: Tensor | None
     """int64 ``[held_out, 100]``: what each held-out item is ranked with, -1 for none."""
     gaps: Tensor | None = None
-    """uint8 ``[held_out]``, by the time since the user's last rating in training: the place in GAP_NAMES, or
-    one past them where it is unknown."""
+    """uint8 ``[held_out]``, the class of the time since the user's last rating in training, as
+    :func:`~lunet_fast.recsys.data.order.gap_classes` has them."""
 
     @classmethod
     def of(cls, ratings: Ratings, split: str, seed: int) -> Parts:
@@ -72,8 +72,7 @@ class Parts:
         if len(divided.held_out):
             held_out = ratings.select(divided.held_out)
             candidates = draw_candidates(ratings, divided.held_out, seed)
-            classes = torch.from_numpy(gaps_since(training, held_out))
-            gaps = torch.where(classes == GAPS - 1, len(GAP_NAMES), classes.clamp(max=len(GAP_NAMES) - 1))
+            gaps = torch.from_numpy(gaps_since(training, held_out))
         test = ratings.select(divided.test) if len(divided.test) else None
         return cls(training, test, held_out, candidates, gaps)
 
@@ -142,12 +141,14 @@ def _by_gap(parts: Parts, sampled: SampledRanking, full: FullRanking) -> dict[st
     assert parts.held_out is not None
     if parts.gaps is None:
         return {}
+    # The classes of more than a day are one, and unknown ones in none.
+    of_pair = torch.where(parts.gaps == GAPS - 1, len(GAP_NAMES), parts.gaps.clamp(max=len(GAP_NAMES) - 1))
     gap_of = torch.full((parts.held_out.n_users,), len(GAP_NAMES), dtype=torch.uint8)
-    gap_of[parts.held_out.user] = parts.gaps
+    gap_of[parts.held_out.user] = of_pair
     users, ranks = full.pairs
     found = {}
     for gap, name in enumerate(GAP_NAMES):
-        inside, ranked = parts.gaps == gap, gap_of[users] == gap
+        inside, ranked = of_pair == gap, gap_of[users] == gap
         if ranked.any():
             among_all = metrics_of_one_each(ranks.where(ranked), (10,))
             found[name] = {
