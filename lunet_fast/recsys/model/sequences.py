@@ -81,9 +81,10 @@ class Sequences(nn.Module):
             self.register_buffer(name, tensor)
         counts = torch.bincount(items.long(), minlength=n_items)
         self.register_buffer("item_counts", counts, persistent=False)
+        self.register_buffer("log_weights", None, persistent=False)
 
     item_counts: Tensor
-    log_weights: Tensor | None = None
+    log_weights: Tensor | None
     """float32, of the entries, log(1 + w / the median) where they have weights; for training, and not saved.
     """
 
@@ -112,7 +113,7 @@ class Sequences(nn.Module):
         )
         if ratings.weight is not None:
             weight = ratings.weight.cpu()[rows]
-            found.register_buffer("log_weights", torch.log1p(weight / weight.median()), persistent=False)
+            found.log_weights = torch.log1p(weight / weight.median())
         return found
 
     @classmethod
