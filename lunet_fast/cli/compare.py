@@ -42,8 +42,9 @@ Methods = Annotated[
         metavar="KEY...",
         help="Of those that predict ratings `biases`, `knn`, `mf`, `svd++`, `mlp`, `bayesian-fm`, "
         "`bayesian-svd++`; of those that rank `popularity`, `bpr`, `mlp-ce`, `neumf`, `autoencoder`, "
-        "`als`, `ease`, `sequence-ease`; of ours `lunet-paper`, `lunet-ratings`, `lunet-ids`, "
-        "`lunet-interactions`, `lunet-both`, `lunet-leaky`, `lunet-sequence`, `lunet-sequence-identity`.",
+        "`als`, `ease`, `sequence-ease`, `gru4rec`, `sasrec`; of ours `lunet-paper`, "
+        "`lunet-ratings`, `lunet-ids`, `lunet-interactions`, `lunet-both`, `lunet-leaky`, `lunet-sequence`, "
+        "`lunet-sequence-identity`, `lunet-sequence-elapsed`.",
         show_default="all that the data allow",
     ),
 ]

@@ -115,13 +115,19 @@ METHODS: dict[str, Method] = {
     "lunet-sequence-identity": _lu_net(
         "The same with f = identity", "ranking", recipe=SEQUENCE, network="identity"
     ),
+    "lunet-sequence-elapsed": _lu_net(
+        "The same, told when it is asked", "ranking", recipe=SEQUENCE, elapsed=True
+    ),
 }
 
 #: The row whose model was told of the held-out pairs: it is no contender.
 LEAKY = "lunet-leaky"
 
 
-ORDERED = {"sequence-ease", "lunet-sequence", "lunet-sequence-identity"}
+ORDERED = {
+    *("sequence-ease", "gru4rec", "sasrec"),
+    *("lunet-sequence", "lunet-sequence-identity", "lunet-sequence-elapsed"),
+}
 """The rows whose methods read the order of a user's ratings."""
 
 

@@ -113,8 +113,15 @@ def notes(comparison: Comparison) -> list[str]:
         )
     if keys & ORDERED:
         found.append(
-            "Methods that read the order of a user's ratings (recipe sequence, EASE of ordered histories) "
-            "know what the others do not, such as which ratings were given in the same sitting."
+            "Methods that read the order of a user's ratings (recipe sequence, EASE of ordered histories, "
+            "GRU4Rec, SASRec) know what the others do not, such as which ratings were given in the same "
+            "sitting."
+        )
+    if "lunet-sequence-elapsed" in keys:
+        found.append(
+            f"{METHODS['lunet-sequence-elapsed'].name}: how long before the held-out rating the user's last "
+            "one was, as within an hour, a day, 30 days, or longer ago, and nothing finer: what a service "
+            "knows when a user comes back, and what no other row is told."
         )
     configs = [METHODS[key].config(1, 0) for key in keys if METHODS[key].is_lu_net]
     if any(isinstance(config, TrainConfig) and config.side_features for config in configs):

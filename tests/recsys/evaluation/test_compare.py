@@ -82,7 +82,8 @@ class TestMethods:
         assert ours["lunet-interactions"] == "LU-Net, interactions (gamma 0)"
         assert ours["lunet-both"] == "LU-Net, both (gamma 0.1)"
         assert [METHODS[key].kind for key in ours] == [
-            *("rating", "rating", "rating", "ranking", "both", "ranking", "ranking", "ranking")
+            *("rating", "rating", "rating", "ranking", "both"),
+            *("ranking",) * 4,
         ]
 
     @pytest.mark.parametrize("key", [key for key in METHODS if METHODS[key].is_lu_net])
@@ -109,7 +110,10 @@ class TestMethods:
             "lunet-leaky": "leave-one-out",
             "lunet-sequence": "leave-one-out",
             "lunet-sequence-identity": "leave-one-out",
+            "lunet-sequence-elapsed": "leave-one-out",
         }
+        assert METHODS["lunet-sequence-elapsed"].config(1000, 0, "time").split == "time"
+        assert METHODS["lunet-both"].config(1000, 0, "time").split == "joint"
 
 
 class TestMeasure:
