@@ -104,7 +104,7 @@ class SequenceConfig(Settings):
 
 # Bundled data set -> what is not the default there.
 _SETTINGS: dict[str, dict[str, Any]] = {
-    "ml-100k": {"embedding_size": 64, "batch_size": 2048, "learning_rate": 4e-3},
+    "ml-100k": {"embedding_size": 64, "batch_size": 2048, "learning_rate": 4e-3, "members": 2},
     "ml-1m": {},
 }
 
