@@ -73,6 +73,11 @@ class Side(nn.Module):
                     f"text=True: {training.name} has no texts: read them with with_text(), on the command "
                     "line --text FILE"
                 )
+        if config.confidence and training.weight is None:
+            raise ValueError(
+                f"confidence={config.confidence:g}: {training.name} has no weights: name their column with "
+                "weight=, on the command line --weight-column"
+            )
         if config.social:
             tables |= _friends_items(training)
         return cls(**{name: table for name, table in tables.items() if table is not None})

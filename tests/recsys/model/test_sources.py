@@ -258,17 +258,21 @@ class TestConfidence:
             for stop in range(1, len(rows)):
                 windows = sequences.windows(*(torch.tensor([n]) for n in (user, 0, stop)))
                 scores = model.scores(model.latent(model.states(windows, items)), items)[0]
-                total -= float(scores.log_softmax(0)[RATINGS.item[rows[stop]]] * counted[rows[stop]])
+                total -= float(scores.detach().log_softmax(0)[RATINGS.item[rows[stop]]] * counted[rows[stop]])
                 count += 1
         assert float(whole.detach()) == pytest.approx(total / count, rel=1e-6)
 
-    def test_no_weights_are_weights_of_one(self) -> None:
-        plain = replace(RATINGS, weight=None)
+    def test_equal_weights_are_none(self) -> None:
+        plain = replace(RATINGS, weight=torch.full((len(RATINGS),), 7.0))
         tables = [
             train_sequence(plain, quick_sequence_config(epochs=1, confidence=c)).trained.model.item_vectors()
             for c in (0.0, 3.0)
         ]
-        assert torch.equal(tables[0].table, tables[1].table)
+        torch.testing.assert_close(tables[0].table, tables[1].table)
+
+    def test_without_weights(self) -> None:
+        with pytest.raises(ValueError, match="confidence=2: paused has no weights"):
+            Side.of(paused_ratings(), SequenceConfig(confidence=2))
 
 
 @pytest.mark.parametrize(
