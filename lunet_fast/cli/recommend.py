@@ -47,6 +47,16 @@ Format = Annotated[
 ]
 
 
+At = Annotated[
+    int | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="When they are asked for, in Unix seconds, for recipe sequence with `--elapsed`.",
+        show_default="soon after each user's last choice",
+    ),
+]
+
+
 @grouped
 def recommend_command(
     *,
@@ -66,6 +76,7 @@ def recommend_command(
         bool,
         typer.Option("--exclude-seen/--include-seen", help="Leave out what the user rated in training."),
     ] = True,
+    at: At = None,
     form: Format = None,
     out: options.TableOut = None,
     device: options.Device = "cpu",
@@ -115,7 +126,7 @@ def recommend_command(
             def rows() -> Iterator[tuple[Any, ...]]:
                 for start in range(0, len(ids), BATCH):
                     batch = ids[start : start + BATCH]
-                    frame = recommender.recommend(batch, k, exclude_seen=exclude_seen)
+                    frame = recommender.recommend(batch, k, exclude_seen=exclude_seen, at=at)
                     yield from _rows(recommender, frame)
                     told(len(batch))
 

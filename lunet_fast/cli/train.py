@@ -48,7 +48,9 @@ TrainCommand = settings_command(
             *("alpha", "members", "side_features", "dropout", "mlp", "seed", "threads"),
         ),
         OBJECTIVE: ("gamma", "loss", "transform", "negatives", "negative_sampling", "negatives_outside"),
-        ORDER: ("order", "length", "decays", "network"),
+        ORDER: (
+            *("order", "user_history", "elapsed", "identity", "confidence", "length", "decays", "network"),
+        ),
     },
     dict.fromkeys(
         (
@@ -68,9 +70,9 @@ class Parts:
     split: Annotated[
         str | None,
         data_option(
-            metavar="random|per-user|leave-one-out|joint",
+            metavar="random|per-user|leave-one-out|joint|time",
             help="What is held out for the test: 20 % of all ratings; 20 % of each user's; each user's "
-            "latest rating, for ranking; or that and 20 % of the rest.",
+            "latest rating, for ranking; that and 20 % of the rest; or the latest 20 % of all.",
             show_default="random; joint with --gamma below 1, leave-one-out with 0",
         ),
     ] = None
@@ -130,6 +132,54 @@ class Parts:
             )
 
 
+@dataclass(frozen=True)
+class Further:
+    """What recipe sequence reads beside the ratings."""
+
+    text: Annotated[
+        str | None,
+        data_option(
+            metavar="FILE|titles",
+            help="For recipe sequence, what items are described by: a file with a column of items and one of "
+            "texts, an .npz file with the arrays `item` and `vectors`, or the data set's own titles.",
+        ),
+    ] = None
+    text_column: Annotated[str, data_option(metavar="NAME", help="The texts in the file of --text.")] = "text"
+    social: Annotated[
+        Path | None,
+        data_option(
+            metavar="FILE",
+            help="For recipe sequence, who knows or trusts whom: a file of users, each with a `friend`.",
+        ),
+    ] = None
+
+    def settings(self, given: dict[str, Any], source: Source) -> dict[str, Any]:
+        """``given`` with the settings that these files ask for; ``typer.BadParameter`` for another recipe."""
+        asked = {"--text": self.text, "--social": self.social, "--weight-column": source.weight_column}
+        named = [option for option, value in asked.items() if value is not None]
+        if named and given["recipe"] != "sequence":
+            raise typer.BadParameter(f"{named[0]} is for --recipe sequence: add it, or leave {named[0]} away")
+        more: dict[str, Any] = {}
+        if self.text is not None:
+            more["text"] = True
+        if self.social is not None:
+            more["social"] = True
+        if source.weight_column is not None:
+            more["confidence"] = 1.0
+        return {**more, **given}
+
+    def added_to(self, ratings: Ratings, source: Source) -> Ratings:
+        """``ratings`` with what these files know."""
+        from lunet_fast.recsys.data.texts import with_text
+        from lunet_fast.recsys.data.ties import with_friends
+
+        if self.text is not None:
+            ratings = with_text(ratings, self.text, item=source.item_column, text=self.text_column)
+        if self.social is not None:
+            ratings = with_friends(ratings, self.social, user=source.user_column)
+        return ratings
+
+
 SettingsFile = Annotated[
     Path | None,
     typer.Option(
@@ -164,6 +214,7 @@ def train_command(
     ] = None,
     continuation: Continuation,
     parts: Parts,
+    further: Further,
     source: Source,
     settings: SettingsFile = None,
     final: Annotated[
@@ -200,6 +251,8 @@ def train_command(
 
         lunet-fast train --dataset ml-1m --recipe sequence
 
+        lunet-fast train --dataset plays.csv --recipe sequence --social friends.csv --weight-column plays
+
         lunet-fast train --dataset ml-100k --train-file u1.base --test-file u1.test
 
         lunet-fast train --dataset my.csv --user-column who --item-column what --scale 0.5 5 --out runs/mine
@@ -217,11 +270,11 @@ def train_command(
 
     given = context.obj if recipe is None else {**context.obj, "recipe": recipe}
     own = dataset not in movielens.DATASETS and not parts.stream
-    chosen = _settings(given, settings, parts, "auto" if own else "best")
+    chosen = further.settings(_settings(given, settings, parts, "auto" if own else "best"), source)
     parts.check(dataset, source, chosen["recipe"])
     if final and (parts.stream or parts.train_file is not None):
         raise typer.BadParameter("--final trains on one data set: leave --stream and --train-file away")
-    training = Training(dataset, parts, source, chosen, output.note)
+    training = Training(dataset, parts, further, source, chosen, output.note)
     folder = RunFolder(out or Path("runs") / (run_name(dataset, movielens.DATASETS) or "ratings"))
     with training_told(folder.checkpoints) as stop:
         training.config(1)  # a wrong value is told before any file is read
@@ -291,6 +344,7 @@ class Training(NamedTuple):
 
     dataset: str
     parts: Parts
+    further: Further
     source: Source
     settings: dict[str, Any]
     told: Told
@@ -406,7 +460,8 @@ class Training(NamedTuple):
         from lunet_fast.recsys.data.splits import join
 
         if self.settings["recipe"] == "sequence":
-            return self.source.read_with_or_without_ratings(self.dataset, self.told)[0], None
+            ratings = self.source.read_with_or_without_ratings(self.dataset, self.told)[0]
+            return self.further.added_to(ratings, self.source), None
         files = [file for file in (self.parts.train_file, self.parts.test_file) if file is not None]
         if not files:
             return self.source.read(self.dataset, rated=self.rated, told=self.told), None

@@ -32,9 +32,12 @@ class TrainConfig(Settings):
     """Name of the recipe that the settings started from; a label that changes nothing."""
     seed: Seed = 0
     """Seeds the split, the initial weights, the order of the batches and dropout."""
-    split: Literal["random", "per-user", "leave-one-out", "joint", "files", "stream", "none"] = "random"
+    split: Literal["random", "per-user", "leave-one-out", "joint", "time", "files", "stream", "none"] = (
+        "random"
+    )
     """What is held out for the test. ``random``: 20 % of all ratings; ``per-user``: 20 % of each user's.
     ``leave-one-out``: each user's most recent one, for ranking; ``joint``: that, and 20 % of the rest.
+    ``time``: the latest 20 % of all, of which each user's first is for ranking.
     ``files``: both parts are given; ``stream``: 20 % by a rule on the ids; ``none``: nothing is tested."""
 
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0

@@ -107,7 +107,7 @@ def _trained(config: TrainConfig, parts: Parts, run: Run) -> TrainResult:
     with cpu_threads(config.threads):
         model, curve = phases.lu_net()
         if is_first:
-            values = evaluate(model, parts, run.workers.device).metrics
+            values = evaluate(model, parts, run.workers.device).figures
         if config.mlp and config.gamma == 1:
             values |= phases.control()
         if config.recipe == "auto" and is_first:
@@ -195,7 +195,7 @@ def evaluate(model: RatingModel, parts: Parts, device: torch.device | str = "cpu
     model.to("cpu")
     scorer = ItemScorer(model, model.histories(), device)
     ranking = evaluate_ranking(scorer.scores, parts, model.config.seed)
-    return Ranking({**values, **ranking.metrics}, ranking.groups)
+    return ranking._replace(metrics={**values, **ranking.metrics})
 
 
 def known_of(parts: Parts) -> Interactions | None:
