@@ -174,9 +174,9 @@ class Further:
         from lunet_fast.recsys.data.ties import with_friends
 
         if self.text is not None:
-            ratings = with_text(ratings, self.text, item=source.item_column, text=self.text_column)
+            ratings = with_text(ratings, self.text, item=source.item_column or "item", text=self.text_column)
         if self.social is not None:
-            ratings = with_friends(ratings, self.social, user=source.user_column)
+            ratings = with_friends(ratings, self.social, user=source.user_column or "user")
         return ratings
 
 

@@ -102,7 +102,7 @@ def by_role(**columns: str | None) -> dict[str, str | None]:
     for role, name in columns.items():
         if name is not None and names.count(name) > 1:
             raise ValueError(
-                f"columns must be different ones, got {role}={name!r}, which is another one's too"
+                f"roles must have different columns, got {role}={name!r}, which is another one's too"
             )
     return columns
 
