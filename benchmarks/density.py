@@ -191,8 +191,8 @@ def plane(seeds: int, results: Results) -> None:
     """Kullback–Leibler divergence from the truth, nats, and the integral of what was learnt."""
     kept = Kept("density-plane", results)
     for size in ("M", "L", "S"):
-        for name in data.TARGETS:
-            for family, flows in PLANE_FLOWS.items():
+        for family, flows in PLANE_FLOWS.items():
+            for name in data.TARGETS:
                 if kept.has(target=name, family=family, size=size):
                     continue
                 make = flows[size]
