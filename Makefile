@@ -37,8 +37,9 @@ docs: $(VENV)/.dev  ## the documentation into site/, warnings as errors
 test-oldest: build/oldest/.installed  ## the layers on the oldest PyTorch, Triton and NumPy promised; 15 minutes
 	PYTHONPATH=. build/oldest/bin/python benchmarks/oldest.py
 
-fuzz: $(VENV)/.dev  ## 130,000 broken files; atheris guides them where `pip install '.[fuzz]'` has it
+fuzz: $(VENV)/.dev  ## 150,000 broken files; atheris guides those of ratings where `pip install '.[fuzz]'` has it
 	$(BIN)/python tests/fuzz/ratings.py --inputs 120000 --archives 5000 --models 5000 --seed 0
+	$(BIN)/python tests/fuzz/files.py --inputs 20000 --seed 0
 
 scale: $(VENV)/.dev  ## cost and memory of streamed training up to 32 million ratings; 12 minutes
 	$(BIN)/python benchmarks/scale.py

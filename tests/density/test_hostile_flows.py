@@ -91,6 +91,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "no signs": (tensor(f"{LAYER}.sign", torch.zeros_like), "signs, 1 and -1"),
     "a layer of doubles": (tensor(f"{LAYER}.lu", Tensor.double), "is of dtype"),
     "a layer cut short": (tensor(f"{LAYER}.lu", lambda t: t[:3]), "the layers are not"),
+    "a spline's grid": (tensor("flow.net.net.input.grid", torch.zeros_like), "grid must hold finite numbers"),
     "a tensor too many": (lambda tensors, header: tensors.update(more=torch.ones(1)), "'more' is not of"),
     "shares of a table": (tensor("shares", lambda t: t[None]), "shares must be there"),
     "shares below 0": (tensor("shares", lambda t: torch.tensor([2.0, -1.0, 0.0])), "sum 1"),

@@ -1,6 +1,6 @@
 """Feeds hostile files to everything that reads back files of ours, and counts how that ends.
 
-    python tests/fuzz/files.py --inputs 24000 --seed 0
+    python tests/fuzz/files.py --inputs 20000 --seed 0
 
 Kinds: models and their sequences, flows, checkpoints of both trainings, settings and ``config.json``,
 journals of ``tune``, tables for a density. Most are whole files with the right digest and wrong contents
@@ -30,6 +30,8 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +48,8 @@ MOST_OVER_FILE = 512 << 20
 ADDRESS_SPACE = 3 << 30
 LIMIT_BYTES = 64 << 20
 """$LUNET_FAST_MAX_BYTES while fuzzing."""
+SHARES = {"settings": 4, "table": 4, "flow": 4, "model": 4, "journal": 2, "checkpoint": 2}
+"""Of the kinds among the inputs: those that take longest are fewer."""
 _SLOT = struct.Struct("<qd")  # the input at hand, and when it began
 
 
@@ -102,7 +106,7 @@ class Files:
     def ending(self, number: int, seed: int) -> tuple[str, str, int]:
         """(kind, how it ended, bytes of the file); Failure for an ending that none may have."""
         rng = random.Random(f"{seed}-{number}")
-        kind_name = rng.choice(sorted(self.kinds))
+        kind_name = rng.choices(list(SHARES), list(SHARES.values()))[0]
         kind = self.kinds[kind_name]
         name = rng.choice(sorted(kind.seeds))
         data = kind.change(name, kind.seeds[name], rng)
@@ -343,14 +347,14 @@ def work(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="lunet-fast-fuzz-") as name:
         made = Files(Path(name))
-        for number in range(200):  # so that what is imported on use is there before memory is looked at
+        for number in range(60):  # so that what is imported on use is there before memory is looked at
             with contextlib.suppress(Failure):
                 made.ending(number, arguments.seed + 1)
         cap = (_status("VmSize") << 10) + ADDRESS_SPACE
         resource.setrlimit(resource.RLIMIT_AS, (cap, cap))
         with open(folder / "slot", "r+b") as stream, open(folder / "log", "a", buffering=1) as log:
             slot = mmap.mmap(stream.fileno(), 0)
-            for number in range(arguments.first, arguments.inputs):
+            for number in range(arguments.first, arguments.inputs, arguments.processes):
                 before = _peak_from_here()
                 begin = time.monotonic()
                 slot[:] = _SLOT.pack(number, begin)
@@ -362,7 +366,7 @@ def work(arguments: argparse.Namespace) -> None:
                 if over > 2 * size + MOST_OVER_FILE and not ending.startswith("FAILED"):
                     ending = f"FAILED {kind}: took {over >> 20} MiB for a file of {size} bytes"
                 log.write(json.dumps([number, kind, ending, time.monotonic() - begin, over]) + "\n")
-            slot[:] = _SLOT.pack(arguments.inputs, 0.0)
+            slot[:] = _SLOT.pack(arguments.inputs, 0.0)  # the end
 
 
 def _peak_from_here() -> int:
@@ -376,14 +380,17 @@ def _status(field: str) -> int:
         return next(int(line.split()[1]) for line in stream if line.startswith(field))
 
 
-def watch(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Have all inputs read, in a new process after each that dies or hangs."""
+def watch(arguments: argparse.Namespace, first: int, folder: Path) -> list[tuple[int, str]]:
+    """Have every input from ``first`` on that is a process's own read, in a new process after each that dies
+    or hangs; these, and why."""
+    folder.mkdir()
     (folder / "log").touch()
-    first, stopped = 0, []
+    stopped = []
     while first < arguments.inputs:
         (folder / "slot").write_bytes(_SLOT.pack(first, 0.0))
         command = [sys.executable, __file__, "--work", str(folder), "--first", str(first)]
         command += ["--inputs", str(arguments.inputs), "--seed", str(arguments.seed)]
+        command += ["--processes", str(arguments.processes)]
         with open(folder / "said", "w+b") as said, open(folder / "slot", "r+b") as stream:
             slot, why = mmap.mmap(stream.fileno(), 0), ""
             process = subprocess.Popen(command, stdout=said, stderr=said)
@@ -402,15 +409,15 @@ def watch(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if not since:
             raise SystemExit(f"the process that reads ended before its first input:\n{text[-3000:]}")
         stopped.append((number, why or f"died with exit code {process.returncode}: {text.strip()[-800:]}"))
-        first = number + 1
-    return _summary(folder / "log", stopped)
+        first = number + arguments.processes
+    return stopped
 
 
-def _summary(log: Path, stopped: list[tuple[int, str]]) -> dict[str, Any]:
+def _summary(logs: list[Path], stopped: list[tuple[int, str]]) -> dict[str, Any]:
     endings: dict[str, Counter[str]] = {}
     failures = [{"input": number, "why": why} for number, why in stopped]
     worst, peak = 0.0, 0
-    for line in log.read_text(encoding="utf-8").splitlines():
+    for line in (line for log in logs for line in log.read_text(encoding="utf-8").splitlines()):
         number, kind, ending, took, over = json.loads(line)
         if ending.startswith("FAILED"):
             failures.append({"input": number, "why": ending.removeprefix("FAILED ")})
@@ -433,9 +440,10 @@ def main() -> int:
     import machine
 
     parser = machine.parser(__doc__)
-    parser.add_argument("--inputs", type=int, default=24_000)
+    parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=30.0, help="most for one input")
+    parser.add_argument("--processes", type=int, default=2, help="that read side by side")
     parser.add_argument("--again", type=int, help="read the input of this number once more")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
@@ -454,7 +462,10 @@ def main() -> int:
         return 0
     results = machine.open_results(arguments, threads=1)
     with tempfile.TemporaryDirectory(prefix="lunet-fast-fuzz-") as name:
-        found = watch(arguments, Path(name))
+        folders = [Path(name) / str(place) for place in range(arguments.processes)]
+        with ThreadPoolExecutor(arguments.processes) as pool:
+            stopped = list(pool.map(partial(watch, arguments), range(arguments.processes), folders))
+        found = _summary([folder / "log" for folder in folders], [each for part in stopped for each in part])
     print(json.dumps(found, indent=1))
     results.write("fuzz-files", {"seed": arguments.seed, "most_seconds": arguments.seconds, **found})
     return 1 if found["failed"] else 0

@@ -148,9 +148,10 @@ def _check_trials(trials: list[optuna.trial.FrozenTrial]) -> None:
                 raise ValueError(f"trial {trial.number} has drawn {shown(name)} otherwise")
             if not known[name]._contains(known[name].to_internal_repr(value)):
                 raise ValueError(f"trial {trial.number} has {name}={shown(value)}")
-        for figure in trial.values or ():
-            if not math.isfinite(figure):
-                raise ValueError(f"trial {trial.number} has the figure {figure}")
+        figures = trial.values or []
+        complete = trial.state is optuna.trial.TrialState.COMPLETE
+        if len(figures) != complete or not all(map(math.isfinite, figures)):
+            raise ValueError(f"trial {trial.number} has the figures {shown(figures)}")
 
 
 def _cut_torn_line(journal: Path, lock: JournalFileSymlinkLock) -> None:
