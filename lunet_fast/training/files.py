@@ -398,7 +398,9 @@ class RunFolder:
         finally:
             lock.release()
 
-    def begin(self, config: dict[str, Any], *, resume: bool) -> None:
+    def begin(
+        self, config: dict[str, Any], *, resume: bool, defaults: Mapping[str, Any] | None = None
+    ) -> None:
         """Record the settings of the training that now starts.
 
         Resuming, they are checked; otherwise the former training is deleted. So is what a killed process left
@@ -408,7 +410,7 @@ class RunFolder:
             for half_written in folder.glob(f"{_TEMPORARY}*"):
                 half_written.unlink(missing_ok=True)
         if resume and self.config.is_file():
-            self.check(config)
+            self.check(config, defaults)
             return
         for old in (
             self.metrics,
@@ -420,13 +422,17 @@ class RunFolder:
             old.unlink(missing_ok=True)
         write_json(self.config, config)
 
-    def check(self, config: dict[str, Any]) -> None:
-        """:class:`RunFolderError` unless the folder's training has these settings (``source`` may differ)."""
-        recorded = read_json(self.config)
+    def check(self, config: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+        """:class:`RunFolderError` unless the folder's training has these settings.
+
+        Where the data were read, ``source`` and ``reading``, may differ. Settings that a former version did
+        not have were their ``defaults``.
+        """
+        recorded = {**(defaults or {}), **read_json(self.config)}
         # By way of JSON, which has one kind of sequence.
         wanted = json.loads(json.dumps(config))
         for name in sorted(wanted.keys() | recorded.keys()):
-            if name != "source" and wanted.get(name) != recorded.get(name):
+            if name not in ("source", "reading") and wanted.get(name) != recorded.get(name):
                 raise RunFolderError(
                     f"{self.path} was trained with {name}={recorded.get(name)!r}, not "
                     f"{wanted.get(name)!r}: give the same settings to resume it, or choose another --out"
