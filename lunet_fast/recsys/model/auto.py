@@ -37,8 +37,8 @@ STEPS, LEAST_BATCH = 100, 64
 MOST_NUMBERS = 4_000_000
 """In the tables of all members."""
 MOST_SCORED = 10**10
-"""Numbers of the networks' layers, of all members and all pairs of user and item: what recommendations for all
-users compute."""
+"""Numbers of a layer of all members for all pairs of user and item: what recommendations for all users
+compute."""
 SKEWED = 3.0
 """Skewness of ratings from which a transform is proposed; that of an exponential distribution is 2."""
 
