@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from lunet_fast.recsys.serving.recommend import LUNetRecommender
 
-BATCH = 4096
-"""Users whose recommendations are in memory at once."""
+BATCH = 256
+"""Users whose recommendations are in memory at once, and after which progress is told."""
 _HEADER = ("user", "rank", "item", "score", "title")
 
 
@@ -74,9 +74,18 @@ def recommend_command(
     k: Annotated[int, typer.Option("-k", "--k", help="Items for each user, where as many are left.")] = 10,
     exclude_seen: Annotated[
         bool,
-        typer.Option("--exclude-seen/--include-seen", help="Leave out what the user rated in training."),
+        typer.Option(
+            "--exclude-seen/--include-seen",
+            help="Leave out what the user rated anywhere in the file that was trained on.",
+        ),
     ] = True,
     at: At = None,
+    items_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Choose from these items alone: ids, one a line.")
+    ] = None,
+    exclude_items_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Items that nobody gets: ids, one a line.")
+    ] = None,
     form: Format = None,
     out: options.TableOut = None,
     device: options.Device = "cpu",
@@ -97,7 +106,7 @@ def recommend_command(
 
         lunet-fast recommend --run runs/mine --user ann --user bob --format json
 
-        lunet-fast recommend --users-file newsletter.txt --out newsletter.csv
+        lunet-fast recommend --users-file newsletter.txt --exclude-items-file old.txt --out mail.csv
 
         lunet-fast recommend --all-users -k 100 --device cuda --out everyone.jsonl
     """
@@ -112,7 +121,12 @@ def recommend_command(
     with errors_told():
         ids: list[Any] = [] if user is None else [given_text("--user", text) for text in user]
         if users_file is not None:
-            ids += _read_ids(users_file)
+            ids += _read_ids("--users-file", users_file)
+        limits = {}
+        if items_file is not None:
+            limits["items"] = _read_ids("--items-file", items_file)
+        if exclude_items_file is not None:
+            limits["exclude"] = _read_ids("--exclude-items-file", exclude_items_file)
         prepare_out(out)
         recommender = options.load_run(run, device, final=True)
         ids = recommender.users.ids.tolist() if all_users else list(dict.fromkeys(ids))
@@ -126,7 +140,7 @@ def recommend_command(
             def rows() -> Iterator[tuple[Any, ...]]:
                 for start in range(0, len(ids), BATCH):
                     batch = ids[start : start + BATCH]
-                    frame = recommender.recommend(batch, k, exclude_seen=exclude_seen, at=at)
+                    frame = recommender.recommend(batch, k, exclude_seen=exclude_seen, at=at, **limits)
                     yield from _rows(recommender, frame)
                     told(len(batch))
 
@@ -165,21 +179,21 @@ def _format(given: str | None, out: Path | None) -> str:
     return extension
 
 
-def _read_ids(path: Path) -> list[str]:
+def _read_ids(option: str, path: Path) -> list[str]:
     """Ids, one a line; blank lines are skipped."""
     from lunet_fast.recsys.data.limits import read_bytes
 
     if not path.is_file():
-        raise FileNotFoundError(f"--users-file {path}: no such file")
+        raise FileNotFoundError(f"{option} {path}: no such file")
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--users-file {path}: the text is not UTF-8 ({error}): save it as UTF-8") from error
+        raise ValueError(f"{option} {path}: the text is not UTF-8 ({error}): save it as UTF-8") from error
     # Not str.splitlines, which ends lines within ids too: at U+2028, U+0085, a form feed.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     ids = [line.strip() for line in lines if line.strip()]
     if not ids:
-        raise ValueError(f"--users-file {path}: holds no id: write one a line")
+        raise ValueError(f"{option} {path}: holds no id: write one a line")
     return ids
 
 
@@ -211,10 +225,15 @@ def _note_ranking(output: Output, run: Path, recommender: LUNetRecommender) -> N
 
 
 def _rows(recommender: LUNetRecommender, frame: pd.DataFrame) -> Iterator[tuple[Any, ...]]:
+    import numpy as np
+
     info = recommender.item_info
     titles: list[Any] = [None] * len(frame)
     if info is not None and "title" in info:
-        titles = info["title"].iloc[recommender.items.index(frame["item"])].tolist()
+        index = recommender.items.index(frame["item"])
+        # -1, of an item that training has not seen, finds the last title, None.
+        every = np.array([*info["title"].tolist(), None], dtype=object)
+        titles = every[index].tolist()
     for user, rank, item, score, title in zip(
         frame["user"].tolist(),
         frame["rank"].tolist(),

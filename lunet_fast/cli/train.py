@@ -180,6 +180,24 @@ class Further:
         return ratings
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How much is done."""
+
+    final: Annotated[
+        bool,
+        typer.Option(
+            "--final",
+            help="After the test train once more, on all ratings, into `final` in the run folder, which "
+            "`recommend`, `predict` and `export` then use.",
+        ),
+    ] = False
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be trained, its memory and time, and train nothing."),
+    ] = False
+
+
 SettingsFile = Annotated[
     Path | None,
     typer.Option(
@@ -217,18 +235,7 @@ def train_command(
     further: Further,
     source: Source,
     settings: SettingsFile = None,
-    final: Annotated[
-        bool,
-        typer.Option(
-            "--final",
-            help="After the test train once more, on all ratings, into `final` in the run folder, which "
-            "`recommend`, `predict` and `export` then use.",
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Say what would be trained, its memory and time, and train nothing."),
-    ] = False,
+    extent: Extent,
     device: Device = "cpu",
     output: FigureOutput,
 ) -> None:
@@ -245,8 +252,6 @@ def train_command(
 
         lunet-fast train --dataset ml-100k --recipe best
 
-        lunet-fast train --dataset ml-100k --gamma 0.1
-
         lunet-fast train --dataset clicks.csv --gamma 0
 
         lunet-fast train --dataset ml-1m --recipe sequence
@@ -255,7 +260,7 @@ def train_command(
 
         lunet-fast train --dataset ml-100k --train-file u1.base --test-file u1.test
 
-        lunet-fast train --dataset my.csv --user-column who --item-column what --scale 0.5 5 --out runs/mine
+        lunet-fast train --dataset my.csv --user-column who --item-column what --scale 0.5 5 --final
 
         lunet-fast train --dataset ratings.parquet --stream --members 1
 
@@ -272,27 +277,41 @@ def train_command(
     own = dataset not in movielens.DATASETS and not parts.stream
     chosen = further.settings(_settings(given, settings, parts, "auto" if own else "best"), source)
     parts.check(dataset, source, chosen["recipe"])
-    if final and (parts.stream or parts.train_file is not None):
+    if extent.final and (parts.stream or parts.train_file is not None):
         raise typer.BadParameter("--final trains on one data set: leave --stream and --train-file away")
     training = Training(dataset, parts, further, source, chosen, output.note)
     folder = RunFolder(out or Path("runs") / (run_name(dataset, movielens.DATASETS) or "ratings"))
     with training_told(folder.checkpoints) as stop:
         training.config(1)  # a wrong value is told before any file is read
-        if dry_run:
+        if extent.dry_run:
             output.figures(*training.planned())
             return
         with workers_of_torchrun(device) as workers, _process_told(workers, stop):
-            left = final and not RunFolder(folder.path / FINAL).is_finished()
-            if training.is_finished(folder, workers, continuation) and not left:
-                if workers.is_first:
-                    output.line(f"{folder.path} holds the finished training; nothing to do.")
-            else:
-                console = Terminal(quiet=not (workers.is_first and output.told))
-                arguments = continuation.arguments(folder)
-                training.run(console, final, **arguments, stop=stop, workers=workers)
+            _train(training, folder, continuation, output, extent.final, workers, stop)
     if workers.is_first:
         values = read_json(folder.metrics)
         output.figures(values, lambda: _show(Terminal(), values, folder))
+
+
+def _train(
+    training: Training,
+    folder: RunFolder,
+    continuation: Continuation,
+    output: FigureOutput,
+    final: bool,
+    workers: Workers,
+    stop: Signals,
+) -> None:
+    """Train, or say that nothing is left to do."""
+    from lunet_fast.training.files import RunFolder
+
+    left = final and not RunFolder(folder.path / FINAL).is_finished()
+    if training.is_finished(folder, workers, continuation) and not left:
+        if workers.is_first:
+            output.line(f"{folder.path} holds the finished training; nothing to do.")
+        return
+    console = Terminal(quiet=not (workers.is_first and output.told))
+    training.run(console, final, **continuation.arguments(folder), stop=stop, workers=workers)
 
 
 def _settings(given: dict[str, Any], file: Path | None, parts: Parts, recipe: str) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def tune_command(
         kept = f"what is done is in {study}: the same command goes on" if study else "nothing is kept"
         with interruption_told(f"; {kept}."):
             tuned = tune(ratings, trials=trials, storage=study, seed=seed, device=device, told=told, **asked)
-        found = {**asked, **tuned.settings}
+        found = {"recipe": "best", **asked, **tuned.settings}
         write_json(out, found)
         figures = {"trials": tuned.trials, "measure": tuned.measure, "value": tuned.value, "settings": found}
         output.figures(

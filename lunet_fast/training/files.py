@@ -420,7 +420,14 @@ class RunFolder:
         finally:
             lock.release()
 
-    def begin(self, config: dict[str, Any], *, resume: bool, overwrite: bool = False) -> None:
+    def begin(
+        self,
+        config: dict[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool = False,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         """Record the settings of the training that now starts, under the lock.
 
         Resuming, they are checked; otherwise the former training is deleted. So is what a killed process left
@@ -433,7 +440,7 @@ class RunFolder:
             for half_written in folder.glob(f"{_TEMPORARY}*"):
                 half_written.unlink(missing_ok=True)
         if resume and self.config.is_file():
-            self.check(config)
+            self.check(config, defaults)
             return
         for old in (
             self.metrics,
@@ -445,16 +452,17 @@ class RunFolder:
             old.unlink(missing_ok=True)
         write_json(self.config, config)
 
-    def check(self, config: dict[str, Any]) -> None:
+    def check(self, config: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
         """:class:`RunFolderError` unless the folder's training has these settings and data.
 
-        ``source``, in words, may differ; and a folder of a release that did not record a digest has none.
+        Where the data were read, ``source`` and ``reading``, may differ; a folder of a release that did not
+        record a digest has none, and settings that it did not have were their ``defaults``.
         """
-        recorded = read_json(self.config)
+        recorded = {**(defaults or {}), **read_json(self.config)}
         # By way of JSON, which has one kind of sequence.
         wanted = json.loads(json.dumps(config))
         for name in sorted(wanted.keys() | recorded.keys()):
-            if name == "source" or (name in DIGESTS_SINCE and name not in recorded):
+            if name in ("source", "reading") or (name in DIGESTS_SINCE and name not in recorded):
                 continue
             if wanted.get(name) != recorded.get(name):
                 what = "settings and data" if name.endswith("_sha256") else "settings"

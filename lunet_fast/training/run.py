@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypedDict
@@ -57,10 +57,13 @@ class Run:
         if self.folder is not None:
             self.folder.prepare(resume=resume, overwrite=overwrite)
 
-    def finished(self, recorded: dict[str, Any]) -> RunFolder | None:
+    def finished(
+        self, recorded: dict[str, Any], defaults: Mapping[str, Any] | None = None
+    ) -> RunFolder | None:
         """The folder, where it holds the result of this training already and is to be resumed.
 
-        ``recorded`` are the settings as ``config.json`` has them. ``ValueError`` for a process without the
+        ``recorded`` are the settings as ``config.json`` has them, ``defaults`` what those were that a former
+        version did not have. ``ValueError`` for a process without the
         folder: the result is not its to give.
         """
         folder = self.folder
@@ -68,15 +71,15 @@ class Run:
             return None
         if folder is None:
             raise ValueError("the training is finished already: there is nothing to do for this process")
-        folder.check(recorded)
+        folder.check(recorded, defaults)
         return folder
 
     @contextmanager
-    def begun(self, recorded: dict[str, Any]) -> Iterator[None]:
+    def begun(self, recorded: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> Iterator[None]:
         """Inside, this process trains in the folder and no other does; ``recorded`` is written or checked."""
         with nullcontext() if self.folder is None else self.folder.locked():
             if self.folder is not None:
-                self.folder.begin(recorded, resume=self.resume, overwrite=self.overwrite)
+                self.folder.begin(recorded, resume=self.resume, overwrite=self.overwrite, defaults=defaults)
             yield
 
     def fit(self, phase: Phase) -> Curve:

@@ -215,3 +215,21 @@ class TestRefusals:
         result = run("recommend", "--run", tmp_path, "--user", 3)
         assert result.exit_code == 2
         assert "not a whole safetensors file" in result.stderr
+
+
+class TestItems:
+    def test_some_items_alone_and_some_never(self, trained: Trained, tmp_path: Path) -> None:
+        (tmp_path / "some.txt").write_text("0\n1\n2\n3\n39\nnew\n")
+        (tmp_path / "old.txt").write_text("2\nunknown\n")
+        files = ["--items-file", tmp_path / "some.txt", "--exclude-items-file", tmp_path / "old.txt"]
+        result = run("recommend", "--run", trained.folder, "-u", "nobody", *files, "--format", "json")
+        assert result.exit_code == 0, result.output
+        rows = {str(row["item"]): row["title"] for row in json.loads(result.stdout)}
+        titles = {str(n): f"Film {n}, uncut" for n in (1, 3, 39)}
+        assert rows == {"0": FORMULA, **titles, "new": None}
+
+    def test_a_file_that_is_not_there(self, trained: Trained, tmp_path: Path) -> None:
+        for option in ("--items-file", "--exclude-items-file"):
+            result = run("recommend", "--run", trained.folder, "-u", 3, option, tmp_path / "no.txt")
+            assert result.exit_code == 2
+            assert squeezed(f"{option} {tmp_path / 'no.txt'}: no such file") in squeezed(result.output)

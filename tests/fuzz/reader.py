@@ -81,7 +81,7 @@ class Reader:
             if not len(ids[0]) == len(ids[1]) > 0:
                 raise Failure(f"{len(ids[0])} users and {len(ids[1])} items")
         elif case.kind == "users":
-            self.recommend._read_ids(file)
+            self.recommend._read_ids("--users-file", file)
         elif case.kind == "archive":
             self._check_ratings(self.movielens.load("ml-1m", self.folder))
         else:

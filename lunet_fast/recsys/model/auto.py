@@ -36,6 +36,9 @@ STEPS, LEAST_BATCH = 100, 64
 """Steps an epoch: few teach nothing."""
 MOST_NUMBERS = 4_000_000
 """In the tables of all members."""
+MOST_SCORED = 10**10
+"""Numbers of a layer of all members for all pairs of user and item: what recommendations for all users
+compute."""
 SKEWED = 3.0
 """Skewness of ratings from which a transform is proposed; that of an exponential distribution is 2."""
 
@@ -144,15 +147,17 @@ def _sized(n: int, n_users: int, n_items: int, given: Mapping[str, Any]) -> Trai
             "embedding_size": min(size, base.embedding_size),
             "batch_size": min(max(batch, LEAST_BATCH), base.batch_size),
         }
-        settings["members"] = _members(base, settings["embedding_size"], n_users + n_items)
+        settings["members"] = _members(base, settings["embedding_size"], n_users, n_items)
         if base.gamma == 1 and base.loss != "ordinal":
             settings["offset"] = "biases"
     return base.replace(**{**settings, **{k: v for k, v in given.items() if k != "recipe"}})
 
 
-def _members(base: TrainConfig, size: int, rows: int) -> int:
-    tables = 1 + int(base.user_history or base.item_history)
-    return min(max(MOST_NUMBERS // (tables * rows * size or 1), 1), base.members)
+def _members(base: TrainConfig, size: int, n_users: int, n_items: int) -> int:
+    """As many as ``base`` has where tables and recommendations for everybody stay within bounds."""
+    tables = (1 + int(base.user_history or base.item_history)) * (n_users + n_items) * size
+    pairs = n_users * n_items * 2 * size
+    return max(min(MOST_NUMBERS // max(tables, 1), MOST_SCORED // max(pairs, 1), base.members), 1)
 
 
 def _numbers(config: TrainConfig, n_users: int, n_items: int) -> int:

@@ -105,7 +105,10 @@ class ItemScorer:
                     offset = offset + model.item_deviation
             # The network says nothing of an item without ratings, and −∞ is never among the best.
             offset = offset.masked_fill(model.interactions.item_counts == 0, -torch.inf)
-        self.q, self.item_offset = self._moved(vectors @ first[..., k:].mT), self._moved(offset)
+            # Of strength 0 the offsets are all there is: no member's network is computed.
+            self._members = 0 if self.readout == "rating" and model.strength() == 0 else len(first)
+            q = vectors[: self._members] @ first[: self._members, ..., k:].mT
+        self.q, self.item_offset = self._moved(q), self._moved(offset)
         parts = [self._moved(part) if isinstance(part, Tensor) else part for part in net]
         self.net = SplitNet(*cast(Any, parts))
 
@@ -124,7 +127,7 @@ class ItemScorer:
                 offset = offset + model.strength() * model.user_bias[users].mean(1)
             if model.config.offset == "biases":
                 offset = offset + model.user_deviation[users]
-        return self._moved(p), self._moved(offset)
+        return self._moved(p[: self._members]), self._moved(offset)
 
     @torch.no_grad()
     def scores(self, users: Tensor) -> Tensor:
@@ -288,7 +291,7 @@ def score_all(p: Tensor, q: Tensor, net: SplitNet, user_offset: Tensor, item_off
 
 def _runs_kernel(p: Tensor, k: int) -> bool:
     """Whether the Triton kernel scores: where the backend says so, and it can."""
-    if not dispatch.runs_triton(p) or p.dtype != torch.float32:
+    if not len(p) or not dispatch.runs_triton(p) or p.dtype != torch.float32:
         return False
     kernel = importlib.import_module("lunet_fast.kernels.score")
     return p.shape[-1] <= kernel.LARGEST_D and k <= kernel.LARGEST_K
@@ -303,12 +306,15 @@ def _blocks(
     """
     members, n_users, D = p.shape
     n_items = q.shape[1]
-    pairs = max(1, BLOCK // D)
+    pairs = max(1, BLOCK // (D if members else 1))
     some_users, some_items = max(1, pairs // max(1, n_items)), min(n_items, pairs)
     for first_user in range(0, n_users, some_users):
         users = slice(first_user, min(first_user + some_users, n_users))
         for first_item in range(0, n_items, max(1, some_items)):
             items = slice(first_item, min(first_item + some_items, n_items))
+            if not members:
+                yield users, items, user_offset[users].unsqueeze(1) + item_offset[items]
+                continue
             total = sum(_member_scores(p[m, users], q[m, items], net, m) for m in range(members))
             scores = cast(Tensor, total).view(users.stop - users.start, -1) / members
             yield users, items, scores + user_offset[users].unsqueeze(1) + item_offset[items]

@@ -92,10 +92,11 @@ def train(
         if rows is not None:
             check_ratings(part, rows)
     recorded = {} if run.folder is None else _resolved(config, parts)
-    stored = run.finished(recorded)
+    defaults = TrainConfig().to_dict()
+    stored = run.finished(recorded, defaults)
     if stored is not None:
         return TrainResult(load_model(stored.model), read_json(stored.metrics), Curve())
-    with run.begun(recorded):
+    with run.begun(recorded, defaults):
         return _trained(config, parts, run)
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from lunet_fast.recsys.data.errors import check_whole
-from lunet_fast.recsys.data.ids import IdMap, listed
+from lunet_fast.recsys.data.ids import IdMap, id_text, listed
 from lunet_fast.recsys.data.objects import ratings_frame
 from lunet_fast.recsys.data.ratings import Ratings, from_frame, read_ratings
 from lunet_fast.recsys.measures import metrics
@@ -227,7 +227,9 @@ class LUNetRecommender:
             known = trained.items.index(wanted)
             candidates = torch.from_numpy(np.unique(known[known >= 0]))
             # They follow the known ones, in the order given.
-            strangers = list(dict.fromkeys(item for item, i in zip(wanted, known, strict=True) if i < 0))
+            never = {id_text(item) for item in ([] if exclude is None else listed(exclude))}
+            new = (item for item, i in zip(wanted, known, strict=True) if i < 0)
+            strangers = [item for item in dict.fromkeys(new) if id_text(item) not in never]
             unseen = len(strangers)
             item_ids = np.array([*item_ids.tolist(), *strangers], dtype=object)
         if exclude is not None:

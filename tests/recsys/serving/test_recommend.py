@@ -164,6 +164,8 @@ class TestLeavesOut:
         assert not set(fewer["item"]) & set(first["item"])
         some = hybrid.recommend("nobody", items=[1, 2, 3], exclude=[2])
         assert sorted(some["item"]) == [1, 3]
+        new = hybrid.recommend("nobody", items=[1, "old", "new"], exclude=["old"])
+        assert new["item"].tolist() == [1, "new"]
 
     def test_items_that_a_new_user_gives_and_training_has_none_of(self, tmp_path: Path) -> None:
         frame = pd.concat([latent_frame(), pd.DataFrame({"user": [5], "item": [40], "rating": [5]})])
