@@ -104,7 +104,7 @@ class GRU4Rec(Reader):
 
 
 SASREC = {
-    "ml-100k": Settings(64, 2, 200, 0.3, 512, 30, 2048, 2e-3),
+    "ml-100k": Settings(64, 2, 100, 0.3, 512, 30, 2048, 2e-3),
     "ml-1m": Settings(128, 2, 200, 0.2, 512, 30, 4096, 1e-3),
 }
 GRU4REC = {
