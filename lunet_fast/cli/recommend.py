@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -57,6 +58,35 @@ At = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which items may be recommended, and when."""
+
+    exclude_seen: Annotated[
+        bool,
+        typer.Option(
+            "--exclude-seen/--include-seen",
+            help="Leave out what the user rated anywhere in the file that was trained on.",
+        ),
+    ] = (True,)
+    at: At = (None,)
+    items_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Choose from these items alone: ids, one a line.")
+    ] = (None,)
+    exclude_items_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Items that nobody gets: ids, one a line.")
+    ] = (None,)
+
+    def arguments(self) -> dict[str, Any]:
+        """As ``LUNetRecommender.recommend`` takes them."""
+        found: dict[str, Any] = {"exclude_seen": self.exclude_seen, "at": self.at}
+        if self.items_file is not None:
+            found["items"] = _read_ids("--items-file", self.items_file)
+        if self.exclude_items_file is not None:
+            found["exclude"] = _read_ids("--exclude-items-file", self.exclude_items_file)
+        return found
+
+
 @grouped
 def recommend_command(
     *,
@@ -72,20 +102,7 @@ def recommend_command(
     ] = None,
     all_users: Annotated[bool, typer.Option("--all-users", help="Every user of the training data.")] = False,
     k: Annotated[int, typer.Option("-k", "--k", help="Items for each user, where as many are left.")] = 10,
-    exclude_seen: Annotated[
-        bool,
-        typer.Option(
-            "--exclude-seen/--include-seen",
-            help="Leave out what the user rated anywhere in the file that was trained on.",
-        ),
-    ] = True,
-    at: At = None,
-    items_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Choose from these items alone: ids, one a line.")
-    ] = None,
-    exclude_items_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Items that nobody gets: ids, one a line.")
-    ] = None,
+    wanted: Wanted,
     form: Format = None,
     out: options.TableOut = None,
     device: options.Device = "cpu",
@@ -122,11 +139,7 @@ def recommend_command(
         ids: list[Any] = [] if user is None else [given_text("--user", text) for text in user]
         if users_file is not None:
             ids += _read_ids("--users-file", users_file)
-        limits = {}
-        if items_file is not None:
-            limits["items"] = _read_ids("--items-file", items_file)
-        if exclude_items_file is not None:
-            limits["exclude"] = _read_ids("--exclude-items-file", exclude_items_file)
+        limits = wanted.arguments()
         prepare_out(out)
         recommender = options.load_run(run, device, final=True)
         ids = recommender.users.ids.tolist() if all_users else list(dict.fromkeys(ids))
@@ -140,7 +153,7 @@ def recommend_command(
             def rows() -> Iterator[tuple[Any, ...]]:
                 for start in range(0, len(ids), BATCH):
                     batch = ids[start : start + BATCH]
-                    frame = recommender.recommend(batch, k, exclude_seen=exclude_seen, at=at, **limits)
+                    frame = recommender.recommend(batch, k, **limits)
                     yield from _rows(recommender, frame)
                     told(len(batch))
 

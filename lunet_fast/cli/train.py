@@ -220,10 +220,10 @@ def train_command(
             "--recipe",
             "-r",
             metavar="paper|best|auto|sequence",
-            help="`paper`: the paper's protocol (Adam 1e-3, batch 128, 50 epochs, linear read-out). "
-            "`best`: the best settings found on MovieLens' validation part. `auto`: for any unit and size of "
-            "ratings, by a short search on a validation part of yours. `sequence`: each user's next item, "
-            "from the order of those before; it ranks and predicts no ratings.",
+            help="`paper`: the paper's protocol (Adam 1e-3, batch 128, 50 epochs, linear read-out). `best`: "
+            "what was best on MovieLens. `auto`: for any unit and size of ratings, by a short search on a "
+            "validation part of yours. `sequence`: each user's next item, from the order of those before; it "
+            "ranks and predicts no ratings.",
             show_default="auto; best for ml-100k and ml-1m, and with --stream",
         ),
     ] = None,
@@ -250,11 +250,9 @@ def train_command(
 
     Examples:
 
-        lunet-fast train --dataset ml-100k --recipe best
+        lunet-fast train --dataset ml-1m --recipe sequence
 
         lunet-fast train --dataset clicks.csv --gamma 0
-
-        lunet-fast train --dataset ml-1m --recipe sequence
 
         lunet-fast train --dataset plays.csv --recipe sequence --social friends.csv --weight-column plays
 
@@ -274,8 +272,8 @@ def train_command(
     from lunet_fast.training.files import RunFolder, read_json
 
     given = context.obj if recipe is None else {**context.obj, "recipe": recipe}
-    own = dataset not in movielens.DATASETS and not parts.stream
-    chosen = further.settings(_settings(given, settings, parts, "auto" if own else "best"), source)
+    usual = "best" if parts.stream or dataset in movielens.DATASETS else "auto"
+    chosen = further.settings(_settings(given, settings, parts, usual), source)
     parts.check(dataset, source, chosen["recipe"])
     if extent.final and (parts.stream or parts.train_file is not None):
         raise typer.BadParameter("--final trains on one data set: leave --stream and --train-file away")

@@ -221,20 +221,7 @@ class LUNetRecommender:
             raise ValueError(f"at={at} is for models of recipe 'sequence' with elapsed=True")
         trained, device = ready.trained, torch.device(self.device)
         index = torch.from_numpy(trained.users.index(given))
-        item_ids, candidates, unseen = trained.items.ids, None, 0
-        if items is not None:
-            wanted = listed(items)
-            known = trained.items.index(wanted)
-            candidates = torch.from_numpy(np.unique(known[known >= 0]))
-            # They follow the known ones, in the order given.
-            never = {id_text(item) for item in ([] if exclude is None else listed(exclude))}
-            new = (item for item, i in zip(wanted, known, strict=True) if i < 0)
-            strangers = [item for item in dict.fromkeys(new) if id_text(item) not in never]
-            unseen = len(strangers)
-            item_ids = np.array([*item_ids.tolist(), *strangers], dtype=object)
-        if exclude is not None:
-            there = torch.arange(len(trained.items)) if candidates is None else candidates
-            candidates = there[~torch.isin(there, torch.from_numpy(trained.items.index(exclude)))]
+        item_ids, candidates, unseen = self._choice(trained.items, items, exclude)
         k = min(int(k), max(len(item_ids), 1))
         parts = [
             ranked(ready, device, batch, k, exclude_seen, candidates, unseen) for batch in index.split(USERS)
@@ -254,6 +241,27 @@ class LUNetRecommender:
                 "score": score,
             }
         )
+
+    @staticmethod
+    def _choice(known_items: IdMap, items: Any, exclude: Any) -> tuple[Any, torch.Tensor | None, int]:
+        """Ids, the indices that :meth:`recommend` may take (None for all), and how many of the ids, the last
+        ones, training has not seen."""
+        item_ids: Any = known_items.ids
+        candidates, unseen = None, 0
+        if items is not None:
+            wanted = listed(items)
+            known = known_items.index(wanted)
+            candidates = torch.from_numpy(np.unique(known[known >= 0]))
+            # They follow the known ones, in the order given.
+            never = {id_text(item) for item in ([] if exclude is None else listed(exclude))}
+            new = (item for item, i in zip(wanted, known, strict=True) if i < 0)
+            strangers = [item for item in dict.fromkeys(new) if id_text(item) not in never]
+            unseen = len(strangers)
+            item_ids = np.array([*item_ids.tolist(), *strangers], dtype=object)
+        if exclude is not None:
+            there = torch.arange(len(known_items)) if candidates is None else candidates
+            candidates = there[~torch.isin(there, torch.from_numpy(known_items.index(exclude)))]
+        return item_ids, candidates, unseen
 
     def fold_in(self, ratings: Any, *, method: str = "fit") -> FoldedUser:
         """A user whom training has not seen, from what it has rated or chosen; this model stays as it is.
