@@ -121,6 +121,10 @@ def recommend_command(
         ids = recommender.users.ids.tolist() if all_users else list(dict.fromkeys(ids))
         _note_unseen(output, recommender, ids)
         _note_ranking(output, run, recommender)
+        if exclude_seen and recommender.config.split == "stream":
+            output.note(
+                "Note: a training on a stream keeps no pairs, so what users have rated is not left out"
+            )
         titles = recommender.item_info is not None
         # Bars over rows in a terminal would be unreadable.
         short = len(ids) <= BATCH or out is None
