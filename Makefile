@@ -22,8 +22,9 @@ train: $(VENV)/.train  ## train recipe best on ML-100K into runs/ml-100k (OUT=..
 	$(BIN)/lunet-fast train --dataset ml-100k --recipe best --seed 0 --out $(OUT) --overwrite \
 		$(if $(DATA_DIR),--data-dir $(DATA_DIR))
 
-test: $(VENV)/.dev  ## the test suite, about 15 minutes
-	$(BIN)/python -m pytest -q
+# Two processes, each with its share of the files.
+test: $(VENV)/.dev  ## the test suite, about 10 minutes on 2 cores
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev  ## the long tests, thirty kills among them; about 40 minutes
 	$(BIN)/python -m pytest -q -m slow
@@ -36,8 +37,9 @@ docs: $(VENV)/.dev  ## the documentation into site/, warnings as errors
 test-oldest: build/oldest/.installed  ## the layers on the oldest PyTorch, Triton and NumPy promised; 15 minutes
 	PYTHONPATH=. build/oldest/bin/python benchmarks/oldest.py
 
-fuzz: $(VENV)/.dev  ## 130,000 broken files; atheris guides them where `pip install '.[fuzz]'` has it
+fuzz: $(VENV)/.dev  ## 150,000 broken files; atheris guides those of ratings where `pip install '.[fuzz]'` has it
 	$(BIN)/python tests/fuzz/ratings.py --inputs 120000 --archives 5000 --models 5000 --seed 0
+	$(BIN)/python tests/fuzz/files.py --inputs 20000 --seed 0
 
 scale: $(VENV)/.dev  ## cost and memory of streamed training up to 32 million ratings; 12 minutes
 	$(BIN)/python benchmarks/scale.py
@@ -52,19 +54,19 @@ format: $(VENV)/.dev  ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev  ## 5 minutes of timings beside what else there is, and beside the committed ones
-	$(BIN)/lunet-fast bench layers claims stacks training --baseline benchmarks/results
+	$(BIN)/lunet-fast bench layers cached claims stacks training --baseline benchmarks/results
 
 bench-all: $(VENV)/.dev  ## every size, into benchmarks/results: about an hour
 	$(BIN)/python benchmarks/machine.py
-	$(BIN)/lunet-fast bench layers claims stacks training --scale all --out benchmarks/results
+	$(BIN)/lunet-fast bench layers cached claims stacks training --scale all --out benchmarks/results
 	$(BIN)/python benchmarks/time_to_quality.py $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 	$(BIN)/python benchmarks/readme.py
 
 bench-compare: $(VENV)/.dev  ## is this tree slower than BASE (default main)?
 	$(BIN)/python benchmarks/compare.py $(or $(BASE),main)
 
-bench-density: $(VENV)/.dev  ## flows beside zuko's and nflows' on digits and 2-D toy densities, by depth: 4 hours of 1 core
-	for part in digits plane depth speed pictures report; do $(BIN)/python benchmarks/density.py $$part || exit 1; done
+bench-density: $(VENV)/.dev  ## flows beside zuko's and nflows' on digits and 2-D toy densities, ablation: 7 hours of 1 core
+	for part in digits plane ablation speed pictures report; do $(BIN)/python benchmarks/density.py $$part || exit 1; done
 	$(BIN)/python benchmarks/readme.py
 
 ptx-check: $(VENV)/.dev  ## the kernels' compiled code executed on the CPU: every test of them, sm_80 and sm_90

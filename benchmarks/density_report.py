@@ -12,11 +12,11 @@ from lunet_fast.training.figures import BLUE, GREY, MUSTARD, ORANGE, PINK, TEAL,
 from lunet_fast.training.files import write_figure
 from machine import Results, write_text
 from tables_of_densities import (
-    depth_table,
+    ablation_table,
+    costs_table,
     digits_table,
     plane_table,
     rows_of,
-    speed_table,
     step_times,
     training_seconds,
 )
@@ -42,9 +42,9 @@ def report(results: Results) -> None:
         "",
         "![digits, samples, interpolations](density-digits.png)",
         "",
-        "## A training step and sampling, batch 256, D 64",
+        "## What they cost, batch 256",
         "",
-        *speed_table(results.folder),
+        *costs_table(results.folder),
         "",
         "## 2-D toy densities: KL(truth ‖ flow), nats",
         "",
@@ -52,9 +52,9 @@ def report(results: Results) -> None:
         "",
         "![true and learnt densities](density-plane.png)",
         "",
-        "## Depth (digits, base of 30 Gaussians, two seeds)",
+        "## LU-Net M with one thing changed (digits, validation part)",
         "",
-        *depth_table(results.folder),
+        *ablation_table(results.folder),
         "",
     ]
     write_text(results.path("density.md"), "\n".join(text))

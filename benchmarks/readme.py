@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from lunet_fast.bench.results import seconds_text
@@ -40,56 +41,34 @@ def _seeds(seeds: list[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def _runs(result: dict[str, Any], dataset: str, recipe: str, key: str) -> list[float]:
-    return [r[key] for r in result["runs"] if (r["dataset"], r["recipe"]) == (dataset, recipe)]
-
-
 def table2() -> list[str]:
-    result = load("table2")
+    result = load("reproduction")
     rows: list[list[Cell | str]] = [
         [model, data, number(mse), error, "", ""] for model, data, mse, error in PRINTED
     ]
-    for mean in result["means"]:
-        dataset, recipe = mean["dataset"], mean["recipe"]
-        name, seeds = DATASETS[dataset], str(len(mean["seeds"]))
-        if recipe == "paper" and "mlp_test_mse" in mean:
-            spread = deviation(_runs(result, dataset, recipe, "mlp_test_mse"))
-            error = f"{mean['mlp_reconstruction_error']:.4f}"
-            rows.append(
-                [
-                    "MLP control, trained here",
-                    name,
-                    number(mean["mlp_test_mse"], spread=spread),
-                    error,
-                    "",
-                    seeds,
-                ]
-            )
-        spread = deviation(_runs(result, dataset, recipe, "test_mse"))
-        mse, seconds = number(mean["test_mse"], spread=spread), f"{mean['train_seconds']:.0f}"
-        error = f"{mean['reconstruction_error']:.1e} ({mean['reconstruction_error_relative']:.1e})"
-        rows.append([f"LU-Net, recipe `{recipe}`", name, mse, error, seconds, seeds])
-    for run in load("ml-1m")["runs"]:
-        name, seconds = DATASETS[run["dataset"]], f"{run['train_seconds']:.0f}"
-        if "mlp_test_mse" in run:
-            error = f"{run['mlp_reconstruction_error']:.4f}"
-            rows.append(["MLP control, trained here", name, number(run["mlp_test_mse"]), error, "", "1"])
-        else:
-            error = f"{run['reconstruction_error']:.1e} ({run['reconstruction_error_relative']:.1e})"
-            mse = number(run["test_mse"])
-            rows.append([f"LU-Net, recipe `{run['recipe']}`", name, mse, error, seconds, "1"])
-    affine = load("table2-affine")
-    (mean,) = affine["means"]
-    spread = deviation([run["test_mse"] for run in affine["runs"]])
-    error = f"{mean['reconstruction_error']:.1e} ({mean['reconstruction_error_relative']:.1e})"
-    cells = [number(mean["test_mse"], spread=spread), error, f"{mean['train_seconds']:.0f}"]
-    rows.append(["one LU layer (f affine), recipe `best`", "ML-100K", *cells, str(len(mean["seeds"]))])
+    for dataset, name in DATASETS.items():
+        for recipe in ("paper", "best"):
+            runs = [
+                r["metrics"] for r in result["runs"] if (r["dataset"], r["experiment"]) == (dataset, recipe)
+            ]
+            for prefix, model in (("mlp_", "MLP control, trained here"), ("", f"LU-Net, recipe `{recipe}`")):
+                if runs and f"{prefix}test_mse" in runs[0]:
+                    rows.append([model, name, *_errors(runs, prefix), str(len(runs))])
     head = ["model", "data", "test MSE", "reconstruction error", "training, s", "seeds"]
     lines: list[str] = []
     for name in DATASETS.values():
         lines += [*table(head, [row for row in rows if row[1] == name], {"test MSE": min}), ""]
-    note = "One LU layer: with `--affine`. MLP and recipe `paper` on ML-1M: with `--large`, single runs."
-    return [*lines, measured(result, "python benchmarks/table2.py") + " " + note]
+    return [*lines, measured(result, result["command"], threads=False)]
+
+
+def _errors(runs: list[dict[str, Any]], prefix: str) -> list[Cell | str]:
+    """Test MSE, reconstruction error (and the relative one), and seconds of training; means over runs."""
+    mse, error, relative, seconds = (
+        [run[prefix + key] for run in runs]
+        for key in ("test_mse", "reconstruction_error", "reconstruction_error_relative", "train_seconds")
+    )
+    cell = number(fmean(mse), spread=deviation(mse))
+    return [cell, f"{fmean(error):.2g} ({fmean(relative):.1g})", f"{fmean(seconds):.0f}"]
 
 
 PACKAGES = {"lunet_fast": "lunet-fast", "ours": "control"}
@@ -300,20 +279,23 @@ def _timed(what: str, D: int, B: int, rival: str, shown: str) -> list[str]:
 
 
 def figures() -> list[str]:
-    small, large, second = load("compare-ml-100k"), load("compare-ml-1m"), load("table2")
-    (ours_1m,) = (m for m in second["means"] if m["dataset"] == "ml-1m")
+    small, large, second = load("compare-ml-100k"), load("compare-ml-1m"), load("reproduction")
+    (ours_1m,) = (
+        r["metrics"] for r in second["runs"] if (r["dataset"], r["experiment"]) == ("ml-1m", "best")
+    )
     (plain,) = (r for r in load("ablation-ratings")["rows"] if not r["group"])
     (identity,) = (
         r for r in load("ablation-ratings")["rows"] if (r["group"], r["name"]) == ("f", "identity")
     )
+    (straight,) = (row for row in small["rows"] if row["key"] == "lunet-sequence-identity")
     mf = _best_other(large, "test_mse", min)
     flows = {(row["family"], row["size"]): row for row in load("density-digits")["rows"]}
-    lu, splines = flows["LU-Net", "L"], flows["LULinear + splines (nflows)", "L"]
+    lu, splines = flows["LU-Net", "M"], flows["LULinear + splines (nflows)", "M"]
     bits = [number(r["test"], ".4f", standard_error(r["test_std"], len(r["runs"]))) for r in (lu, splines)]
     times = step_times()
     draw = [
         times[row["family"], row["size"], row["tuned"]["chosen"]["components"]]["sample_ms"]
-        for row in (lu, flows["NSF (zuko)", "L"])
+        for row in (lu, splines)
     ]
     recovery = load("inversion")["mean"]["LU-Net"]["recovery"]
     rows = [
@@ -325,7 +307,10 @@ def figures() -> list[str]:
             number(mf["test_mse"]),
             min,
         ),
-        _ranked("ML-100K, NDCG@10 among 100 candidates", small, "lunet-interactions", "ndcg@10", max),
+        _ranked(
+            f"ML-100K, NDCG@10 among 100 candidates (with f = identity {straight['ndcg@10']:.4f})",
+            *(small, "lunet-sequence", "ndcg@10", max),
+        ),
         _ranked("ML-1M, NDCG@10 among all items", large, "lunet-interactions", "full_ndcg@10", max),
         [
             "ML-100K, validation MSE with f, and with f = identity",
@@ -347,17 +332,20 @@ def figures() -> list[str]:
         _pair(
             "256 samples of that flow",
             Cell(f"{draw[0]:.1f} ms", draw[0]),
-            "autoregressive spline flow, L (zuko)",
-            Cell(f"{draw[1]:.0f} ms", draw[1]),
+            "that of nflows",
+            Cell(f"{draw[1]:.1f} ms", draw[1]),
             min,
         ),
         _timed("inverse, linear part", 1024, 1, "torch.linalg.solve", "`torch.linalg.solve`"),
         _timed("forward + backward", 64, 8192, "nn.Linear + softplus", "`nn.Linear` + softplus"),
     ]
     lines = table(["", "lunet-fast", "beside it"], rows, {})
-    machines = [load(n)["machine"] for n in ("compare-ml-100k", "table2", "density-digits", "layers-cpu")]
+    machines = [
+        load(name)["machine"]
+        for name in ("compare-ml-100k", "reproduction", "density-digits", "density-speed", "layers-cpu")
+    ]
     dates = sorted(machine["date"] for machine in machines)
-    (where,) = {f"{m['processor']}, {m['cores']} cores, torch {m['torch']}" for m in machines}
+    where = "; ".join(sorted({f"{m['processor']}, {m['cores']} cores, torch {m['torch']}" for m in machines}))
     note = (
         "Bold: the better of the two. Lower is better, except for NDCG. ±: standard deviation over three "
         "seeds; for f = identity the standard error over three, for digits over five. ML-1M: one seed. "

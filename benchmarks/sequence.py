@@ -46,8 +46,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "dropout 0.2": {"dropout": 0.2},
     "dropout 0.4": {"dropout": 0.4},
     "8 decays": {"decays": 8},
+    "2 members": {"members": 2},
+    "3 members": {"members": 3},
+    "told when it is asked": {"elapsed": True},
 }
-"""What is changed: multiples of the recipe's numbers, and other values as they are."""
+"""What is changed of a single member: multiples of the recipe's numbers, and other values as they are."""
 
 MULTIPLES = ("half", "twice", "a quarter")
 
@@ -55,10 +58,10 @@ MULTIPLES = ("half", "twice", "a quarter")
 def settings(name: str, n_ratings: int) -> dict[str, Any]:
     """The settings of a row."""
     changes = ROWS[name]
-    if not name.startswith(MULTIPLES):
-        return changes
-    base = sequence_recipe(n_ratings).to_dict()
-    return {key: type(base[key])(base[key] * factor) for key, factor in changes.items()}
+    if name.startswith(MULTIPLES):
+        base = sequence_recipe(n_ratings).to_dict()
+        changes = {key: type(base[key])(base[key] * factor) for key, factor in changes.items()}
+    return {"members": 1, **changes}
 
 
 def measured(rest: Ratings, seed: int, changes: dict[str, Any]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 from machine import RESULTS
 from tables import Cell, load, measured, number, standard_error, table
 
-REACHED = 2.15
+REACHED = 2.05
 """Bits a dimension on the validation part that most flows get to, for the time to it."""
 
 ROUND_STEPS = 100
@@ -48,89 +48,57 @@ def _reached(row: dict[str, Any], step_ms: float) -> Cell:
     return number(statistics.fmean(rounds) * ROUND_STEPS * step_ms / 1e3, ".1f")
 
 
-def digits_table(folder: Path = RESULTS) -> list[str]:
-    """Likelihood, cost and outliers on digits, the best likelihood first; bold is the best of a column."""
-    times = step_times(folder)
-    rows: list[list[Cell | str]] = []
-    for row in sorted(rows_of("digits", folder), key=lambda row: row["test"]):
-        components = row["tuned"]["chosen"]["components"]
-        time = times.get((row["family"], row["size"], components), {"step_ms": None, "sample_ms": None})
-        step = time["step_ms"]
-        rows.append(
-            [
-                _flow(row),
-                f"{row['parameters']:,}",
-                number(row["test"], ".4f", standard_error(row["test_std"], len(row["runs"]))),
-                str(components),
-                number(step, ".2f"),
-                number(None if step is None else training_seconds(row, step), ".0f"),
-                "" if step is None else _reached(row, step),
-                number(time["sample_ms"], ".1f"),
-                number(row["auroc"], ".3f"),
-            ]
-        )
-    step, sample, sure = "training step, ms", "256 samples, ms", "AUROC, digits 0–4 and 5–9"
-    to = f"to {REACHED} bits, s"
-    head = ["flow", "parameters", "bits/dim", "Gaussians in the base", step, "training, s", to, sample, sure]
-    return table(head, rows, {**dict.fromkeys(["bits/dim", *head[4:8]], min), sure: max})
-
-
 #: With what the others are compared, on the same parts of the data.
 REFERENCE = ("LU-Net", "M")
 
 
-def digits_wide_table(folder: Path = RESULTS) -> list[str]:
-    """Likelihood on digits after the wide search, the best first, and LU-Net M's lead, paired over seeds."""
-    rows = rows_of("digits-wide", folder)
+def digits_table(folder: Path = RESULTS) -> list[str]:
+    """Likelihood on digits, the best first, and LU-Net M's lead, paired over seeds; bold is the best."""
+    rows = rows_of("digits", folder)
     (own,) = (row for row in rows if (row["family"], row["size"]) == REFERENCE)
     cells: list[list[Cell | str]] = []
     for row in sorted(rows, key=lambda row: row["test"]):
         chosen = row["tuned"]["chosen"]
         ahead = [theirs["test"] - ours["test"] for theirs, ours in zip(row["runs"], own["runs"], strict=True)]
         error = standard_error(statistics.stdev(ahead), len(ahead))
-        lead = "" if row is own else number(statistics.fmean(ahead), "+.4f", error).text
         cells.append(
             [
-                f"{row['family']}, {row['size']}",
+                _flow(row),
                 f"{row['parameters']:,}",
                 number(row["test"], ".4f", standard_error(row["test_std"], len(row["runs"]))),
-                lead,
+                "" if row is own else number(statistics.fmean(ahead), "+.4f", error).text,
                 f"{chosen['learning_rate']:g}",
                 f"{chosen['weight_decay']:g}",
                 str(chosen["components"]),
                 f"{chosen['steps']:,}",
-                str(len(row["tuned"]["tried"])),
+                number(row["auroc"], ".3f"),
             ]
         )
-    head = [
-        "flow",
-        "parameters",
-        "bits/dim",
-        "more than LU-Net, M",
-        "rate",
-        "decay",
-        "Gaussians",
-        "steps",
-        "tries",
-    ]
-    return table(head, cells, {"bits/dim": min})
+    settings = ["rate", "decay", "Gaussians", "steps"]
+    sure = "AUROC, digits 0–4 and 5–9"
+    head = ["flow", "parameters", "bits/dim", "more than LU-Net, M", *settings, sure]
+    return table(head, cells, {"bits/dim": min, sure: max})
 
 
-def speed_table(folder: Path = RESULTS) -> list[str]:
-    """Cost of every flow with either base; bold is the least of a column."""
-    rows = [
-        [
-            _flow(row),
-            f"{row['parameters']:,}",
-            str(row["components"]),
-            number(row["step_ms"], ".2f"),
-            number(row["sample_ms"], ".2f"),
-            number(row["kept_bytes"] / 1e6, ".1f"),
-        ]
-        for row in rows_of("speed", folder)
-    ]
-    costs = ["training step, ms", "256 samples, ms", "kept for backward, MB"]
-    return table(["flow", "parameters", "Gaussians in the base", *costs], rows, dict.fromkeys(costs, min))
+def costs_table(folder: Path = RESULTS) -> list[str]:
+    """What the flows of :func:`digits_table` cost, in its order; bold is the least of a column."""
+    times = step_times(folder)
+    rows: list[list[Cell | str]] = []
+    for row in sorted(rows_of("digits", folder), key=lambda row: row["test"]):
+        time = times[row["family"], row["size"], row["tuned"]["chosen"]["components"]]
+        step = time["step_ms"]
+        rows.append(
+            [
+                _flow(row),
+                number(step, ".2f"),
+                number(training_seconds(row, step), ".0f"),
+                _reached(row, step),
+                number(time["sample_ms"], ".1f"),
+                number(time["kept_bytes"] / 1e6, ".1f"),
+            ]
+        )
+    costs = ["training step, ms", "training, s", f"to {REACHED} bits, s", "256 samples, ms", "kept, MB"]
+    return table(["flow", *costs], rows, dict.fromkeys(costs, min))
 
 
 def plane_table(folder: Path = RESULTS) -> list[str]:
@@ -152,29 +120,36 @@ def plane_table(folder: Path = RESULTS) -> list[str]:
     return table(["flow", "parameters", *targets, "mean"], rows, dict.fromkeys([*targets, "mean"], min))
 
 
-def depth_table(folder: Path = RESULTS) -> list[str]:
-    """Likelihood and round trip by depth and start; bold is the least of a column."""
-    rows: list[list[Cell | str]] = []
-    for row in sorted(rows_of("depth", folder), key=lambda row: (row["layers"], row["start"])):
-        first = [str(row["layers"]), row["start"], number(row["first"], ".3g")]
-        if row["test"] is None:
-            rows.append([*first, "diverged", "", "", ""])
-            continue
-        errors = [number(row[f"round_trip_{what}"], ".1e") for what in ("median", "worst")]
-        rows.append([*first, number(row["test"]), *errors, f"{row['digits_kept']:.1f}"])
-    errors = ["round trip, median", "round trip, worst"]
-    head = ["layers", "start", "bits/dim, untrained", "bits/dim", *errors, "digits kept"]
-    return table(head, rows, dict.fromkeys(head[2:6], min))
+def ablation_table(folder: Path = RESULTS) -> list[str]:
+    """LU-Net M with one thing changed: its validation loss beside the unchanged one's, paired over seeds."""
+    rows = rows_of("ablation", folder)
+    plain = {run["seed"]: run["validation"] for run in rows[0]["runs"]}
+    cells: list[list[Cell | str]] = []
+    for row in rows:
+        runs = [run for run in row["runs"] if "validation" in run]
+        change = [run["validation"] - plain[run["seed"]] for run in runs]
+        error = standard_error(statistics.stdev(change), len(change)) if len(change) > 1 else None
+        cells.append(
+            [
+                row["group"],
+                row["name"],
+                f"{row['parameters']:,}" if runs else "",
+                number(row["validation"]) if runs else "diverged",
+                "" if row is rows[0] or not runs else number(statistics.fmean(change), "+.4f", error).text,
+                number(row["round_trip"], ".1e"),
+            ]
+        )
+    head = ["", "", "parameters", "bits/dim, validation", "change", "round trip, worst row"]
+    return table(head, cells, {"bits/dim, validation": min})
 
 
-def _section(make: Callable[[], list[str]], part: str, file: str = "") -> Callable[[], list[str]]:
+def _section(make: Callable[[], list[str]], part: str) -> Callable[[], list[str]]:
     command = f"python benchmarks/density.py {part}"
-    return lambda: [*make(), "", measured(load(f"density-{file or part}"), command)]
+    return lambda: [*make(), "", measured(load(f"density-{part}"), command)]
 
 
 SECTIONS: dict[str, Callable[[], list[str]]] = {
-    "density-digits-wide": _section(digits_wide_table, "digits", "digits-wide"),
     "density-digits": _section(digits_table, "digits"),
+    "density-costs": _section(costs_table, "speed"),
     "density-2d": _section(plane_table, "plane"),
-    "density-depth": _section(depth_table, "depth"),
 }

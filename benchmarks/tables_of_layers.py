@@ -91,6 +91,19 @@ def layers_inverse_active() -> list[str]:
     return _ratios("inverse", SIZES, {"its own forward": "its own forward", ORIGINAL: ORIGINAL})
 
 
+def cached() -> list[str]:
+    """A line a size: our time forward and back with kept matrices, and the others' as multiples of it."""
+    names = ["nn.Linear", "nflows LULinear, using_cache"]
+    rows: list[list[Cell | str]] = []
+    for spec, contest in bench("cached").groups().items():
+        ours = next(row for row in contest if row.ours)
+        ratios = {row.contender: row.ratio for row in contest}
+        cells = [Cell(seconds_text(ours.median), 1.0), *(number(ratios.get(name), ".2f") for name in names)]
+        rows.append([spec.what, str(spec.features), f"{spec.rows:,}", *least_bold(cells)])
+    found = table(["", "D", "B", "LUDense", *names], rows, {})
+    return [*found, "", _where("cached", "lunet-fast bench cached --scale all")]
+
+
 def claims() -> list[str]:
     result = bench("claims")
     lines = [f"- {verdict}" for verdict in verdicts(result.rows, result.counts)]

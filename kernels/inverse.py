@@ -183,6 +183,8 @@ def inverse_product_kernel(
                 total = tl.load(logabsdet_ptr + first_row + rows, mask=rows < N - first, other=0.0)
             if constant_ptr is not None:
                 total -= tl.load(constant_ptr + member)
+            # Each warp has loaded all rows, of which others store some.
+            tl.debug_barrier()
             tl.store(logabsdet_ptr + first_row + rows, total, mask=rows < N - first)
 
 

@@ -33,12 +33,27 @@ INTERPRETED: tl.constexpr = tl.constexpr(not isinstance(_probe, triton.JITFuncti
 
 
 @triton.jit
+def nearest_tf32(x):
+    """x, float32, with tf32's 10 bits: the nearest, ties away from zero; infinity and NaN stay.
+
+    A tensor core that gets float32 cuts the other 13 bits off, which is wrong by twice as much, and always to
+    the same side.
+    """
+    return tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def dot(x, w, total, PRECISION: tl.constexpr):
     """total + x·w, x rounded to w's dtype; a float32 product in PRECISION, the sum in float32."""
     x = x.to(w.dtype)
-    if INTERPRETED:  # it multiplies the raw bits of bfloat16
+    if INTERPRETED:  # it multiplies the raw bits of bfloat16, and float32 in float32 whatever PRECISION is
         x = x.to(tl.float32)
         w = w.to(tl.float32)
+    elif PRECISION == "tf32" and w.dtype == tl.float32:
+        x = nearest_tf32(x)
+        w = nearest_tf32(w)
     return tl.dot(x, w, total, input_precision=PRECISION)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lunet_fast.kernels import tiles
 from lunet_fast.kernels.activation import Slopes, activation_of
-from lunet_fast.kernels.launch import check_layer, check_parameter, launch, load_tile, store_tile
+from lunet_fast.kernels.launch import check_layer, check_parameter, dot, launch, load_tile, store_tile
 from lunet_fast.kernels.layer import finish_tile, forward_outputs, row_totals
 from lunet_fast.kernels.matrix import check_packed, diagonal, lower_tile, permuted, upper_tile
 
@@ -66,14 +66,14 @@ def triangular_fused_kernel(
             k = start + span
             x = load_tile(x_ptr, start, here, D, ROWS, BLOCK)
             upper = upper_tile(lu_ptr, u, i[None, :], k[:, None], D)  # Uᵀ
-            t = tl.dot(x, upper, t, input_precision=PRECISION)
+            t = dot(x, upper, t, PRECISION)
         middle = middle + (t,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no unpacking
     for block in tl.static_range(BLOCKS):
         i = block * BLOCK + span
         h = tl.zeros([ROWS, BLOCK], tl.float32)
         for before in tl.static_range(block + 1):
             lower = lower_tile(lu_ptr, i[None, :], (before * BLOCK + span)[:, None], D)  # Lᵀ
-            h = tl.dot(middle[before], lower, h, input_precision=PRECISION)
+            h = dot(middle[before], lower, h, PRECISION)
         finish_tile(
             *(h, y_ptr, h_ptr, partial_ptr, constant_ptr, bias_ptr, activation),
             *(first_row, rows, here, permuted(permutation_ptr, i, D), block, BLOCKS, member, D),
@@ -111,7 +111,7 @@ def triangular_upper_kernel(
     for start in range(block * BLOCK, D, BLOCK):
         x = load_tile(x_ptr, start, here, D, ROWS, BLOCK)
         upper = upper_tile(lu_ptr, u, i[None, :], (start + span)[:, None], D)  # Uᵀ
-        t = tl.dot(x, upper, t, input_precision=PRECISION)
+        t = dot(x, upper, t, PRECISION)
     store_tile(t_ptr, t, block * BLOCK, here, D, ROWS, BLOCK)
 
 
@@ -148,7 +148,7 @@ def triangular_lower_kernel(
     for start in range(0, (block + 1) * BLOCK, BLOCK):
         t = load_tile(t_ptr, start, here, D, ROWS, BLOCK)
         lower = lower_tile(lu_ptr, i[None, :], (start + span)[:, None], D)  # Lᵀ
-        h = tl.dot(t, lower, h, input_precision=PRECISION)
+        h = dot(t, lower, h, PRECISION)
     finish_tile(
         *(h, y_ptr, h_ptr, partial_ptr, constant_ptr, bias_ptr, activation),
         *(first_row, rows, here, permuted(permutation_ptr, i, D), block, blocks, member, D),

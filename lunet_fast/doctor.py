@@ -41,6 +41,7 @@ EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "bench": ("nflows", "normflows", "zuko", "cornac", "myfm"),
     "density": ("scikit-learn", "rdata", "h5py"),
+    "text": ("scikit-learn",),
     "tune": ("optuna",),
     "baselines": ("cornac", "implicit", "myfm", "scikit-surprise", "scipy"),
 }

@@ -277,12 +277,18 @@ class Nflows(Contender):
         require("nflows")
         from nflows.transforms.lu import LULinear
 
-        layer = LULinear(problem.features).to(problem.device, problem.dtype)
-        _fill_packed_vectors(layer, problem)
+        layer = self.filled(LULinear(problem.features), problem)
         self.parameters = list(layer.parameters())
         self.forward = lambda x: F.softplus(layer(x)[0])
         self.inverse = lambda y: layer.inverse(y)[0]
         self.logabsdet = layer.logabsdet
+
+    @staticmethod
+    def filled(layer: Any, problem: Problem) -> Any:
+        """A ``LULinear`` with the problem's numbers."""
+        layer = layer.to(problem.device, problem.dtype)
+        _fill_packed_vectors(layer, problem)
+        return layer
 
 
 class Normflows(Contender):

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from lunet_fast.bench import claims, layers, stacks, training
+from lunet_fast.bench import cached, claims, layers, stacks, training
 from lunet_fast.bench.claims import Counts
 from lunet_fast.bench.contenders import quietly
 from lunet_fast.bench.contest import Contest, Row, Spec, compete
@@ -35,7 +35,7 @@ class Suite(Protocol):
 
 #: The suites by name.
 SUITES: dict[str, Suite] = {
-    module.SUITE: cast(Suite, module) for module in (layers, claims, stacks, training)
+    module.SUITE: cast(Suite, module) for module in (layers, cached, claims, stacks, training)
 }
 
 SCALES = ("quick", "all")

@@ -19,8 +19,9 @@ Suites = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[SUITE]...",
-        help="`layers`: one layer beside what others offer. `claims`: is the inverse O(D²) and the "
-        "log-determinant O(D)? `stacks`: flows of M layers. `training`: steps of the recommender.",
+        help="`layers`: one layer beside what others offer. `cached`: one whose parameters stay as they are. "
+        "`claims`: is the inverse O(D²) and the log-determinant O(D)? `stacks`: flows of M layers. "
+        "`training`: steps of the recommender.",
         show_default="layers",
     ),
 ]

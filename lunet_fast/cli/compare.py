@@ -17,6 +17,7 @@ from rich.table import Table
 from lunet_fast.cli import options
 from lunet_fast.cli.output import (
     FigureOutput,
+    Terminal,
     errors_told,
     interruption_told,
     prepare_out,
@@ -42,9 +43,18 @@ Methods = Annotated[
         metavar="KEY...",
         help="Of those that predict ratings `biases`, `knn`, `mf`, `svd++`, `mlp`, `bayesian-fm`, "
         "`bayesian-svd++`; of those that rank `popularity`, `bpr`, `mlp-ce`, `neumf`, `autoencoder`, "
-        "`als`, `ease`, `sequence-ease`; of ours `lunet-paper`, `lunet-ratings`, `lunet-ids`, "
-        "`lunet-interactions`, `lunet-both`, `lunet-leaky`, `lunet-sequence`, `lunet-sequence-identity`.",
+        "`als`, `ease`, `sequence-ease`, `gru4rec`, `sasrec`; of ours `lunet-paper`, "
+        "`lunet-ratings`, `lunet-ids`, `lunet-interactions`, `lunet-both`, `lunet-leaky`, `lunet-sequence`, "
+        "`lunet-sequence-identity`, `lunet-sequence-elapsed`.",
         show_default="all that the data allow",
+    ),
+]
+Split = Annotated[
+    str,
+    options.data_option(
+        metavar="leave-one-out|time",
+        help="Of the methods that rank: each user's latest item is to be found, or the first after one time "
+        "for all users, with nothing later than that time in training; then ratings are not predicted.",
     ),
 ]
 Seeds = Annotated[
@@ -63,6 +73,7 @@ def compare_command(
     dataset: options.Dataset = "ml-100k",
     methods: Methods = None,
     seeds: Seeds = None,
+    split: Split = "leave-one-out",
     out: Annotated[
         Path,
         typer.Option(
@@ -89,6 +100,8 @@ def compare_command(
 
         lunet-fast compare --methods als ease lunet-interactions
 
+        lunet-fast compare --split time --methods ease sequence-ease lunet-sequence
+
         lunet-fast compare --dataset my.csv --user-column who --out results
     """
     from lunet_fast.recsys.data import movielens
@@ -98,7 +111,7 @@ def compare_command(
     chosen = list(dict.fromkeys(methods)) if methods else None
     numbers = list(seeds or [0])
     name = options.run_name(dataset, movielens.DATASETS) or "ratings"
-    file = out / f"compare-{name}.json"
+    file = out / f"compare-{name}{'' if split == 'leave-one-out' else f'-{split}'}.json"
     for key in chosen or []:
         if key not in comparing.METHODS:
             raise typer.BadParameter(f"--methods {key}: choose from {', '.join(comparing.METHODS)}")
@@ -106,11 +119,11 @@ def compare_command(
     with goes_on, errors_told():
         prepare_out(file)
         ratings = _read(dataset, source, output)
-        keys = chosen or comparing.allowed(ratings)
-        command = _command(dataset, chosen, numbers, out)
+        keys = chosen or comparing.allowed(ratings, split)
+        command = _command(dataset, chosen, numbers, split, out)
         with _told(len(keys) * len(numbers), output) as (begun, done):
             result = comparing.compare(
-                ratings, keys, numbers, file=file, command=command, begun=begun, done=done
+                ratings, keys, numbers, split=split, file=file, command=command, begun=begun, done=done
             )
         written = comparison.save(result, file)
     output.figures(asdict(result), lambda: _show(wide_console(), result))
@@ -130,12 +143,14 @@ def _read(dataset: str, source: options.Source, output: FigureOutput) -> Ratings
     return ratings
 
 
-def _command(dataset: str, methods: list[str] | None, seeds: list[int], out: Path) -> str:
+def _command(dataset: str, methods: list[str] | None, seeds: list[int], split: str, out: Path) -> str:
     """What to type for the same result, without the places of this machine."""
     words = ["lunet-fast", "compare", "--dataset", dataset if "/" not in dataset else Path(dataset).name]
     if methods:
         words += ["--methods", *methods]
     words += ["--seeds", *map(str, seeds)]
+    if split != "leave-one-out":
+        words += ["--split", split]
     if not out.is_absolute():
         words += ["--out", str(out)]
     return " ".join(words)
@@ -149,7 +164,7 @@ def _told(total: int, output: FigureOutput) -> Iterator[tuple[Any, Any]]:
     if not output.told:
         yield lambda key, seed: None, lambda outcome: None
         return
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     count = 0
 
     def line(outcome: dict[str, Any]) -> str:
@@ -202,5 +217,15 @@ def _show(console: Console, result: Comparison) -> None:
         style = "bold" if METHODS[row["key"]].is_lu_net else None
         shown.add_row(*map(printable, cells), style=style)
     console.print(shown)
+    gaps = comparison.gap_table(result)
+    if gaps:
+        shown = Table(
+            title="By the time since the user's last training rating", title_justify="left", box=SIMPLE_HEAD
+        )
+        for place, heading in enumerate(("time since", "method", *comparison.GAP_COLUMNS)):
+            shown.add_column(heading, justify="left" if place < 2 else "right")
+        for cells in gaps:
+            shown.add_row(*map(printable, cells))
+        console.print(shown)
     for text in (*comparison.reasons(result), *comparison.notes(result)):
         typer.echo(f"- {printable(text)}")

@@ -24,6 +24,7 @@ from lunet_fast.cli.options import (
 from lunet_fast.cli.output import (
     FigureOutput,
     Output,
+    Terminal,
     errors_told,
     prepare_out,
     printable,
@@ -153,7 +154,7 @@ def train_command(
         test = data.read(test_file, label_column=label_column, like=rows) if test_file else None
         rows, test = _of_class(rows, test, label)
         _tell(output, dataset, rows, levels)
-        console = Console(quiet=not output.told)
+        console = Terminal(quiet=not output.told)
         with training_progress(console, unit="round", held_out="validation") as progress:
             result = train_density(
                 rows,
@@ -165,7 +166,7 @@ def train_command(
                 stop=stop,
             )
         _save_pictures(folder.path, data.split(rows, config.seed, test).test, result.model, config.seed)
-    output.figures(result.metrics, lambda: _show(Console(), result.metrics, dataset))
+    output.figures(result.metrics, lambda: _show(Terminal(), result.metrics, dataset))
     output.line(f"written to {folder.path}")
 
 
@@ -277,7 +278,7 @@ def evaluate_command(
         metrics = {"dataset": rows.name, "unit": model.preprocessing.unit, **values}
         if out is not None:
             write_json(out, metrics)
-    output.figures(metrics, lambda: _show(Console(), metrics, rows.name))
+    output.figures(metrics, lambda: _show(Terminal(), metrics, rows.name))
 
 
 def _read_again(

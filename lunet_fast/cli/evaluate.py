@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 from rich.table import Table
 
 from lunet_fast.cli import options
 from lunet_fast.cli.options import data_option
-from lunet_fast.cli.output import FigureOutput, errors_told
+from lunet_fast.cli.output import FigureOutput, Terminal, errors_told
 from lunet_fast.cli.signatures import grouped
 
 if TYPE_CHECKING:
-    from lunet_fast.recsys.measures.protocols import Parts
-    from lunet_fast.recsys.measures.ranking import ActivityGroup
+    from lunet_fast.recsys.measures.protocols import Parts, Ranking
     from lunet_fast.recsys.serving.recommend import LUNetRecommender
 
 
@@ -42,8 +41,8 @@ def evaluate_command(
 
     Divides the data as the training did, checks that they are the same, and measures the saved model on the
     parts that it was not trained on: error of the ratings, reconstruction of the embeddings, ranking among
-    candidates and among all items, and that by groups of users with few, some and many ratings. The figures
-    are those of the run's `metrics.json`.
+    candidates and among all items, and that by groups of users with few, some and many ratings and by the
+    time since a user's last rating. The figures are those of the run's `metrics.json`.
 
     Examples:
 
@@ -52,6 +51,7 @@ def evaluate_command(
         lunet-fast evaluate --run runs/mine --test-file later.csv
     """
     with errors_told():
+        from lunet_fast.recsys.measures.protocols import Ranking
         from lunet_fast.training.files import write_json
 
         if out is not None and not out.parent.is_dir():
@@ -62,8 +62,7 @@ def evaluate_command(
             source = replace(source, scale=(low, high))  # predictions were clipped to the training's
         source = source.of_run(options.recorded(run).get("reading"))
         if test_file is not None:
-            values = _on_file(recommender, test_file, source)
-            groups: list[ActivityGroup] = []
+            ranking = Ranking(_on_file(recommender, test_file, source), [], {})
         else:
             from lunet_fast.recsys.model.sequence_training import evaluate_sequences
             from lunet_fast.recsys.model.training import evaluate
@@ -72,20 +71,21 @@ def evaluate_command(
             parts = _parts(recommender, run, dataset, source)
             with cpu_threads(recommender.config.threads):
                 if recommender.ranks_by == "next":
-                    values, groups = evaluate_sequences(recommender.sequences.model, parts)
+                    ranking = evaluate_sequences(recommender.sequences.model, parts)
                 else:
-                    values, groups = evaluate(recommender.trained.model, parts, device)
-        figures: dict[str, Any] = dict(values)
-        if groups:
-            figures["by_activity"] = [group._asdict() for group in groups]
+                    ranking = evaluate(recommender.trained.model, parts, device)
+        figures = ranking.figures
+        if ranking.groups:
+            figures["by_activity"] = [group._asdict() for group in ranking.groups]
         if out is not None:
             write_json(out, figures)
-        output.figures(figures, lambda: _show(Console(), values, groups))
+        output.figures(figures, lambda: _show(Terminal(), ranking))
 
 
 def _parts(recommender: LUNetRecommender, run: Path, dataset: str | None, source: options.Source) -> Parts:
     """The parts that the run was trained and tested on."""
     from lunet_fast.recsys.data import movielens
+    from lunet_fast.recsys.data.texts import with_items
     from lunet_fast.recsys.measures.protocols import Parts
     from lunet_fast.recsys.model.training import ratings_digest
 
@@ -98,7 +98,8 @@ def _parts(recommender: LUNetRecommender, run: Path, dataset: str | None, source
     if dataset is None and name not in movielens.DATASETS:
         name = str(recorded.get("source", name))
     if recommender.ranks_by == "next":
-        ratings = source.read_with_or_without_ratings(name)[0]
+        # Among the items may be some that only a file of texts had.
+        ratings = with_items(source.read_with_or_without_ratings(name)[0], recommender.items.ids.tolist())
     else:
         ratings = source.read(name, rated=recommender.trained.model.config.gamma != 0)
     parts = Parts.of(ratings, config.split, config.seed)
@@ -129,22 +130,41 @@ def _on_file(recommender: LUNetRecommender, file: Path, source: options.Source) 
     }
 
 
-def _show(console: Console, values: dict[str, float], groups: list[ActivityGroup]) -> None:
+def _show(console: Console, ranking: Ranking) -> None:
     table = Table(title="Metrics", title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
-    for name, value in values.items():
+    for name, value in ranking.metrics.items():
         exponent = name.startswith("reconstruction")
         text = f"{value:,}" if isinstance(value, int) else f"{value:.1e}" if exponent else f"{value:.4f}"
         table.add_row(name, text)
     console.print(table)
+    activity = [(f"{g.least} to {g.most}", g.users, g.metrics) for g in ranking.groups]
+    _show_groups(
+        console,
+        "By the number of a user's training ratings",
+        "ratings",
+        activity,
+        ("full_hr@10", "full_ndcg@10", "full_recall@10", "full_mrr"),
+    )
+    gaps = [(name, int(values["users"]), values) for name, values in ranking.gaps.items()]
+    shown = ("hr@10", "ndcg@10", "full_hr@10", "full_ndcg@10")
+    _show_groups(console, "By the time since the user's last training rating", "time", gaps, shown)
+
+
+def _show_groups(
+    console: Console,
+    title: str,
+    heading: str,
+    groups: list[tuple[str, int, dict[str, float]]],
+    shown: tuple[str, ...],
+) -> None:
+    """A table of what is measured of (name, users, metrics) each; nothing where there are none."""
     if not groups:
         return
-    shown = ("full_hr@10", "full_ndcg@10", "full_recall@10", "full_mrr")
-    table = Table(title="By the number of a user's training ratings", title_justify="left")
-    for heading in ("ratings", "users", *shown):
-        table.add_column(heading, justify="right")
-    for group in groups:
-        cells = [f"{group.metrics[name]:.4f}" for name in shown]
-        table.add_row(f"{group.least} to {group.most}", f"{group.users:,}", *cells)
+    table = Table(title=title, title_justify="left")
+    for column in (heading, "users", *shown):
+        table.add_column(column, justify="right")
+    for name, users, values in groups:
+        table.add_row(name, f"{users:,}", *(f"{values[figure]:.4f}" for figure in shown))
     console.print(table)

@@ -19,6 +19,7 @@ def export_command(
         Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write; it is made if needed.")
     ],
     run: options.Run = options.DEFAULT_RUN,
+    device: options.Device = "cpu",
     output: Output,
 ) -> None:
     """Write users' and items' vectors as Parquet, for an index of nearest neighbours.
@@ -42,6 +43,6 @@ def export_command(
         require_pyarrow("writing Parquet")
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out}: is a file: name a folder")
-        recommender = options.load_run(run, final=True)
+        recommender = options.load_run(run, device, final=True)
         for path, rows, size in export_vectors(recommender, out):
             output.line(f"{path}: {rows:,} vectors of {size} numbers")

@@ -133,6 +133,14 @@ class Source:
             show_default=USUAL.format("timestamp"),
         ),
     ] = None
+    weight_column: Annotated[
+        str | None,
+        file_option(
+            "--weight-column",
+            metavar="NAME",
+            help="How often a choice was made, a number above 0; for recipe sequence, see `--confidence`.",
+        ),
+    ] = None
     sep: Separator = None
     header: Header = None
     duplicates: Annotated[
@@ -156,7 +164,7 @@ class Source:
         """The same, with what a run's ``config.json`` says of its file where no option is given."""
         if not recorded:
             return self
-        fields = {role: f"{role}_column" for role in ("user", "item", "rating", "timestamp")}
+        fields = {role: f"{role}_column" for role in ("user", "item", "rating", "timestamp", "weight")}
         known: dict[str, Any] = {fields.get(name, name): value for name, value in recorded.items()}
         names = {field.name for field in dataclasses.fields(self)} & known.keys()
         left = {name: known[name] for name in names if getattr(self, name) is None}
@@ -166,6 +174,7 @@ class Source:
         """The arguments of ``read_ratings`` for a file; not ``rated``, it needs no column of ratings."""
         return {
             **self.names(rated=rated),
+            "weight": self.weight_column,
             "sep": self.sep,
             "header": self.header is not False,
             "duplicates": self.duplicates or "error",

@@ -14,13 +14,14 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from lunet_fast.recsys.data.spreadsheet import spreadsheet_safe
 
 
 def fail(error: Exception, code: int) -> NoReturn:
     """Print the error and leave with the exit code."""
-    typer.echo(f"Error: {error}", err=True)
+    typer.echo(f"Error: {harmless(str(error))}", err=True)
     raise typer.Exit(code)
 
 
@@ -51,12 +52,12 @@ class Output:
     def note(self, text: str) -> None:
         """A remark beside the result, on stderr."""
         if self.told:
-            typer.echo(text, err=True)
+            typer.echo(harmless(text), err=True)
 
     def line(self, text: str) -> None:
         """A line for people."""
         if self.told:
-            typer.echo(text)
+            typer.echo(harmless(text))
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,26 @@ def interruption_told(text: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+class Terminal(Console):
+    """rich's console for texts that may come from files: in a ``str`` nothing is markup or an emoji's name,
+    and control characters are written out. ``Text`` has the style that the program gave it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(harmless(text), **options)
+
+
 def wide_console() -> Console:
     """A console as wide as the terminal, or wide enough for a table where there is none."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
+    console = Terminal()
+    return console if console.is_terminal else Terminal(width=120)
+
+
+def harmless(text: str) -> str:
+    """Lines for a terminal: as :func:`printable`, but for the ends of lines."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def printable(value: object) -> str:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from lunet_fast.cli.output import Terminal, harmless, printable
 from lunet_fast.training.loop import Progress
 
 
@@ -22,14 +23,14 @@ def counted(total: int, unit: str, *, quiet: bool = False) -> Iterator[Callable[
     if quiet:
         yield lambda count, what=unit: None
         return
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     if not console.is_terminal:
         done = 0
 
         def line(count: int, what: str = unit) -> None:
             nonlocal done
             done += count
-            typer.echo(f"{done:,}/{total:,} {what}", err=True)
+            typer.echo(harmless(f"{done:,}/{total:,} {what}"), err=True)
 
         yield line
         return
@@ -43,7 +44,7 @@ def counted(total: int, unit: str, *, quiet: bool = False) -> Iterator[Callable[
     )
     with bars:
         task = bars.add_task(unit, total=total)
-        yield lambda count, what=unit: bars.update(task, advance=count, description=what)
+        yield lambda count, what=unit: bars.update(task, advance=count, description=printable(what))
 
 
 def training_progress(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +15,7 @@ from lunet_fast.cli import options
 from lunet_fast.cli.output import (
     WRITERS,
     Output,
+    Terminal,
     errors_told,
     given_text,
     plain,
@@ -47,6 +48,45 @@ Format = Annotated[
 ]
 
 
+At = Annotated[
+    int | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="When they are asked for, in Unix seconds, for recipe sequence with `--elapsed`.",
+        show_default="soon after each user's last choice",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which items may be recommended, and when."""
+
+    exclude_seen: Annotated[
+        bool,
+        typer.Option(
+            "--exclude-seen/--include-seen",
+            help="Leave out what the user rated anywhere in the file that was trained on.",
+        ),
+    ] = (True,)
+    at: At = (None,)
+    items_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Choose from these items alone: ids, one a line.")
+    ] = (None,)
+    exclude_items_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Items that nobody gets: ids, one a line.")
+    ] = (None,)
+
+    def arguments(self) -> dict[str, Any]:
+        """As ``LUNetRecommender.recommend`` takes them."""
+        found: dict[str, Any] = {"exclude_seen": self.exclude_seen, "at": self.at}
+        if self.items_file is not None:
+            found["items"] = _read_ids("--items-file", self.items_file)
+        if self.exclude_items_file is not None:
+            found["exclude"] = _read_ids("--exclude-items-file", self.exclude_items_file)
+        return found
+
+
 @grouped
 def recommend_command(
     *,
@@ -62,19 +102,7 @@ def recommend_command(
     ] = None,
     all_users: Annotated[bool, typer.Option("--all-users", help="Every user of the training data.")] = False,
     k: Annotated[int, typer.Option("-k", "--k", help="Items for each user, where as many are left.")] = 10,
-    exclude_seen: Annotated[
-        bool,
-        typer.Option(
-            "--exclude-seen/--include-seen",
-            help="Leave out what the user rated anywhere in the file that was trained on.",
-        ),
-    ] = True,
-    items_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Choose from these items alone: ids, one a line.")
-    ] = None,
-    exclude_items_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Items that nobody gets: ids, one a line.")
-    ] = None,
+    wanted: Wanted,
     form: Format = None,
     out: options.TableOut = None,
     device: options.Device = "cpu",
@@ -111,11 +139,7 @@ def recommend_command(
         ids: list[Any] = [] if user is None else [given_text("--user", text) for text in user]
         if users_file is not None:
             ids += _read_ids("--users-file", users_file)
-        limits = {}
-        if items_file is not None:
-            limits["items"] = _read_ids("--items-file", items_file)
-        if exclude_items_file is not None:
-            limits["exclude"] = _read_ids("--exclude-items-file", exclude_items_file)
+        limits = wanted.arguments()
         prepare_out(out)
         recommender = options.load_run(run, device, final=True)
         ids = recommender.users.ids.tolist() if all_users else list(dict.fromkeys(ids))
@@ -133,7 +157,7 @@ def recommend_command(
             def rows() -> Iterator[tuple[Any, ...]]:
                 for start in range(0, len(ids), BATCH):
                     batch = ids[start : start + BATCH]
-                    frame = recommender.recommend(batch, k, exclude_seen=exclude_seen, **limits)
+                    frame = recommender.recommend(batch, k, **limits)
                     yield from _rows(recommender, frame)
                     told(len(batch))
 
@@ -240,7 +264,7 @@ def _rows(recommender: LUNetRecommender, frame: pd.DataFrame) -> Iterator[tuple[
 
 def _write_table(stream: TextIO | None, rows: list[tuple[Any, ...]], titles: bool) -> None:
     """To ``stream``, or to the terminal without one."""
-    console = wide_console() if stream is None else Console(file=stream, width=120)
+    console = wide_console() if stream is None else Terminal(file=stream, width=120)
     if not rows:
         console.print("No item is left to recommend: --include-seen allows those rated already.")
         return

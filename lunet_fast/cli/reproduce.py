@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 import lunet_fast
 from lunet_fast.cli import options
-from lunet_fast.cli.output import Output, fail, interruption_told
+from lunet_fast.cli.output import Output, Terminal, fail, interruption_told
 from lunet_fast.cli.signatures import grouped
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ def _watcher(output: Output) -> Watcher:
             output.line(f"{number}/{total}  {name}{done}")
 
         def progress(self) -> AbstractContextManager[Progress]:
-            return training_progress(Console(quiet=output.quiet))
+            return training_progress(Terminal(quiet=output.quiet))
 
     return Told()
 

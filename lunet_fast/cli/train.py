@@ -25,7 +25,7 @@ from lunet_fast.cli.options import (
     data_option,
     run_name,
 )
-from lunet_fast.cli.output import FigureOutput, fail
+from lunet_fast.cli.output import FigureOutput, Terminal, fail
 from lunet_fast.cli.signatures import grouped, settings_command
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ TrainCommand = settings_command(
             *("alpha", "members", "side_features", "dropout", "mlp", "seed", "threads"),
         ),
         OBJECTIVE: ("gamma", "loss", "transform", "negatives", "negative_sampling", "negatives_outside"),
-        ORDER: ("order", "length", "decays", "network"),
+        ORDER: (
+            *("order", "user_history", "elapsed", "identity", "confidence", "length", "decays", "network"),
+        ),
     },
     dict.fromkeys(
         (
@@ -68,9 +70,9 @@ class Parts:
     split: Annotated[
         str | None,
         data_option(
-            metavar="random|per-user|leave-one-out|joint",
+            metavar="random|per-user|leave-one-out|joint|time",
             help="What is held out for the test: 20 % of all ratings; 20 % of each user's; each user's "
-            "latest rating, for ranking; or that and 20 % of the rest.",
+            "latest rating, for ranking; that and 20 % of the rest; or the latest 20 % of all.",
             show_default="random; joint with --gamma below 1, leave-one-out with 0",
         ),
     ] = None
@@ -131,6 +133,54 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Further:
+    """What recipe sequence reads beside the ratings."""
+
+    text: Annotated[
+        str | None,
+        data_option(
+            metavar="FILE|titles",
+            help="For recipe sequence, what items are described by: a file with a column of items and one of "
+            "texts, an .npz file with the arrays `item` and `vectors`, or the data set's own titles.",
+        ),
+    ] = None
+    text_column: Annotated[str, data_option(metavar="NAME", help="The texts in the file of --text.")] = "text"
+    social: Annotated[
+        Path | None,
+        data_option(
+            metavar="FILE",
+            help="For recipe sequence, who knows or trusts whom: a file of users, each with a `friend`.",
+        ),
+    ] = None
+
+    def settings(self, given: dict[str, Any], source: Source) -> dict[str, Any]:
+        """``given`` with the settings that these files ask for; ``typer.BadParameter`` for another recipe."""
+        asked = {"--text": self.text, "--social": self.social, "--weight-column": source.weight_column}
+        named = [option for option, value in asked.items() if value is not None]
+        if named and given["recipe"] != "sequence":
+            raise typer.BadParameter(f"{named[0]} is for --recipe sequence: add it, or leave {named[0]} away")
+        more: dict[str, Any] = {}
+        if self.text is not None:
+            more["text"] = True
+        if self.social is not None:
+            more["social"] = True
+        if source.weight_column is not None:
+            more["confidence"] = 1.0
+        return {**more, **given}
+
+    def added_to(self, ratings: Ratings, source: Source) -> Ratings:
+        """``ratings`` with what these files know."""
+        from lunet_fast.recsys.data.texts import with_text
+        from lunet_fast.recsys.data.ties import with_friends
+
+        if self.text is not None:
+            ratings = with_text(ratings, self.text, item=source.item_column or "item", text=self.text_column)
+        if self.social is not None:
+            ratings = with_friends(ratings, self.social, user=source.user_column or "user")
+        return ratings
+
+
+@dataclass(frozen=True)
 class Extent:
     """How much is done."""
 
@@ -170,10 +220,10 @@ def train_command(
             "--recipe",
             "-r",
             metavar="paper|best|auto|sequence",
-            help="`paper`: the paper's protocol (Adam 1e-3, batch 128, 50 epochs, linear read-out). "
-            "`best`: the best settings found on MovieLens' validation part. `auto`: for any unit and size of "
-            "ratings, by a short search on a validation part of yours. `sequence`: each user's next item, "
-            "from the order of those before; it ranks and predicts no ratings.",
+            help="`paper`: the paper's protocol (Adam 1e-3, batch 128, 50 epochs, linear read-out). `best`: "
+            "what was best on MovieLens. `auto`: for any unit and size of ratings, by a short search on a "
+            "validation part of yours. `sequence`: each user's next item, from the order of those before; it "
+            "ranks and predicts no ratings.",
             show_default="auto; best for ml-100k and ml-1m, and with --stream",
         ),
     ] = None,
@@ -182,6 +232,7 @@ def train_command(
     ] = None,
     continuation: Continuation,
     parts: Parts,
+    further: Further,
     source: Source,
     settings: SettingsFile = None,
     extent: Extent,
@@ -199,11 +250,11 @@ def train_command(
 
     Examples:
 
-        lunet-fast train --dataset ml-100k --recipe best
+        lunet-fast train --dataset ml-1m --recipe sequence
 
         lunet-fast train --dataset clicks.csv --gamma 0
 
-        lunet-fast train --dataset ml-1m --recipe sequence
+        lunet-fast train --dataset plays.csv --recipe sequence --social friends.csv --weight-column plays
 
         lunet-fast train --dataset ml-100k --train-file u1.base --test-file u1.test
 
@@ -221,12 +272,12 @@ def train_command(
     from lunet_fast.training.files import RunFolder, read_json
 
     given = context.obj if recipe is None else {**context.obj, "recipe": recipe}
-    own = dataset not in movielens.DATASETS and not parts.stream
-    chosen = _settings(given, settings, parts, "auto" if own else "best")
+    usual = "best" if parts.stream or dataset in movielens.DATASETS else "auto"
+    chosen = further.settings(_settings(given, settings, parts, usual), source)
     parts.check(dataset, source, chosen["recipe"])
     if extent.final and (parts.stream or parts.train_file is not None):
         raise typer.BadParameter("--final trains on one data set: leave --stream and --train-file away")
-    training = Training(dataset, parts, source, chosen, output.note)
+    training = Training(dataset, parts, further, source, chosen, output.note)
     folder = RunFolder(out or Path("runs") / (run_name(dataset, movielens.DATASETS) or "ratings"))
     with training_told(folder.checkpoints) as stop:
         training.config(1)  # a wrong value is told before any file is read
@@ -237,7 +288,7 @@ def train_command(
             _train(training, folder, continuation, output, extent.final, workers, stop)
     if workers.is_first:
         values = read_json(folder.metrics)
-        output.figures(values, lambda: _show(Console(), values, folder))
+        output.figures(values, lambda: _show(Terminal(), values, folder))
 
 
 def _train(
@@ -257,7 +308,7 @@ def _train(
         if workers.is_first:
             output.line(f"{folder.path} holds the finished training; nothing to do.")
         return
-    console = Console(quiet=not (workers.is_first and output.told))
+    console = Terminal(quiet=not (workers.is_first and output.told))
     training.run(console, final, **continuation.arguments(folder), stop=stop, workers=workers)
 
 
@@ -310,6 +361,7 @@ class Training(NamedTuple):
 
     dataset: str
     parts: Parts
+    further: Further
     source: Source
     settings: dict[str, Any]
     told: Told
@@ -425,7 +477,8 @@ class Training(NamedTuple):
         from lunet_fast.recsys.data.splits import join
 
         if self.settings["recipe"] == "sequence":
-            return self.source.read_with_or_without_ratings(self.dataset, self.told)[0], None
+            ratings = self.source.read_with_or_without_ratings(self.dataset, self.told)[0]
+            return self.further.added_to(ratings, self.source), None
         files = [file for file in (self.parts.train_file, self.parts.test_file) if file is not None]
         if not files:
             return self.source.read(self.dataset, rated=self.rated, told=self.told), None

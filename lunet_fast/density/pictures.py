@@ -13,7 +13,8 @@ from lunet_fast.density.data import Rows
 from lunet_fast.density.evaluation import grid
 from lunet_fast.density.model import DensityModel
 from lunet_fast.density.targets import Target
-from lunet_fast.training.figures import new_figure
+from lunet_fast.layers.splines import MonotoneSpline
+from lunet_fast.training.figures import BLUE, new_figure, plain
 from lunet_fast.training.files import write_figure
 
 SIDE = 8
@@ -43,6 +44,20 @@ def show_density(axes: Any, log_prob: Tensor, extent: float, highest: float) -> 
     return axes.imshow(
         density.numpy(), origin="lower", extent=(-extent, extent) * 2, vmin=0, vmax=highest, cmap="magma"
     )
+
+
+def show_slopes(axes: Any, spline: MonotoneSpline) -> None:
+    """Draw each coordinate's φ′, a line each, over its interval, whose ends are 0 and 1, and beyond."""
+    place = torch.linspace(-0.15, 1.15, 261)
+    low, bin_width = spline.grid.detach().cpu().float()
+    with torch.no_grad():
+        x = low + place[:, None] * (bin_width * spline.bins)
+        slopes = spline.log_derivative(x.to(spline.raw)).exp().cpu()
+    axes.plot(place, slopes, color=BLUE, alpha=0.3, linewidth=0.7)
+    axes.set(yscale="log", xlim=(-0.15, 1.15), xticks=(0, 1))
+    axes.set_yticks((0.2, 0.5, 1, 2, 5), labels=("0.2", "0.5", "1", "2", "5"))
+    axes.minorticks_off()
+    plain(axes)
 
 
 def save_samples(path: Path, samples: Tensor, data: Tensor, size: tuple[int, int], levels: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -108,12 +110,29 @@ def _recorded(rows: Rows, test: Rows | None, config: DensityConfig) -> dict[str,
     if config.activation == "leaky_softplus" and config.input_bins == 0:
         for name in ("activation", "bins", "input_bins", "tails"):
             del settings[name]
-    recorded = {"dataset": rows.name, "source": source_of(rows, test), "rows": len(rows), **settings}
+    recorded = {
+        "dataset": rows.name,
+        "source": source_of(rows, test),
+        "rows": len(rows),
+        "rows_sha256": _digest(rows, test),
+        **settings,
+    }
     if rows.levels is not None and rows.image is None:
         recorded["levels"] = rows.levels
         # Runs of before did not standardise these, and cannot be resumed.
         recorded["standardised"] = True
     return recorded
+
+
+def _digest(rows: Rows, test: Rows | None) -> str:
+    """SHA-256 over all that a training sees of its data: values, labels, whose they are, and which part."""
+    digest = hashlib.sha256()
+    for each in (rows, test):
+        if each is not None:
+            digest.update(json.dumps([list(each.values.shape), each.label_names]).encode())
+            for tensor in (each.values, each.labels, each.part):
+                digest.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _untrained(training: Rows, classes: int, config: DensityConfig) -> DensityModel:
@@ -193,6 +212,9 @@ def _clip(parameters: list[nn.Parameter], longest: float) -> None:
 
 class _Kept(nn.Module):
     """What a checkpoint holds: the flow in training, the mean of its weights, and the best of these means."""
+
+    counters = ("round", "offered", "updates")
+    """Integers that training changes, which a checkpoint may therefore have others of."""
 
     loss: Tensor
     round: Tensor

@@ -38,14 +38,24 @@ def _check_inside(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"a learnable {name} must start strictly between {low} and {high}, got {value}")
 
 
+def _normal_grid(steps: int = 24, reach: float = 6.0) -> list[tuple[float, float]]:
+    """(place, weight) for means over a standard normal number."""
+    places = [reach * n / steps for n in range(-steps, steps + 1)]
+    densities = [math.exp(-x * x / 2.0) for x in places]
+    return [(x, density / sum(densities)) for x, density in zip(places, densities, strict=True)]
+
+
+_NORMAL = _normal_grid()
+
+
 class BijectiveActivation(Keeping, ABC):
     """φ, an increasing bijection of ℝ, applied to each coordinate of x [..., D].
 
     A subclass defines ``forward``, ``inverse`` and ``log_derivative`` in PyTorch, with parameters, if any,
     that are scalars or [D]. It then works in every layer, net and flow, with gradients by autograd. What else
     may be defined: ``reset_parameters``, which sets what is learnt back to where it started;
-    ``derivative_range`` and ``tangent_at_zero``, where more is known than a look at φ tells; and ``fused``,
-    for an activation that is computed inside the layer's operation.
+    ``derivative_range``, ``tangent_at`` and ``bend_around``, where more is known than a look at φ tells;
+    and ``fused``, for an activation that is computed inside the layer's operation.
 
     Every method takes [..., D] and keeps shape and dtype; log-determinants sum over the last dimension,
     have shape [...] and are float32 or wider.
@@ -107,12 +117,23 @@ class BijectiveActivation(Keeping, ABC):
             low, high = self.log_derivative(grid.unsqueeze(-1).expand(-1, features)).aminmax()
         return math.exp(low), math.exp(high)
 
-    def tangent_at_zero(self, features: int) -> tuple[Tensor | float, Tensor | float]:
-        """(φ(0), φ′(0)), each [D] or a number: what a following layer undoes to start near the identity."""
+    def tangent_at(self, point: float, features: int) -> tuple[Tensor | float, Tensor | float]:
+        """(φ(p), φ′(p)) at a point p, each [D] or a number: what a following layer undoes to start near the
+        identity."""
         like = next(self.parameters(), torch.empty(0))
-        zeros = torch.zeros(features, device=like.device, dtype=like.dtype)
+        places = torch.full((features,), point, device=like.device, dtype=like.dtype)
         with torch.no_grad():
-            return self.forward(zeros), self.log_derivative(zeros).exp()
+            return self.forward(places), self.log_derivative(places).exp()
+
+    def bend_around(self, point: float, deviation: float, features: int) -> float:
+        """Root mean square of log φ′(x) − log φ′(p) for normal x around p, the greatest of any coordinate: by
+        it a deep net starts."""
+        like = next(self.parameters(), torch.empty(0))
+        x, weight = torch.tensor(_NORMAL, dtype=wide(like.dtype), device=like.device).unbind(-1)
+        grid = (point + deviation * torch.cat([x.new_zeros(1), x])).unsqueeze(-1).expand(-1, features)
+        with torch.no_grad():
+            logs = self.log_derivative(grid)
+        return float((weight @ (logs[1:] - logs[0]).square()).max().sqrt())
 
 
 BijectiveActivation._described = BijectiveActivation  # type: ignore[type-abstract]
@@ -261,12 +282,26 @@ class SoftplusFamily(BijectiveActivation):
         """Whether φ is another function: a subclass or a patch replaced it."""
         return is_replaced(self, self._described, hooks=False)
 
-    def tangent_at_zero(self, features: int) -> tuple[Tensor | float, Tensor | float]:
-        """(φ(0), φ′(0)) of a fresh activation."""
+    def tangent_at(self, point: float, features: int) -> tuple[Tensor | float, Tensor | float]:
+        """(φ(p), φ′(p)) of a fresh activation."""
         if self._is_other():
-            return super().tangent_at_zero(features)
+            return super().tangent_at(point, features)
         a, c, kappa = self.starting_slopes()
-        return c / kappa * math.log(2.0), a + 0.5 * c
+        risen = max(kappa * point, 0.0) + math.log1p(math.exp(-abs(kappa * point)))
+        return a * point + c / kappa * risen, a + c * _sigmoid(kappa * point)
+
+    def bend_around(self, point: float, deviation: float, features: int) -> float:
+        """Of a fresh activation."""
+        if self._is_other():
+            return super().bend_around(point, deviation, features)
+        a, c, kappa = self.starting_slopes()
+        middle = math.log(a + c * _sigmoid(kappa * point))
+        logs = (math.log(a + c * _sigmoid(kappa * (point + deviation * x))) for x, _ in _NORMAL)
+        return math.sqrt(sum(w * (log - middle) ** 2 for log, (_, w) in zip(logs, _NORMAL, strict=True)))
+
+
+def _sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x)) if x > -700.0 else 0.0
 
 
 def _starting(features: int | None, learnable: bool, count: int) -> list[nn.Parameter | None]:

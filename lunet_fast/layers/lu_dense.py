@@ -76,10 +76,14 @@ class LUDense(StructuredLayer):
 
     lu: nn.Parameter
 
-    # How reset_parameters starts, other than from the identity: the signs, and (φ(0), φ′(0)) of an activation
-    # before this layer that it undoes. An LUNet sets them.
+    # How reset_parameters starts, other than from the identity: the signs; (φ(p), φ′(p)) of an activation
+    # before this layer that it undoes; the p of its own; a factor of A; and √D times the deviation of A's
+    # other entries. An LUNet sets them.
     _start_sign: Tensor | None = None
     _start_after: tuple[Tensor | float, Tensor | float] | None = None
+    _start_point: float = 0.0
+    _start_scale: float = 1.0
+    _start_noise: float = 0.1
 
     def __init__(
         self,
@@ -123,7 +127,8 @@ class LUDense(StructuredLayer):
     def reset_parameters(self) -> None:
         """Start near the identity: off-diagonals N(0, (0.1/√D)²), u_ii = 1, b = 0. P is kept.
 
-        A layer of an ``LUNet`` starts as the net does: with its signs, and undoing the activation before it.
+        A layer of an ``LUNet`` starts as the net does: with its signs, undoing the activation before it, and
+        in a deep net with smaller off-diagonals, and where its own activation is straight.
         So the net and its layers may be reset in any order, also after ``to_empty``. An activation has a
         ``reset_parameters`` of its own. With parameters that are DTensors, those of FSDP2, every process must
         call this: they take the numbers of the mesh's first one.
@@ -131,7 +136,7 @@ class LUDense(StructuredLayer):
         features = self.in_features
         with torch.no_grad():
             lu = torch.empty(features, features, device=self.lu.device, dtype=self.lu.dtype)
-            lu.normal_(0.0, 0.1 / math.sqrt(features)).fill_diagonal_(0.0)
+            lu.normal_(0.0, self._start_noise / math.sqrt(features)).fill_diagonal_(0.0)
             self._reset_structure(self._start_sign)
             bias = torch.zeros(features, device=lu.device, dtype=lu.dtype)
             if self._start_after is not None:
@@ -140,6 +145,11 @@ class LUDense(StructuredLayer):
                 lu = lu.tril(-1) + lu.triu(1) / slope.to(lu) + torch.diag(logs.to(lu))
                 weight = functional.lu_weight(lu, *self._structure())
                 bias = -(weight @ value.to(lu) if value.dim() else value.to(lu) * weight.sum(-1))
+            if self._start_scale != 1.0:  # A's and b's: that of U
+                lu += lu.triu(1) * (self._start_scale - 1.0)
+                lu.diagonal().add_(math.log(self._start_scale))
+                bias *= self._start_scale
+            bias += self._start_point
             self._write("lu", lu)
             if self.bias is not None:
                 self._write("bias", bias)

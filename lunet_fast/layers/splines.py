@@ -172,11 +172,17 @@ class MonotoneSpline(BijectiveActivation):
         low, high = self.slopes().detach().double().aminmax()
         return float(low), float(high)
 
-    def tangent_at_zero(self, features: int) -> tuple[Tensor | float, Tensor | float]:
-        """(0, 1): a fresh spline is the identity."""
+    def tangent_at(self, point: float, features: int) -> tuple[Tensor | float, Tensor | float]:
+        """(p, 1): a fresh spline is the identity."""
         if is_replaced(self, MonotoneSpline, hooks=False):
-            return super().tangent_at_zero(features)
-        return 0.0, 1.0
+            return super().tangent_at(point, features)
+        return point, 1.0
+
+    def bend_around(self, point: float, deviation: float, features: int) -> float:
+        """0: a fresh spline is the identity."""
+        if is_replaced(self, MonotoneSpline, hooks=False):
+            return super().bend_around(point, deviation, features)
+        return 0.0
 
     def extra_repr(self) -> str:
         return f"features={self.features}, bins={self.bins}, tails={self.tails}, bound={self.bound:g}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from lunet_fast.training.files import CheckpointError, read_tensors, write_tensors
-from lunet_fast.training.schema import CHECKPOINT_FORMAT, CheckpointHeader
-from lunet_fast.training.sharding import Dealt, DealtTables
+from lunet_fast.training.schema import (
+    CHECKPOINT_FORMAT,
+    CheckpointHeader,
+    TrainingState,
+    check_same_tensors,
+)
+from lunet_fast.training.sharding import BLOCK, Dealt, DealtTables
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+#: Whether the state and the tensors of the training's own are those of it: ``ValueError`` if not.
+Check = Callable[[TrainingState, dict[str, Tensor]], None]
 
 
 def whole_tensors(prefix: str, module: nn.Module, dealt: DealtTables | None) -> dict[str, Tensor | Dealt]:
@@ -60,16 +70,20 @@ def save_training(
 
 
 def load_training(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    path: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    check: Check,
+) -> tuple[TrainingState, dict[str, Tensor]]:
     """Put back what :func:`save_training` wrote, in place; return its ``state`` and ``own``.
 
-    :class:`CheckpointError` where the file does not fit the module; nothing is half restored then, as long as
-    the caller gives up.
+    :class:`CheckpointError` where the file does not fit: every name, dtype and shape of the module and the
+    optimiser, what the module counts, its structure and its data, the generator, and what ``check`` looks at
+    are compared before anything is put back.
     """
-    return _put_back(
-        path, *read_tensors(path, CHECKPOINT_FORMAT, CheckpointHeader), module, optimizer, generator
-    )
+    tensors, header = read_tensors(path, CHECKPOINT_FORMAT, CheckpointHeader)
+    return _put_back(path, tensors, header, module, optimizer, generator, check)
 
 
 def load_dealt_training(
@@ -78,7 +92,8 @@ def load_dealt_training(
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
     dealt: DealtTables,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    check: Check,
+) -> tuple[TrainingState, dict[str, Tensor]]:
     """As :func:`load_training`, called by every process; those without the file give None.
 
     The file is mapped into memory, and each process gets its rows a block at a time.
@@ -97,12 +112,14 @@ def load_dealt_training(
                         f"{path}: does not fit this training ({place} must be {parameters[name].dtype} "
                         f"{list(wanted)})"
                     )
+                if place.endswith(_MOMENTS[1]) and any(bool((b < 0).any()) for b in whole.split(BLOCK)):
+                    raise CheckpointError(f"{path}: does not fit this training ({place} is below 0)")
                 wholes[place] = whole
         # Of a tensor that is mapped the whole file would be sent.
         message = {name: tensor.clone() for name, tensor in tensors.items()}, header
     small, header = dealt.workers.object_of_first(message)
     small |= {f"module.{name}": parameters[name].detach() for name in dealt.rows}
-    found = _put_back(path, small, header, module, optimizer, generator)
+    found = _put_back(path, small, header, module, optimizer, generator, check, dealt.rows)
     for name in dealt.rows:
         parameter, rows = parameters[name], dealt.rows[name]
         moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
@@ -113,9 +130,6 @@ def load_dealt_training(
     return found
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
 def _put_back(
     path: Path | None,
     tensors: dict[str, Tensor],
@@ -123,23 +137,91 @@ def _put_back(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    check: Check,
+    dealt: Collection[str] = (),
+) -> tuple[TrainingState, dict[str, Tensor]]:
     try:
-        module.load_state_dict(_below("module.", tensors))
-        for name, parameter in module.named_parameters():
-            saved = _below(f"optimizer.{name}.", tensors)
-            if saved:
-                optimizer.state[parameter] = {
-                    key: int(value) if value.dtype == torch.int64 else value.to(parameter.device)
-                    for key, value in saved.items()
-                }
+        state = TrainingState.from_dict(header["state"])
+        saved, own = _below("module.", tensors), _below("own.", tensors)
+        for name in tensors:
+            if name != "generator" and name.partition(".")[0] not in ("module", "optimizer", "own"):
+                raise ValueError(f"{name!r} is too many")
+        check_same_tensors(module.state_dict(), saved)
+        _check_what_stays(module, saved)
+        moments = _checked_moments(_below("optimizer.", tensors), module, optimizer, dealt)
+        check_generator(tensors["generator"], generator)
+        check(state, own)
+        module.load_state_dict(saved)
+        parameters = dict(module.named_parameters())
+        for name, values in moments.items():
+            optimizer.state[parameters[name]] = values
         generator.set_state(tensors["generator"])
-        state = header["state"]
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit this training ({error})") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: the state is not a JSON object")
-    return state, _below("own.", tensors)
+    return state, own
+
+
+def check_generator(state: Tensor, generator: torch.Generator) -> None:
+    """Refuse, by an error of PyTorch's, what is no state of such a generator; which stays as it is."""
+    torch.Generator(generator.device).set_state(state)
+
+
+def _check_what_stays(module: nn.Module, saved: dict[str, Tensor]) -> None:
+    """``ValueError`` unless the buffers that no training changes are the module's own.
+
+    Integers are indices into the data, or of the structure, unless the module says in ``counters`` that it
+    counts by them; and so are signs.
+    """
+    counters = getattr(module, "counters", ())
+    for name, buffer in module.named_buffers():
+        given = saved.get(name)
+        if given is None:
+            continue
+        if name in counters:
+            if not 0 <= int(given) < 2**53:
+                raise ValueError(f"{name!r} must be a number of at least 0, got {int(given)}")
+            continue
+        stays = not buffer.is_floating_point() or name.rpartition(".")[2] == "sign"
+        if stays and not torch.equal(given.to(buffer.device), buffer):
+            raise ValueError(f"{name!r} is that of other data or of another structure")
+
+
+def _checked_moments(
+    saved: dict[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer, dealt: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """The optimiser's state by parameter and name, as it takes it; ``ValueError`` where it is none.
+
+    A kernel that is given moments of another shape does not ask. Those of ``dealt`` parameters are apart.
+    """
+    parameters = dict(module.named_parameters())
+    sparse = getattr(optimizer, "sparse", None)
+    counted = {id(p) for group in ([] if sparse is None else sparse.param_groups) for p in group["params"]}
+    found: dict[str, dict[str, Any]] = {}
+    for place, value in saved.items():
+        name, _, key = place.rpartition(".")
+        parameter = parameters.get(name)
+        if parameter is None or key not in ("step", *_MOMENTS) or (name in dealt and key != "step"):
+            raise ValueError(f"the optimiser's {place!r} is too many")
+        if key == "step":
+            # SparseAdam counts by an int.
+            integers = id(parameter) in counted
+            if value.ndim or value.is_floating_point() == integers or not 1 <= float(value) < 2**53:
+                raise ValueError(f"the optimiser's {place!r} must be a number of steps")
+            found.setdefault(name, {})[key] = int(value) if integers else value.to(parameter.device)
+            continue
+        if (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
+            raise ValueError(
+                f"the optimiser's {place!r} must be {parameter.dtype} {list(parameter.shape)}, got "
+                f"{value.dtype} {list(value.shape)}"
+            )
+        if key == _MOMENTS[1] and bool((value < 0).any()):
+            raise ValueError(f"the optimiser's {place!r} is below 0")
+        found.setdefault(name, {})[key] = value.to(parameter.device)
+    for name, values in found.items():
+        for key in ("step",) if name in dealt else ("step", *_MOMENTS):
+            if key not in values:
+                raise ValueError(f"the optimiser's {name + '.' + key!r} is missing")
+    return found
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from lunet_fast.training.schema import DIGEST_FROM, FORMAT_VERSION, Schema, shown, violation
+from lunet_fast.training.schema import DIGEST_FROM, FORMAT_VERSION, Schema, one_line, shown, violation
 from lunet_fast.training.sharding import BLOCK, Dealt
 
 MOST_HEADER_BYTES = 100_000_000
@@ -34,7 +35,13 @@ _TEMPORARY = ".lunet-fast-"
 
 
 class CheckpointError(ValueError):
-    """A model or checkpoint file cannot be used; the message names the file and why."""
+    """A model or checkpoint file cannot be used; the message names the file and why.
+
+    In one line that is fit for a terminal, though others' messages and what the file says are in it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -42,22 +49,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     ``OSError`` naming the file where that cannot be done, as on a full disk; ``path`` is as it was then.
     """
-    temporary = None
+    temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}{path.suffix}")
+    made = False
     try:
-        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        # Nobody's file and nobody's link; as public as this process's umask says, which stays as it is.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        made = True
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read; a run folder is as public as its umask says.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except BaseException as error:
-        if temporary is not None:
+        if made:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -96,7 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     A missing file raises ``FileNotFoundError``.
     """
-    with _opened(path) as (file, size):
+    with opened(path) as (file, size):
         if size > MOST_JSON_BYTES:
             raise CheckpointError(f"{path}: has {size} bytes, more than any file of a run")
         text = file.read()
@@ -120,7 +124,7 @@ def _refuse_constant(name: str) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """A regular file to read, and its size. What is none is refused before anything waits for it.
 
     A missing file raises ``FileNotFoundError``.
@@ -218,7 +222,7 @@ def read_tensors(
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load
 
-    with _opened(path) as (file, size):
+    with opened(path) as (file, size):
         text = _metadata(path, file, size)
         header = _checked_header(path, text, kind, schema)
         file.seek(0)
@@ -251,7 +255,7 @@ def read_tensors(
 
 def kind_of(path: Path) -> str:
     """The ``kind`` that a file says it is of, "" where it says none; errors as :func:`read_tensors`."""
-    with _opened(path) as (file, size):
+    with opened(path) as (file, size):
         header = _parsed(path, _metadata(path, file, size), "the header is not JSON")
     return str(header.get("format", "")) if isinstance(header, dict) else ""
 
@@ -327,6 +331,10 @@ def all_finite(tensor: Tensor) -> bool:
 # Run folders ------------------------------------------------------------------------------------------------
 
 
+DIGESTS_SINCE = ("ids_sha256", "rows_sha256")
+"""What ``config.json`` says of the data and did not at first."""
+
+
 class RunFolderError(ValueError):
     """A run folder cannot be used as asked; the message names it and what to do."""
 
@@ -356,29 +364,43 @@ class RunFolder:
     def prepare(self, *, resume: bool, overwrite: bool) -> None:
         """Make the folder and see that it can be written.
 
-        :class:`RunFolderError` where it cannot, or where it holds another training or one is going on in it.
-        Nothing is deleted here. Of ``resume`` and ``overwrite`` at most one may be given.
+        :class:`RunFolderError` where it cannot, where it holds another training or one is going on in it, or
+        where it, or a folder or the lock in it, is a link. Nothing is deleted here. Of ``resume`` and
+        ``overwrite`` at most one may be given.
         """
         if resume and overwrite:
             raise RunFolderError(
                 "--resume goes on with a training and --overwrite replaces it: give one of the two"
             )
+        self._refuse_links()
+        self._refuse_another(resume=resume, overwrite=overwrite)
+        if resume and self.is_finished():
+            return  # to be read only
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(prefix=_TEMPORARY, dir=self.checkpoints):
+                pass
+        except OSError as error:
+            raise RunFolderError(f"cannot write into {self.path} ({error}): choose another --out") from error
+        with self.locked():
+            pass
+
+    def _refuse_another(self, *, resume: bool, overwrite: bool) -> None:
         if self.is_started() and not resume and not overwrite:
             state = "a finished training" if self.is_finished() else "an interrupted training"
             raise RunFolderError(
                 f"{self.path} holds {state}: add --resume to go on with it, --overwrite to replace it, or "
                 "choose another --out"
             )
-        if resume and self.is_finished():
-            return  # to be read only
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_text(self.checkpoints / "test.tmp", "x")
-            (self.checkpoints / "test.tmp").unlink()
-        except OSError as error:
-            raise RunFolderError(f"cannot write into {self.path} ({error}): choose another --out") from error
-        with self.locked():
-            pass
+
+    def _refuse_links(self) -> None:
+        """What is deleted and written here lies here, and not where somebody's link leads."""
+        for place in (self.path, self.checkpoints, self.path / ".lock"):
+            if place.is_symlink():
+                raise RunFolderError(
+                    f"{place} is a link to {place.readlink()}, and what a training deletes and writes must "
+                    "lie in its own folder: name the folder itself as --out, or remove the link"
+                )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -399,13 +421,21 @@ class RunFolder:
             lock.release()
 
     def begin(
-        self, config: dict[str, Any], *, resume: bool, defaults: Mapping[str, Any] | None = None
+        self,
+        config: dict[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool = False,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record the settings of the training that now starts.
+        """Record the settings of the training that now starts, under the lock.
 
         Resuming, they are checked; otherwise the former training is deleted. So is what a killed process left
-        half written.
+        half written. As of :meth:`prepare`, whose answers may be old by now: another process may have trained
+        here meanwhile, to whose end this one's data were being read.
         """
+        self._refuse_links()
+        self._refuse_another(resume=resume, overwrite=overwrite)
         for folder in (self.path, self.checkpoints):
             for half_written in folder.glob(f"{_TEMPORARY}*"):
                 half_written.unlink(missing_ok=True)
@@ -423,17 +453,21 @@ class RunFolder:
         write_json(self.config, config)
 
     def check(self, config: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
-        """:class:`RunFolderError` unless the folder's training has these settings.
+        """:class:`RunFolderError` unless the folder's training has these settings and data.
 
-        Where the data were read, ``source`` and ``reading``, may differ. Settings that a former version did
-        not have were their ``defaults``.
+        Where the data were read, ``source`` and ``reading``, may differ; a folder of a release that did not
+        record a digest has none, and settings that it did not have were their ``defaults``.
         """
         recorded = {**(defaults or {}), **read_json(self.config)}
         # By way of JSON, which has one kind of sequence.
         wanted = json.loads(json.dumps(config))
         for name in sorted(wanted.keys() | recorded.keys()):
-            if name not in ("source", "reading") and wanted.get(name) != recorded.get(name):
+            if name in ("source", "reading") or (name in DIGESTS_SINCE and name not in recorded):
+                continue
+            if wanted.get(name) != recorded.get(name):
+                what = "settings and data" if name.endswith("_sha256") else "settings"
+                theirs, ours = (shown(values.get(name), 80) for values in (recorded, wanted))
                 raise RunFolderError(
-                    f"{self.path} was trained with {name}={recorded.get(name)!r}, not "
-                    f"{wanted.get(name)!r}: give the same settings to resume it, or choose another --out"
+                    f"{self.path} was trained with {name}={theirs}, not {ours}: give the same {what} to "
+                    "resume it, or choose another --out"
                 )

@@ -13,9 +13,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lunet_fast.training.checkpoints import load_dealt_training, load_training, save_training
+from lunet_fast.training.checkpoints import (
+    check_generator,
+    load_dealt_training,
+    load_training,
+    save_training,
+)
 from lunet_fast.training.distributed import Workers
-from lunet_fast.training.files import CheckpointError, all_finite
+from lunet_fast.training.files import all_finite
+from lunet_fast.training.schema import TrainingState, shown
 from lunet_fast.training.sharding import DealtTables
 
 CHECK_EVERY = 50
@@ -262,27 +268,43 @@ class _Loop:
             there = self.file is not None and self.file.is_file()
             if not self.workers.of_first(int(there)):
                 return
-            state, own = load_dealt_training(self.file if there else None, *trained, phase.dealt)
+            file = self.file if there else None
+            state, own = load_dealt_training(file, *trained, phase.dealt, self._check)
         else:
             with self.workers.file_of_first(self.file) as file:
                 if file is None:
                     return
-                state, own = load_training(file, *trained)
-        try:
-            self.curve = Curve(state["train_loss"], state["test_loss"], state["elapsed"])
-            self.epoch = int(state["epoch"])
-            # Version 1 had checkpoints at the ends of epochs alone.
-            self.step, self.spent = int(state.get("step", 0)), float(state.get("spent", 0.0))
-            self.at_epoch = own.get("at_epoch", self.generator.get_state())
-            errors = own.get("errors", self.errors[:0])
-            wrong = not 0 <= self.step <= len(self.errors) or len(errors) != self.step
-        except (KeyError, TypeError, ValueError):
-            wrong = True
-        if wrong or state["phase"] != phase.name or self.epoch > phase.epochs:
-            raise CheckpointError(f"{self.file}: the state does not fit this training: delete the file")
-        self.errors[: self.step] = errors.to(self.errors.device)
+                state, own = load_training(file, *trained, self._check)
+        self.curve = Curve(state.train_loss, state.test_loss, state.elapsed)
+        self.epoch, self.step, self.spent = state.epoch, state.step, state.spent
+        self.at_epoch = own.get("at_epoch", self.generator.get_state())
+        self.errors[: self.step] = own.get("errors", self.errors[:0]).to(self.errors.device)
         self.looked = self.step
         self._remember()
+
+    def _check(self, state: TrainingState, own: dict[str, Tensor]) -> None:
+        """``ValueError`` unless a checkpoint is one of this phase."""
+        phase, epoch = self.phase, state.epoch
+        tested = epoch if phase.test_loss else 0
+        for what, found, least, most in (
+            ("epochs", epoch, 0, phase.epochs),
+            ("steps", state.step, 0, len(self.errors) if epoch < phase.epochs else 0),
+            ("train_loss", len(state.train_loss), epoch, epoch),
+            ("elapsed", len(state.elapsed), epoch, epoch),
+            ("test_loss", len(state.test_loss), tested, tested),
+        ):
+            if not least <= found <= most:
+                expected = f"{least}" if least == most else f"{least} to {most}"
+                raise ValueError(f"the state has {found} {what}, and this training {expected}")
+        if state.phase != phase.name:
+            raise ValueError(f"the phase is {shown(state.phase)}, not {phase.name!r}")
+        errors = own.get("errors", self.errors[:0])
+        if own.keys() - {"errors", "at_epoch"} or (state.step and "at_epoch" not in own):
+            raise ValueError("its own tensors must be errors and at_epoch")
+        if (errors.shape, errors.dtype) != ((state.step,), self.errors.dtype):
+            raise ValueError(f"own.errors must be {self.errors.dtype} [{state.step}]")
+        if "at_epoch" in own:
+            check_generator(own["at_epoch"], self.generator)
 
     def run(self) -> None:
         phase, steps = self.phase, self.phase.batches.steps

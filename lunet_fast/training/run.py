@@ -51,7 +51,7 @@ class Run:
         stop: Stop | None = None,
     ) -> None:
         self.workers = workers = workers or Workers()
-        self.resume, self.checkpoint_seconds = resume, checkpoint_seconds
+        self.resume, self.overwrite, self.checkpoint_seconds = resume, overwrite, checkpoint_seconds
         self.progress, self.stop = progress, stop
         self.folder = None if out is None or not workers.is_first else RunFolder(Path(out))
         if self.folder is not None:
@@ -79,7 +79,7 @@ class Run:
         """Inside, this process trains in the folder and no other does; ``recorded`` is written or checked."""
         with nullcontext() if self.folder is None else self.folder.locked():
             if self.folder is not None:
-                self.folder.begin(recorded, resume=self.resume, defaults=defaults)
+                self.folder.begin(recorded, resume=self.resume, overwrite=self.overwrite, defaults=defaults)
             yield
 
     def fit(self, phase: Phase) -> Curve:

@@ -15,10 +15,13 @@ sorted keys and no white space, followed by, for each tensor in the order of the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHECKPOINT_FORMAT = "lunet-fast checkpoint"
 FORMAT_VERSION = 2
@@ -81,11 +84,28 @@ class Header(BaseModel):
 Schema = type[Header]
 
 
+class TrainingState(Settings):
+    """How far a phase of a training is: after ``step`` steps of epoch ``epoch``."""
+
+    phase: str
+    epoch: Annotated[int, Field(ge=0, le=10**9)]
+    step: Annotated[int, Field(ge=0, le=10**12)] = 0
+    """Version 1 had checkpoints at the ends of epochs alone."""
+    spent: NotNegative = 0.0
+    """Seconds of this epoch before the checkpoint."""
+    train_loss: list[float]
+    """The error of each epoch that is done."""
+    test_loss: list[float]
+    """The same on the test part, empty without one."""
+    elapsed: list[NotNegative]
+    """Seconds up to the end of each epoch."""
+
+
 class CheckpointHeader(Header):
     """An interrupted training: how far it is."""
 
     format: Literal["lunet-fast checkpoint"]
-    state: dict[str, Any]
+    state: TrainingState
 
 
 def violation(header: Any, schema: Schema) -> str | None:
@@ -95,6 +115,21 @@ def violation(header: Any, schema: Schema) -> str | None:
     except ValidationError as error:
         return _explained(error, schema, "key")
     return None
+
+
+def check_same_tensors(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """``ValueError`` unless the two have the same names, dtypes and shapes."""
+    fit = "do not fit the model's settings"
+    for name in sorted(wanted.keys() - state.keys()):
+        raise ValueError(f"the saved tensors {fit}: {name!r} is missing")
+    for name in sorted(state.keys() - wanted.keys()):
+        raise ValueError(f"the saved tensors {fit}: {name!r} is too many")
+    for name, tensor in wanted.items():
+        for what in ("dtype", "shape"):
+            ours, theirs = getattr(tensor, what), getattr(state[name], what)
+            if ours != theirs:
+                ours, theirs = (str(list(v) if what == "shape" else v) for v in (ours, theirs))
+                raise ValueError(f"the saved tensors {fit}: {name!r} is of {what} {theirs}, not {ours}")
 
 
 # Messages ---------------------------------------------------------------------------------------------------
@@ -161,4 +196,12 @@ def shown(value: Any, limit: int = 60) -> str:
     if isinstance(value, int) and value.bit_length() > 200:
         return f"a number of {value.bit_length()} bits"
     text = f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def one_line(text: str, limit: int = 2500) -> str:
+    """The text in one line without control characters, cut where it is long."""
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split())
+    )
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from lunet_fast.bench import claims, contenders, layers, stacks
+from lunet_fast.bench import cached, claims, contenders, layers, stacks
 from lunet_fast.bench.contest import CheckFailed, Contest, Spec, compete, time_in_turn
 from lunet_fast.bench.machine import Rates, measure_rates, peak_bytes
 
@@ -158,6 +158,17 @@ def test_band_is_that_of_a_textbook() -> None:
     found = claims.fit(xs.exp().tolist(), ys.exp().tolist())
     assert found.exponent == pytest.approx(float(solution[1]))
     assert found.band == pytest.approx(4.303 * float(variance.sqrt()))
+
+
+# --- parameters that stay as they are ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", cached.OPERATIONS)
+def test_every_layer_with_kept_matrices_is_right(what: str) -> None:
+    contest = cached.build(Spec("cached", what, 12, 40), CPU)
+    contest.check()
+    assert not contest.missing
+    assert set(contest.runs) == set(cached.CONTENDERS)
 
 
 # --- flows ----------------------------------------------------------------------------------------------

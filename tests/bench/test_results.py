@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lunet_fast.bench import claims, layers, plots, results, stacks
+from lunet_fast.bench import cached, claims, layers, plots, results, stacks
 from lunet_fast.bench.contest import Contest, Spec
 from lunet_fast.cli import app
 
@@ -30,7 +30,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     def of_stacks(scale: str) -> list[Spec]:
         return [Spec("stacks", what, 6, 5, "M = 2") for what in stacks.OPERATIONS]
 
-    for module, specs in ((layers, of_layers), (claims, of_claims), (stacks, of_stacks)):
+    def of_cached(scale: str) -> list[Spec]:
+        return [Spec("cached", what, 8, 4) for what in cached.OPERATIONS]
+
+    suites = ((layers, of_layers), (cached, of_cached), (claims, of_claims), (stacks, of_stacks))
+    for module, specs in suites:
         monkeypatch.setattr(module, "specs", specs)
     monkeypatch.setattr(results, "measure_rates", lambda *a: results.Rates(1e11, 1e10))
 
@@ -39,7 +43,7 @@ def run(suite: str) -> results.Result:
     return results.run_suite(suite, "quick", CPU, torch.float32, seconds=0.0)
 
 
-@pytest.mark.parametrize("suite", ["layers", "claims", "stacks"])
+@pytest.mark.parametrize("suite", ["layers", "cached", "claims", "stacks"])
 def test_a_run_survives_being_saved(suite: str, tmp_path: Path) -> None:
     result = run(suite)
     path = result.save(tmp_path / "result.json")

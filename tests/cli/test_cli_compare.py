@@ -28,9 +28,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Measured in this process, instead of one each: what and with which seed."""
     calls: list[tuple[str, int]] = []
 
-    def in_this_process(data: Path, key: str, seed: int) -> dict[str, Any]:
+    def in_this_process(data: Path, key: str, seed: int, split: str) -> dict[str, Any]:
         calls.append((key, seed))
-        return measure(pickle.loads(data.read_bytes()), key, seed)
+        return measure(pickle.loads(data.read_bytes()), key, seed, split)
 
     monkeypatch.setattr(comparing, "_in_a_process", in_this_process)
     return calls
@@ -67,10 +67,26 @@ def test_lists(csv: Path, tmp_path: Path, measured: list[tuple[str, int]], words
     assert measured == [("biases", 0), ("biases", 3), ("popularity", 0), ("popularity", 3)]
 
 
+def test_by_one_time(tmp_path: Path, measured: list[tuple[str, int]]) -> None:
+    frame = latent_frame()
+    frame["timestamp"] = range(1, len(frame) + 1)
+    frame.to_csv(tmp_path / "films.csv", index=False)
+    words = ["--split", "time", "--methods", "popularity", "ease", "-d", tmp_path / "films.csv"]
+    result = run("compare", *words, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "By the time since the user's last training rating" in result.output
+    content = json.loads((tmp_path / "out" / "compare-films-time.json").read_text())
+    assert content["split"] == "time"
+    assert "--split time" in content["command"]
+    refused = run("compare", "--split", "time", "--methods", "biases", *words[5:], "-o", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert "split='time'isforthosethatrank" in squeezed(refused.output)
+
+
 def test_all_methods_by_default(csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def outcome(data: Path, key: str, seed: int) -> dict[str, Any]:
+    def outcome(data: Path, key: str, seed: int, split: str) -> dict[str, Any]:
         asked.append(key)
         return {"missing": "pip install it"} if key == "mf" else {"error": "why"}
 
@@ -102,7 +118,7 @@ class TestInteractions:
     def test_are_ranked(self, clicks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[str] = []
 
-        def outcome(data: Path, key: str, seed: int) -> dict[str, Any]:
+        def outcome(data: Path, key: str, seed: int, split: str) -> dict[str, Any]:
             asked.append(key)
             if METHODS[key].is_lu_net:
                 return {"error": "not now"}
@@ -163,7 +179,7 @@ class TestRefused:
 
 
 def test_interrupted(csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(data: Path, key: str, seed: int) -> dict[str, Any]:
+    def interrupt(data: Path, key: str, seed: int, split: str) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(comparing, "_in_a_process", interrupt)

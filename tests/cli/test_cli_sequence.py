@@ -60,6 +60,9 @@ def test_commands_on_the_run(folder: Path) -> None:
     values = json.loads((folder / "run" / "metrics.json").read_text())
     found = json.loads(evaluated.stdout)
     assert found["full_ndcg@10"] == values["full_ndcg@10"]
+    assert found["by_gap"] == values["by_gap"]
+    assert found["by_gap"].keys() == {"up to a minute"}
+    assert "up to a minute" in run("evaluate", "--run", folder / "run").output
     for command in (["predict", "--user", 1, "--item", 2], ["export", "--out", folder / "vectors"]):
         refused = run(*command, "--run", folder / "run")
         assert refused.exit_code != 0
@@ -76,7 +79,7 @@ def test_a_file_without_ratings(folder: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--gamma", 0.5], "gamma"),
-        (["--members", 2], "members"),
+        (["--gamma", 0.5, "--members", 2], "gamma"),
         (["--no-order", "--length", 500, "--batch-size", 100], "length=500"),
         (["--train-file", "a", "--test-file", "b"], "--recipe sequence"),
         (["--stream"], "--recipe sequence"),
@@ -94,3 +97,40 @@ def test_options_of_this_recipe_elsewhere(folder: Path, tmp_path: Path) -> None:
     result = run("train", "-d", folder / "steps.csv", "-o", tmp_path / "x", "--length", 6)
     assert result.exit_code == 2
     assert "length" in result.output
+
+
+@pytest.mark.parametrize("option", ["--text", "--social", "--weight-column"])
+def test_further_sources_are_of_this_recipe(folder: Path, tmp_path: Path, option: str) -> None:
+    result = run("train", "-d", folder / "steps.csv", "-o", tmp_path / "x", option, "whatever")
+    assert result.exit_code == 2
+    assert squeezed(f"{option} is for --recipe sequence") in squeezed(result.output)
+    assert not (tmp_path / "x").exists()
+
+
+def test_every_source(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    films = pd.DataFrame({"item": range(32), "about": [f"place {i // 4} of many" for i in range(32)]})
+    films.to_csv(tmp_path / "films.csv", index=False)
+    ties = pd.DataFrame({"user": range(40), "friend": [(u + 2) % 40 for u in range(40)]})
+    ties.to_csv(tmp_path / "ties.csv", index=False)
+    frame().assign(plays=3).to_csv(tmp_path / "plays.csv", index=False)
+    command = ["train", "-d", tmp_path / "plays.csv", "-o", tmp_path / "run", "-r", "sequence", *SHORT]
+    command += ["--text", tmp_path / "films.csv", "--text-column", "about", "--social", tmp_path / "ties.csv"]
+    command += ["--weight-column", "plays", "--members", 2, "--elapsed"]
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["text"], config["social"], config["elapsed"]) == (True, True, True)
+    assert (config["confidence"], config["members"], config["items"]) == (1.0, 2, 32)
+    evaluated = run("evaluate", "--run", tmp_path / "run", "--json")
+    assert evaluated.exit_code == 0, evaluated.output
+    values = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert json.loads(evaluated.stdout)["full_ndcg@10"] == values["full_ndcg@10"]
+    late = run("recommend", "--run", tmp_path / "run", "--user", 3, "--at", 2_000_000, "--format", "csv")
+    soon = run("recommend", "--run", tmp_path / "run", "--user", 3, "--format", "csv")
+    assert late.exit_code == soon.exit_code == 0
+    assert late.stdout != soon.stdout
+    too_early = run("recommend", "--run", tmp_path / "run", "--user", 3, "--at", 5)
+    assert too_early.exit_code == 2
+    assert "at=5 is before" in too_early.output
+    assert "nothing to do" in run(*command, "--resume").output

@@ -191,7 +191,7 @@ class TestRefusals:
         ("options", "message"),
         [
             (["--recipe", "good"], "recipe='good' is unknown: choose one of paper, best"),
-            (["--split", "time"], "split='time' is unknown"),
+            (["--split", "weekly"], "split='weekly' is unknown"),
             (["--epochs", "0"], "epochs=0 must be a whole number from 1 to 1000000"),
             (["--dropout", "1.5"], "dropout=1.5"),
             (["--seed", "-1"], "seed=-1"),

@@ -23,22 +23,13 @@ from tests.ptx.launch import Run, executed
 
 FORWARD, INVERSE = "forward_and_logabsdet", "inverse_and_logabsdet"
 
-#: (kernel, what the machine finds): why it does no harm.
-HARMLESS = {
-    (
-        "inverse_product_kernel",
-        "write after read, two warps or programs",
-    ): "every warp loads the log-determinants of all rows, and uses those that it alone stores back",
-}
-
 
 def findings(runs: list[Run]) -> list[str]:
-    """What was wrong with these launches, harmless races apart."""
+    """What was wrong with these launches."""
     return [
         f"{run.launch.kernel}, grid {run.grid}: {kind}: {text}"
         for run in runs
         for kind, text in run.findings.each()
-        if not any(run.launch.kernel == kernel and what in kind for kernel, what in HARMLESS)
     ]
 
 

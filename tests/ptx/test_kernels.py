@@ -9,11 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.gpu.common import normwise
 from tests.ptx.cases import CASES, SCORES, findings
-from tests.ptx.launch import kernels
+from tests.ptx.launch import executed, kernels
 
 pytest.importorskip("triton")
+
+from lunet_fast.kernels.layer import layer_forward
 
 ARCHITECTURES = (80, 90)
 
@@ -38,6 +42,19 @@ def test_against_float64_and_without_findings(case: Any, architecture: int) -> N
     assert findings(runs) == []
     wrong = [f"{what}: {error:.2e} > {limit:.2e}" for what, error, limit in errors if not error <= limit]
     assert wrong == [], f"{case}, sm_{architecture}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tf32_is_rounded_to_nearest(architecture: int) -> None:
+    """A cut would be wrong by 7e-4, and as biased; where nothing cancels, roundings to nearest do."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, 96, 64, generator=generator)
+    weight = torch.rand(1, 64, 64, generator=generator) / 64
+    with executed(architecture=architecture):
+        found, _, _ = layer_forward(x, weight, None, None, logabsdet=False, save=False, precision="tf32")
+    exact = x.double() @ weight.double().mT
+    assert normwise(found, exact) <= 3.2e-4
+    assert abs(float((found - exact).mean() / exact.mean())) <= 1e-5
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

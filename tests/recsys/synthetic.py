@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
+import torch
 
 from lunet_fast.recsys.data.ratings import Ratings, from_frame
 from lunet_fast.recsys.model.config import TrainConfig
@@ -71,6 +74,16 @@ def cyclic_ratings(users: int = 40, items: int = 30, each: int = 12, seed: int =
         }
     )
     return from_frame(frame.sample(frac=1, random_state=seed), scale=(1, 5), name="cyclic")
+
+
+def paused_ratings() -> Ratings:
+    """:func:`cyclic_ratings`, the last rating of every user of an even number ten days after the others."""
+    ratings = cyclic_ratings()
+    assert ratings.timestamp is not None
+    time = ratings.timestamp
+    latest = torch.zeros(ratings.n_users, dtype=torch.int64).scatter_reduce(0, ratings.user, time, "amax")
+    late = (time == latest[ratings.user]) & (ratings.user % 2 == 0)
+    return replace(ratings, timestamp=time + 864_000 * late, name="paused")
 
 
 def quick_sequence_config(**changes: object) -> SequenceConfig:

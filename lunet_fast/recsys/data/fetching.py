@@ -59,6 +59,7 @@ def pip_download(wheel: Wheel) -> bytes:
         try:
             done = subprocess.run(
                 command,
+                cwd=folder,  # which -m looks for modules in first; it is empty and nobody else's
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,

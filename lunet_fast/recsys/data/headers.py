@@ -62,7 +62,7 @@ def usual_column(source: str, names: Sequence[str], role: str, taken: Collection
     ``RatingFileError`` where two columns have the same such name.
     """
     plain = [plain_name(name) for name in names]
-    for usual in USUAL[role]:
+    for usual in USUAL.get(role, ()):
         found = [k for k, name in enumerate(plain) if name == usual and k not in taken]
         if len(found) > 1:
             both = " and ".join(repr(names[k]) for k in found[:2])

@@ -18,6 +18,13 @@ GAP_SECONDS = (1, 61, 3601, 86_401, 30 * 86_400)
 days, more."""
 GAPS = len(GAP_SECONDS) + 2
 """Classes of time since the rating before: those of GAP_SECONDS, and the last one, unknown."""
+ELAPSED = (0, 0, 0, 1, 2, 3, 0)
+"""What a request says of the time since a user's last rating, by the class of gaps: within an hour or
+unknown, within a day, within 30 days, or longer. Nothing finer: a held-out rating is its own request, and
+that it was given in the same second as the one before is known afterwards alone."""
+ELAPSED_CLASSES = 4
+GAP_NAMES = ("same second", "up to a minute", "up to an hour", "up to a day", "over a day")
+"""What results by class are called; those of more than a day, which few users are in, are one."""
 
 
 def time_keys(ratings: Ratings) -> tuple[Int64Array, Int64Array]:
@@ -73,6 +80,25 @@ def by_time(ratings: Ratings, seed: int) -> Int64Array:
     place, known = time_keys(ratings)
     order: Int64Array = np.lexsort((draw, known, place, user))
     return order
+
+
+def gaps_since(before: Ratings, latest: Ratings) -> npt.NDArray[np.uint8]:
+    """The class of the time since a user's last rating in ``before``, uint8 ``[H]``, of rows that follow it.
+
+    ``latest`` has at most one row of a user, of the same ids, and none is older than those in ``before``: one
+    that ties with any is of the class of the same second. O(N log N).
+    """
+    parts = (before, latest)
+    user = np.concatenate([part.user.cpu().numpy() for part in parts])
+    keys = [time_keys(part) for part in parts]
+    place, known = (np.concatenate([key[n] for key in keys]) for n in (0, 1))
+    time = np.concatenate(
+        [np.zeros(len(p), np.int64) if p.timestamp is None else p.timestamp.cpu().numpy() for p in parts]
+    )
+    order = np.lexsort((np.arange(len(user)) >= len(before), known, place, user))
+    found = np.empty(len(user), dtype=np.uint8)
+    found[order] = gap_classes(user[order], time[order])
+    return found[len(before) :]
 
 
 def gap_classes(user: Int64Array, time: Int64Array) -> npt.NDArray[np.uint8]:

@@ -33,10 +33,20 @@ from lunet_fast.recsys.data.values import (
     rating_values,
     refuse_duplicates,
     timestamp_values,
+    weight_values,
 )
 from lunet_fast.recsys.data.zipped import table_in
 
-__all__ = ["IdMap", "RatingFileError", "Ratings", "from_frame", "parse_text", "read_ratings", "read_table"]
+__all__ = [
+    "IdMap",
+    "RatingFileError",
+    "Ratings",
+    "Ties",
+    "from_frame",
+    "parse_text",
+    "read_ratings",
+    "read_table",
+]
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".inter": "\t", ".dat": "::"}
 JSON = (".json", ".jsonl", ".ndjson")
@@ -56,6 +66,16 @@ _HISTOGRAM_VALUES = 100
 _HISTOGRAM_BINS = 10
 
 
+@dataclass(frozen=True, eq=False)
+class Ties:
+    """E directed ties between users: ``user`` knows or trusts ``friend``, indices int64 [E], with ``weight``
+    above 0, float32 [E]."""
+
+    user: torch.Tensor
+    friend: torch.Tensor
+    weight: torch.Tensor
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Ratings(TwoIdMaps):
     """N ratings of items by users.
@@ -66,7 +86,9 @@ class Ratings(TwoIdMaps):
     ``genres``, the latter separated by "|") and ``user_info`` are aligned to the indices, None where the
     source has none. ``source`` says where the rows were read. ``position``, int64 [N], is a row's place among
     the user's ratings in order of time, equal for those of one second, from sources that know it of rows of
-    unknown time; else None.
+    unknown time; else None. ``weight``, float32 [N] above 0, is how often a row's choice was made (plays,
+    clicks). ``item_text``, float32 [n_items, T], is what items are described by
+    (:func:`~.texts.with_text`), ``friends`` the ties between users (:func:`~.ties.with_friends`).
     """
 
     name: str
@@ -81,6 +103,9 @@ class Ratings(TwoIdMaps):
     user_info: pd.DataFrame | None = None
     source: str = ""
     position: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    item_text: torch.Tensor | None = None
+    friends: Ties | None = None
     reading: dict[str, Any] | None = None
     """The arguments of :func:`read_ratings` that read these from their file again, ``scale`` aside; None for
     other sources."""
@@ -94,17 +119,19 @@ class Ratings(TwoIdMaps):
             ("rating", torch.float32),
             ("timestamp", torch.int64),
             ("position", torch.int64),
+            ("weight", torch.float32),
         ]
         for field, dtype in expected:
             tensor = getattr(self, field)
-            if tensor is None and field in ("timestamp", "position"):
+            if tensor is None and field in ("timestamp", "position", "weight"):
                 continue
             if tensor.dtype != dtype or tensor.shape != (len(self),):
                 raise ValueError(
                     f"{field} must be a {dtype} tensor of shape [{len(self)}], "
                     f"got {tensor.dtype} {list(tensor.shape)}"
                 )
-        for field, count in (("item_info", self.n_items), ("user_info", self.n_users)):
+        rows = (("item_info", self.n_items), ("user_info", self.n_users), ("item_text", self.n_items))
+        for field, count in rows:
             info = getattr(self, field)
             if info is not None and len(info) != count:
                 raise ValueError(f"{field} must have {count} rows, one for each index, got {len(info)}")
@@ -127,6 +154,7 @@ class Ratings(TwoIdMaps):
             rating=self.rating[rows],
             timestamp=None if self.timestamp is None else self.timestamp[rows],
             position=None if self.position is None else self.position[rows],
+            weight=None if self.weight is None else self.weight[rows],
         )
 
     def describe(self) -> dict[str, Any]:
@@ -167,6 +195,7 @@ def read_ratings(
     item: str = "item",
     rating: str | None = "rating",
     timestamp: str | None = "timestamp",
+    weight: str | None = None,
     scale: tuple[float, float] | None = None,
     sep: str | None = None,
     header: bool = True,
@@ -185,8 +214,9 @@ def read_ratings(
     ``"`` where the separator is one character. A header name of a ``.inter`` file loses its ``:type``. Blank
     lines are skipped.
 
-    ``user``, ``item``, ``rating`` and ``timestamp`` name the columns; by default they are those that are
-    usually called so (:data:`~.headers.USUAL`). Other columns are ignored, and the timestamp may be absent.
+    ``user``, ``item``, ``rating``, ``timestamp`` and ``weight`` name the columns; by default they are those
+    that are usually called so (:data:`~.headers.USUAL`), and no weight. Other columns are ignored, and the
+    timestamp may be absent. A weight is a number above 0.
     Without ratings, ``rating=None``, each row is an interaction (a click, a purchase): its rating is 1, and
     of several rows of a pair the latest counts. Ratings may have decimal commas, or all be true and false. A
     timestamp is a number of Unix seconds (or milli-, micro-, nanoseconds) or an ISO date (``2020-01-31``,
@@ -210,6 +240,7 @@ def read_ratings(
     file = Path(path)
     _check_scale(scale)
     columns: dict[str, Any] = {"user": user, "item": item, "rating": rating, "timestamp": timestamp}
+    columns["weight"] = weight
     table = read_table(file, sep, header=header, **columns)
     ratings = _ratings(table, file.name, str(file), scale, users, items, duplicates)
     columns |= {role: column.name for role, column in table.columns.items()}
@@ -224,6 +255,7 @@ def from_frame(
     item: str = "item",
     rating: str | None = "rating",
     timestamp: str | None = "timestamp",
+    weight: str | None = None,
     scale: tuple[float, float] | None = None,
     duplicates: str = "error",
     users: IdMap | None = None,
@@ -232,7 +264,7 @@ def from_frame(
 ) -> Ratings:
     """The ratings in a data frame; arguments, rules and errors as :func:`read_ratings`, rows from 1."""
     _check_scale(scale)
-    columns = by_role(user=user, item=item, rating=rating, timestamp=timestamp)
+    columns = by_role(user=user, item=item, rating=rating, timestamp=timestamp, weight=weight)
     return _ratings(frame_table(name, frame, columns), name, "a data frame", scale, users, items, duplicates)
 
 
@@ -303,6 +335,7 @@ def _ratings(
     item, items = indices(table, "item", items)
     rating = rating_values(table, scale) if "rating" in table.columns else None
     timestamp = timestamp_values(table) if "timestamp" in table.columns else None
+    weight = weight_values(table) if "weight" in table.columns else None
     if rating is not None and duplicates == "error":
         refuse_duplicates(table, user, item, users, items)
     else:
@@ -316,6 +349,7 @@ def _ratings(
             rating = of_each_pair(user, item, rating, latest, duplicates)
         user, item = user[latest], item[latest]
         timestamp = None if timestamp is None else timestamp[latest]
+        weight = None if weight is None else weight[latest]
     bounds = (
         (float(rating.min()), float(rating.max())) if scale is None else (float(scale[0]), float(scale[1]))
     )
@@ -330,6 +364,7 @@ def _ratings(
         scale=bounds,
         source=source,
         notes=tuple(table.notes),
+        weight=None if weight is None else torch.from_numpy(weight),
     )
 
 

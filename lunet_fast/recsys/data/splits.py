@@ -31,9 +31,10 @@ __all__ = [
     "leave_one_out",
     "per_user_split",
     "random_split",
+    "time_split",
 ]
 
-SplitName = Literal["random", "per-user", "files", "leave-one-out", "joint"]
+SplitName = Literal["random", "per-user", "files", "leave-one-out", "joint", "time"]
 
 _NO_ROWS: Int64Array = np.empty(0, dtype=np.int64)
 
@@ -132,6 +133,48 @@ def joint_split(ratings: Ratings, seed: int, test_fraction: float = 0.2) -> Spli
     return _split(n, "joint", seed, test=test, held_out=held_out)
 
 
+def time_split(ratings: Ratings, seed: int, test_fraction: float = 0.2) -> Split:
+    """Divides all rows at one time: what came before it trains, and nothing of what came later.
+
+    The time is the earliest that leaves at most floor(test_fraction * N + 1/2) rows at it or after it; rows
+    of one second are on one side. Of each user with rows on both sides the first later one is held out, drawn
+    as in :func:`leave_one_out` where several tie for it; all other later rows are the test part, those of
+    users without a training row among them.
+
+    ValueError as :func:`random_split`, where the time of any row is unknown, where all rows are of one time,
+    and where no user has rows on both sides. O(N log N).
+    """
+    _check(seed, test_fraction, "test_fraction")
+    n = len(ratings)
+    time = np.zeros(n, dtype=np.int64) if ratings.timestamp is None else ratings.timestamp.cpu().numpy()
+    unknown = int((time == 0).sum())
+    if unknown:
+        raise ValueError(
+            f"a split by time needs the time of every rating, and {unknown} of the {n} of {ratings.name} "
+            "have none: use leave_one_out, which needs the order of each user's ratings alone"
+        )
+    ascending = np.sort(time)
+    first_later = max(n - _rounded(test_fraction * n), 1)
+    later_times = ascending[first_later:][ascending[first_later:] > ascending[first_later - 1]]
+    if not len(later_times):
+        raise ValueError(
+            f"test_fraction={test_fraction} leaves no time that divides the {n} ratings of {ratings.name}: "
+            "their last ones are of one second; choose a larger fraction"
+        )
+    later = np.flatnonzero(time >= later_times[0])
+    user = ratings.user.cpu().numpy()
+    known = np.zeros(ratings.n_users, dtype=bool)
+    known[user[time < later_times[0]]] = True
+    later_of_known = later[known[user[later]]]
+    order = later_of_known[
+        np.lexsort((_draws(ratings, seed)[later_of_known], time[later_of_known], user[later_of_known]))
+    ]
+    held_out = order[np.flatnonzero(np.diff(user[order], prepend=-1))]
+    if not len(held_out):
+        raise ValueError(f"no user of {ratings.name} has ratings before and after the time of the split")
+    return _split(n, "time", seed, test=np.setdiff1d(later, held_out), held_out=held_out)
+
+
 def draw_candidates(ratings: Ratings, held_out: torch.Tensor, seed: int, count: int = 100) -> torch.Tensor:
     """For each held-out row, ``count`` distinct items that its user has not rated; int64 ``[H, count]``.
 
@@ -192,7 +235,8 @@ def join(train: Ratings, test: Ratings) -> tuple[Ratings, Ratings]:
     """The training and the test part of a data set that came as two files, both indexed by the ids of both.
 
     The scale of each covers both; a timestamp that only one of them has is 0 (unknown) in the other;
-    ``item_info`` and ``user_info`` are kept where they belong to exactly the ids of both together. ValueError
+    ``item_info`` and ``user_info`` are kept where they belong to exactly the ids of both together; texts and
+    ties are not, and are to be read for the joined parts. ValueError
     where a (user, item) pair is in both files: training would know its rating. O(N log N).
     """
     users, items = _union(train.users, test.users), _union(train.items, test.items)
@@ -224,6 +268,8 @@ def join(train: Ratings, test: Ratings) -> tuple[Ratings, Ratings]:
                 users=users,
                 items=items,
                 scale=(min(train.scale[0], test.scale[0]), max(train.scale[1], test.scale[1])),
+                item_text=None,
+                friends=None,
                 item_info=item_info[0] if item_info else None,
                 user_info=user_info[0] if user_info else None,
             )
@@ -270,11 +316,9 @@ def _random_part(n: int, seed: int, fraction: float) -> Int64Array:
 def _most_recent(ratings: Ratings, seed: int) -> Int64Array:
     """The row that :func:`leave_one_out` holds out, for each user with 2 rows or more."""
     n = len(ratings)
-    user, item = ratings.user.cpu().numpy(), ratings.item.cpu().numpy()
+    user = ratings.user.cpu().numpy()
     place, known = time_keys(ratings)
-    draw = np.empty(n, dtype=np.int64)
-    draw[np.lexsort((item, user))] = np.random.default_rng((seed, 2)).permutation(n)
-    order = np.lexsort((draw, known, place, user))
+    order = np.lexsort((_draws(ratings, seed), known, place, user))
     counts = np.bincount(user)
     last = order[np.cumsum(counts)[counts >= 2] - 1]
     if not len(last):
@@ -282,6 +326,14 @@ def _most_recent(ratings: Ratings, seed: int) -> Int64Array:
             f"no user of these {n} ratings has 2 rows, one to hold out and one to train on: use random_split"
         )
     return last
+
+
+def _draws(ratings: Ratings, seed: int) -> Int64Array:
+    """A number for each row, by which ties are decided; fixed by the seed and the (user, item) pairs."""
+    user, item = ratings.user.cpu().numpy(), ratings.item.cpu().numpy()
+    draw = np.empty(len(user), dtype=np.int64)
+    draw[np.lexsort((item, user))] = np.random.default_rng((seed, 2)).permutation(len(user))
+    return draw
 
 
 def _split(

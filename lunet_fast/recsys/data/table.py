@@ -51,7 +51,7 @@ class Table:
 
     source: str
     columns: dict[str, Column]
-    """By role: ``user``, ``item``, ``rating``, ``timestamp``."""
+    """By role: ``user``, ``item``, ``rating``, ``timestamp``, ``weight``."""
     places: Int64Array
     """``[N]``, the line (or row) of the source, from 1."""
     unit: str
@@ -102,7 +102,7 @@ def by_role(**columns: str | None) -> dict[str, str | None]:
     for role, name in columns.items():
         if name is not None and names.count(name) > 1:
             raise ValueError(
-                f"user, item, rating and timestamp must be different columns, got {role}={name!r} twice"
+                f"roles must have different columns, got {role}={name!r}, which is another one's too"
             )
     return columns
 
@@ -132,7 +132,7 @@ def used_columns(
             raise RatingFileError(
                 f"{source}, line 1: the column {name!r} ({role}) occurs {names.count(name)} times"
             )
-        elif role != "timestamp" and not (role == "rating" and name is None):
+        elif role != "timestamp" and not (role in ("rating", "weight") and name is None):
             listed = ", ".join(repr(n if len(n) <= 40 else n[:37] + "...") for n in names[:30])
             also = (
                 " (interactions without ratings are read with rating=None, --gamma 0 on the command line)"

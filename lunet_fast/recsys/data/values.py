@@ -47,10 +47,24 @@ def indices(table: Table, role: str, given: IdMap | None) -> tuple[Int64Array, I
     return place[column.codes], ids
 
 
+def weight_values(table: Table) -> npt.NDArray[np.float32]:
+    """The weights, float32 ``[N]``: finite numbers above 0."""
+    values = _numbers(table, "weight", None)
+    column = table.columns["weight"]
+    low = [k for k in range(len(column.texts)) if not values[k] > 0]
+    if low:
+        table.fail("weight", low, "{text} is not above 0: leave out rows that do not count")
+    return values[column.codes]
+
+
 def rating_values(table: Table, scale: tuple[float, float] | None) -> npt.NDArray[np.float32]:
     """The ratings, float32 ``[N]``: finite numbers, within ``scale`` where it is given."""
-    column = table.columns["rating"]
-    texts = _numbers_as_written(table, column.texts)
+    return _numbers(table, "rating", scale)[table.columns["rating"].codes]
+
+
+def _numbers(table: Table, role: str, scale: tuple[float, float] | None) -> npt.NDArray[np.float32]:
+    """The finite numbers of a column's distinct texts."""
+    texts = _numbers_as_written(table, role)
     missing, text_in_number, not_finite, outside = (list[int]() for _ in range(4))
     values = np.zeros(len(texts), dtype=np.float64)
     for k, text in enumerate(texts):
@@ -65,28 +79,29 @@ def rating_values(table: Table, scale: tuple[float, float] | None) -> npt.NDArra
         else:
             (text_in_number if text else missing).append(k)
     if missing:
-        table.fail("rating", missing, "is missing: give every row a number")
+        table.fail(role, missing, "is missing: give every row a number")
     if text_in_number:
-        table.fail("rating", text_in_number, "{text} is not a number")
+        table.fail(role, text_in_number, "{text} is not a number")
     if not_finite:
-        table.fail("rating", not_finite, "{text} is not a finite number (as float32)")
+        table.fail(role, not_finite, "{text} is not a finite number (as float32)")
     if outside and scale is not None:
-        table.fail("rating", outside, f"{{text}} is outside the scale {scale[0]:g} to {scale[1]:g}")
-    return values.astype(np.float32)[column.codes]
+        table.fail(role, outside, f"{{text}} is outside the scale {scale[0]:g} to {scale[1]:g}")
+    return values.astype(np.float32)
 
 
-def _numbers_as_written(table: Table, texts: list[str]) -> list[str]:
-    """The texts of ratings with decimal points and 0 and 1 for what all are: decimal commas, or booleans."""
+def _numbers_as_written(table: Table, role: str) -> list[str]:
+    """The texts of a column with decimal points for commas, and 0 and 1 where all are false and true."""
+    texts = table.columns[role].texts
     if texts and all(text.lower() in _BOOLEANS for text in texts):
-        table.notes.append(f"{table.source}: ratings are true and false, read as 1 and 0")
+        table.notes.append(f"{table.source}: {role}s are true and false, read as 1 and 0")
         return [_BOOLEANS[text.lower()] for text in texts]
     commas = [text for text in texts if _DECIMAL_COMMA.fullmatch(text)]
     if not commas or any("." in text for text in texts):
         return texts
     if all(_THOUSANDS.fullmatch(text) for text in commas):
         bad = [k for k, text in enumerate(texts) if text in commas]
-        table.fail("rating", bad, "{text} has a comma for decimals or thousands: write it without")
-    table.notes.append(f"{table.source}: ratings have decimal commas")
+        table.fail(role, bad, "{text} has a comma for decimals or thousands: write it without")
+    table.notes.append(f"{table.source}: {role}s have decimal commas")
     return [text.replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else text for text in texts]
 
 

@@ -36,6 +36,7 @@ from lunet_fast.recsys.evaluation.fitted import (
     shape_of,
 )
 from lunet_fast.recsys.evaluation.sequence_ease import sequence_ease
+from lunet_fast.recsys.evaluation.sequence_networks import gru4rec, sasrec
 from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.mlp import MLPModel
 from lunet_fast.recsys.model.training import control_objective, control_optimizer
@@ -200,4 +201,6 @@ BASELINES: dict[str, Baseline] = {
     "als": Baseline("ALS", "implicit", ("ranking",), adapters.als),
     "ease": Baseline("EASE", "ours", ("ranking",), _ease),
     "sequence-ease": Baseline("EASE of ordered histories", "ours", ("ranking",), sequence_ease),
+    "gru4rec": Baseline("GRU4Rec", "ours", ("ranking",), gru4rec),
+    "sasrec": Baseline("SASRec", "ours", ("ranking",), sasrec),
 }

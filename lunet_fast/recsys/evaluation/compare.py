@@ -3,7 +3,7 @@
 Every method is trained and measured in a process of its own, so that its memory is its own and a crash is
 one row of the table.
 
-    python -m lunet_fast.recsys.evaluation.compare RATINGS METHOD SEED OUTCOME
+    python -m lunet_fast.recsys.evaluation.compare RATINGS METHOD SEED SPLIT OUTCOME
 
 is that process: it reads pickled ratings and writes a JSON object.
 """
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 import lunet_fast
+from lunet_fast.recsys.data.order import GAP_NAMES
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.evaluation.baselines import BASELINES, missing
 from lunet_fast.recsys.measures import metrics
@@ -48,6 +49,9 @@ COSTS = ("reconstruction_error_relative", "train_seconds", "peak_memory_mb", "pa
 
 #: What is averaged over the seeds, in the order of tables.
 FIGURES = (*RATING_FIGURES, *RANKING_FIGURES, *COSTS)
+
+#: What rankings may be measured on.
+SPLITS = ("leave-one-out", "time")
 
 #: A process that computes on one thread, whatever library does the arithmetic.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -78,9 +82,12 @@ class Method:
         """``rating``, ``ranking`` or ``both``."""
         return "both" if len(self.kinds) == 2 else self.kinds[0]
 
-    def config(self, n_ratings: int, seed: int) -> TrainConfig | SequenceConfig:
-        """The settings of a LU-Net row for data of ``n_ratings`` ratings."""
-        return settings_of(self.recipe, n_ratings, seed=seed, **dict(self.overrides))
+    def config(self, n_ratings: int, seed: int, split: str = "leave-one-out") -> TrainConfig | SequenceConfig:
+        """The settings of a LU-Net row for data of ``n_ratings`` ratings, ``split`` that of rankings."""
+        overrides = dict(self.overrides)
+        if self.kind == "ranking":
+            overrides["split"] = split
+        return settings_of(self.recipe, n_ratings, seed=seed, **overrides)
 
 
 def _lu_net(name: str, *kinds: str, recipe: str = "best", **overrides: Any) -> Method:
@@ -108,13 +115,19 @@ METHODS: dict[str, Method] = {
     "lunet-sequence-identity": _lu_net(
         "The same with f = identity", "ranking", recipe=SEQUENCE, network="identity"
     ),
+    "lunet-sequence-elapsed": _lu_net(
+        "The same, told when it is asked", "ranking", recipe=SEQUENCE, elapsed=True
+    ),
 }
 
 #: The row whose model was told of the held-out pairs: it is no contender.
 LEAKY = "lunet-leaky"
 
 
-ORDERED = {"sequence-ease", "lunet-sequence", "lunet-sequence-identity"}
+ORDERED = {
+    *("sequence-ease", "gru4rec", "sasrec"),
+    *("lunet-sequence", "lunet-sequence-identity", "lunet-sequence-elapsed"),
+}
 """The rows whose methods read the order of a user's ratings."""
 
 
@@ -126,11 +139,15 @@ class Comparison:
     versions: dict[str, str]
     """Of the packages that are installed."""
     dataset: str
+    split: str
+    """Of the methods that rank: ``leave-one-out`` or ``time``."""
     command: str
     seeds: list[int]
     rows: list[dict[str, Any]]
     """One a method: ``key``, ``method``, ``package``, ``kind``, ``seeds`` that its figures are the means of,
     ``FIGURES`` where they apply, each with its standard deviation ``..._sd`` where there are two seeds;
+    ``by_gap``, of rankings, is :attr:`~lunet_fast.recsys.measures.protocols.Ranking.gaps`, means over the
+    users of all seeds, and ``users`` their number;
     ``missing`` or ``error`` says why there are none."""
     runs: list[dict[str, Any]]
     """One a method and seed that is finished, also of methods that were not asked for this time: ``key``,
@@ -142,6 +159,7 @@ def compare(
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] = (0,),
     *,
+    split: str = "leave-one-out",
     file: Path | None = None,
     command: str = "",
     begun: Callable[[str, int], None] = lambda method, seed: None,
@@ -156,7 +174,10 @@ def compare(
     Args:
         ratings: the complete data, on the CPU. Without distinct ratings (interactions) there is nothing to
             predict.
-        methods: keys of METHODS; by default all that ``ratings`` allow.
+        methods: keys of METHODS; by default all that ``ratings`` and ``split`` allow.
+        split: ``leave-one-out``, or ``time``, :func:`~lunet_fast.recsys.data.splits.time_split`, which is
+            for methods that rank alone: nothing later than what is to be found is trained on, whoever's it
+            is.
         file: JSON file with the finished runs, rewritten whole after each; those that it holds of the same
             data, settings, versions and processor are not repeated, what was missing or failed is.
         command: kept in the result.
@@ -168,14 +189,16 @@ def compare(
         ValueError: an unknown method, one that needs ratings where there are none, no or repeated or negative
             seeds, data that cannot be split, or a ``file`` that holds something else.
     """
-    keys = _chosen(ratings, methods)
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}")
+    keys = _chosen(ratings, methods, split)
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be one or more distinct numbers of at least 0, got {list(seeds)}")
-    for split in sorted({"random" if METHODS[key].kind == "rating" else "leave-one-out" for key in keys}):
-        Parts.of(ratings, split, seeds[0])
+    for each in sorted({"random" if METHODS[key].kind == "rating" else split for key in keys}):
+        Parts.of(ratings, each, seeds[0])
 
     machine = {**describe(), "threads": 1}
-    inputs = _Inputs(ratings, machine["processor"])
+    inputs = _Inputs(ratings, split, machine["processor"])
     runs = {} if file is None else _kept(file, inputs)
     outcomes = {(key, seed): runs[key, seed] for key in keys for seed in seeds if (key, seed) in runs}
     for outcome in outcomes.values():
@@ -184,9 +207,8 @@ def compare(
     def state() -> Comparison:
         rows = [_row(key, [outcomes[key, s] for s in seeds if (key, s) in outcomes]) for key in keys]
         found = [row for row in rows if row]
-        return Comparison(
-            machine, _versions(), ratings.name, command, list(seeds), found, list(runs.values())
-        )
+        kept = list(runs.values())
+        return Comparison(machine, _versions(), ratings.name, split, command, list(seeds), found, kept)
 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "ratings.pickle"
@@ -199,7 +221,7 @@ def compare(
                 if any("missing" in outcome for outcome in earlier):
                     continue
                 begun(key, seed)
-                outcome = {"key": key, "seed": seed, **_in_a_process(data, key, seed)}
+                outcome = {"key": key, "seed": seed, **_in_a_process(data, key, seed, split)}
                 outcomes[key, seed] = outcome
                 if not {"missing", "error"} & outcome.keys():
                     runs[key, seed] = {**outcome, "inputs": inputs.of(key, seed)}
@@ -212,20 +234,25 @@ def compare(
     return result
 
 
-def allowed(ratings: Ratings) -> list[str]:
-    """The keys of the methods that ``ratings`` allow: where all ratings are equal, those that rank."""
-    rated = ratings.scale[0] < ratings.scale[1]
+def allowed(ratings: Ratings, split: str = "leave-one-out") -> list[str]:
+    """The keys of all methods, or of those that rank, where ``split`` is by time or all ratings are equal."""
+    rated = ratings.scale[0] < ratings.scale[1] and split != "time"
     return [key for key, method in METHODS.items() if rated or method.kind == "ranking"]
 
 
-def _chosen(ratings: Ratings, methods: Sequence[str] | None) -> list[str]:
+def _chosen(ratings: Ratings, methods: Sequence[str] | None, split: str) -> list[str]:
     """The keys of ``methods`` in the order of tables."""
-    known = allowed(ratings)
+    known = allowed(ratings, split)
     if methods is None:
         return known
     for key in methods:
         if key not in METHODS:
             raise ValueError(f"methods {key!r} is unknown: choose from {', '.join(METHODS)}")
+        if key not in known and split == "time":
+            raise ValueError(
+                f"methods {key!r} predicts ratings, and split='time' is for those that rank: choose from "
+                f"{', '.join(known)}"
+            )
         if key not in known:
             raise ValueError(
                 f"methods {key!r} learns from ratings, and those of {ratings.name} are all "
@@ -239,8 +266,8 @@ def _chosen(ratings: Ratings, methods: Sequence[str] | None) -> list[str]:
 # --- one method -----------------------------------------------------------------------------------------
 
 
-def measure(ratings: Ratings, key: str, seed: int) -> dict[str, Any]:
-    """One method trained and measured in this process: its FIGURES, or why it is ``missing``.
+def measure(ratings: Ratings, key: str, seed: int, split: str = "leave-one-out") -> dict[str, Any]:
+    """One method trained and measured in this process: its FIGURES and ``by_gap``, or why it is ``missing``.
 
     ``train_seconds`` is without reading, splitting and evaluation; ``peak_memory_mb`` what the process held
     at most while training and evaluating, beyond what it held before with data and packages loaded, in MB of
@@ -249,13 +276,13 @@ def measure(ratings: Ratings, key: str, seed: int) -> dict[str, Any]:
     method = METHODS[key]
     if method.is_lu_net:
         before = reset_peak()
-        config = method.config(len(ratings), seed)
+        config = method.config(len(ratings), seed, split)
         trained = (
             train(ratings, config) if isinstance(config, TrainConfig) else train_sequence(ratings, config)
         )
         values = trained.metrics
         wanted = [name for kind in method.kinds for name in _figures(kind)]
-        figures = {name: values[name] for name in (*wanted, *COSTS) if name in values}
+        figures = {name: values[name] for name in (*wanted, *COSTS, "by_gap") if name in values}
         return figures | _peak_over(before)
     baseline = BASELINES[key]
     reason = missing(baseline)  # imports the package, which is no part of training
@@ -265,13 +292,13 @@ def measure(ratings: Ratings, key: str, seed: int) -> dict[str, Any]:
     figures = {}
     seconds = 0.0
     for kind in baseline.kinds:
-        split = "random" if kind == "rating" else "leave-one-out"
-        parts = Parts.of(ratings, split, seed)
+        parts = Parts.of(ratings, "random" if kind == "rating" else split, seed)
         before = reset_peak()
         began = time.perf_counter()
         fitted = baseline.fit(parts.training, seed, size)
         seconds += time.perf_counter() - began
-        if parts.test is not None:
+        if kind == "rating":
+            assert parts.test is not None
             prediction = fitted.predict(parts.test.user, parts.test.item)
             assert prediction is not None
             prediction = prediction.clamp(*ratings.scale)
@@ -283,8 +310,8 @@ def measure(ratings: Ratings, key: str, seed: int) -> dict[str, Any]:
                 found: torch.Tensor = fitted.score_items(users)
                 return found
 
-            values = evaluate_ranking(scores, parts, seed).metrics
-            figures |= {name: values[name] for name in RANKING_FIGURES}
+            values = evaluate_ranking(scores, parts, seed).figures
+            figures |= {name: values[name] for name in (*RANKING_FIGURES, "by_gap") if name in values}
         figures |= {"parameters": fitted.parameters, **_peak_over(before)}
     return {**figures, "train_seconds": seconds}
 
@@ -298,7 +325,7 @@ def _peak_over(before: int | None) -> dict[str, float]:
     return {} if before is None or peak is None else {"peak_memory_mb": max(peak - before, 0) / 1e6}
 
 
-def _in_a_process(data: Path, key: str, seed: int) -> dict[str, Any]:
+def _in_a_process(data: Path, key: str, seed: int, split: str) -> dict[str, Any]:
     """What :func:`measure` gives in a process of its own, or ``error``."""
     answer = data.with_name("outcome.json")
     answer.unlink(missing_ok=True)
@@ -309,16 +336,18 @@ def _in_a_process(data: Path, key: str, seed: int) -> dict[str, Any]:
         str(data),
         key,
         str(seed),
+        split,
         str(answer),
     ]
     process = subprocess.run(
         command,
+        cwd=data.parent,  # which -m looks for modules in first; it is nobody else's
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env=os.environ | ONE_THREAD,
+        env=os.environ | ONE_THREAD | _import_path(),
         check=False,
     )
     if process.returncode == 0:
@@ -334,11 +363,17 @@ def _in_a_process(data: Path, key: str, seed: int) -> dict[str, Any]:
     return {"error": f"its process ended with code {process.returncode}: {''.join(last)}"}
 
 
+def _import_path() -> dict[str, str]:
+    """$PYTHONPATH for a process in another folder."""
+    given = os.environ.get("PYTHONPATH", "")
+    return {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, given.split(os.pathsep)))} if given else {}
+
+
 def _main(arguments: Sequence[str]) -> None:
-    data, key, seed, answer = arguments
+    data, key, seed, split, answer = arguments
     ratings = pickle.loads(Path(data).read_bytes())
     try:
-        outcome = measure(ratings, key, int(seed))
+        outcome = measure(ratings, key, int(seed), split)
         wrong = [name for name in FIGURES if not math.isfinite(outcome.get(name, 0.0))]
         if wrong:
             outcome = {"error": f"{wrong[0]} is {outcome[wrong[0]]}"}
@@ -353,11 +388,15 @@ def _main(arguments: Sequence[str]) -> None:
 class _Inputs:
     """Hashes of everything that a run's figures depend on."""
 
-    def __init__(self, ratings: Ratings, processor: str) -> None:
-        self.n_ratings = len(ratings)
+    def __init__(self, ratings: Ratings, split: str, processor: str) -> None:
+        self.n_ratings, self.split = len(ratings), split
         digest = hashlib.sha256(f"{ratings.n_users} {ratings.n_items} {ratings.scale}".encode())
         for tensor in (ratings.user, ratings.item, ratings.rating, ratings.timestamp, ratings.position):
             digest.update(b"" if tensor is None else tensor.numpy().tobytes())
+        ties = ratings.friends
+        known = [ratings.weight, ratings.item_text, *((ties.user, ties.friend, ties.weight) if ties else ())]
+        for side in known:
+            digest.update(b"" if side is None else side.numpy().tobytes())
         for info in (ratings.item_info, ratings.user_info):
             digest.update(b"" if info is None else info.to_csv().encode("utf-8", "surrogatepass"))
         self.common = [digest.hexdigest(), processor, lunet_fast.__version__, torch.__version__]
@@ -366,8 +405,9 @@ class _Inputs:
         method = METHODS[key]
         own: Any = _version(method.package)
         if method.is_lu_net:
-            own = method.config(self.n_ratings, seed).to_dict()
-        text = json.dumps([key, seed, own, *self.common])
+            own = method.config(self.n_ratings, seed, self.split).to_dict()
+        measured = [] if method.kind == "rating" else [self.split, "by gaps"]
+        text = json.dumps([key, seed, own, *measured, *self.common])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -412,12 +452,29 @@ def _row(key: str, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
             row[name] = statistics.fmean(values)
         if len(values) > 1:
             row[f"{name}_sd"] = statistics.stdev(values)
+    gaps = _mean_gaps([outcome["by_gap"] for outcome in finished if "by_gap" in outcome])
+    if gaps:
+        row["by_gap"] = gaps
     for outcome in outcomes:
         if "missing" in outcome:
             row.setdefault("missing", outcome["missing"])
         if "error" in outcome:
             row.setdefault("error", f"seed {outcome['seed']}: {outcome['error']}")
     return row
+
+
+def _mean_gaps(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """The means over the users of all runs, a gap each; ``users`` are those of all runs together."""
+    found: dict[str, dict[str, float]] = {}
+    for name in GAP_NAMES:
+        groups = [run[name] for run in runs if name in run]
+        users = sum(group["users"] for group in groups)
+        if users:
+            figures = [figure for figure in groups[0] if figure != "users"]
+            found[name] = {"users": users} | {
+                figure: sum(group["users"] * group[figure] for group in groups) / users for figure in figures
+            }
+    return found
 
 
 if __name__ == "__main__":

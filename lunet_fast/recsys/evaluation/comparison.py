@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lunet_fast.recsys.data.datasets import dataset_title
+from lunet_fast.recsys.data.order import GAP_NAMES
 from lunet_fast.recsys.data.spreadsheet import spreadsheet_safe
 from lunet_fast.recsys.evaluation.compare import FIGURES, LEAKY, METHODS, ORDERED, Comparison
 from lunet_fast.recsys.model.config import TrainConfig
@@ -63,6 +64,25 @@ def reasons(comparison: Comparison) -> list[str]:
     return found
 
 
+#: Headings of the table by gaps, and what is under them.
+GAP_COLUMNS = {"users": "users", "HR@10": "hr@10", "NDCG@10": "ndcg@10", "of all items": "full_ndcg@10"}
+
+
+def gap_table(comparison: Comparison) -> list[list[str]]:
+    """Method, time since the user's last rating, and GAP_COLUMNS: a row each of what is ranked; may be empty.
+
+    The time comes first, so that methods stand beside each other.
+    """
+    found = []
+    for gap in GAP_NAMES:
+        for row in comparison.rows:
+            figures = row.get("by_gap", {}).get(gap)
+            if figures:
+                values = [f"{figures[name]:.4f}" for name in list(GAP_COLUMNS.values())[1:]]
+                found.append([gap, row["method"], f"{figures['users']:,}", *values])
+    return found
+
+
 def notes(comparison: Comparison) -> list[str]:
     """What the figures are, a sentence or two each."""
     kinds = {row["kind"] for row in comparison.rows}
@@ -71,9 +91,14 @@ def notes(comparison: Comparison) -> list[str]:
     if kinds & {"rating", "both"}:
         found.append("MSE, RMSE: a random 20 % of the ratings, predictions clipped to the scale.")
     if kinds & {"ranking", "both"}:
+        held_out = {
+            "leave-one-out": "each user's latest item",
+            "time": "each user's first item after one time, which leaves 20 % of all ratings and after which "
+            "nothing is trained on,",
+        }[comparison.split]
         found.append(
-            "HR@10, NDCG@10: each user's latest item among 100 that the user has not rated, drawn by the "
-            "seed; of all items: among all that are in no other known pair of the user."
+            f"HR@10, NDCG@10: {held_out} among 100 that the user has not rated, drawn by the seed; of all "
+            "items: among all that are in no other known pair of the user."
         )
     if "both" in kinds:
         found.append(
@@ -88,8 +113,15 @@ def notes(comparison: Comparison) -> list[str]:
         )
     if keys & ORDERED:
         found.append(
-            "Methods that read the order of a user's ratings (recipe sequence, EASE of ordered histories) "
-            "know what the others do not, such as which ratings were given in the same sitting."
+            "Methods that read the order of a user's ratings (recipe sequence, EASE of ordered histories, "
+            "GRU4Rec, SASRec) know what the others do not, such as which ratings were given in the same "
+            "sitting."
+        )
+    if "lunet-sequence-elapsed" in keys:
+        found.append(
+            f"{METHODS['lunet-sequence-elapsed'].name}: how long before the held-out rating the user's last "
+            "one was, as within an hour, a day, 30 days, or longer ago, and nothing finer: what a service "
+            "knows when a user comes back, and what no other row is told."
         )
     configs = [METHODS[key].config(1, 0) for key in keys if METHODS[key].is_lu_net]
     if any(isinstance(config, TrainConfig) and config.side_features for config in configs):
@@ -152,6 +184,16 @@ def markdown(comparison: Comparison) -> str:
             cells[2] = "failed"
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- {text}" for text in (*reasons(comparison), *notes(comparison)))]
+    gaps = gap_table(comparison)
+    if gaps:
+        lines += [
+            "",
+            "## By the time since the user's last rating in training",
+            "",
+            f"| time since | method | {' | '.join(GAP_COLUMNS)} |",
+            "|---|---" + "|---:" * len(GAP_COLUMNS) + "|",
+            *("| " + " | ".join(cells) + " |" for cells in _best_of_gaps_bold(gaps)),
+        ]
     lines += [
         "",
         f"{machine['processor']}, torch {machine['torch']}{peers}, {machine['date']}, commit "
@@ -160,12 +202,25 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join([*lines, ""])
 
 
+def _best_of_gaps_bold(rows: list[list[str]]) -> list[list[str]]:
+    """The best of each figure of a gap between ``**``, where there are two methods or more."""
+    shown = [list(cells) for cells in rows]
+    for gap in {cells[0] for cells in rows}:
+        group = [place for place, cells in enumerate(rows) if cells[0] == gap]
+        for column in range(3, len(rows[0])) if len(group) > 1 else ():
+            best = max(float(rows[place][column]) for place in group)
+            for place in group:
+                if float(rows[place][column]) == best:
+                    shown[place][column] = f"**{rows[place][column]}**"
+    return shown
+
+
 def _seed_list(comparison: Comparison) -> str:
     return ", ".join(map(str, comparison.seeds))
 
 
 def csv_text(comparison: Comparison) -> str:
-    """The rows with every digit, a column for each figure and its spread, lists of seeds by spaces.
+    """The rows with every digit, a column for each figure and its spread, lists of seeds by spaces; no gaps.
 
     Texts are :func:`~lunet_fast.recsys.data.spreadsheet.spreadsheet_safe`: what another package says of its
     failure is not ours.
@@ -174,7 +229,9 @@ def csv_text(comparison: Comparison) -> str:
     for name in FIGURES:
         header += [name, f"{name}_sd"]
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, [*header, "missing", "error"], restval="", lineterminator="\n")
+    writer = csv.DictWriter(
+        stream, [*header, "missing", "error"], restval="", extrasaction="ignore", lineterminator="\n"
+    )
     writer.writeheader()
     for row in comparison.rows:
         cells = {**row, "seeds": " ".join(map(str, row["seeds"]))}

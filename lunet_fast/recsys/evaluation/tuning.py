@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,14 @@ from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.training import train
+from lunet_fast.training.files import MOST_JSON_BYTES, CheckpointError, opened
 from lunet_fast.training.loop import DivergenceError
+from lunet_fast.training.schema import shown
 
 if TYPE_CHECKING:
     import optuna
     import torch
+    from optuna.storages.journal import JournalFileSymlinkLock
 
 MEMBERS = 2
 """Of the model of a trial, unless they are given: more cost more time and order settings alike."""
@@ -73,6 +78,103 @@ def suggested(trial: optuna.Trial, gamma: float) -> dict[str, Any]:
     return settings
 
 
+def opened_study(
+    storage: Path | None, direction: Literal["minimize", "maximize"], seed: int, what: dict[str, Any]
+) -> optuna.Study:
+    """The study of ``what`` in a file, or a new one, in memory without a file.
+
+    ``ImportError`` without Optuna, ``ValueError`` for a file that holds none, or one of something else.
+    """
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+    except ImportError as error:
+        raise ImportError('tuning needs Optuna: pip install "lunet-fast[tune]"') from error
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal = None
+    if storage is not None:
+        # The lock is a link to the file: a relative one that a killed process left would lead nowhere, and
+        # Optuna would wait for it for ever.
+        storage = storage.absolute()
+        lock = JournalFileSymlinkLock(str(storage))
+        _cut_torn_line(storage, lock)
+    try:
+        if storage is not None:
+            journal = JournalStorage(JournalFileBackend(str(storage), lock))
+        study = optuna.create_study(
+            study_name="lunet-fast", storage=journal, direction=direction, load_if_exists=True
+        )
+        if study.directions != [getattr(optuna.study.StudyDirection, direction.upper())]:
+            raise ValueError(f"its direction is not to {direction}")
+        before = study.trials
+        _check_trials(before)
+        recorded = study.user_attrs.get("what", what)
+        if not isinstance(recorded, dict):
+            raise TypeError(f"what it searches is {shown(recorded)}")
+    except OSError:
+        raise
+    except Exception as error:  # of any kind: Optuna takes a journal as it comes
+        raise ValueError(
+            f"{storage}: no study to go on with ({type(error).__name__}: {shown(str(error))}): name another "
+            "file"
+        ) from error
+    for name in sorted(what.keys() | recorded.keys()):
+        if what.get(name) != recorded.get(name):
+            told = name if name in what else shown(name)
+            raise ValueError(
+                f"{storage} holds a study with {told}={shown(recorded.get(name))}, not {what.get(name)!r}: "
+                "name another file, or ask for the same"
+            )
+    # By the number of trials, too: a study that goes on would draw again what it began with.
+    study.sampler = optuna.samplers.TPESampler(seed=(seed + len(before)) % 2**32)
+    study.set_user_attr("what", what)
+    return study
+
+
+def _check_trials(trials: list[optuna.trial.FrozenTrial]) -> None:
+    """``ValueError`` for trials that :func:`suggested` could not have made: the sampler trusts them."""
+    import optuna
+
+    known: dict[str, Any] = {}
+    for gamma in (0.0, 0.5):
+        drawn = optuna.create_study().ask()
+        suggested(drawn, gamma)
+        known |= drawn.distributions
+    for trial in trials:
+        for name, value in trial.params.items():
+            if trial.distributions.get(name) != known.get(name):
+                raise ValueError(f"trial {trial.number} has drawn {shown(name)} otherwise")
+            if not known[name]._contains(known[name].to_internal_repr(value)):
+                raise ValueError(f"trial {trial.number} has {name}={shown(value)}")
+        figures = trial.values or []
+        complete = trial.state is optuna.trial.TrialState.COMPLETE
+        if len(figures) != complete or not all(map(math.isfinite, figures)):
+            raise ValueError(f"trial {trial.number} has the figures {shown(figures)}")
+
+
+def _cut_torn_line(journal: Path, lock: JournalFileSymlinkLock) -> None:
+    """Take off the last line of a journal where a killed process has left it without an end.
+
+    Optuna passes over such a line, but would write the next one right behind it. :class:`CheckpointError` for
+    what is no file or larger than any study's.
+    """
+    if not journal.exists():
+        return  # the study begins
+    lock.acquire()
+    try:
+        with opened(journal) as (file, size):
+            if size > MOST_JSON_BYTES:
+                raise CheckpointError(f"{journal}: has {size} bytes, more than any study")
+            text = file.read()
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            os.truncate(journal, whole)
+    finally:
+        lock.release()
+
+
 def tune(
     ratings: Ratings,
     *,
@@ -95,37 +197,14 @@ def tune(
     ``ImportError`` without Optuna (``pip install "lunet-fast[tune]"``), ``ValueError`` for a wrong setting,
     for a study of other data or settings, and where no trial has succeeded.
     """
-    try:
-        import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError as error:
-        raise ImportError('tuning needs Optuna: pip install "lunet-fast[tune]"') from error
-
     if trials < 1:
         raise ValueError(f"trials={trials} must be at least 1")
     asked = {"members": MEMBERS, "seed": seed, "mlp": False, **asked}
     base = recipe("best", len(ratings), **asked)
     rest = Parts.of(ratings, base.split, base.seed).training
     measure, direction = measure_of(base.gamma)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name="lunet-fast",
-        storage=None if storage is None else JournalStorage(JournalFileBackend(str(storage))),
-        direction=direction,
-        load_if_exists=True,
-    )
-    # By the number of trials, too: a study that goes on would draw again what it began with.
-    study.sampler = optuna.samplers.TPESampler(seed=(seed + len(study.trials)) % 2**32)
     what = {"dataset": ratings.name, "ratings": len(ratings), "measure": measure, **asked}
-    recorded = study.user_attrs.get("what", what)
-    for name in what.keys() | recorded.keys():
-        if what.get(name) != recorded.get(name):
-            raise ValueError(
-                f"{storage} holds a study with {name}={recorded.get(name)!r}, not {what.get(name)!r}: name "
-                "another file, or ask for the same"
-            )
-    study.set_user_attr("what", what)
+    study = opened_study(storage, direction, seed, what)
     if not study.trials:
         study.enqueue_trial({name: getattr(base, name) for name in SEARCHED if name not in asked})
 

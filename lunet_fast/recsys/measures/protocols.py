@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lunet_fast.recsys.data.order import GAP_NAMES, GAPS, gaps_since
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.data.splits import (
     draw_candidates,
@@ -16,13 +17,16 @@ from lunet_fast.recsys.data.splits import (
     leave_one_out,
     per_user_split,
     random_split,
+    time_split,
 )
 from lunet_fast.recsys.measures.ranking import (
     KS,
     ActivityGroup,
     FullRanking,
+    SampledRanking,
     ScoreItems,
     full_ranking,
+    metrics_of_one_each,
     sampled_ranking,
 )
 
@@ -38,9 +42,12 @@ class Parts:
     test: Ratings | None
     """For ratings."""
     held_out: Ratings | None
-    """For ranking, one of each user: leave-one-out."""
+    """For ranking, one of each user: the latest one, or the first after a time."""
     candidates: Tensor | None
     """int64 ``[held_out, 100]``: what each held-out item is ranked with, -1 for none."""
+    gaps: Tensor | None = None
+    """uint8 ``[held_out]``, the class of the time since the user's last rating in training, as
+    :func:`~lunet_fast.recsys.data.order.gap_classes` has them."""
 
     @classmethod
     def of(cls, ratings: Ratings, split: str, seed: int) -> Parts:
@@ -58,14 +65,16 @@ class Parts:
             "per-user": per_user_split,
             "leave-one-out": leave_one_out,
             "joint": joint_split,
+            "time": time_split,
         }[split]
         divided = divide(ratings, seed)
-        held_out = candidates = None
+        training, held_out, candidates, gaps = ratings.select(divided.train), None, None, None
         if len(divided.held_out):
             held_out = ratings.select(divided.held_out)
             candidates = draw_candidates(ratings, divided.held_out, seed)
+            gaps = torch.from_numpy(gaps_since(training, held_out))
         test = ratings.select(divided.test) if len(divided.test) else None
-        return cls(ratings.select(divided.train), test, held_out, candidates)
+        return cls(training, test, held_out, candidates, gaps)
 
     def beyond_training(self) -> bool:
         """Whether a part other than training's has rows."""
@@ -83,12 +92,21 @@ class Ranking(NamedTuple):
     metrics: dict[str, float]
     groups: list[ActivityGroup]
     """``full_...`` for thirds of the users by the number of their seen pairs."""
+    gaps: dict[str, dict[str, float]]
+    """Of held-out ratings, by the time since the user's last rating in training, a name of GAP_NAMES: the
+    number of ``users``, ``hr@10``, ``ndcg@10``, ``full_hr@10`` and ``full_ndcg@10``. Without those of unknown
+    times, and so empty where there are no times."""
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What results are to hold: the metrics, and ``by_gap`` where there are any."""
+        return {**self.metrics, **({"by_gap": self.gaps} if self.gaps else {})}
 
 
 def evaluate_ranking(score_items: ScoreItems, parts: Parts, seed: int = 0) -> Ranking:
     """All metrics of ranking that ``parts`` allow; none where there is neither a held-out nor a test part.
 
-    With held-out ratings (leave-one-out): ``hr@k``, ``ndcg@k`` and ``mrr`` among the candidates, and
+    With held-out ratings: ``hr@k``, ``ndcg@k`` and ``mrr`` among the candidates, and
     ``full_...`` among all items that are in no other known pair of the user. ``precision@k`` (2.16) and
     ``recall@k`` are of the test part, ranked among all items that are neither in training nor held out; where
     there is no test part, a held-out rating is the one relevant item of its user among the candidates, and
@@ -99,8 +117,10 @@ def evaluate_ranking(score_items: ScoreItems, parts: Parts, seed: int = 0) -> Ra
     """
     values: dict[str, float] = {}
     training, test, held_out = parts.training, parts.test, parts.held_out
+    sampled = None
     if held_out is not None and parts.candidates is not None:
-        values |= sampled_ranking(score_items, held_out.user, held_out.item, parts.candidates)
+        sampled = sampled_ranking(score_items, held_out.user, held_out.item, parts.candidates)
+        values |= sampled.metrics
     of_test = None
     if test is not None:
         others = [training] if held_out is None else [training, held_out]
@@ -115,8 +135,32 @@ def evaluate_ranking(score_items: ScoreItems, parts: Parts, seed: int = 0) -> Ra
         others = [training] if test is None else [training, test]
         full = _ranked_among_all(score_items, held_out, others, seed)
     if full is None:
-        return Ranking(values, [])
-    return Ranking({**values, **full.metrics, "full_users": full.users}, full.groups)
+        return Ranking(values, [], {})
+    gaps = {} if sampled is None else _by_gap(parts, sampled, full)
+    return Ranking({**values, **full.metrics, "full_users": full.users}, full.groups, gaps)
+
+
+def _by_gap(parts: Parts, sampled: SampledRanking, full: FullRanking) -> dict[str, dict[str, float]]:
+    """The metrics of the held-out ratings by their gaps, of the gaps that there are."""
+    assert parts.held_out is not None
+    if parts.gaps is None:
+        return {}
+    # The classes of more than a day are one, and unknown ones in none.
+    of_pair = torch.where(parts.gaps == GAPS - 1, len(GAP_NAMES), parts.gaps.clamp(max=len(GAP_NAMES) - 1))
+    gap_of = torch.full((parts.held_out.n_users,), len(GAP_NAMES), dtype=torch.uint8)
+    gap_of[parts.held_out.user] = of_pair
+    users, ranks = full.pairs
+    found = {}
+    for gap, name in enumerate(GAP_NAMES):
+        inside, ranked = of_pair == gap, gap_of[users] == gap
+        if ranked.any():
+            among_all = metrics_of_one_each(ranks.where(ranked), (10,))
+            found[name] = {
+                "users": int(inside.sum()),
+                **metrics_of_one_each(sampled.ranks.where(inside), (10,)),
+                **{f"full_{measure}": value for measure, value in among_all.items()},
+            }
+    return found
 
 
 def _ranked_among_all(

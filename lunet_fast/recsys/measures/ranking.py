@@ -45,17 +45,34 @@ class FullRanking(NamedTuple):
     groups: list[ActivityGroup]
     """The users in thirds from the least to the most active. Those with equally many seen pairs are together,
     so there are fewer groups where few users or many equal ones are; coverage grows with a group's users."""
+    pairs: tuple[Tensor, metrics.Ranks]
+    """The user, int64 ``[R]``, of each relevant pair in the order of (user, item), and the pairs' ranks."""
+
+
+class SampledRanking(NamedTuple):
+    """Ranking metrics of one relevant item each among its candidates."""
+
+    metrics: dict[str, float]
+    """``hr@k`` and ``ndcg@k`` for each k, and ``mrr``, means over the pairs."""
+    ranks: metrics.Ranks
+    """Of the H pairs."""
+
+
+def metrics_of_one_each(rank: metrics.Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
+    """``hr@k`` and ``ndcg@k`` for each k, means over users with one relevant item each, of these ranks."""
+    pair = torch.arange(len(rank.mean))
+    result = {f"hr@{k}": float(metrics.hit_rate(rank, pair, k).mean()) for k in ks}
+    return result | {f"ndcg@{k}": float(metrics.ndcg(rank, pair, k).mean()) for k in ks}
 
 
 @torch.no_grad()
 def sampled_ranking(
     score_items: ScoreItems, users: Tensor, items: Tensor, candidates: Tensor, ks: Sequence[int] = KS
-) -> dict[str, float]:
+) -> SampledRanking:
     """Leave-one-out: each held-out pair's item against its candidates; HR@k, NDCG@k and MRR.
 
     ``users`` and ``items``, int64 ``[H]``, are the held-out pairs, ``candidates`` int64 ``[H, C]`` their
-    :func:`~lunet_fast.recsys.data.splits.draw_candidates`, -1 for none. Returns ``hr@k`` and ``ndcg@k`` for
-    each k of ``ks``, and ``mrr``, means over the H pairs; ranks, ties and -inf are those of
+    :func:`~lunet_fast.recsys.data.splits.draw_candidates`, -1 for none. Ranks, ties and -inf are those of
     :func:`~.metrics.ranks`. A pair without any candidate has rank 1.
 
     Users are scored USER_CHUNK at a time, and the result does not depend on that number. Time beside
@@ -86,10 +103,9 @@ def sampled_ranking(
         i, c = i.to(scores.device), c.to(scores.device)
         others = scores.gather(1, c.clamp(min=0)).masked_fill_(c < 0, -torch.inf)
         parts.append(metrics.ranks(scores.gather(1, i.unsqueeze(1)).squeeze(1), others).cpu())
-    rank, pair = metrics.Ranks.cat(parts), torch.arange(len(users))
-    result = {f"hr@{k}": float(metrics.hit_rate(rank, pair, k).mean()) for k in ks}
-    result |= {f"ndcg@{k}": float(metrics.ndcg(rank, pair, k).mean()) for k in ks}
-    return result | {"mrr": float(metrics.mrr(rank, pair).mean())}
+    rank = metrics.Ranks.cat(parts)
+    mrr = float(metrics.mrr(rank, torch.arange(len(users))).mean())
+    return SampledRanking(metrics_of_one_each(rank, ks) | {"mrr": mrr}, rank)
 
 
 @torch.no_grad()
@@ -163,7 +179,7 @@ def full_ranking(
         least, most = activity[member].aminmax()
         values = _full_metrics(rank.where(inside), place[row[inside]], top[member], n_items, ks)
         groups.append(ActivityGroup(int(least), int(most), int(member.sum()), values))
-    return FullRanking(len(users), _full_metrics(rank, row, top, n_items, ks), groups)
+    return FullRanking(len(users), _full_metrics(rank, row, top, n_items, ks), groups, (users[row], rank))
 
 
 def _full_metrics(

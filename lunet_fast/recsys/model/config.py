@@ -32,9 +32,12 @@ class TrainConfig(Settings):
     """Name of the recipe that the settings started from; a label that changes nothing."""
     seed: Seed = 0
     """Seeds the split, the initial weights, the order of the batches and dropout."""
-    split: Literal["random", "per-user", "leave-one-out", "joint", "files", "stream", "none"] = "random"
+    split: Literal["random", "per-user", "leave-one-out", "joint", "time", "files", "stream", "none"] = (
+        "random"
+    )
     """What is held out for the test. ``random``: 20 % of all ratings; ``per-user``: 20 % of each user's.
     ``leave-one-out``: each user's most recent one, for ranking; ``joint``: that, and 20 % of the rest.
+    ``time``: the latest 20 % of all, of which each user's first is for ranking.
     ``files``: both parts are given; ``stream``: 20 % by a rule on the ids; ``none``: nothing is tested."""
 
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -258,7 +261,7 @@ def nearest_dataset(n_ratings: int) -> str:
     return min(_SETTINGS, key=lambda name: abs(math.log(_SETTINGS[name][0]) - size))
 
 
-def recipe(name: str, n_ratings: int, **overrides: Any) -> TrainConfig:
+def recipe(name: str, n_ratings: int, /, **overrides: Any) -> TrainConfig:
     """The settings of recipe ``paper`` or ``best`` for data of ``n_ratings`` ratings, with some overridden.
 
     Data other than the bundled sets takes the settings of the bundled set nearest in size. With ``gamma``

@@ -146,7 +146,7 @@ def _read(path: Path, kind: str, config_type: Any, model_type: Any) -> tuple[Any
             other = min(name for name in tensors if not name.startswith("model."))
             raise ValueError(f"the tensor {other!r} is not of a model file")
         model = model_type.from_state(config, state, len(users), len(items))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(f"{path}: {reason}") from error
     return model, users, items, (low, high), pd.DataFrame(info) if info else None, known

@@ -17,9 +17,9 @@ from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.embeddings import Embeddings, Histories
 from lunet_fast.recsys.model.interactions import Interactions
 from lunet_fast.recsys.model.offsets import shrunk_biases
-from lunet_fast.recsys.model.schema import check_same_tensors
 from lunet_fast.recsys.model.transform import MOST_KNOTS, Transform
 from lunet_fast.training.distributed import Workers
+from lunet_fast.training.schema import check_same_tensors
 
 MOST_LEVELS = 20
 """Different ratings that loss ``ordinal`` takes: it has a threshold between every two."""

@@ -19,7 +19,6 @@ import json
 from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field
-from torch import Tensor
 
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.sequence_config import SequenceConfig
@@ -84,21 +83,6 @@ HEADERS: dict[str, Schema] = {
     CHECKPOINT_FORMAT: CheckpointHeader,
     CANDIDATES_FORMAT: CandidatesHeader,
 }
-
-
-def check_same_tensors(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """``ValueError`` unless the two have the same names, dtypes and shapes."""
-    fit = "do not fit the model's settings"
-    for name in sorted(wanted.keys() - state.keys()):
-        raise ValueError(f"the saved tensors {fit}: {name!r} is missing")
-    for name in sorted(state.keys() - wanted.keys()):
-        raise ValueError(f"the saved tensors {fit}: {name!r} is too many")
-    for name, tensor in wanted.items():
-        for what in ("dtype", "shape"):
-            ours, theirs = getattr(tensor, what), getattr(state[name], what)
-            if ours != theirs:
-                ours, theirs = (str(list(v) if what == "shape" else v) for v in (ours, theirs))
-                raise ValueError(f"the saved tensors {fit}: {name!r} is of {what} {theirs}, not {ours}")
 
 
 if __name__ == "__main__":

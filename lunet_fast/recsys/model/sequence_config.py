@@ -16,7 +16,7 @@ from lunet_fast.recsys.model.config import (
     nearest_dataset,
     recipe,
 )
-from lunet_fast.training.schema import Count, NotNegative, Positive, Seed, Settings, Threads
+from lunet_fast.training.schema import Count, NotNegative, Positive, Seed, Settings, Threads, shown
 
 SEQUENCE = "sequence"
 
@@ -31,13 +31,28 @@ class SequenceConfig(Settings):
     """Tells these settings from those of the other recipes."""
     seed: Seed = 0
     """Seeds the split, the order of what ties in time, the weights, batches, negatives and dropout."""
-    split: Literal["leave-one-out", "none"] = "leave-one-out"
-    """``leave-one-out``: each user's most recent rating is held out; ``none``: nothing is tested."""
+    split: Literal["leave-one-out", "time", "none"] = "leave-one-out"
+    """``leave-one-out``: each user's most recent rating is held out; ``time``: the latest 20 % of all, of
+    which each user's first is to be found; ``none``: nothing is tested."""
 
     order: bool = True
     """Give the user's state the last items, the more recent the heavier, by learned exponential decays."""
     user_history: bool = True
     """Give it the normalised sum of a vector for each item that the user rated, whatever the order."""
+    elapsed: bool = False
+    """Tell it, coarsely, how long ago the user's last choice was when it is asked for the next: within an
+    hour, a day, 30 days, or longer ago. In a test that is the time of the held-out rating."""
+    identity: bool = True
+    """Give each item a vector of its own beside what describes it."""
+    side_features: bool = False
+    """Add vectors of what is known of users and items, where anything is: genres, age, gender, occupation."""
+    text: bool = False
+    """Add a vector of each item's text to the item's own; items that nobody has chosen have it too."""
+    social: bool = False
+    """Give a user's state the choices of its friends."""
+    confidence: NotNegative = 0.0
+    """Weight of counts (plays, clicks), where the ratings have them: an entry of weight w counts 1 +
+    confidence log(1 + w / the median weight) in the loss, after Hu, Koren and Volinsky."""
     length: Annotated[int, Field(ge=1, le=4096)] = 200
     """How many of the last items the order is read of."""
     decays: Annotated[int, Field(ge=1, le=64)] = 4
@@ -47,6 +62,8 @@ class SequenceConfig(Settings):
     network: Literal["lu-net", "identity"] = "lu-net"
     """f, from the state to the vector that items are scored with: ``lu-net``, or ``identity`` beside it."""
 
+    members: Several = 1
+    """Networks trained side by side on the same batches; the score is the mean of theirs."""
     embedding_size: Width = 128
     """d, the size of a user's state and of an item's vector."""
     layers: Several = 2
@@ -87,7 +104,7 @@ class SequenceConfig(Settings):
 
 # Bundled data set -> what is not the default there.
 _SETTINGS: dict[str, dict[str, Any]] = {
-    "ml-100k": {"embedding_size": 64, "batch_size": 2048, "learning_rate": 4e-3},
+    "ml-100k": {"embedding_size": 64, "batch_size": 2048, "learning_rate": 4e-3, "members": 2},
     "ml-1m": {},
 }
 
@@ -95,20 +112,20 @@ STEPS, LEAST_BATCH = 40, 256
 """Smaller data take smaller batches, for this many steps an epoch: few steps teach nothing."""
 
 
-def settings_of(name: str, n_ratings: int, **overrides: Any) -> TrainConfig | SequenceConfig:
+def settings_of(name: str, n_ratings: int, /, **overrides: Any) -> TrainConfig | SequenceConfig:
     """The settings of any recipe for data of ``n_ratings`` ratings; ``ValueError`` for an unknown one."""
     if name == SEQUENCE:
         return sequence_recipe(n_ratings, **overrides)
     if name == "auto":
         # What can be said without the ratings; the settings are those of auto_config.
         return recipe("best", n_ratings, **overrides).replace(recipe=name)
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         known = ", ".join((*RECIPES, "auto", SEQUENCE))
-        raise ValueError(f"recipe={name!r} is unknown: choose one of {known}")
+        raise ValueError(f"recipe={shown(name)} is unknown: choose one of {known}")
     return recipe(name, n_ratings, **overrides)
 
 
-def sequence_recipe(n_ratings: int, **overrides: Any) -> SequenceConfig:
+def sequence_recipe(n_ratings: int, /, **overrides: Any) -> SequenceConfig:
     """The settings of recipe ``sequence`` for data of ``n_ratings`` ratings, with some overridden."""
     settings = {**_SETTINGS[nearest_dataset(n_ratings)]}
     most = settings.get("batch_size", SequenceConfig().batch_size)

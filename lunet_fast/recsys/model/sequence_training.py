@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lunet_fast.recsys.data.datasets import dataset_title
+from lunet_fast.recsys.data.order import ELAPSED
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.measures import metrics
 from lunet_fast.recsys.measures.protocols import Parts, Ranking, evaluate_ranking
@@ -22,9 +23,10 @@ from lunet_fast.recsys.model.model_files import (
 )
 from lunet_fast.recsys.model.sequence_config import SequenceConfig
 from lunet_fast.recsys.model.sequences import Sequences
+from lunet_fast.recsys.model.side import Side
 from lunet_fast.recsys.model.softmax import next_item_loss
 from lunet_fast.recsys.model.state_network import StateNetwork
-from lunet_fast.recsys.model.training import check_ratings, known_of, ratings_digest
+from lunet_fast.recsys.model.training import check_ratings, ids_digest, known_of, ratings_digest
 from lunet_fast.training.distributed import Workers, existing_device
 from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, write_json
@@ -78,7 +80,8 @@ def _trained(config: SequenceConfig, parts: Parts, run: Run) -> SequenceResult:
     training = parts.training
     with cpu_threads(config.threads):
         with seeded(config.seed):
-            model = StateNetwork(config, Sequences.of(training, config.seed))
+            sequences = Sequences.of(training, config.seed)
+            model = StateNetwork(config, sequences, Side.of(training, config))
         model.to(run.workers.device)
         curve = run.fit(_phase(model))
         model.to("cpu")
@@ -86,7 +89,7 @@ def _trained(config: SequenceConfig, parts: Parts, run: Run) -> SequenceResult:
         trained = TrainedSequences(model, *ids, known_of(parts))
         if not run.workers.is_first:
             return SequenceResult(trained, {}, curve)
-        values: dict[str, Any] = dict(evaluate_sequences(model, parts).metrics)
+        values: dict[str, Any] = evaluate_sequences(model, parts).figures
     rows = (0 if part is None else len(part) for part in (training, parts.test, parts.held_out))
     values |= {
         "dataset": training.name,
@@ -110,18 +113,31 @@ def _trained(config: SequenceConfig, parts: Parts, run: Run) -> SequenceResult:
 
 @torch.no_grad()
 def evaluate_sequences(model: StateNetwork, parts: Parts) -> Ranking:
-    """Metrics of ranking on the held-out part, and how far f⁻¹(f(x)) is from the states x of its users."""
+    """Metrics of ranking on the held-out part, and how far f⁻¹(f(x)) is from the states x of its users.
+
+    With ``elapsed`` a user is asked for at the time of its held-out rating, of which the classes of
+    :data:`~lunet_fast.recsys.data.order.ELAPSED` are told.
+    """
     values: dict[str, float] = {}
+    elapsed = None
     if parts.held_out is not None:
+        if model.config.elapsed and parts.gaps is not None:
+            elapsed = torch.zeros(parts.held_out.n_users, dtype=torch.int64)
+            elapsed[parts.held_out.user] = torch.tensor(ELAPSED)[parts.gaps.long()]
+        items = model.item_vectors()
         error = size = 0.0
         for users in parts.held_out.user.split(256):
-            x = model.states(model.sequences.last(users, model.config.length))
+            x = model.states(model.sequences.last(users, model.config.length), items)
             error += metrics.reconstruction_error(x, model.inverse(model.latent(x))) * len(users)
             size += metrics.squared_norm(x) * len(users)
         values["reconstruction_error"] = error / len(parts.held_out)
         values["reconstruction_error_relative"] = error / size if size else error
-    ranking = evaluate_ranking(model.score_users, parts, model.config.seed)
-    return Ranking({**values, **ranking.metrics}, ranking.groups)
+
+    def score_items(users: Tensor) -> Tensor:
+        return model.score_users(users, None if elapsed is None else elapsed[users])
+
+    ranking = evaluate_ranking(score_items, parts, model.config.seed)
+    return ranking._replace(metrics={**values, **ranking.metrics})
 
 
 def _resolved(config: SequenceConfig, parts: Parts) -> dict[str, Any]:
@@ -135,6 +151,7 @@ def _resolved(config: SequenceConfig, parts: Parts) -> dict[str, Any]:
         "items": training.n_items,
         "scale": list(training.scale),
         "ratings_sha256": ratings_digest(parts),
+        "ids_sha256": ids_digest(parts),
         **config.to_dict(),
     }
 
@@ -144,7 +161,7 @@ def _resolved(config: SequenceConfig, parts: Parts) -> dict[str, Any]:
 
 def _phase(model: StateNetwork) -> Phase:
     config = model.config
-    net = [] if model.net is None else list(model.net.parameters())
+    net = [p for member in model.networks for p in ([] if member.net is None else member.net.parameters())]
     of_net = {id(p) for p in net}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if id(p) not in of_net], "lr": config.learning_rate}
@@ -172,12 +189,19 @@ def next_item_objective(
 
     ``share`` are the rows whose loss is wanted; draws are made for all. The error reported is a sum over
     the rows' number, so that the loop's mean, which weighs it by them, is that over the entries of an epoch.
+    It is the mean of the members'; the loss is their sum, since they share no parameter.
+
+    Items that nobody has chosen are no choices where something describes them: they would learn that what
+    they are described by is not wanted.
     """
     config, sequences = model.config, model.sequences
-    negatives = None
-    if config.negatives < sequences.n_items:
-        device = model.items.device
-        negatives = torch.randperm(sequences.n_items, generator=generator, device=device)[: config.negatives]
+    device = sequences.items.device
+    pool = sequences.item_counts.nonzero().squeeze(1) if model.side.describes_items else None
+    choices = sequences.n_items if pool is None else len(pool)
+    negatives = pool
+    if config.negatives < choices:
+        negatives = torch.randperm(choices, generator=generator, device=device)[: config.negatives]
+        negatives = negatives if pool is None else pool[negatives]
     lengths = batch[2] - batch[1]
     whole, own = int(lengths.sum()), share.stop - share.start
 
@@ -190,11 +214,19 @@ def next_item_objective(
 
     users, start, stop = (column[share] for column in batch)
     windows = sequences.windows(users, start, stop)
-    z = model.latent(model.training_states(windows, dropout))
+    windows = windows._replace(side=model.side.of_users(users))
     target = sequences.after_each(users, start, stop)
-    loss = next_item_loss(z, model.items, model.bias, target, negatives)
+    confidence = sequences.confidence(users, start, stop, config.confidence)
+    losses = []
+    for member in model.networks:
+        items = member.item_vectors(model.side)
+        z = member.latent(member.training_states(windows, items, dropout))
+        losses.append(
+            next_item_loss(z, items, member.bias, target, negatives, choices=choices, confidence=confidence)
+        )
+    loss = torch.stack(losses).sum()
     mean = loss * (len(lengths) / (own * whole))
-    return mean, loss.detach() / own
+    return mean, loss.detach() / (own * len(losses))
 
 
 class Stretches:

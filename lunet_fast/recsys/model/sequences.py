@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lunet_fast.recsys.data.order import GAPS, by_time, gap_classes
+from lunet_fast.recsys.data.order import ELAPSED, GAPS, by_time, gap_classes
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.model.interactions import Interactions
+from lunet_fast.recsys.model.side import NO_SIDE, SideOfUsers
 
 MOST_LEVELS = 20
 """Different ratings that each have a vector; more are put into as many classes of equal size."""
@@ -28,19 +29,27 @@ class Windows(NamedTuple):
     """int64 ``[B, S]``, the class of the rating."""
     gaps: Tensor
     """int64 ``[B, S]``, the class of the time since the entry before."""
+    elapsed: Tensor
+    """int64 ``[B, S]``, by :data:`~lunet_fast.recsys.data.order.ELAPSED`: the time from an entry to the next
+    one, and from the last one of all to the request."""
     lengths: Tensor
     """int64 ``[B]``"""
     earlier: Tensor
     """int64 ``[E]``, the items before the stretches, one stretch's after the other's."""
     earlier_counts: Tensor
     """int64 ``[B]``, how many of them are whose."""
+    users: Tensor
+    """int64 ``[B]``, -1 for somebody who is not in training."""
+    side: SideOfUsers
+    """What is known of the users beside their entries."""
 
 
 class Sequences(nn.Module):
     """The entries of each user in order of time, one user after the other.
 
     Buffers, all saved: ``indptr`` int64 ``[n_users + 1]``; of the entries ``items`` int32, ``levels`` and
-    ``gaps`` uint8; ``bounds`` float32 ``[levels - 1]``, ascending, between the classes of ratings.
+    ``gaps`` uint8; ``bounds`` float32 ``[levels - 1]``, ascending, between the classes of ratings; ``latest``
+    int64 ``[n_users]``, the time of a user's last entry, 0 where unknown.
     """
 
     indptr: Tensor
@@ -48,9 +57,17 @@ class Sequences(nn.Module):
     levels: Tensor
     gaps: Tensor
     bounds: Tensor
+    latest: Tensor
 
     def __init__(
-        self, indptr: Tensor, items: Tensor, levels: Tensor, gaps: Tensor, bounds: Tensor, n_items: int
+        self,
+        indptr: Tensor,
+        items: Tensor,
+        levels: Tensor,
+        gaps: Tensor,
+        bounds: Tensor,
+        latest: Tensor,
+        n_items: int,
     ) -> None:
         super().__init__()
         self.n_items = n_items
@@ -60,12 +77,17 @@ class Sequences(nn.Module):
             "levels": levels,
             "gaps": gaps,
             "bounds": bounds,
+            "latest": latest,
         }.items():
             self.register_buffer(name, tensor)
         counts = torch.bincount(items.long(), minlength=n_items)
         self.register_buffer("item_counts", counts, persistent=False)
+        self.register_buffer("log_weights", None, persistent=False)
 
     item_counts: Tensor
+    log_weights: Tensor | None
+    """float32, of the entries, log(1 + w / the median) where they have weights; for training, and not saved.
+    """
 
     @classmethod
     def of(cls, ratings: Ratings, seed: int) -> Sequences:
@@ -79,14 +101,21 @@ class Sequences(nn.Module):
         rating = ratings.rating.cpu()[rows]
         bounds = _bounds(rating)
         counts = torch.bincount(torch.from_numpy(user), minlength=ratings.n_users)
-        return cls(
-            torch.cat((counts.new_zeros(1), counts.cumsum(0))),
+        ends = counts.cumsum(0)
+        last = torch.from_numpy(time)[(ends - 1).clamp(min=0)] if len(time) else torch.zeros_like(ends)
+        found = cls(
+            torch.cat((counts.new_zeros(1), ends)),
             ratings.item.cpu()[rows].int(),
             torch.bucketize(rating, bounds, right=True).to(torch.uint8),
             torch.from_numpy(gap_classes(user, time)),
             bounds,
+            last * (counts > 0),
             ratings.n_items,
         )
+        if ratings.weight is not None:
+            weight = ratings.weight.cpu()[rows]
+            found.log_weights = torch.log1p(weight / weight.median())
+        return found
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], n_users: int, n_items: int) -> Sequences:
@@ -97,12 +126,13 @@ class Sequences(nn.Module):
             "levels": torch.uint8,
             "gaps": torch.uint8,
             "bounds": torch.float32,
+            "latest": torch.int64,
         }
         for name, kind in kinds.items():
             tensor = state.get(name)
             if tensor is None or tensor.ndim != 1 or tensor.dtype != kind:
                 raise ValueError(f"sequences: {name} must be there, {kind} in one dimension")
-        indptr, items, levels, gaps, bounds = (state[name] for name in kinds)
+        indptr, items, levels, gaps, bounds, latest = (state[name] for name in kinds)
         fit = (
             len(indptr) == n_users + 1
             and int(indptr[0]) == 0
@@ -113,10 +143,11 @@ class Sequences(nn.Module):
             and bool((bounds.diff() > 0).all())
             and bool((levels <= len(bounds)).all())
             and bool((gaps < GAPS).all())
+            and len(latest) == n_users
         )
         if not fit:
             raise ValueError(f"sequences: the tensors are not those of {n_users} users and {n_items} items")
-        return cls(indptr, items, levels, gaps, bounds, n_items)
+        return cls(indptr, items, levels, gaps, bounds, latest, n_items)
 
     @property
     def n_users(self) -> int:
@@ -136,35 +167,65 @@ class Sequences(nn.Module):
         users = torch.repeat_interleave(torch.arange(self.n_users), self.user_counts)
         return Interactions(users, self.items.long(), self.n_users, self.n_items)
 
-    def windows(self, users: Tensor, start: Tensor, stop: Tensor) -> Windows:
-        """Entries ``start`` to ``stop``, the latter excluded, of each of ``users``; all int64 ``[B]``."""
+    def windows(self, users: Tensor, start: Tensor, stop: Tensor, elapsed: Tensor | None = None) -> Windows:
+        """Entries ``start`` to ``stop``, the latter excluded, of each of ``users``; all int64 ``[B]``.
+
+        ``elapsed``, int64 ``[B]``, is the class of the time from a user's last entry to the request, where it
+        is known.
+        """
         first, lengths = self.indptr[users], stop - start
         steps = int(lengths.max()) if len(users) else 0
         # After the end of one sequence stands another, and after the end of all the last entry.
         place = (first + start).unsqueeze(1) + torch.arange(steps, device=users.device)
-        place = place.clamp_(max=max(len(self.items) - 1, 0))
+        end = max(len(self.items) - 1, 0)
+        place = place.clamp_(max=end)
         row = torch.repeat_interleave(torch.arange(len(users), device=users.device), start)
         before = torch.arange(len(row), device=users.device) - (start.cumsum(0) - start)[row]
         return Windows(
             self.items[place].long(),
             self.levels[place].long(),
             self.gaps[place].long(),
+            self._elapsed(users, place, elapsed),
             lengths,
             self.items[first[row] + before].long(),
             start,
+            users,
+            NO_SIDE,
         )
+
+    def _elapsed(self, users: Tensor, place: Tensor, request: Tensor | None) -> Tensor:
+        """The classes from the entries ``place`` ``[B, S]`` to their next ones."""
+        table = torch.tensor(ELAPSED, device=place.device)
+        found = table[self.gaps[(place + 1).clamp(max=max(len(self.items) - 1, 0))].long()]
+        last = place == self.indptr[users + 1].unsqueeze(1) - 1
+        asked = torch.zeros_like(users) if request is None else request
+        return torch.where(last, asked.unsqueeze(1), found)
 
     def after_each(self, users: Tensor, start: Tensor, stop: Tensor) -> Tensor:
         """The items ``[T]`` that follow the entries of these windows, one window after the other."""
+        return self.items[self._following(users, start, stop)].long()
+
+    def _following(self, users: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+        """The places of those entries."""
         lengths = stop - start
         row = torch.repeat_interleave(torch.arange(len(users), device=users.device), lengths)
         inside = torch.arange(len(row), device=users.device) - (lengths.cumsum(0) - lengths)[row]
-        return self.items[self.indptr[users][row] + start[row] + inside + 1].long()
+        return self.indptr[users][row] + start[row] + inside + 1
 
-    def last(self, users: Tensor, length: int) -> Windows:
-        """The last ``length`` entries of each of ``users``, int64 ``[B]``, or all where there are fewer."""
+    def confidence(self, users: Tensor, start: Tensor, stop: Tensor, share: float) -> Tensor | None:
+        """Weights ``[T]`` of the items of :meth:`after_each`, 1 in the mean of all; None for 1 each."""
+        if self.log_weights is None or not share:
+            return None
+        logs = self.log_weights[self._following(users, start, stop)]
+        return (1 + share * logs) / (1 + share * self.log_weights.mean())
+
+    def last(self, users: Tensor, length: int, elapsed: Tensor | None = None) -> Windows:
+        """The last ``length`` entries of each of ``users``, int64 ``[B]``, or all where there are fewer.
+
+        ``elapsed`` as for :meth:`windows`.
+        """
         counts = self.indptr[users + 1] - self.indptr[users]
-        return self.windows(users, (counts - length).clamp(min=0), counts)
+        return self.windows(users, (counts - length).clamp(min=0), counts, elapsed)
 
 
 def _bounds(rating: Tensor) -> Tensor:

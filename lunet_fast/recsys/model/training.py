@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -107,7 +108,7 @@ def _trained(config: TrainConfig, parts: Parts, run: Run) -> TrainResult:
     with cpu_threads(config.threads):
         model, curve = phases.lu_net()
         if is_first:
-            values = evaluate(model, parts, run.workers.device).metrics
+            values = evaluate(model, parts, run.workers.device).figures
         if config.mlp and config.gamma == 1:
             values |= phases.control()
         if config.recipe == "auto" and is_first:
@@ -195,7 +196,7 @@ def evaluate(model: RatingModel, parts: Parts, device: torch.device | str = "cpu
     model.to("cpu")
     scorer = ItemScorer(model, model.histories(), device)
     ranking = evaluate_ranking(scorer.scores, parts, model.config.seed)
-    return Ranking({**values, **ranking.metrics}, ranking.groups)
+    return ranking._replace(metrics={**values, **ranking.metrics})
 
 
 def known_of(parts: Parts) -> Interactions | None:
@@ -215,6 +216,14 @@ def ratings_digest(parts: Parts) -> str:
     return digest.hexdigest()
 
 
+def ids_digest(parts: Parts) -> str:
+    """SHA-256 over the ids of users and items, to which the indices of :func:`ratings_digest` lead."""
+    digest = hashlib.sha256()
+    for ids in (parts.training.users, parts.training.items):
+        digest.update(json.dumps(ids.ids.tolist()).encode())
+    return digest.hexdigest()
+
+
 def _resolved(config: TrainConfig, parts: Parts) -> dict[str, Any]:
     """The content of ``config.json``: all settings, and what data they were used on."""
     training = parts.training
@@ -226,6 +235,7 @@ def _resolved(config: TrainConfig, parts: Parts) -> dict[str, Any]:
         "items": training.n_items,
         "scale": list(training.scale),
         "ratings_sha256": ratings_digest(parts),
+        "ids_sha256": ids_digest(parts),
         **config.to_dict(),
     }
 

@@ -85,18 +85,14 @@ class Committed:
         return path if path is not None and path.is_file() else None
 
     def trainings(self) -> list[Run]:
-        """Trainings by a recipe as it is: of ``table2.json`` and ``ml-1m.json``, then of the comparisons.
+        """Trainings by a recipe as it is: of an earlier reproduction, then of the comparisons.
 
         One that an earlier file has too stands there once more, later.
         """
-        found = []
-        for name in ("table2.json", "ml-1m.json"):
-            for run in (self.json(name) or {}).get("runs", []):
-                if run.get("recipe") in ("paper", "best") and run.get("split") == "random":
-                    command = run.get("command", "")
-                    found.append(
-                        Run(run["recipe"], run["dataset"], run["seed"], run, command=command, file=name)
-                    )
+        found = [
+            Run(run["experiment"], run["dataset"], run["seed"], run["metrics"], run["command"], file=FILE)
+            for run in (self.json(FILE) or {}).get("runs", [])
+        ]
         for data in ("ml-100k", "ml-1m"):
             name = f"compare-{data}.json"
             for run in (self.json(name) or {}).get("runs", []):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 
 from lunet_fast.recsys.data.datasets import dataset_title
 from lunet_fast.recsys.report.document import Highlight, literal, signed
@@ -78,24 +77,11 @@ def _beside_paper(results: Findings) -> list[str]:
 def _affine(found: Reproduction) -> list[tuple[str, float, float]]:
     """From the committed files (what stands for f, change of the MSE by it, its standard error)."""
     rows = (found.committed.json("ablation-ratings.json") or {}).get("rows", [])
-    measured = [
+    return [
         (str(row["name"]), row["mse_change"], row["mse_change_error"])
         for row in rows
         if str(row.get("name", "")).startswith(("identity", "affine")) and finite(row.get("mse_change_error"))
     ]
-    if measured:
-        return measured
-    straight = (found.committed.json("table2-affine.json") or {}).get("runs", [])
-    bent = {
-        r.seed: r.metrics["test_mse"]
-        for r in reversed(found.committed.trainings())
-        if (r.dataset, r.experiment) == ("ml-100k", "best")
-    }
-    gaps = [run["test_mse"] - bent[run["seed"]] for run in straight if run["seed"] in bent]
-    if len(gaps) < 2:
-        return []
-    error = statistics.stdev(gaps) / math.sqrt(len(gaps))
-    return [("one layer, so f affine", statistics.fmean(gaps), error)]
 
 
 def _nonlinearity(found: Reproduction) -> list[str]:

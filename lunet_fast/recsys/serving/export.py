@@ -49,7 +49,7 @@ def export_vectors(recommender: LUNetRecommender, directory: Path | str) -> list
     see the module), ``training_ratings`` (int64) and, in ``items.parquet`` where the model has titles,
     ``title`` (null where unknown). The files' metadata has ``lunet_fast``, JSON with ``members`` K and
     ``embedding_size`` k. Rows are in the order of :attr:`LUNetRecommender.users` and ``items``. A file that
-    is there already is replaced as a whole.
+    is there already is replaced as a whole. Vectors are computed on ``recommender.device``.
 
     Costs O(K nnz k) once for nnz training ratings, then O(K k) a vector; ROWS of them are in memory at once.
 
@@ -59,7 +59,7 @@ def export_vectors(recommender: LUNetRecommender, directory: Path | str) -> list
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     trained = recommender.trained
-    model, info = trained.model, trained.item_info
+    model, info = trained.model.to(recommender.device), trained.item_info
     with torch.no_grad():
         histories = model.histories()
     titles = None if info is None or "title" not in info else info["title"].tolist()
@@ -103,14 +103,14 @@ def _write(
         with parquet.ParquetWriter(temporary, schema) as writer:
             for start in range(0, len(ids), ROWS):
                 rows = slice(start, min(start + ROWS, len(ids)))
-                index = torch.arange(rows.start, rows.stop)
-                vectors = (item_vectors if item else user_vectors)(model, index, histories)
+                index = torch.arange(rows.start, rows.stop, device=counts.device)
+                vectors = (item_vectors if item else user_vectors)(model, index, histories).cpu()
                 columns = [
                     pa.array(ids.ids[rows].tolist(), fields[0].type),
                     pa.FixedSizeListArray.from_arrays(
                         pa.array(vectors.flatten().numpy()), type=fields[1].type
                     ),
-                    pa.array(counts[rows].numpy()),
+                    pa.array(counts[rows].cpu().numpy()),
                 ]
                 if titles is not None:
                     columns.append(pa.array([title or None for title in titles[rows]], pa.string()))

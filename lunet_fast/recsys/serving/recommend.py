@@ -87,6 +87,7 @@ class LUNetRecommender:
         item: str = "item",
         rating: str | None = "rating",
         timestamp: str | None = "timestamp",
+        weight: str | None = None,
         scale: tuple[float, float] | None = None,
         progress: Progress | None = None,
     ) -> LUNetRecommender:
@@ -104,7 +105,7 @@ class LUNetRecommender:
         search on validation parts first; ``best`` takes the settings of the MovieLens set nearest in size.
         """
         columns = {"user": user, "item": item, "rating": rating, "timestamp": timestamp, "scale": scale}
-        ratings = self._read(ratings, **columns)
+        ratings = self._read(ratings, weight=weight, **columns)
         config = self._config(len(ratings))
         if isinstance(config, TrainConfig):
             if self.recipe == AUTO:
@@ -167,7 +168,14 @@ class LUNetRecommender:
         return result
 
     def recommend(
-        self, users: Any, k: int = 10, *, exclude_seen: bool = True, items: Any = None, exclude: Any = None
+        self,
+        users: Any,
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        items: Any = None,
+        exclude: Any = None,
+        at: int | None = None,
     ) -> pd.DataFrame:
         """The k best items of each user, best first: columns ``user``, ``rank`` from 1, ``item``, ``score``.
 
@@ -194,35 +202,26 @@ class LUNetRecommender:
         deviation d_item; an unseen item stands where nobody's choice does, or at mean + d_user.
 
         With recipe ``sequence`` unseen items are left out, and users are scored on the CPU by one product
-        each with all items.
+        each with all items. ``at``, in Unix seconds, is when they are asked for, for a model with
+        ``elapsed``; by default that is soon after each user's last choice.
 
         Cost: O(K M D²) for a user and item, on ``device``; what depends on one of them alone is computed
         once. Memory: :func:`~lunet_fast.recsys.model.scoring.score_topk`'s for USERS users, and the result,
         users × min(k, items) rows.
 
-        ``ValueError`` where k is not a whole number of at least 1; ``TypeError`` for what are no ids.
+        ``ValueError`` where k is not a whole number of at least 1, for ``at`` before a user's last choice,
+        and for a model that does not look at it; ``TypeError`` for what are no ids.
         """
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise ValueError(f"k={k!r} must be a whole number of at least 1")
         ready, given = self._trained(), listed(users)
         if isinstance(ready, SequenceServing):
-            return ready.recommend(given, int(k), exclude_seen, items, exclude)
+            return ready.recommend(given, int(k), exclude_seen, items, exclude, at)
+        if at is not None:
+            raise ValueError(f"at={at} is for models of recipe 'sequence' with elapsed=True")
         trained, device = ready.trained, torch.device(self.device)
         index = torch.from_numpy(trained.users.index(given))
-        item_ids, candidates, unseen = trained.items.ids, None, 0
-        if items is not None:
-            wanted = listed(items)
-            known = trained.items.index(wanted)
-            candidates = torch.from_numpy(np.unique(known[known >= 0]))
-            # They follow the known ones, in the order given.
-            never = {id_text(item) for item in ([] if exclude is None else listed(exclude))}
-            new = (item for item, i in zip(wanted, known, strict=True) if i < 0)
-            strangers = [item for item in dict.fromkeys(new) if id_text(item) not in never]
-            unseen = len(strangers)
-            item_ids = np.array([*item_ids.tolist(), *strangers], dtype=object)
-        if exclude is not None:
-            there = torch.arange(len(trained.items)) if candidates is None else candidates
-            candidates = there[~torch.isin(there, torch.from_numpy(trained.items.index(exclude)))]
+        item_ids, candidates, unseen = self._choice(trained.items, items, exclude)
         k = min(int(k), max(len(item_ids), 1))
         parts = [
             ranked(ready, device, batch, k, exclude_seen, candidates, unseen) for batch in index.split(USERS)
@@ -243,7 +242,28 @@ class LUNetRecommender:
             }
         )
 
-    def fold_in(self, ratings: Any, *, method: str = "fit") -> FoldedUser | Session:
+    @staticmethod
+    def _choice(known_items: IdMap, items: Any, exclude: Any) -> tuple[Any, torch.Tensor | None, int]:
+        """Ids, the indices that :meth:`recommend` may take (None for all), and how many of the ids, the last
+        ones, training has not seen."""
+        item_ids: Any = known_items.ids
+        candidates, unseen = None, 0
+        if items is not None:
+            wanted = listed(items)
+            known = known_items.index(wanted)
+            candidates = torch.from_numpy(np.unique(known[known >= 0]))
+            # They follow the known ones, in the order given.
+            never = {id_text(item) for item in ([] if exclude is None else listed(exclude))}
+            new = (item for item, i in zip(wanted, known, strict=True) if i < 0)
+            strangers = [item for item in dict.fromkeys(new) if id_text(item) not in never]
+            unseen = len(strangers)
+            item_ids = np.array([*item_ids.tolist(), *strangers], dtype=object)
+        if exclude is not None:
+            there = torch.arange(len(known_items)) if candidates is None else candidates
+            candidates = there[~torch.isin(there, torch.from_numpy(known_items.index(exclude)))]
+        return item_ids, candidates, unseen
+
+    def fold_in(self, ratings: Any, *, method: str = "fit") -> FoldedUser:
         """A user whom training has not seen, from what it has rated or chosen; this model stays as it is.
 
         >>> ann = recommender.fold_in({"film-7": 5, "film-9": 2})          # doctest: +SKIP
@@ -263,17 +283,19 @@ class LUNetRecommender:
         given, held to that start by a quadratic prior; ``history`` fits the bias alone. The items' histories
         stay as trained. The same model and ``ratings`` give the same user.
 
-        With recipe ``sequence`` nothing is fitted: the result is that of :meth:`session`.
+        With recipe ``sequence`` nothing is to be fitted, and :meth:`session` takes the place of this.
 
-        ``ValueError`` for an unknown method, and for ratings that are no numbers within the scale or that
-        are of one item. Cost: O(users + items) once; then O(K n (k + M D²)) a step for n items, at most 25
-        or so, of some milliseconds each where n is below 100.
+        ``ValueError`` for a model of that recipe, for an unknown method, and for ratings that are no numbers
+        within the scale or that are of one item. Cost: O(users + items) once; then O(K n (k + M D²)) a step
+        for n items, at most 25 or so, of some milliseconds each where n is below 100.
         """
         if method not in METHODS:
             raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
         ready = self._trained()
         if isinstance(ready, SequenceServing):
-            return ready.session(ratings)
+            raise ValueError(
+                "a model of recipe 'sequence' fits nothing to a new user: use session(), which takes the same"
+            )
         items, values = given_items(ratings, ready.trained)
         alone = LUNetRecommender(self.recipe, self.seed, self.device)
         alone.settings = self.settings

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from lunet_fast.recsys.data.objects import is_table, items_frame
-from lunet_fast.recsys.data.order import gap_classes
+from lunet_fast.recsys.data.order import ELAPSED, GAP_SECONDS, gap_classes
 from lunet_fast.recsys.data.ratings import from_frame
 from lunet_fast.recsys.model.model_files import TrainedSequences
 from lunet_fast.recsys.model.sequences import Windows
+from lunet_fast.recsys.model.side import NO_SIDE
+from lunet_fast.recsys.model.state_network import Items
 
 Entry = tuple[Any, float | None, int]
 """The id of an item, its rating, None where there is none, and its time in seconds, 0 where unknown."""
@@ -31,6 +33,9 @@ class SequenceServing:
         counts = torch.bincount(sequences.levels.long(), minlength=sequences.n_levels)
         self.usual_level = int(counts.argmax())
         """The class of ratings that most are of; counted once, for it takes as long as a session's answer."""
+        with torch.no_grad():
+            self.items: Items = trained.model.item_vectors()
+        """All items, computed once for sessions."""
 
     def score(self, users: Any, items: Any) -> npt.NDArray[np.float32]:
         """As ``LUNetRecommender.score``: z·e_i + b_i, comparable within one user."""
@@ -48,7 +53,13 @@ class SequenceServing:
         return found
 
     def recommend(
-        self, users: list[Any], k: int, exclude_seen: bool, items: Any, exclude: Any
+        self,
+        users: list[Any],
+        k: int,
+        exclude_seen: bool,
+        items: Any,
+        exclude: Any,
+        at: int | None = None,
     ) -> pd.DataFrame:
         """As ``LUNetRecommender.recommend``, for ids in a list. Unseen items are left out."""
         trained, frames = self.trained, []
@@ -56,7 +67,8 @@ class SequenceServing:
         index = torch.from_numpy(trained.users.index(users))
         for start in range(0, len(users), USERS):
             some = index[start : start + USERS]
-            scores = model.score_users(some)
+            latest = model.sequences.latest[some.clamp(min=0)] * (some >= 0)
+            scores = model.score_users(some, self.elapsed(latest, at))
             if exclude_seen:
                 here = torch.where(some >= 0)[0]
                 who, seen = self._rated.of_users(some[here])
@@ -65,6 +77,23 @@ class SequenceServing:
             frame.insert(0, "user", self._user_ids(users, index, row + start))
             frames.append(frame)
         return pd.concat(frames, ignore_index=True)
+
+    def elapsed(self, latest: Tensor, at: int | None) -> Tensor | None:
+        """The classes ``[U]`` of the time from ``latest``, int64 ``[U]``, to a request; 0 where unknown.
+
+        ``ValueError`` for a request before, and where the model does not look at it.
+        """
+        if at is None:
+            return None
+        if not self.trained.model.config.elapsed:
+            raise ValueError(
+                f"at={at}: this model was not trained to know when it is asked: train it with elapsed=True"
+            )
+        passed = torch.where(latest == 0, 0, at - latest)
+        if bool((passed < 0).any()):
+            raise ValueError(f"at={at} is before {int(latest.max())}, the time of the last choice known")
+        gaps = torch.bucketize(passed, torch.tensor(GAP_SECONDS), right=True)
+        return torch.tensor(ELAPSED)[gaps]
 
     def session(self, recent: Any = ()) -> Session:
         """A user from what it chose, in order of time: see ``LUNetRecommender.session``."""
@@ -137,16 +166,23 @@ class Session:
         self._append([(item, rating, timestamp)])
 
     def recommend(
-        self, k: int = 10, *, exclude_seen: bool = True, items: Any = None, exclude: Any = None
+        self,
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        items: Any = None,
+        exclude: Any = None,
+        at: int | None = None,
     ) -> pd.DataFrame:
         """The k best next items, best first: columns ``rank``, ``item``, ``score``.
 
         ``items`` are the ids to choose from, by default all, but for those of ``exclude``; ``exclude_seen``
-        omits those chosen.
+        omits those chosen; ``at`` is the time of asking, in Unix seconds, for a model with ``elapsed`` (by
+        default soon after the last).
         Without a known item the most popular are best. Cost: O((n + L K) d + K d² + n_items d) for n items
         chosen, of which the order of the last L is read.
         """
-        scores = self._scores()
+        scores = self._scores(at)
         if exclude_seen and self._items:
             scores[0, self._items] = -torch.inf
         return self._serving._best(scores, k, items, exclude)[2]
@@ -158,10 +194,10 @@ class Session:
 
     @torch.no_grad()
     def state(self) -> Tensor:
-        """x ``[d]``, what f is applied to; ``RuntimeError`` without a known item."""
+        """x ``[K d]`` of K members, what f is applied to; ``RuntimeError`` without a known item."""
         if not self._items:
             raise RuntimeError("this session has no item that training has seen, and so no state: add one")
-        return self._serving.trained.model.states(self._windows())[0]
+        return self._serving.trained.model.states(self._windows(None), self._serving.items)[0]
 
     def _append(self, entries: list[Entry]) -> None:
         """All of ``entries``, whose ids are looked up together: one by one takes most of the time."""
@@ -177,25 +213,32 @@ class Session:
                 self._levels.append(self._serving.usual_level if rating is None else level)
                 self._times.append(int(time))
 
-    def _windows(self) -> Windows:
+    def _windows(self, at: int | None) -> Windows:
         last = slice(-self._serving.trained.model.config.length, None)
         gaps = gap_classes(np.zeros(len(self._items), np.int64), np.array(self._times, np.int64))
         before = self._items[: last.start]
         columns = (torch.tensor([self._items[last]]), torch.tensor([self._levels[last]]))
+        elapsed = torch.zeros_like(columns[0])
+        asked = self._serving.elapsed(torch.tensor([self._times[-1]]), at)
+        if asked is not None:
+            elapsed[0, -1] = asked
         return Windows(
             *columns,
             torch.from_numpy(gaps[last].astype(np.int64)).unsqueeze(0),
+            elapsed,
             torch.tensor([columns[0].shape[1]]),
             torch.tensor(before, dtype=torch.int64),
             torch.tensor([len(before)]),
+            torch.tensor([-1]),
+            NO_SIDE,
         )
 
     @torch.no_grad()
-    def _scores(self) -> Tensor:
-        model = self._serving.trained.model
+    def _scores(self, at: int | None = None) -> Tensor:
+        model, items = self._serving.trained.model, self._serving.items
         if not self._items:
             return model.popularity().unsqueeze(0)
-        return model.scores(model.latent(model.states(self._windows())))
+        return model.scores(model.latent(model.states(self._windows(at), items)), items)
 
     def __len__(self) -> int:
         return len(self._items)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lunet_fast.recsys.data.errors import RatingFileError
-from lunet_fast.recsys.data.order import GAPS, by_time, gap_classes, tied_positions
+from lunet_fast.recsys.data.order import GAPS, by_time, gap_classes, gaps_since, tied_positions
 from lunet_fast.recsys.data.order_file import order_file_beside, read_positions
 from lunet_fast.recsys.data.ratings import Ratings, from_frame
 from lunet_fast.recsys.data.splits import leave_one_out
@@ -59,6 +59,16 @@ def test_ties_are_drawn_whatever_the_order_of_the_rows() -> None:
     assert orders[0] == orders[1]
     assert orders[0] != ratings.item[torch.from_numpy(by_time(ratings, 4))].tolist()
     assert orders[0] != sorted(orders[0])
+
+
+def test_gaps_since_the_last_in_training() -> None:
+    day = 86_400
+    ratings = timed([day, 2 * day, 100, 100, 0, 50, 7], user=[0, 0, 1, 1, 2, 2, 3])
+    before, latest = ratings.select([0, 2, 4]), ratings.select([3, 6, 1, 5])
+    # One that ties, one without any before, a day after, and one after an unknown time.
+    assert gaps_since(before, latest).tolist() == [0, UNKNOWN, 3, UNKNOWN]
+    turned = gaps_since(before, latest.select([2, 3, 1, 0]))
+    assert turned.tolist() == [3, UNKNOWN, UNKNOWN, 0]
 
 
 def test_classes_of_gaps() -> None:

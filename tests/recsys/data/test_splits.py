@@ -24,6 +24,7 @@ from lunet_fast.recsys.data.splits import (
     leave_one_out,
     per_user_split,
     random_split,
+    time_split,
 )
 
 REAL_DATA = os.environ.get("LUNET_FAST_DATA", "")
@@ -160,6 +161,51 @@ def test_joint_split(table: dict[tuple[int, int], int], seed: int, fraction: flo
     as_random = random_split(ratings.select(rest), seed, fraction)
     assert torch.equal(split.test, rest[as_random.test])
     assert torch.equal(split.train, rest[as_random.train])
+
+
+known_times = st.dictionaries(
+    st.tuples(st.integers(0, 5), st.integers(0, 6)),
+    st.sampled_from([-5, 1, 2, 3, 9]),
+    min_size=2,
+    max_size=30,
+)
+
+
+@given(known_times, seeds, fractions)
+@settings(max_examples=50)
+def test_time_split(table: dict[tuple[int, int], int], seed: int, fraction: float) -> None:
+    ratings = timed([(*pair, time) for pair, time in table.items()])
+    time = ratings.timestamp
+    assert time is not None
+    most = math.floor(fraction * len(ratings) + 0.5)
+    begins = [t for t in sorted(set(time.tolist()))[1:] if int((time >= t).sum()) <= most]
+    both = [
+        u
+        for u in range(ratings.n_users)
+        if begins and len({t >= begins[0] for t in time[ratings.user == u].tolist()}) > 1
+    ]
+    if not both:
+        with pytest.raises(ValueError, match="no time that divides|before and after"):
+            time_split(ratings, seed, fraction)
+        return
+    split = time_split(ratings, seed, fraction)
+    assert_partition(split, len(ratings))
+    assert (split.name, split.seed) == ("time", seed)
+    assert torch.equal(split.train, torch.nonzero(time < begins[0]).flatten())
+    assert sorted(ratings.user[split.held_out].tolist()) == both
+    for row in split.held_out.tolist():
+        own = (ratings.user == ratings.user[row]) & (time >= begins[0])
+        assert time[row] == time[own].min()
+    order = torch.randperm(len(ratings))
+    shuffled = time_split(ratings.select(order), seed, fraction)
+    assert pairs_of(ratings.select(order), shuffled.held_out) == pairs_of(ratings, split.held_out)
+
+
+def test_a_split_by_time_needs_all_times() -> None:
+    with pytest.raises(ValueError, match="needs the time of every rating, and 1 of the 3 of"):
+        time_split(timed([(0, 0, 5), (0, 1, 0), (1, 0, 7)]), 0)
+    with pytest.raises(ValueError, match="and 9 of the 9 of .* have none: use leave_one_out"):
+        time_split(ratings_of([9]), 0)
 
 
 @given(tables, seeds, st.integers(1, 8))

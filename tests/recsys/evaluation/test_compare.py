@@ -34,7 +34,7 @@ from lunet_fast.recsys.model.config import TrainConfig, recipe
 from lunet_fast.recsys.model.sequence_config import settings_of
 from lunet_fast.recsys.model.sequence_training import train_sequence
 from lunet_fast.recsys.model.training import train
-from tests.recsys.synthetic import cyclic_ratings, latent_ratings, quick_config
+from tests.recsys.synthetic import cyclic_ratings, latent_ratings, paused_ratings, quick_config
 
 RATINGS = latent_ratings()
 QUICK = quick_config().to_dict()
@@ -45,9 +45,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Methods are measured in this process, ours with small settings; what was measured, in order."""
     calls: list[tuple[str, int]] = []
 
-    def in_this_process(data: Path, key: str, seed: int) -> dict[str, Any]:
+    def in_this_process(data: Path, key: str, seed: int, split: str) -> dict[str, Any]:
         calls.append((key, seed))
-        return measure(pickle.loads(data.read_bytes()), key, seed)
+        return measure(pickle.loads(data.read_bytes()), key, seed, split)
 
     def small(name: str, n_ratings: int, **overrides: Any) -> Any:
         names = {"members", "embedding_size", "epochs", "batch_size"}
@@ -82,7 +82,8 @@ class TestMethods:
         assert ours["lunet-interactions"] == "LU-Net, interactions (gamma 0)"
         assert ours["lunet-both"] == "LU-Net, both (gamma 0.1)"
         assert [METHODS[key].kind for key in ours] == [
-            *("rating", "rating", "rating", "ranking", "both", "ranking", "ranking", "ranking")
+            *("rating", "rating", "rating", "ranking", "both"),
+            *("ranking",) * 4,
         ]
 
     @pytest.mark.parametrize("key", [key for key in METHODS if METHODS[key].is_lu_net])
@@ -109,7 +110,10 @@ class TestMethods:
             "lunet-leaky": "leave-one-out",
             "lunet-sequence": "leave-one-out",
             "lunet-sequence-identity": "leave-one-out",
+            "lunet-sequence-elapsed": "leave-one-out",
         }
+        assert METHODS["lunet-sequence-elapsed"].config(1000, 0, "time").split == "time"
+        assert METHODS["lunet-both"].config(1000, 0, "time").split == "joint"
 
 
 class TestMeasure:
@@ -195,23 +199,23 @@ class TestProcess:
         return file
 
     def test_measures_the_same(self, tmp_path: Path) -> None:
-        found = module._in_a_process(self.data(tmp_path), "biases", 1)
+        found = module._in_a_process(self.data(tmp_path), "biases", 1, "leave-one-out")
         expected = measure(RATINGS, "biases", 1)
         assert found["test_mse"] == expected["test_mse"]
         assert found.keys() == expected.keys()
 
     def test_computes_on_one_thread(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         child("import os; os._exit(int(os.environ['OMP_NUM_THREADS']) + 40)")(monkeypatch)
-        assert "code 41" in module._in_a_process(self.data(tmp_path), "biases", 0)["error"]
+        assert "code 41" in module._in_a_process(self.data(tmp_path), "biases", 0, "time")["error"]
 
     def test_crash(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         child("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")(monkeypatch)
-        found = module._in_a_process(self.data(tmp_path), "biases", 0)
+        found = module._in_a_process(self.data(tmp_path), "biases", 0, "leave-one-out")
         assert found == {"error": "its process was ended by SIGKILL, most likely for lack of memory"}
 
     def test_last_words(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         child("import sys; print('much'); sys.exit('the reason')")(monkeypatch)
-        found = module._in_a_process(self.data(tmp_path), "biases", 0)
+        found = module._in_a_process(self.data(tmp_path), "biases", 0, "leave-one-out")
         assert found == {"error": "its process ended with code 1: the reason"}
 
     @pytest.mark.parametrize(
@@ -231,7 +235,7 @@ class TestProcess:
 
         monkeypatch.setattr(module, "measure", fail)
         answer = tmp_path / "answer.json"
-        module._main([str(self.data(tmp_path)), "biases", "0", str(answer)])
+        module._main([str(self.data(tmp_path)), "biases", "0", "leave-one-out", str(answer)])
         assert json.loads(answer.read_text()) == {"error": told}
 
 
@@ -289,7 +293,9 @@ class TestCompare:
         assert told == [*keys, "lunet-ratings"]
         assert [row["key"] for row in result.rows] == told
         content = json.loads(file.read_text())
-        assert list(content) == ["machine", "versions", "dataset", "command", "seeds", "rows", "runs"]
+        assert list(content) == [
+            *("machine", "versions", "dataset", "split", "command", "seeds", "rows", "runs")
+        ]
         assert content["rows"] == json.loads(json.dumps(result.rows))
 
     def test_methods_that_were_not_asked_for_are_kept(
@@ -332,7 +338,7 @@ class TestCompare:
     ) -> None:
         calls: list[tuple[str, int]] = []
 
-        def outcome(data: Path, key: str, seed: int) -> dict[str, Any]:
+        def outcome(data: Path, key: str, seed: int, split: str) -> dict[str, Any]:
             calls.append((key, seed))
             if key == "mf":
                 return {"missing": 'MF needs cornac: pip install "lunet-fast[baselines]"'}
@@ -405,6 +411,66 @@ class TestCompare:
         with pytest.raises(ValueError, match="is no result of lunet-fast compare"):
             compare(RATINGS, ["popularity"], [0], file=file)
         assert file.read_text() == content
+
+
+class TestGaps:
+    """Rankings by the time since a user's last rating, and by one time for all."""
+
+    def test_means_are_over_users(self, here: object) -> None:
+        ratings = paused_ratings()
+        result = compare(ratings, ["popularity", "ease", "lunet-sequence"], [0, 1])
+        for row in result.rows:
+            gaps = row["by_gap"]
+            assert list(gaps) == ["up to a minute", "over a day"]
+            assert [gap["users"] for gap in gaps.values()] == [40, 40], "20 of each in either run"
+            for name in ("hr@10", "ndcg@10", "full_ndcg@10", "full_hr@10"):
+                whole = sum(gap["users"] * gap[name] for gap in gaps.values()) / 80
+                assert whole == pytest.approx(row[name])
+        text = markdown(result)
+        assert "## By the time since the user's last rating in training" in text
+        lines = [line for line in text.splitlines() if line.startswith("| over a day |")]
+        assert len(lines) == 3
+        assert any("**" in line for line in lines)
+
+    def test_gaps_of_other_users_do_not_count(self) -> None:
+        """One group's figures are those of ranking its users alone."""
+        ratings = paused_ratings()
+        parts = Parts.of(ratings, "leave-one-out", 0)
+        fitted = BASELINES["ease"].fit(parts.training, 0, "ml-100k")
+        whole = evaluate_ranking(fitted.score_items, parts).gaps  # type: ignore[arg-type]
+        assert parts.held_out is not None
+        assert parts.candidates is not None
+        for rest, name in ((1, "up to a minute"), (0, "over a day")):
+            some = parts.held_out.user % 2 == rest
+            alone = replace(
+                parts,
+                held_out=parts.held_out.select(some),
+                candidates=parts.candidates[some],
+                gaps=None if parts.gaps is None else parts.gaps[some],
+            )
+            ranking = evaluate_ranking(fitted.score_items, alone)  # type: ignore[arg-type]
+            assert list(ranking.gaps) == [name]
+            assert whole[name] == ranking.gaps[name]
+            assert ranking.gaps[name]["ndcg@10"] == pytest.approx(ranking.metrics["ndcg@10"])
+
+    def test_by_one_time(self, here: list[tuple[str, int]], tmp_path: Path) -> None:
+        ratings = cyclic_ratings()
+        assert ratings.timestamp is not None
+        # All users at once, not one after the other.
+        ratings = replace(ratings, timestamp=(ratings.timestamp - 1_000_000) % 1000 + 1)
+        file = tmp_path / "c.json"
+        result = compare(ratings, ["popularity", "lunet-sequence"], [0], split="time", file=file)
+        assert [row["key"] for row in result.rows] == ["popularity", "lunet-sequence"]
+        assert all(0 <= row["full_ndcg@10"] <= 1 for row in result.rows)
+        assert "after one time" in markdown(result)
+        assert set(module.allowed(ratings, "time")) == {k for k, m in METHODS.items() if m.kind == "ranking"}
+        here.clear()
+        compare(ratings, ["popularity"], [0], file=file)
+        assert here == [("popularity", 0)], "another split is another measurement"
+        with pytest.raises(ValueError, match="'biases' predicts ratings, and split='time'"):
+            compare(ratings, ["biases"], [0], split="time")
+        with pytest.raises(ValueError, match="split='random' is unknown: choose one of leave-one-out, time"):
+            compare(ratings, ["ease"], [0], split="random")
 
 
 class TestShown:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +48,57 @@ def test_a_study_that_goes_on_tries_other_settings(tmp_path: Path) -> None:
             seed=2**40,
         )
     assert len(set(heard)) == 6
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The journal of two trials."""
+    file = tmp_path_factory.mktemp("study") / "study"
+    tune(latent_ratings(), trials=2, storage=file, **SHORT)
+    return file.read_bytes()
+
+
+SHORT: dict[str, Any] = {"epochs": 1, "members": 1}
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30])
+def test_a_torn_last_line_loses_that_line_alone(cut: int, study: bytes, tmp_path: Path) -> None:
+    """As a kill leaves it; and the study can be gone on with as often as one likes."""
+    file = tmp_path / "study"
+    file.write_bytes(study[:-cut])
+    again = tune(latent_ratings(), trials=1, storage=file, **SHORT)
+    # The last line says how the second trial ended.
+    assert again.trials == 2
+    assert all(json.loads(line) for line in file.read_bytes().splitlines())
+    assert tune(latent_ratings(), trials=1, storage=file, **SHORT).trials == 3
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [
+        b"nothing\n" * 3,
+        b"[1]\n",
+        b"{}\n",
+        b'{"op_code": 99}\n',
+        b'{"op_code": 0, "worker_id": "x"}\n',
+        b"[" * 100_000 + b"\n\n",
+        b"\xff\xfe\n\n",
+    ],
+    ids=range(7),
+)
+def test_what_is_no_study_is_refused(journal: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "study"
+    file.write_bytes(journal)
+    with pytest.raises(ValueError, match=f"{file}: no study to go on with"):
+        tune(latent_ratings(), trials=1, storage=file, **SHORT)
+    assert file.read_bytes() == journal
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for ever
+    for place in ("pipe", ""):
+        with pytest.raises(ValueError, match="where a file is wanted"):
+            tune(latent_ratings(), trials=1, storage=tmp_path / place, **SHORT)
 
 
 def test_the_test_part_is_never_read() -> None:

@@ -17,7 +17,7 @@ from lunet_fast.recsys.model.sequence_training import (
     next_item_objective,
     train_sequence,
 )
-from lunet_fast.recsys.model.sequences import MOST_LEVELS, Sequences
+from lunet_fast.recsys.model.sequences import MOST_LEVELS, Sequences, Windows
 from lunet_fast.recsys.model.state_network import StateNetwork
 from lunet_fast.training.files import CheckpointError
 from lunet_fast.training.loop import Interrupted, Progress, Stop
@@ -35,8 +35,15 @@ def untrained(**changes: object) -> StateNetwork:
     return model
 
 
-def as_given(x: torch.Tensor) -> torch.Tensor:
-    return x
+def training_states(model: StateNetwork, windows: Windows) -> torch.Tensor:
+    """Those of its only member."""
+    (member,) = model.networks
+    windows = windows._replace(side=model.side.of_users(windows.users))
+    return member.training_states(windows, member.item_vectors(model.side), lambda x: x)
+
+
+def states(model: StateNetwork, windows: Windows) -> torch.Tensor:
+    return model.states(windows, model.item_vectors())
 
 
 @pytest.mark.parametrize("sources", [{}, {"order": False}, {"user_history": False}])
@@ -46,9 +53,9 @@ def test_the_states_of_training_are_those_of_serving(sources: dict, length: int)
     users = torch.arange(5)
     stop = model.sequences.user_counts[users]
     start = (stop - length).clamp(min=0)
-    each = model.training_states(model.sequences.windows(users, start, stop), as_given)
+    each = training_states(model, model.sequences.windows(users, start, stop))
     last = each[(stop - start).cumsum(0) - 1]
-    torch.testing.assert_close(model.states(model.sequences.last(users, length)), last)
+    torch.testing.assert_close(states(model, model.sequences.last(users, length)), last)
 
 
 def test_a_state_depends_on_nothing_that_follows() -> None:
@@ -60,14 +67,14 @@ def test_a_state_depends_on_nothing_that_follows() -> None:
         levels=torch.cat((windows.levels[:, :5], windows.levels[:, 5:] * 0), 1),
         gaps=torch.cat((windows.gaps[:, :5], windows.gaps[:, 5:] * 0), 1),
     )
-    before, after = (model.training_states(w, as_given) for w in (windows, changed))
+    before, after = (training_states(model, w) for w in (windows, changed))
     torch.testing.assert_close(before[:5], after[:5], rtol=0, atol=0)
     assert not torch.equal(before[5:], after[5:])
 
 
 def test_the_state_comes_back() -> None:
     model = untrained()
-    x = model.states(model.sequences.last(torch.arange(9), 200))
+    x = states(model, model.sequences.last(torch.arange(9), 200))
     torch.testing.assert_close(model.inverse(model.latent(x)), x)
     assert not torch.allclose(model.latent(x), x)
     alone = untrained(network="identity")
@@ -155,7 +162,8 @@ def test_the_future_changes_no_score() -> None:
 
 def test_same_seed_same_weights_and_another_seed_others() -> None:
     first, again, other = (
-        train_sequence(RATINGS, quick_sequence_config(seed=seed)).trained.model.items for seed in (0, 0, 1)
+        train_sequence(RATINGS, quick_sequence_config(seed=seed)).trained.model.item_vectors().table
+        for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -320,7 +320,7 @@ class TestConfig:
             ("seed", -1, "seed=-1"),
             ("biases", 1, "true or false"),
             ("readout", "sum", "choose one of linear, pair"),
-            ("split", "time", "choose one of random, per-user"),
+            ("split", "weekly", "choose one of random, per-user"),
             ("mlp_hidden", (), "must be a list of 1 entries or more"),
             ("learn_rate", 0.1, "unknown setting 'learn_rate': the settings are recipe, seed"),
         ],

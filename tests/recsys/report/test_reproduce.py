@@ -49,10 +49,9 @@ def make(out: Path, results: Path | None = None, **changes: Any) -> Document:
 def committed(folder: Path) -> Path:
     """A folder with a small file of each kind."""
     folder.mkdir()
+    of = {"dataset": "ml-1m", "seed": 0, "command": "lunet-fast train"}
     run = {
-        "dataset": "ml-1m",
         "split": "random",
-        "seed": 0,
         "epochs": 50,
         "train_seconds": 9.0,
         "parameters": 5,
@@ -61,7 +60,6 @@ def committed(folder: Path) -> Path:
         "test_mse": 0.7571,
         "test_rmse": 0.8701,
         "reconstruction_error": 2e-11,
-        "command": "lunet-fast train",
     }
     run |= {"reconstruction_error_relative": 4e-11}
     rows: list[dict[str, Any]] = [
@@ -83,7 +81,12 @@ def committed(folder: Path) -> Path:
         {"group": "f", "name": NASTY, "mse": 0.8, "mse_change": 0.01, "mse_change_error": None},
     ]
     files = {
-        "ml-1m": {"runs": [{**run, "recipe": "paper"}, {**run, "recipe": "best", "mlp_test_mse": 0.7429}]},
+        "reproduction": {
+            "runs": [
+                {**of, "experiment": "paper", "metrics": {**run, "mlp_test_mse": 0.7429}},
+                {**of, "experiment": "best", "metrics": run},
+            ]
+        },
         "compare-ml-100k": {"machine": MACHINE, "seeds": [0], "command": "lunet-fast compare", "rows": rows},
         "ablation-ratings": {"machine": MACHINE, "rows": changes},
         "fold-in": {
@@ -226,7 +229,7 @@ class TestReport:
             "−0.0005",
         ):
             assert part in text
-        assert "taken from ml-1m.json" in text
+        assert "taken from reproduction.json" in text
         assert NASTY in text
         assert f"not installed {NASTY}" in text
         assert "adds nothing measurable" in text
@@ -288,8 +291,8 @@ class TestReport:
             assert f"not measured here: run {command}" in text
 
     def test_a_damaged_result_file_is_named(self, tmp_path: Path, films_in_place: None) -> None:
-        (tmp_path / "table2.json").write_text("{")
-        with pytest.raises(ValueError, match=r"table2\.json: not a JSON file"):
+        (tmp_path / "reproduction.json").write_text("{")
+        with pytest.raises(ValueError, match=r"reproduction\.json: not a JSON file"):
             make(tmp_path / "out", tmp_path, seeds=[0], skip=[f"ml-100k/{name}" for name in EXPERIMENTS])
 
     def test_a_trial_says_so(self, tmp_path: Path, films_in_place: None) -> None:

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from lunet_fast.recsys.data.ids import IdMap
+from lunet_fast.recsys.data.ratings import Ratings, from_frame
 from lunet_fast.recsys.model.model_files import TrainedSequences
 from lunet_fast.recsys.model.sequence_config import SequenceConfig
 from lunet_fast.recsys.model.sequence_training import train_sequence
 from lunet_fast.recsys.model.sequences import Sequences
 from lunet_fast.recsys.model.state_network import StateNetwork
 from lunet_fast.recsys.serving.recommend import LUNetRecommender
-from lunet_fast.recsys.serving.sequence import Session
 from tests.recsys.synthetic import cyclic_ratings, quick_sequence_config
 
 RATINGS = cyclic_ratings()
@@ -75,11 +75,12 @@ def test_next_items_go_on_where_the_last_ones_ended(recommender: LUNetRecommende
     assert len(session) == 5
 
 
-def test_fold_in_is_a_session(recommender: LUNetRecommender) -> None:
-    folded = recommender.fold_in({5: 3.0, 6: 4.0, 7: 2.0})
-    assert isinstance(folded, Session)
+def test_ratings_by_item_are_a_session(recommender: LUNetRecommender) -> None:
+    given = {5: 3.0, 6: 4.0, 7: 2.0}
+    with pytest.raises(ValueError, match=r"use session\(\)"):
+        recommender.fold_in(given)
     pd.testing.assert_frame_equal(
-        folded.recommend(2),
+        recommender.session(given).recommend(2),
         recommender.session(pd.DataFrame({"item": [5, 6, 7], "rating": [3.0, 4.0, 2.0]})).recommend(2),
     )
 
@@ -209,3 +210,85 @@ def test_a_session_refuses_what_was_before(recommender: LUNetRecommender) -> Non
     with pytest.raises(ValueError, match="timestamp=199 of item 9 is before 200"):
         session.add(9, timestamp=199)
     assert len(session) == 4
+
+
+@pytest.fixture(scope="module")
+def told() -> LUNetRecommender:
+    """One whose data have two ways to go on, which the time of asking tells apart."""
+    settings = {
+        **quick_sequence_config(epochs=60, embedding_size=32, elapsed=True).to_dict(),
+        "split": "none",
+    }
+    settings = {name: value for name, value in settings.items() if name not in ("recipe", "seed")}
+    return LUNetRecommender("sequence", **settings).fit(with_leaps())
+
+
+class TestWhenItIsAsked:
+    def test_the_next_item_depends_on_it(self, told: LUNetRecommender) -> None:
+        right = {60: 0, 500_000: 0}
+        for user in range(60):
+            last, latest = leaping_steps(user)[-1], leaping_time(user)
+            for passed, step in ((60, 1), (500_000, 15)):
+                found = told.recommend(user, 1, exclude_seen=False, at=latest + passed)
+                right[passed] += found["item"].tolist() == [(last + step) % 30]
+        assert min(right.values()) > 45, "of 60"
+
+    def test_unknown_is_soon(self, told: LUNetRecommender) -> None:
+        soon = told.recommend(0, 3, at=leaping_time(0) + 3600)
+        pd.testing.assert_frame_equal(told.recommend(0, 3), soon)
+        later = told.recommend(0, 3, at=leaping_time(0) + 3601)
+        assert not np.allclose(later["score"], soon["score"])
+
+    def test_a_session_is_asked_as_its_user_is(self, told: LUNetRecommender) -> None:
+        ratings = with_leaps()
+        rows = (ratings.user == 3).nonzero().squeeze(1)
+        assert ratings.timestamp is not None
+        columns = {name: getattr(ratings, name)[rows] for name in ("item", "rating", "timestamp")}
+        session = told.session(pd.DataFrame(columns))
+        for at in (None, leaping_time(3), leaping_time(3) + 90_000, leaping_time(3) + 9_000_000):
+            pd.testing.assert_frame_equal(
+                session.recommend(5, at=at), told.recommend(3, 5, at=at).drop(columns="user"), rtol=1e-5
+            )
+        with pytest.raises(ValueError, match="at=5 is before"):
+            session.recommend(at=5)
+
+    def test_saved_and_loaded(self, told: LUNetRecommender, tmp_path: Path) -> None:
+        told.save(tmp_path)
+        at = leaping_time(5) + 500_000
+        pd.testing.assert_frame_equal(
+            LUNetRecommender.load(tmp_path).recommend(5, at=at), told.recommend(5, at=at)
+        )
+
+    def test_where_it_means_nothing(self, told: LUNetRecommender, recommender: LUNetRecommender) -> None:
+        with pytest.raises(ValueError, match="at=5 is before"):
+            told.recommend(1, at=5)
+        with pytest.raises(ValueError, match="elapsed=True"):
+            recommender.recommend(1, at=5)
+        assert len(told.recommend("nobody", 2, at=5)) == 2
+
+
+def with_leaps() -> Ratings:
+    """Users who step on by 1, and by 15 after each pause of five days, at two places of each."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for user in range(60):
+        item, time_ = int(rng.integers(30)), 1_000_000
+        for step in range(12):
+            rows.append((user, item, 3.0, time_))
+            leap = bool(rng.random() < 0.3) and step < 11
+            item, time_ = (item + (15 if leap else 1)) % 30, time_ + (500_000 if leap else 60)
+    frame = pd.DataFrame(rows, columns=["user", "item", "rating", "timestamp"])
+    return from_frame(frame.drop_duplicates(["user", "item"]), scale=(1, 5), name="leaps")
+
+
+def leaping_steps(user: int) -> list[int]:
+    ratings = with_leaps()
+    rows = (ratings.user == user).nonzero().squeeze(1)
+    assert ratings.timestamp is not None
+    return ratings.item[rows[ratings.timestamp[rows].argsort()]].tolist()
+
+
+def leaping_time(user: int) -> int:
+    ratings = with_leaps()
+    assert ratings.timestamp is not None
+    return int(ratings.timestamp[ratings.user == user].max())

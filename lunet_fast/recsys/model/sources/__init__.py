@@ -1,4 +1,11 @@
-"""What a user's state is the sum of: one file a source, all by the protocol of :class:`Source`."""
+"""What a user's state and an item's vector are sums of: one file a source.
+
+Sources of a user's state are by the protocol of :class:`Source`, those of an item's vector by that of
+:class:`ItemSource`. A new one is its file, a setting of
+:class:`~lunet_fast.recsys.model.sequence_config.SequenceConfig`, an entry in
+:class:`~lunet_fast.recsys.model.state_member.StateMember` and a row of ``benchmarks/sources.py``; what it
+reads beside the sequences is a table of :class:`~lunet_fast.recsys.model.side.Side`.
+"""
 
 from __future__ import annotations
 
@@ -27,4 +34,12 @@ class Source(Protocol):
 
     def after_last(self, windows: Windows, items: Tensor) -> Tensor:
         """``[B, d]``: after the last entry of each window, as serving needs it."""
+        ...
+
+
+class ItemSource(Protocol):
+    """Adds to the vectors that items are scored with, and that the user's sources read."""
+
+    def vectors(self, table: Tensor | None) -> Tensor:
+        """``[n_items, d]``, from the source's table of ``Side``, None where it reads none."""
         ...
