@@ -144,7 +144,7 @@ def recommend_command(
         recommender = options.load_run(run, device, final=True)
         ids = recommender.users.ids.tolist() if all_users else list(dict.fromkeys(ids))
         _note_unseen(output, recommender, ids)
-        _note_ranking(output, run, recommender)
+        _note_model(output, run, recommender, exclude_seen)
         titles = recommender.item_info is not None
         # Bars over rows in a terminal would be unreadable.
         short = len(ids) <= BATCH or out is None
@@ -224,10 +224,13 @@ def _note_unseen(output: Output, recommender: LUNetRecommender, ids: Sequence[An
         )
 
 
-def _note_ranking(output: Output, run: Path, recommender: LUNetRecommender) -> None:
-    """A note on stderr where popularity ranked better on the parts that were held out."""
+def _note_model(output: Output, run: Path, recommender: LUNetRecommender, exclude_seen: bool) -> None:
+    """Notes on stderr where popularity ranked better on the parts that were held out, and where there are no
+    pairs to leave out."""
     from lunet_fast.training.files import RunFolder, read_json
 
+    if exclude_seen and recommender.config.split == "stream":
+        output.note("Note: a training on a stream keeps no pairs, so what users have rated is not left out")
     metrics = RunFolder(run).metrics
     if recommender.ranks_by != "rating" or not metrics.is_file():
         return

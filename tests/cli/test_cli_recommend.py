@@ -233,3 +233,14 @@ class TestItems:
             result = run("recommend", "--run", trained.folder, "-u", 3, option, tmp_path / "no.txt")
             assert result.exit_code == 2
             assert squeezed(f"{option} {tmp_path / 'no.txt'}: no such file") in squeezed(result.output)
+
+
+def test_a_stream_keeps_no_pairs_to_leave_out_and_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    latent_frame().to_parquet(tmp_path / "r.parquet")
+    short = ["--stream", "--epochs", 1, "--members", 1, "--embedding-size", 4]
+    made = run("train", "-d", tmp_path / "r.parquet", "-o", tmp_path / "run", *short)
+    assert made.exit_code == 0, made.output
+    assert "is not left out" in run("recommend", "--run", tmp_path / "run", "-u", 3).stderr
+    with_seen = run("recommend", "--run", tmp_path / "run", "-u", 3, "--include-seen")
+    assert "is not left out" not in with_seen.stderr
