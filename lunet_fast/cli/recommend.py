@@ -144,7 +144,7 @@ def recommend_command(
         recommender = options.load_run(run, device, final=True)
         ids = recommender.users.ids.tolist() if all_users else list(dict.fromkeys(ids))
         _note_unseen(output, recommender, ids)
-        _note_model(output, run, recommender, exclude_seen)
+        _note_model(output, run, recommender, wanted.exclude_seen)
         titles = recommender.item_info is not None
         # Bars over rows in a terminal would be unreadable.
         short = len(ids) <= BATCH or out is None
