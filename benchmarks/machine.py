@@ -92,7 +92,9 @@ def _command(options: argparse.Namespace) -> str:
     typed = [word for word in sys.argv[1:] if word != "--allow-dirty"]
     data_dir = getattr(options, "data_dir", None)
     typed = [word for word in typed if word not in ("--data-dir", f"--data-dir={data_dir}", data_dir)]
-    return shlex.join(["python", Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *typed])
+    script = Path(sys.argv[0]).resolve()
+    place = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path("benchmarks", script.name)
+    return shlex.join(["python", place.as_posix(), *typed])
 
 
 def where(results: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from tables_of_densities import SECTIONS as DENSITY_SECTIONS
 from tables_of_densities import step_times
 from tables_of_layers import SECTIONS as LAYER_SECTIONS
 from tables_of_layers import bench
+from tables_of_order import ORDER_SECTIONS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DATASETS = {"ml-100k": "ML-100K", "ml-1m": "ML-1M"}
@@ -368,6 +369,7 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "sharding": sharding,
     "sequence": lambda: sequence("ml-100k"),
     "sequence-ml-1m": lambda: sequence("ml-1m"),
+    **ORDER_SECTIONS,
     **DENSITY_SECTIONS,
     **LAYER_SECTIONS,
 }

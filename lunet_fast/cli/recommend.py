@@ -68,14 +68,14 @@ class Wanted:
             "--exclude-seen/--include-seen",
             help="Leave out what the user rated anywhere in the file that was trained on.",
         ),
-    ] = (True,)
-    at: At = (None,)
+    ] = True
+    at: At = None
     items_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Choose from these items alone: ids, one a line.")
-    ] = (None,)
+    ] = None
     exclude_items_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Items that nobody gets: ids, one a line.")
-    ] = (None,)
+    ] = None
 
     def arguments(self) -> dict[str, Any]:
         """As ``LUNetRecommender.recommend`` takes them."""

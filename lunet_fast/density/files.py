@@ -15,7 +15,6 @@ from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.data import EXACT_LEVELS, Rows
 from lunet_fast.density.model import DensityModel, build_flow
 from lunet_fast.density.preprocessing import Preprocessing
-from lunet_fast.layers.splines import MonotoneSpline
 from lunet_fast.training.files import CheckpointError, read_tensors, write_tensors
 from lunet_fast.training.schema import FORMAT_VERSION, Header, check_same_tensors, shown
 
@@ -103,8 +102,6 @@ def load_flow(path: Path) -> TrainedFlow:
         with torch.random.fork_rng(devices=[]):
             flow = build_flow(config, features, classes)
         flow.load_state_dict(state)
-        for spline in (module for module in flow.modules() if isinstance(module, MonotoneSpline)):
-            spline.fused()  # which looks at the grid, and would say so at the first row otherwise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     model = DensityModel(flow.requires_grad_(False), preprocessing, features, shares)

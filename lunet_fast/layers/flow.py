@@ -15,6 +15,7 @@ from lunet_fast.layers.conditional import ConditionalLUNet, GivenContext
 from lunet_fast.layers.fitting import FitRecord, fit
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.layers.lunet import LUNet
+from lunet_fast.layers.sharded import gathers
 from lunet_fast.layers.splines import MonotoneSpline
 from lunet_fast.layers.transforms import InvertibleTransform
 from lunet_fast.ops.precision import wide
@@ -336,6 +337,7 @@ class LUFlow(nn.Module):
             return self.net.given(context)
         if context is not None:
             raise ValueError("context must be None: only a flow with a ConditionalLUNet depends on one")
+        gathers(self.net)
         return self.net
 
     @classmethod

@@ -139,12 +139,16 @@ class MonotoneSpline(BijectiveActivation):
         count = -1 if grid.is_inference() else grid._version
         if self._seen is not None and self._seen[0] is grid and self._seen[1] == count:
             return
-        if not bool(grid.isfinite().all()) or not bool((grid[1] > 0).all()):
-            raise ValueError(
-                "grid must hold finite numbers, and widths above 0 in its second row: fit_range(x) sets it, "
-                "reset_parameters() to what the spline was made with"
-            )
+        if not _is_grid(grid):
+            raise ValueError(_NO_GRID)
         self._seen = (grid, count)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given = state_dict.get(prefix + "grid")
+        if given is not None and given.shape == self.grid.shape and not given.is_meta and not _is_grid(given):
+            args[4].append(f"{prefix}{_NO_GRID}")
+            state_dict = {**state_dict, prefix + "grid": self.grid}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_seen"}
@@ -186,6 +190,17 @@ class MonotoneSpline(BijectiveActivation):
 
     def extra_repr(self) -> str:
         return f"features={self.features}, bins={self.bins}, tails={self.tails}, bound={self.bound:g}"
+
+
+_NO_GRID = (
+    "grid must hold finite numbers, and widths above 0 in its second row: fit_range(x) sets it, "
+    "reset_parameters() to what the spline was made with"
+)
+
+
+def _is_grid(grid: Tensor) -> bool:
+    """Whether a spline can have this [2, D]: its interval's places and widths."""
+    return bool(grid.isfinite().all()) and bool((grid[1] > 0).all())
 
 
 def _quantiles(rows: Tensor, shares: tuple[float, ...]) -> Tensor:

@@ -205,7 +205,8 @@ def _checked_moments(
         if key == "step":
             # SparseAdam counts by an int.
             integers = id(parameter) in counted
-            if value.ndim or value.is_floating_point() == integers or not 1 <= float(value) < 2**53:
+            dtypes = (torch.int64,) if integers else (torch.float32, torch.float64)
+            if value.ndim or value.dtype not in dtypes or not 1 <= float(value) < 2**53:
                 raise ValueError(f"the optimiser's {place!r} must be a number of steps")
             found.setdefault(name, {})[key] = int(value) if integers else value.to(parameter.device)
             continue

@@ -394,7 +394,13 @@ class _Loop:
         self.curve.elapsed.append(self.curve.seconds + self.spent)
         self.curve.train.append(mean)
         if phase.test_loss is not None and (self.workers.is_first or phase.dealt is not None):
-            self.curve.test.append(phase.test_loss())
+            tested = phase.test_loss()
+            if not math.isfinite(tested):
+                raise DivergenceError(
+                    f"{phase.name}: the error on held-out data is {tested} after epoch {self.epoch + 1}: "
+                    f"{self._remedy()}"
+                )
+            self.curve.test.append(tested)
         self.epoch, self.step, self.looked, self.spent = self.epoch + 1, 0, 0, 0.0
         self.at_epoch = self.generator.get_state()
         self._save()

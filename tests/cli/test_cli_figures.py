@@ -50,7 +50,7 @@ def test_quiet_training_shows_the_result_alone(csv: Path, tmp_path: Path) -> Non
     result = run("train", "-d", csv, "-o", tmp_path / "run", *SHORT, "--quiet")
     assert result.exit_code == 0, result.output
     assert "epoch 1/1" not in result.output
-    assert "test MSE" in result.output
+    assert "Test part: 240 ratings" in result.output
 
 
 def test_compare(csv: Path, tmp_path: Path) -> None:

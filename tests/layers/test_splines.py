@@ -371,3 +371,14 @@ def test_exported_and_compiled() -> None:
     torch.testing.assert_close(program.module()(x), net(x))
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), net(x))
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.inf, math.nan])
+def test_a_state_with_a_grid_that_is_none_is_refused(wrong: float) -> None:
+    spline = MonotoneSpline(3, 4)
+    before = spline.grid.clone()
+    state = {name: value.clone() for name, value in spline.state_dict().items()}
+    state["grid"][1, 2] = wrong
+    with pytest.raises(RuntimeError, match="grid must hold finite numbers, and widths above 0"):
+        spline.load_state_dict(state)
+    assert torch.equal(spline.grid, before)

@@ -19,7 +19,7 @@ from lunet_fast.recsys.data.ratings import Ratings, from_frame
 from lunet_fast.recsys.model.training import train
 from lunet_fast.training import files
 from lunet_fast.training.files import CheckpointError
-from lunet_fast.training.loop import Interrupted, Progress, Stop
+from lunet_fast.training.loop import DivergenceError, Interrupted, Progress, Stop
 from tests.recsys.synthetic import latent_frame, quick_config
 
 FLOW = DensityConfig(layers=2, bins=4, input_bins=4, components=2, steps=6, round_steps=3, signs="random")
@@ -102,6 +102,7 @@ FLOWS: dict[str, tuple[Change, str]] = {
     "no count of steps": (lacking(f"optimizer.{LU}.step"), "step' is missing"),
     "steps of a table": (tensor(f"optimizer.{LU}.step", lambda t: t.expand(3)), "must be a number of steps"),
     "steps as integers": (tensor(f"optimizer.{LU}.step", Tensor.long), "must be a number of steps"),
+    "steps in half precision": (tensor(f"optimizer.{LU}.step", Tensor.half), "must be a number of steps"),
     "steps below 1": (tensor(f"optimizer.{LU}.step", torch.zeros_like), "must be a number of steps"),
     "a third moment": (added(f"optimizer.{LU}.max_exp_avg_sq", torch.ones(3, 3)), "is too many"),
     "a moment of nobody": (added("optimizer.nobody.step", torch.ones(())), "is too many"),
@@ -121,6 +122,10 @@ FLOWS: dict[str, tuple[Change, str]] = {
     "counters as floats": (tensor("module.offered", Tensor.float), "of dtype"),
     "other signs": (tensor("module.flow.net.layers.0.sign", Tensor.neg), "another structure"),
     "no signs": (tensor("module.flow.net.layers.0.sign", torch.zeros_like), "another structure"),
+    "no range of a spline": (
+        tensor("module.flow.net.input.grid", torch.zeros_like),
+        "grid must hold finite numbers",
+    ),
     "no epoch": (lacking("epoch"), "lacks 'epoch'"),
     "an epoch too many": (states(epoch=3), "3 epochs, and this training 0 to 2"),
     "an epoch below 0": (states(epoch=-1), "epoch=-1 must be"),
@@ -192,6 +197,20 @@ def test_unchanged_it_is_taken_up(training: str, interrupted: dict[str, Path], t
     found = go_on(training, tmp_path).state_dict()
     whole = go_on(training, tmp_path / "whole").state_dict()
     assert all(torch.equal(value, found[name]) for name, value in whole.items())
+
+
+def test_weights_that_say_nothing_finite_end_as_a_divergence(
+    interrupted: dict[str, Path], tmp_path: Path
+) -> None:
+    """What the held-out rows are worth is not finite, though the training rows' loss may be."""
+    file = interrupted["flow"]
+    checkpoint = tmp_path / "checkpoints" / file.name
+    checkpoint.parent.mkdir()
+    (tmp_path / "config.json").write_bytes((file.parents[1] / "config.json").read_bytes())
+    change = tensor("module.average.net.layers.0.bias", lambda t: torch.full_like(t, 3e38))
+    changed(file, change, checkpoint)
+    with pytest.raises(DivergenceError, match="held-out data is"):
+        go_on("flow", tmp_path)
 
 
 def test_nothing_is_put_back_of_what_is_refused(interrupted: dict[str, Path], tmp_path: Path) -> None:

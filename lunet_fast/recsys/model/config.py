@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lunet_fast.recsys.model.transform import TransformName
 from lunet_fast.training.schema import Count, NotNegative, Positive, Seed, Settings, Threads
 
 Recipe = Literal["paper", "best", "auto"]
+TransformName = Literal["none", "standard", "log", "rank"]
 RECIPES = ("paper", "best")
 """Those whose settings the number of ratings tells; for ``auto`` see :mod:`~lunet_fast.recsys.model.auto`."""
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-TransformName = Literal["none", "standard", "log", "rank"]
+from lunet_fast.recsys.model.config import TransformName
 
 SPREAD = 1.125
 """Standard deviation of what is learnt: that of the ratings of ML-100K, for which the settings were found."""

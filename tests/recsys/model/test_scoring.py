@@ -300,7 +300,7 @@ def frame() -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def fitted(frame: pd.DataFrame) -> LUNetRecommender:
-    return LUNetRecommender(**QUICK).fit(frame, scale=(1, 5))
+    return LUNetRecommender("best", **QUICK).fit(frame, scale=(1, 5))
 
 
 def by_hand(recommender: LUNetRecommender, user: Any, k: int, items: Any, seen: set[Any]) -> list[Any]:

@@ -280,5 +280,5 @@ def test_settings_that_cannot_work(settings: dict, message: str) -> None:
 def test_recipes_by_name() -> None:
     assert isinstance(settings_of("sequence", 1000), SequenceConfig)
     assert settings_of("best", 1000).recipe == "best"
-    with pytest.raises(ValueError, match="paper, best, sequence"):
+    with pytest.raises(ValueError, match="paper, best, auto, sequence"):
         settings_of("worst", 1000)
