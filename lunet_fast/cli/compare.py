@@ -81,6 +81,7 @@ def compare_command(
         ),
     ] = Path("runs"),
     source: options.Source,
+    device: options.Device = "cpu",
     output: FigureOutput,
 ) -> None:
     """Train other recommenders and ours on the same data, and set errors, time and memory side by side.
@@ -90,7 +91,7 @@ def compare_command(
     weights. Settings are those found for MovieLens data of the nearest size. The packages of others come with
     `pip install "lunet-fast[baselines]"`; what is missing is named in the table.
 
-    Every method has a process and a thread of its own. What is finished is kept in `--out`: the same command
+    Every method has a process and a thread of its own; `--device` is that of the LU-Nets. What is finished is kept in `--out`: the same command
     goes on after an interruption, and with more methods or seeds computes only those. A seed takes about 10
     minutes on ML-100K and some hours on ML-1M. A file without ratings is compared by the methods that rank.
 
@@ -118,12 +119,21 @@ def compare_command(
     goes_on = interruption_told(f". The same command goes on from what {file} holds.")
     with goes_on, errors_told():
         prepare_out(file)
+        place = options.existing_device(device)
         ratings = _read(dataset, source, output)
         keys = chosen or comparing.allowed(ratings, split)
         command = _command(dataset, chosen, numbers, split, out)
         with _told(len(keys) * len(numbers), output) as (begun, done):
             result = comparing.compare(
-                ratings, keys, numbers, split=split, file=file, command=command, begun=begun, done=done
+                ratings,
+                keys,
+                numbers,
+                split=split,
+                device=str(place),
+                file=file,
+                command=command,
+                begun=begun,
+                done=done,
             )
         written = comparison.save(result, file)
     output.figures(asdict(result), lambda: _show(wide_console(), result))

@@ -28,9 +28,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Measured in this process, instead of one each: what and with which seed."""
     calls: list[tuple[str, int]] = []
 
-    def in_this_process(data: Path, key: str, seed: int, split: str) -> dict[str, Any]:
+    def in_this_process(data: Path, key: str, seed: int, split: str, device: str) -> dict[str, Any]:
         calls.append((key, seed))
-        return measure(pickle.loads(data.read_bytes()), key, seed, split)
+        return measure(pickle.loads(data.read_bytes()), key, seed, split, device)
 
     monkeypatch.setattr(comparing, "_in_a_process", in_this_process)
     return calls
@@ -86,7 +86,7 @@ def test_by_one_time(tmp_path: Path, measured: list[tuple[str, int]]) -> None:
 def test_all_methods_by_default(csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def outcome(data: Path, key: str, seed: int, split: str) -> dict[str, Any]:
+    def outcome(data: Path, key: str, seed: int, split: str, device: str) -> dict[str, Any]:
         asked.append(key)
         return {"missing": "pip install it"} if key == "mf" else {"error": "why"}
 
@@ -118,7 +118,7 @@ class TestInteractions:
     def test_are_ranked(self, clicks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[str] = []
 
-        def outcome(data: Path, key: str, seed: int, split: str) -> dict[str, Any]:
+        def outcome(data: Path, key: str, seed: int, split: str, device: str) -> dict[str, Any]:
             asked.append(key)
             if METHODS[key].is_lu_net:
                 return {"error": "not now"}
@@ -179,7 +179,7 @@ class TestRefused:
 
 
 def test_interrupted(csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(data: Path, key: str, seed: int, split: str) -> dict[str, Any]:
+    def interrupt(data: Path, key: str, seed: int, split: str, device: str) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(comparing, "_in_a_process", interrupt)

@@ -43,7 +43,7 @@ def test_compare_runs_nothing_of_the_current_folder(hostile: Path, tmp_path: Pat
     data = tmp_path / "data" / "ratings.pickle"
     data.parent.mkdir()
     data.write_bytes(pickle.dumps(from_frame(latent_frame(9, 7, 40), scale=(1, 5))))
-    outcome = compare._in_a_process(data, "biases", 0, "leave-one-out")
+    outcome = compare._in_a_process(data, "biases", 0, "leave-one-out", "cpu")
     assert not hostile.exists()
     assert outcome["test_rmse"] > 0
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     *,
     split: str = "leave-one-out",
+    device: str = "cpu",
     file: Path | None = None,
     command: str = "",
     begun: Callable[[str, int], None] = lambda method, seed: None,
@@ -178,8 +179,9 @@ def compare(
         split: ``leave-one-out``, or ``time``, :func:`~lunet_fast.recsys.data.splits.time_split`, which is
             for methods that rank alone: nothing later than what is to be found is trained on, whoever's it
             is.
+        device: where LU-Nets are trained; the others know the CPU alone.
         file: JSON file with the finished runs, rewritten whole after each; those that it holds of the same
-            data, settings, versions and processor are not repeated, what was missing or failed is.
+            data, settings, versions and machine are not repeated, what was missing or failed is.
         command: kept in the result.
         begun: called with method and seed when a process starts.
         done: called with ``key``, ``seed`` and the figures, ``missing`` or ``error`` when it has ended; for
@@ -197,8 +199,8 @@ def compare(
     for each in sorted({"random" if METHODS[key].kind == "rating" else split for key in keys}):
         Parts.of(ratings, each, seeds[0])
 
-    machine = {**describe(), "threads": 1}
-    inputs = _Inputs(ratings, split, machine["processor"])
+    machine = {**describe(device), "threads": 1}
+    inputs = _Inputs(ratings, split, machine)
     runs = {} if file is None else _kept(file, inputs)
     outcomes = {(key, seed): runs[key, seed] for key in keys for seed in seeds if (key, seed) in runs}
     for outcome in outcomes.values():
@@ -221,7 +223,7 @@ def compare(
                 if any("missing" in outcome for outcome in earlier):
                     continue
                 begun(key, seed)
-                outcome = {"key": key, "seed": seed, **_in_a_process(data, key, seed, split)}
+                outcome = {"key": key, "seed": seed, **_in_a_process(data, key, seed, split, device)}
                 outcomes[key, seed] = outcome
                 if not {"missing", "error"} & outcome.keys():
                     runs[key, seed] = {**outcome, "inputs": inputs.of(key, seed)}
@@ -266,7 +268,9 @@ def _chosen(ratings: Ratings, methods: Sequence[str] | None, split: str) -> list
 # --- one method -----------------------------------------------------------------------------------------
 
 
-def measure(ratings: Ratings, key: str, seed: int, split: str = "leave-one-out") -> dict[str, Any]:
+def measure(
+    ratings: Ratings, key: str, seed: int, split: str = "leave-one-out", device: str = "cpu"
+) -> dict[str, Any]:
     """One method trained and measured in this process: its FIGURES and ``by_gap``, or why it is ``missing``.
 
     ``train_seconds`` is without reading, splitting and evaluation; ``peak_memory_mb`` what the process held
@@ -278,7 +282,9 @@ def measure(ratings: Ratings, key: str, seed: int, split: str = "leave-one-out")
         before = reset_peak()
         config = method.config(len(ratings), seed, split)
         trained = (
-            train(ratings, config) if isinstance(config, TrainConfig) else train_sequence(ratings, config)
+            train(ratings, config, device=device)
+            if isinstance(config, TrainConfig)
+            else train_sequence(ratings, config, device=device)
         )
         values = trained.metrics
         wanted = [name for kind in method.kinds for name in _figures(kind)]
@@ -325,7 +331,7 @@ def _peak_over(before: int | None) -> dict[str, float]:
     return {} if before is None or peak is None else {"peak_memory_mb": max(peak - before, 0) / 1e6}
 
 
-def _in_a_process(data: Path, key: str, seed: int, split: str) -> dict[str, Any]:
+def _in_a_process(data: Path, key: str, seed: int, split: str, device: str) -> dict[str, Any]:
     """What :func:`measure` gives in a process of its own, or ``error``."""
     answer = data.with_name("outcome.json")
     answer.unlink(missing_ok=True)
@@ -337,6 +343,7 @@ def _in_a_process(data: Path, key: str, seed: int, split: str) -> dict[str, Any]
         key,
         str(seed),
         split,
+        device,
         str(answer),
     ]
     process = subprocess.run(
@@ -370,10 +377,10 @@ def _import_path() -> dict[str, str]:
 
 
 def _main(arguments: Sequence[str]) -> None:
-    data, key, seed, split, answer = arguments
+    data, key, seed, split, device, answer = arguments
     ratings = pickle.loads(Path(data).read_bytes())
     try:
-        outcome = measure(ratings, key, int(seed), split)
+        outcome = measure(ratings, key, int(seed), split, device)
         wrong = [name for name in FIGURES if not math.isfinite(outcome.get(name, 0.0))]
         if wrong:
             outcome = {"error": f"{wrong[0]} is {outcome[wrong[0]]}"}
@@ -388,8 +395,9 @@ def _main(arguments: Sequence[str]) -> None:
 class _Inputs:
     """Hashes of everything that a run's figures depend on."""
 
-    def __init__(self, ratings: Ratings, split: str, processor: str) -> None:
+    def __init__(self, ratings: Ratings, split: str, machine: Mapping[str, Any]) -> None:
         self.n_ratings, self.split = len(ratings), split
+        self.gpu = machine.get("gpu")
         digest = hashlib.sha256(f"{ratings.n_users} {ratings.n_items} {ratings.scale}".encode())
         for tensor in (ratings.user, ratings.item, ratings.rating, ratings.timestamp, ratings.position):
             digest.update(b"" if tensor is None else tensor.numpy().tobytes())
@@ -399,13 +407,14 @@ class _Inputs:
             digest.update(b"" if side is None else side.numpy().tobytes())
         for info in (ratings.item_info, ratings.user_info):
             digest.update(b"" if info is None else info.to_csv().encode("utf-8", "surrogatepass"))
-        self.common = [digest.hexdigest(), processor, lunet_fast.__version__, torch.__version__]
+        self.common = [digest.hexdigest(), machine["processor"], lunet_fast.__version__, torch.__version__]
 
     def of(self, key: str, seed: int) -> str:
         method = METHODS[key]
         own: Any = _version(method.package)
         if method.is_lu_net:
-            own = method.config(self.n_ratings, seed, self.split).to_dict()
+            settings = method.config(self.n_ratings, seed, self.split).to_dict()
+            own = settings if self.gpu is None else [settings, self.gpu]
         measured = [] if method.kind == "rating" else [self.split, "by gaps"]
         text = json.dumps([key, seed, own, *measured, *self.common])
         return hashlib.sha256(text.encode()).hexdigest()[:16]

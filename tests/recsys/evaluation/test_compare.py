@@ -45,9 +45,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Methods are measured in this process, ours with small settings; what was measured, in order."""
     calls: list[tuple[str, int]] = []
 
-    def in_this_process(data: Path, key: str, seed: int, split: str) -> dict[str, Any]:
+    def in_this_process(data: Path, key: str, seed: int, split: str, device: str) -> dict[str, Any]:
         calls.append((key, seed))
-        return measure(pickle.loads(data.read_bytes()), key, seed, split)
+        return measure(pickle.loads(data.read_bytes()), key, seed, split, device)
 
     def small(name: str, n_ratings: int, **overrides: Any) -> Any:
         names = {"members", "embedding_size", "epochs", "batch_size"}
@@ -199,23 +199,23 @@ class TestProcess:
         return file
 
     def test_measures_the_same(self, tmp_path: Path) -> None:
-        found = module._in_a_process(self.data(tmp_path), "biases", 1, "leave-one-out")
+        found = module._in_a_process(self.data(tmp_path), "biases", 1, "leave-one-out", "cpu")
         expected = measure(RATINGS, "biases", 1)
         assert found["test_mse"] == expected["test_mse"]
         assert found.keys() == expected.keys()
 
     def test_computes_on_one_thread(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         child("import os; os._exit(int(os.environ['OMP_NUM_THREADS']) + 40)")(monkeypatch)
-        assert "code 41" in module._in_a_process(self.data(tmp_path), "biases", 0, "time")["error"]
+        assert "code 41" in module._in_a_process(self.data(tmp_path), "biases", 0, "time", "cpu")["error"]
 
     def test_crash(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         child("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")(monkeypatch)
-        found = module._in_a_process(self.data(tmp_path), "biases", 0, "leave-one-out")
+        found = module._in_a_process(self.data(tmp_path), "biases", 0, "leave-one-out", "cpu")
         assert found == {"error": "its process was ended by SIGKILL, most likely for lack of memory"}
 
     def test_last_words(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         child("import sys; print('much'); sys.exit('the reason')")(monkeypatch)
-        found = module._in_a_process(self.data(tmp_path), "biases", 0, "leave-one-out")
+        found = module._in_a_process(self.data(tmp_path), "biases", 0, "leave-one-out", "cpu")
         assert found == {"error": "its process ended with code 1: the reason"}
 
     @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ class TestProcess:
 
         monkeypatch.setattr(module, "measure", fail)
         answer = tmp_path / "answer.json"
-        module._main([str(self.data(tmp_path)), "biases", "0", "leave-one-out", str(answer)])
+        module._main([str(self.data(tmp_path)), "biases", "0", "leave-one-out", "cpu", str(answer)])
         assert json.loads(answer.read_text()) == {"error": told}
 
 
@@ -329,7 +329,7 @@ class TestCompare:
             monkeypatch.setattr(module.lunet_fast, "__version__", "9")
         else:
             description = {**module.describe(), "processor": "another"}
-            monkeypatch.setattr(module, "describe", lambda: description)
+            monkeypatch.setattr(module, "describe", lambda device: description)
         compare(ratings, [key], [0], file=file)
         assert here == [(key, 0)]
 
@@ -338,7 +338,7 @@ class TestCompare:
     ) -> None:
         calls: list[tuple[str, int]] = []
 
-        def outcome(data: Path, key: str, seed: int, split: str) -> dict[str, Any]:
+        def outcome(data: Path, key: str, seed: int, split: str, device: str) -> dict[str, Any]:
             calls.append((key, seed))
             if key == "mf":
                 return {"missing": 'MF needs cornac: pip install "lunet-fast[baselines]"'}
