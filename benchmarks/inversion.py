@@ -34,7 +34,7 @@ from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.config import TrainConfig, recipe
 from lunet_fast.recsys.model.negatives import NegativeSampler
 from lunet_fast.recsys.model.network import RatingModel
-from lunet_fast.recsys.model.scoring import ItemScorer, training_pairs
+from lunet_fast.recsys.model.scoring import ItemScorer
 from lunet_fast.recsys.model.training import rating_objective, rating_optimizer
 from lunet_fast.training.loop import descend
 from machine import open_results, parser
@@ -337,7 +337,7 @@ def held_out_rates(model: RatingModel, parts: Parts, wanted: float | None) -> di
     liked = (held_out.rating >= LIKED) & (seen.item_counts[held_out.item] > 0)
     users, items = held_out.user[liked], held_out.item[liked]
     scores = ItemScorer(model, histories).scores(users)
-    left_out = training_pairs(model, users)
+    left_out = seen.of_users(users)
     scores[left_out] = -torch.inf
     goal = scores.max(1).values if wanted is None else wanted
     vectors = item_vectors(model, histories).transpose(0, 1).flatten(1)

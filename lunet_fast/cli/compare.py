@@ -91,9 +91,10 @@ def compare_command(
     weights. Settings are those found for MovieLens data of the nearest size. The packages of others come with
     `pip install "lunet-fast[baselines]"`; what is missing is named in the table.
 
-    Every method has a process and a thread of its own; `--device` is that of the LU-Nets. What is finished is kept in `--out`: the same command
-    goes on after an interruption, and with more methods or seeds computes only those. A seed takes about 10
-    minutes on ML-100K and some hours on ML-1M. A file without ratings is compared by the methods that rank.
+    Every method has a process and a thread of its own; `--device` is that of the LU-Nets. What is finished is
+    kept in `--out`: the same command goes on after an interruption, and with more methods or seeds computes
+    only those. A seed takes about 10 minutes on ML-100K and some hours on ML-1M. A file without ratings is
+    compared by the methods that rank.
 
     Examples:
 

@@ -174,11 +174,11 @@ def test_file_there_and_back(tmp_path: Path, conditional: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"features": 3}, "the first layer is not one of 3 features"),
-        ({"features": 0}, "features=0 must be a whole number of at least 1"),
+        ({"features": 3}, "must be floating-point numbers .3., got torch.float64 .2."),
+        ({"features": 0}, "features=0 must be a whole number from 1 to"),
         ({"config": {"layers": 400}}, "layers"),
         ({"config": {"colour": 1}}, "unknown setting 'colour'"),
-        ({"classes": 2}, "classes is 2 with conditional=False"),
+        ({"classes": 2}, "shares must be there with a number for each of 2 classes"),
         ({"surprise": 1}, "unknown key 'surprise'"),
         ({"version": 1}, "version=1 must be 2"),
     ],

@@ -285,7 +285,7 @@ class _Seeds:
         import typer
 
         from lunet_fast.cli.options import Source
-        from lunet_fast.cli.train import Parts, Training, _settings
+        from lunet_fast.cli.train import Further, Parts, Training, _settings
         from lunet_fast.density.config import DensityConfig
         from lunet_fast.training.files import RunFolder, read_json
 
@@ -294,10 +294,10 @@ class _Seeds:
                 DensityConfig.from_dict(read_json(file))
             else:
                 try:
-                    settings = _settings({}, file, Parts())
+                    settings = _settings({}, file, Parts(), "best")
                 except typer.Exit as error:
                     raise ValueError(f"{file}: refused") from error
-                Training("ml-100k", Parts(), Source(), settings).config(1000)
+                Training("ml-100k", Parts(), Further(), Source(), settings, print).config(1000)
         except ValueError as error:
             # Told with the option's name, or that of the run whose settings they are.
             raise ValueError(f"{file}: {error}") from error
