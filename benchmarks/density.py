@@ -145,17 +145,14 @@ class Kept:
         )
 
 
-def digits(seeds: int, results: Results) -> None:
-    """Bits a dimension over the seeds; AUROC of 0–4 against 5–9 by a flow that saw only 0–4.
-
-    density-digits.json is of the narrower search that was before this one, without splines.
-    """
+def digits(seeds: int, results: Results, only: list[str] | None) -> None:
+    """Bits a dimension over the seeds; AUROC of 0–4 against 5–9 by a flow that saw only 0–4."""
     kept = Kept("density-digits", results)
     rows = data.read("digits")
     assert rows.labels is not None
     for family, flows in DIGITS_FLOWS.items():
         for size, make in flows.items():
-            if kept.has(family=family, size=size):
+            if kept.has(family=family, size=size) or (only and f"{family}, {size}" not in only):
                 continue
             tuned = _tune(make, data.split(rows, 0), DIGITS, LADDERS)
             runs = []
@@ -187,13 +184,15 @@ def digits(seeds: int, results: Results) -> None:
             )
 
 
-def plane(seeds: int, results: Results) -> None:
+def plane(seeds: int, results: Results, only: list[str] | None) -> None:
     """Kullback–Leibler divergence from the truth, nats, and the integral of what was learnt."""
     kept = Kept("density-plane", results)
     for size in ("M", "L", "S"):
         for family, flows in PLANE_FLOWS.items():
             for name in data.TARGETS:
                 if kept.has(target=name, family=family, size=size):
+                    continue
+                if only and f"{family}, {size}" not in only:
                     continue
                 make = flows[size]
                 rows = data.read(name, seed=0)
@@ -221,7 +220,7 @@ def plane(seeds: int, results: Results) -> None:
                 )
 
 
-def ablation(seeds: int, results: Results) -> None:
+def ablation(seeds: int, results: Results, only: list[str] | None) -> None:
     """What each part of LU-Net M is worth on the validation part of digits; the error of there and back.
 
     All with the settings that were chosen for M, so that what another would gain by its own is not in it.
@@ -230,7 +229,7 @@ def ablation(seeds: int, results: Results) -> None:
     rows = data.read("digits")
     for group, changes in ABLATION.items():
         for name, change in changes.items():
-            if kept.has(group=group, name=name):
+            if kept.has(group=group, name=name) or (only and f"{group}, {name}" not in only):
                 continue
             runs = []
             for seed in TUNING_SEEDS[:seeds]:
@@ -399,10 +398,13 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("part", choices=("digits", "plane", "ablation", "speed", "pictures", "report"))
     options.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer for a try")
+    options.add_argument("--only", nargs="+", metavar="ROW", help='rows to measure, as "LU-Net, M"')
     chosen = options.parse_args()
     results = open_results(chosen, threads=1)
     if chosen.part in ("digits", "plane", "ablation"):
-        {"digits": digits, "plane": plane, "ablation": ablation}[chosen.part](chosen.seeds, results)
+        {"digits": digits, "plane": plane, "ablation": ablation}[chosen.part](
+            chosen.seeds, results, chosen.only
+        )
     else:
         {"speed": speed, "pictures": pictures, "report": report}[chosen.part](results)
 
