@@ -164,8 +164,9 @@ def finite(value: Any) -> bool:
 
 
 def is_ours(row: Mapping[str, Any]) -> bool:
-    """Whether a row of a comparison is one of LU-Net's."""
-    return str(row.get("method", "")).lower().startswith(("lu-net", "lunet"))
+    """Whether a row of a comparison is LU-Net's, or this library's with something else in its place."""
+    named = str(row.get("method", "")).lower().startswith(("lu-net", "lunet"))
+    return named or row.get("package") == "lunet_fast"
 
 
 def is_dirty(machine: Mapping[str, Any]) -> bool:
