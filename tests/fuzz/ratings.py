@@ -19,7 +19,6 @@ import hashlib
 import json
 import mmap
 import os
-import platform
 import random
 import resource
 import struct
@@ -29,7 +28,6 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -293,6 +291,7 @@ def main() -> int:
         arguments.no_guide = True
     with tempfile.TemporaryDirectory(prefix="lunet-fast-fuzz-") as name:
         folder = Path(name)
+        from lunet_fast.training.machine import describe
         from tests.cli.invoke import save_model
 
         save_model(folder / "seed")
@@ -313,7 +312,7 @@ def main() -> int:
         f"--archives {arguments.archives} --models {arguments.models} --seed {arguments.seed}"
         + " --no-guide"
         * arguments.no_guide,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": describe(),
         "seed": arguments.seed,
         "inputs": sum(part["inputs"] for part in parts.values()),
         "failed": sum(part["failed"] for part in parts.values()),
@@ -321,10 +320,7 @@ def main() -> int:
         "most_megabytes": arguments.megabytes,
         "most_bytes_of_a_file": LIMIT_BYTES,
         "guided_by": None if arguments.no_guide else f"atheris {guide}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("pandas", "pyarrow", "numpy", "torch", "safetensors")},
-        },
+        "versions": {name: version(name) for name in ("pandas", "pyarrow", "safetensors")},
         **parts,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
