@@ -154,6 +154,7 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "layers-inverse": layers_inverse,
     "layers-logabsdet": layers_logabsdet,
     "layers-inverse-active": layers_inverse_active,
+    "layers-cached": cached,
     "claims": claims,
     "stacks": stacks,
     "training": training,
