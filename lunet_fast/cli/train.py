@@ -395,13 +395,17 @@ class Training(NamedTuple):
             _check_same(folder, {**named, **self.settings})
         return True
 
+    def _given(self) -> dict[str, Any]:
+        """The settings but for the recipe's name."""
+        return {name: value for name, value in self.settings.items() if name != "recipe"}
+
     def config_for(self, ratings: Ratings, test: Ratings | None, **more: Any) -> TrainConfig | SequenceConfig:
         """The settings for these data, which recipe auto looks for."""
         from lunet_fast.recsys.model.auto import auto_config
 
         if self.settings["recipe"] != "auto":
             return self.config(len(ratings) + (0 if test is None else len(test)))
-        return auto_config(ratings, test, **more, **{k: v for k, v in self.settings.items() if k != "recipe"})
+        return auto_config(ratings, test, **more, **self._given())
 
     def planned(self) -> tuple[dict[str, Any], Callable[[], None]]:
         """(figures of what would be trained, what prints them)."""
@@ -412,7 +416,7 @@ class Training(NamedTuple):
             raise typer.BadParameter("--dry-run knows recipes auto, best and paper, without --stream")
         ratings, test = self.read()
         if self.settings["recipe"] == "auto":
-            made = plan(ratings, **{k: v for k, v in self.settings.items() if k != "recipe"})
+            made = plan(ratings, **self._given())
         else:
             config = self.config(len(ratings) + (0 if test is None else len(test)))
             assert isinstance(config, TrainConfig)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from lunet_fast.density.files import load_flow
 from lunet_fast.density.training import train_density
 from lunet_fast.training import files
 from lunet_fast.training.files import CheckpointError
+from tests.training.changes import Change, config, head, lacking, tensor
 
 CONFIG = DensityConfig(
     layers=2,
@@ -39,28 +38,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = Rows("made up", values, torch.arange(60) % 3, image=(2, 2), source="a generator")
     train_density(rows, CONFIG, out=out)
     return out / "model.safetensors"
-
-
-Change = Callable[[dict[str, Tensor], dict[str, Any]], None]
-
-
-def head(**changes: Any) -> Change:
-    return lambda tensors, header: header.update(changes)
-
-
-def config(**changes: Any) -> Change:
-    return lambda tensors, header: header["config"].update(changes)
-
-
-def tensor(name: str, change: Callable[[Tensor], Tensor]) -> Change:
-    def apply(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        tensors[name] = change(tensors[name]).contiguous()
-
-    return apply
-
-
-def lacking(name: str) -> Change:
-    return lambda tensors, header: (tensors if name in tensors else header).__delitem__(name)
 
 
 LAYER = "flow.net.net.layers.0"

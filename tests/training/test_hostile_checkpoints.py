@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from lunet_fast.training import files
 from lunet_fast.training.files import CheckpointError
 from lunet_fast.training.loop import DivergenceError, Interrupted, Progress, Stop
 from tests.recsys.synthetic import latent_frame, quick_config
+from tests.training.changes import Change, added, lacking, tensor
 
 FLOW = DensityConfig(layers=2, bins=4, input_bins=4, components=2, steps=6, round_steps=3, signs="random")
 RECOMMENDER = quick_config(epochs=3, mlp=False, gamma=0.5, embedding_size=2, batch_size=64)
@@ -63,24 +63,6 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             go_on(kind, out, stop=stop, progress=StopAfter(stop, 1))
         found[kind] = out / "checkpoints" / f"{name}.safetensors"
     return found
-
-
-Change = Callable[[dict[str, Tensor], dict[str, Any]], None]
-
-
-def tensor(name: str, change: Callable[[Tensor], Tensor]) -> Change:
-    def apply(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        tensors[name] = change(tensors[name]).contiguous()
-
-    return apply
-
-
-def lacking(name: str) -> Change:
-    return lambda tensors, state: (tensors if name in tensors else state).__delitem__(name)
-
-
-def added(name: str, value: Tensor) -> Change:
-    return lambda tensors, state: tensors.update({name: value})
 
 
 def states(**changes: Any) -> Change:

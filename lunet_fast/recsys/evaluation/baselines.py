@@ -39,6 +39,7 @@ from lunet_fast.recsys.evaluation.sequence_ease import sequence_ease
 from lunet_fast.recsys.evaluation.sequence_networks import gru4rec, sasrec
 from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.mlp import MLPModel
+from lunet_fast.recsys.model.offsets import shrunk_biases
 from lunet_fast.recsys.model.training import control_objective, control_optimizer
 from lunet_fast.training.loop import cpu_threads, descend
 
@@ -113,16 +114,14 @@ def _biases(training: Ratings, seed: int, size: str) -> Fitted:
     """mean + b_u + b_i, the least squares with L2 on the biases, by turns until they stand still."""
     l2_user, l2_item = {"ml-100k": (5.0, 3.0), "ml-1m": (5.0, 3.0)}[size]
     mean = training.rating.double().mean()
-    residual = training.rating.double() - mean
-    b_user = torch.zeros(training.n_users, dtype=torch.float64)
-    b_item = torch.zeros(training.n_items, dtype=torch.float64)
-    n_user = torch.bincount(training.user, minlength=training.n_users)
-    n_item = torch.bincount(training.item, minlength=training.n_items)
-    for _ in range(30):
-        left = residual - b_user[training.user]
-        b_item = torch.zeros_like(b_item).index_add_(0, training.item, left) / (n_item + l2_item)
-        left = residual - b_item[training.item]
-        b_user = torch.zeros_like(b_user).index_add_(0, training.user, left) / (n_user + l2_user)
+    b_user, b_item = shrunk_biases(
+        training.user,
+        training.item,
+        training.rating.double() - mean,
+        (training.n_users, training.n_items),
+        (l2_user, l2_item),
+        sweeps=30,
+    )
     return biased_product(mean, b_user, b_item)
 
 

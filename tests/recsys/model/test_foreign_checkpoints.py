@@ -30,6 +30,7 @@ from lunet_fast.training import files, schema
 from lunet_fast.training.files import CheckpointError
 from tests.fixtures import make
 from tests.recsys.synthetic import latent_frame, quick_config
+from tests.training.changes import Change, added, config, head, lacking, tensor
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 VERSIONS = sorted(folder.name for folder in FIXTURES.glob("v*"))
@@ -237,34 +238,6 @@ def test_a_sparse_file_of_a_terabyte_is_refused_unread(written: bytes, tmp_path:
 
 
 # safetensors with the wrong contents ------------------------------------------------------------------------
-
-Change = Callable[[dict[str, Tensor], dict[str, Any]], None]
-
-
-def config(**changes: Any) -> Change:
-    return lambda tensors, header: header["config"].update(changes)
-
-
-def head(**changes: Any) -> Change:
-    return lambda tensors, header: header.update(changes)
-
-
-def tensor(name: str, change: Callable[[Tensor], Tensor]) -> Change:
-    def apply(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        tensors[name] = change(tensors[name]).contiguous()
-
-    return apply
-
-
-def added(name: str, value: Tensor) -> Change:
-    return lambda tensors, header: tensors.update({name: value})
-
-
-def lacking(name: str) -> Change:
-    def apply(tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        (tensors if name in tensors else header).pop(name)
-
-    return apply
 
 
 def holding(place: int, value: float) -> Callable[[Tensor], Tensor]:
