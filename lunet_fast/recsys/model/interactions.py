@@ -10,6 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def runs(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, place), int64 ``[sum of counts]``: each row r ``counts[r]`` times, and 0, 1, ... within it."""
+    row = torch.repeat_interleave(counts)
+    return row, torch.arange(len(row), device=counts.device) - (counts.cumsum(0) - counts)[row]
+
+
 class Interactions(nn.Module):
     """Which user rated which item in the training part: a set of pairs, kept as a sparse 0/1 matrix S.
 
@@ -92,11 +98,8 @@ class Interactions(nn.Module):
 
     def of_users(self, users: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, items), int64: row r of ``users`` ``[U]`` has the item; sorted by row and item."""
-        start, count = self.indptr[users], self.user_counts[users]
-        rows = torch.repeat_interleave(torch.arange(len(users), device=users.device), count)
-        before = count.cumsum(0) - count
-        place = torch.arange(len(rows), device=users.device) - before[rows] + start[rows]
-        return rows, self.indices[place].long()
+        rows, place = runs(self.user_counts[users])
+        return rows, self.indices[self.indptr[users][rows] + place].long()
 
     def contains(self, users: Tensor, items: Tensor) -> Tensor:
         """bool ``[B]``: whether the pair was rated in the training part; O(B log nnz)."""

@@ -15,6 +15,7 @@ from lunet_fast.recsys.data.order import ELAPSED
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.measures import metrics
 from lunet_fast.recsys.measures.protocols import Parts, Ranking, evaluate_ranking
+from lunet_fast.recsys.model.interactions import runs
 from lunet_fast.recsys.model.model_files import (
     TrainedSequences,
     load_sequences,
@@ -266,8 +267,7 @@ class Stretches:
         cut = torch.where(inputs > length, drawn, length)
         count = (1 + torch.div(inputs - cut + length - 1, length, rounding_mode="floor")).clamp(min=1)
         count = count * (inputs > 0)
-        user = torch.repeat_interleave(count)
-        place = torch.arange(len(user), device=inputs.device) - (count.cumsum(0) - count)[user]
+        user, place = runs(count)
         start = (cut[user] + (place - 1) * length).clamp(min=0)
         stop = torch.minimum(cut[user] + place * length, inputs[user])
         return user, start, stop

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lunet_fast.recsys.data.order import ELAPSED, GAPS, by_time, gap_classes
 from lunet_fast.recsys.data.ratings import Ratings
-from lunet_fast.recsys.model.interactions import Interactions
+from lunet_fast.recsys.model.interactions import Interactions, runs
 from lunet_fast.recsys.model.side import NO_SIDE, SideOfUsers
 
 MOST_LEVELS = 20
@@ -179,8 +179,7 @@ class Sequences(nn.Module):
         place = (first + start).unsqueeze(1) + torch.arange(steps, device=users.device)
         end = max(len(self.items) - 1, 0)
         place = place.clamp_(max=end)
-        row = torch.repeat_interleave(torch.arange(len(users), device=users.device), start)
-        before = torch.arange(len(row), device=users.device) - (start.cumsum(0) - start)[row]
+        row, before = runs(start)
         return Windows(
             self.items[place].long(),
             self.levels[place].long(),
@@ -207,9 +206,7 @@ class Sequences(nn.Module):
 
     def _following(self, users: Tensor, start: Tensor, stop: Tensor) -> Tensor:
         """The places of those entries."""
-        lengths = stop - start
-        row = torch.repeat_interleave(torch.arange(len(users), device=users.device), lengths)
-        inside = torch.arange(len(row), device=users.device) - (lengths.cumsum(0) - lengths)[row]
+        row, inside = runs(stop - start)
         return self.indptr[users][row] + start[row] + inside + 1
 
     def confidence(self, users: Tensor, start: Tensor, stop: Tensor, share: float) -> Tensor | None:

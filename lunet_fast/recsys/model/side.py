@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lunet_fast.recsys.data.features import side_features
 from lunet_fast.recsys.data.ratings import Ratings
-from lunet_fast.recsys.model.interactions import Interactions
+from lunet_fast.recsys.model.interactions import Interactions, runs
 from lunet_fast.recsys.model.sequence_config import SequenceConfig
 
 
@@ -119,8 +119,8 @@ class Side(nn.Module):
             assert self.friends_weights is not None
             first = self.friends_indptr[place]
             counts = (self.friends_indptr[place + 1] - first) * known
-            row = torch.repeat_interleave(counts)
-            spot = first[row] + torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+            row, inside = runs(counts)
+            spot = first[row] + inside
             friends = Bags(self.friends_items[spot].long(), self.friends_weights[spot], counts)
         return SideOfUsers(features, friends)
 
@@ -155,9 +155,7 @@ def _friends_items(training: Ratings) -> dict[str, Tensor | None]:
         )
     seen = Interactions(training.user, training.item, training.n_users, training.n_items)
     counts = seen.user_counts[ties.friend]
-    tie = torch.repeat_interleave(counts)
-    place = seen.indptr[ties.friend][tie] + torch.arange(len(tie)) - (counts.cumsum(0) - counts)[tie]
-    item = seen.indices[place].long()
+    tie, item = seen.of_users(ties.friend)
     norm = torch.zeros(training.n_users).index_add_(0, ties.user, ties.weight.square())
     weight = ties.weight / norm[ties.user].clamp(min=1e-12).sqrt()
     weight = (weight / counts.clamp(min=1).sqrt())[tie]
