@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lunet_fast import LUDense, cached
 from lunet_fast.bench.contenders import Nflows, Problem, Unavailable, require
@@ -46,11 +45,20 @@ def ours(problem: Problem, within: ExitStack) -> Both:
 
 
 def linear(problem: Problem, within: ExitStack) -> Both:
-    """Both matrices formed by hand, and kept."""
-    weight, bias = problem.to(problem.weight), problem.to(problem.bias)
+    """An ``nn.Linear`` for each direction, with matrices formed by hand."""
     inverse = torch.linalg.inv(problem.weight)
-    back, shift = problem.to(inverse), problem.to(-inverse @ problem.bias)
-    return {"forward": lambda x: F.linear(x, weight, bias), "inverse": lambda y: F.linear(y, back, shift)}
+    found: Both = {}
+    for what, weight, bias in (
+        ("forward", problem.weight, problem.bias),
+        ("inverse", inverse, -inverse @ problem.bias),
+    ):
+        layer = nn.Linear(problem.features, problem.features, device=problem.device, dtype=problem.dtype)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            assert layer.bias is not None
+            layer.bias.copy_(bias)
+        found[what] = layer
+    return found
 
 
 def nflows(problem: Problem, within: ExitStack) -> Both:

@@ -204,6 +204,33 @@ def test_a_bad_inverse_is_not_used() -> None:
             assert torch.equal(layer.inverse(y), outside)
 
 
+@pytest.mark.parametrize(("features", "noise"), [(64, 0.2), (256, 1.0), (800, 0.2)])
+def test_what_is_kept_of_wide_layers_is_as_accurate_as_substitution(features: int, noise: float) -> None:
+    """κ₁(L)·κ₁(U) grows with D for factors of one size, but A⁻¹ is of use for as long as κ₁(A) is small."""
+    torch.manual_seed(0)
+    layer = LUDense(features)
+    with torch.no_grad():
+        layer.lu.copy_(torch.randn(features, features) * noise / features**0.5)
+        layer.lu.diagonal().mul_(features**0.5 / 10)
+        x = torch.randn(50, features)
+        weight = layer.weight.as_subclass(Tensor).double()
+        y = (x.double() @ copy.deepcopy(layer).double().weight.as_subclass(Tensor).T).float()
+
+        def errors(found: Tensor) -> tuple[float, float]:
+            """Of x, and of the y that comes from it: relative, of the worst row."""
+            there = found.double() @ weight.T
+            worst = [((a - b).norm(dim=1) / b.norm(dim=1)).max() for a, b in ((found, x), (there, y))]
+            return float(worst[0]), float(worst[1])
+
+        substituted = errors(layer.inverse(y))
+        with cached(layer):
+            kept = errors(layer.inverse(y))
+            assert layer._kept is not None
+            assert layer._kept.values["inverse"][0] is not None
+    assert kept[0] <= 2 * substituted[0] + 1e-6
+    assert kept[1] <= 2 * substituted[1] + 1e-6
+
+
 def test_a_replaced_method_and_hooks_are_called() -> None:
     net, x = made(), torch.randn(3, D)
     with torch.no_grad(), cached(net):

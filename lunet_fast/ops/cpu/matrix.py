@@ -29,7 +29,8 @@ DENSE = 256
 #: The same for so few rows that calls cost more than arithmetic.
 FEW_ROWS_BLOCK = 256
 
-#: κ₁(L)·κ₁(U) up to which a product with the explicit A⁻¹ is as accurate as substitution for our use.
+#: κ₁(L)·κ₁(U), or κ₁(A) where A⁻¹ was formed in more digits, up to which a product with the explicit A⁻¹ is
+#: as accurate as substitution for our use.
 EXPLICIT_INVERSE_LIMIT = 1e3
 
 
@@ -239,8 +240,7 @@ def inverse_of_factors(lower: Tensor, upper: Tensor) -> Tensor | None:
     upper_inverse = _invert_triangular(upper, upper=True)
     condition = lower.new_ones(())
     for matrix in (lower, upper, lower_inverse, upper_inverse):
-        # matrix_norm takes three times as long at D 64.
-        condition = condition * matrix.abs().sum(-2).amax(-1)
+        condition = condition * _norm(matrix)
     if not float(condition.amax()) <= EXPLICIT_INVERSE_LIMIT:
         return None
     return upper_inverse @ lower_inverse
@@ -263,13 +263,28 @@ def explicit_inverse(packed: Packed, rows: int) -> Tensor | None:
 
 
 def dense_inverse(packed: Packed) -> Tensor | None:
-    """A⁻¹ = U⁻¹ L⁻¹ P [D, D], or None where κ₁(L)·κ₁(U) says that products with it would not be accurate.
+    """A⁻¹ = U⁻¹ L⁻¹ P [D, D], to be kept; None where products with it would not be accurate.
 
-    Waits for the device."""
-    inverse = inverse_of_factors(_unit_lower(packed.lu), _upper(packed.lu, packed.diagonal))
+    Formed in float64, so that of κ₁(L)·κ₁(U), which grows with D for factors of a given size, nothing is
+    left in it: what A⁻¹'s own rounding costs is κ₁(A) alone, and that is what is bounded. Factors that are
+    float64 themselves have no wider type, and are bounded by κ₁(L)·κ₁(U). Waits for the device."""
+    lower, upper = _unit_lower(packed.lu), _upper(packed.lu, packed.diagonal)
+    if packed.lu.dtype == torch.float64:
+        inverse = inverse_of_factors(lower, upper)
+    else:
+        lower, upper = lower.double(), upper.double()
+        right = _invert_triangular(lower, upper=False)
+        inverse = torch.linalg.solve_triangular(upper, right, upper=True)
+        condition = _norm(lower @ upper) * _norm(inverse)
+        inverse = inverse.to(packed.lu.dtype) if float(condition) <= EXPLICIT_INVERSE_LIMIT else None
     if inverse is None or packed.permutation is None:
         return inverse
     return inverse[:, packed.permutation.argsort()]
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    """‖T‖₁ [...] of T [..., D, D]; ``matrix_norm`` takes three times as long at D 64."""
+    return matrix.abs().sum(-2).amax(-1)
 
 
 def solve(h: Tensor, packed: Packed, bias: Tensor | None, *, own: bool) -> Tensor:
