@@ -52,11 +52,10 @@ def report(results: Results) -> None:
         "",
         "![true and learnt densities](density-plane.png)",
         "",
-        "## LU-Net M with one thing changed (digits, validation part)",
-        "",
-        *ablation_table(results.folder),
-        "",
     ]
+    if rows_of("ablation", results.folder):
+        title = "## LU-Net M with one thing changed (digits, validation part)"
+        text += [title, "", *ablation_table(results.folder), ""]
     write_text(results.path("density.md"), "\n".join(text))
     _plot(results.folder)
 

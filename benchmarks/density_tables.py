@@ -27,7 +27,6 @@ measured again; delete it there to do so.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import statistics
@@ -37,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tables_of_real_data import LUNET, fashion_table, packed, real_table
 from torch import Tensor, nn
 
 from density import Kept
@@ -50,14 +50,12 @@ from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.density.training import fit_flow
 from lunet_fast.training.seeding import seeded
 from machine import Results, open_results, parser, where, write_text
-from tables_of_densities import rows_of
 
 SEEDS = (1, 2, 3, 4, 5)
 STEPS, TUNING_STEPS, ROUND_STEPS = 800, 200, 50
 VALIDATION_ROWS, TEST_ROWS = 500, 1000
 
 TABLES = ("letter", "shuttle", "satellite", "spam", "vehicle", "pima", "vowel", "breast_cancer")
-LUNET = "LU-Net"
 
 LADDERS: dict[str, tuple[float, ...]] = {
     "learning_rate": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
@@ -177,15 +175,6 @@ def tune(make: Make, parts: data.Parts) -> dict[str, Any]:
     return {"chosen": chosen, "tried": tried}
 
 
-def packed(losses: np.ndarray) -> str:
-    """Numbers of test rows for a results file: little-endian float32 in base 64."""
-    return base64.b64encode(losses.astype("<f4").tobytes()).decode()
-
-
-def unpacked(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
-
-
 def measured(make: Make, parts: data.Parts, configs: list[DensityConfig]) -> dict[str, Any]:
     """Trainings with these settings: mean test loss, its spread over the seeds, and the loss of each row."""
     runs, losses = [], []
@@ -287,71 +276,21 @@ def fashion(options: Any, results: Results) -> None:
 # Report -----------------------------------------------------------------------------------------------------
 
 
-def against(row: dict[str, Any], best: dict[str, Any]) -> tuple[float, float]:
-    """(mean loss less that of another flow over the same test rows, its standard error)."""
-    ours, theirs = (unpacked(each["test_losses"]["float32"]) for each in (row, best))
-    difference = ours - theirs
-    return float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(len(difference))
-
-
-def shown(row: dict[str, Any], of_lunet: dict[str, Any], bold: bool) -> str:
-    mark = "**" if bold else ""
-    text = f"{mark}{row['test']:.3f}{mark} ± {row['test_std']:.3f}"
-    if row is of_lunet:
-        return text
-    difference, error = against(row, of_lunet)
-    return f"{text} ({difference:+.3f} ± {error:.3f})"
-
-
-def grid(rows: list[dict[str, Any]], key: str, heading: Callable[[dict[str, Any]], str]) -> list[str]:
-    """A table with a line for each value of ``key`` and a column for each flow."""
-    families = list(dict.fromkeys(row["family"] for row in rows))
-    lines = [f"| {key} | " + " | ".join(families) + " |", "| --- |" + " --- |" * len(families)]
-    for value in dict.fromkeys(row[key] for row in rows):
-        here = {row["family"]: row for row in rows if row[key] == value}
-        if LUNET not in here:
-            continue
-        least = min(row["test"] for row in here.values())
-        cells = [
-            shown(here[family], here[LUNET], here[family]["test"] == least) if family in here else ""
-            for family in families
-        ]
-        lines.append(f"| {heading(here[LUNET])} | " + " | ".join(cells) + " |")
-    return lines
-
-
 def report(results: Results) -> None:
     """density-tables.md."""
     told = (
-        "Test loss, less is better; ± its standard deviation over the seeds. In brackets, the difference "
-        "from LU-Net on the same test rows ± its standard error over the rows: above 0, LU-Net is better."
+        "Test loss of LU-Net, less is better; of the others what they lose more on the same test rows, ± the "
+        "standard error over the rows: above 0, LU-Net is better. Bold is the best."
     )
-    text = ["# Densities of real tables", ""]
-    for name, key in (("tables", "table"), ("fashion", "label")):
-        rows = rows_of(name, results.folder)
-        if not rows:
-            continue
-        about = json.loads(results.path(f"density-{name}.json").read_text())
-
-        def heading(row: dict[str, Any], key: str = key) -> str:
-            if key == "label":
-                return f"{row['label']}, {row['epochs']} epochs"
-            return (
-                f"{row['table']}, {row['train_rows']:,} × {row['features']}, {row['unit']}, "
-                f"{row['parameters']:,} parameters"
-            )
-
-        title = "Tables" if name == "tables" else "Fashion-MNIST by class, bits a pixel"
-        text += [
-            f"## {title}",
-            "",
-            told,
-            "",
-            *grid(rows, key, heading),
-            "",
-            f"Measured on {where(about)}",
-            "",
-        ]
+    text = ["# Densities of real tables", "", told, ""]
+    for name, title, make in (
+        ("tables", "Tables", real_table),
+        ("fashion", "Fashion-MNIST by class, bits a pixel", fashion_table),
+    ):
+        path = results.path(f"density-{name}.json")
+        if path.is_file():
+            about = json.loads(path.read_text())
+            text += [f"## {title}", "", *make(results.folder), "", f"Measured on {where(about)}", ""]
     path = results.path("density-tables.md")
     write_text(path, "\n".join(text))
     print(f"written to {path}")
