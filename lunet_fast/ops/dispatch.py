@@ -12,9 +12,9 @@ were not asked for have no elements, since an operation's results cannot be opti
 An implementation is a module that says ``@implements("its backend")`` over a function of each operation's
 name. It takes the operation's arguments with matrix and activation as the values of ``values.py``. Three
 functions more say what this module has to know while shapes alone are known: ``knows(activation)``, whether
-there are kernels for this kind; ``kept(x, matrix)``, whether a forward keeps h for its backward, and whether
-U and L − I beside A; and ``fuses_net(x)``, whether layers that are all alike are better run as one ``net``
-operation. PyTorch knows all kinds, and has what another implementation does not know.
+there are kernels for this kind; ``kept(x, matrix)``, whether a forward keeps h for its backward, and how many
+[D, D] in the place of A; and ``fuses_net(x)``, whether layers that are all alike are better run as one
+``net`` operation. PyTorch knows all kinds, and has what another implementation does not know.
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ def recorded(x: Tensor, activation: Activation, logabsdet: bool) -> Any:
     return implementation("pytorch", "activation_recorded")(x, activation, logabsdet)
 
 
-def kept(x: Tensor, matrix: Matrix, activation: Activation) -> tuple[bool, bool]:
-    """Whether a layer's forward keeps h for its backward, and whether it keeps U and L − I beside A."""
+def kept(x: Tensor, matrix: Matrix, activation: Activation) -> tuple[bool, int]:
+    """Whether a layer's forward keeps h for its backward, and how many [D, D] in the place of A."""
     kernels = takes_triton(x) and implementation("triton", "knows")(activation)
     return implementation("triton" if kernels else "pytorch", "kept")(x, matrix)
 
@@ -218,11 +218,11 @@ def _fake_forward(name: str, args: list[Any]) -> tuple[Tensor, ...]:
     results = [x.new_empty(x.shape), total]
     if name.startswith("layer"):
         save, (matrix,) = args[4], values
-        keeps_h, keeps_factors = kept(x, matrix, activation)
+        keeps_h, matrices = kept(x, matrix, activation)
         keeps_h = save and not activation.linear and (keeps_h or name == "layer_inverse")
         results.append(x.new_empty(x.shape if keeps_h else (0,)))
         if name == "layer_forward":
-            lead = (3,) if keeps_factors else ()
+            lead = (matrices,) if matrices else ()
             results.append(x.new_empty((*lead, *matrix.lu.shape) if save else (0,)))
     return tuple(results)
 

@@ -69,8 +69,8 @@ def knows(activation: Activation) -> bool:
 
 
 @implements("triton")
-def kept(x: Tensor, given: Matrix) -> tuple[bool, bool]:
-    return not tiles.recomputes(x.shape[-1]), False
+def kept(x: Tensor, given: Matrix) -> tuple[bool, int]:
+    return not tiles.recomputes(x.shape[-1]), 0
 
 
 @implements("triton")

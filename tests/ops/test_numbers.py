@@ -20,7 +20,8 @@ from lunet_fast import ConditionWarning, GeneralizedLeakySoftplus, LeakySoftplus
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.float64]
 #: Rows and features on either side of every size at which another way is taken.
-SIZES = [(1, 1), (70, 1), (3, 5), (70, 5), (9, 64), (200, 64), (20, 131), (300, 131)]
+#: Few rows and many, of one panel and of several; 2,100 are solved for with an explicit A⁻¹.
+SIZES = [(1, 1), (70, 1), (3, 5), (2100, 5), (9, 64), (200, 64), (20, 131), (300, 131), (9, 270)]
 METHODS = ["forward", "inverse", "forward_and_logabsdet", "inverse_and_logabsdet"]
 
 sizes = pytest.mark.parametrize(("rows", "d"), SIZES)

@@ -49,9 +49,13 @@ class Gradients(NamedTuple):
     parameters: Tensor | None
 
 
-def keeps_factors(x: Tensor, lu: Tensor) -> bool:
-    """Whether a layer's forward keeps U and L − I beside A for backward, which need not form them again."""
-    return lu.dim() == 2 and lu.shape[0] <= DENSE and x.dtype == lu.dtype == wide(x.dtype)
+def matrices_kept(x: Tensor, lu: Tensor) -> int:
+    """How many [D, D] a layer's forward keeps for backward in the place of A: 3 of a small layer, which has U
+    and L − I among them; else 1, A or, where rows go through the factors, t = U x in its first rows; and 0
+    where dtypes differ or layers are stacked: A alone."""
+    if lu.dim() != 2 or not x.dtype == lu.dtype == wide(x.dtype):
+        return 0
+    return 3 if lu.shape[0] <= DENSE else 1
 
 
 # --- forward --------------------------------------------------------------------------------------------
@@ -60,52 +64,66 @@ def keeps_factors(x: Tensor, lu: Tensor) -> bool:
 def layer_forward(
     x: Tensor, packed: Packed, bias: Tensor | None, phi: Elementwise | None, *, logabsdet: bool, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(y, log|det J| or None, h or None if φ is the identity, A or None if it was not formed).
+    """(y, log|det J| or None, h or None if φ is the identity, A, or U x [N, D] where A was not formed).
 
     Without ``save`` h need not be whole at any time, and what is returned for it may be None.
     """
-    weight = None
     if composes(*x.shape):
-        weight = compose(packed).to(x.dtype)
+        kept = weight = compose(packed).to(x.dtype)
         if phi is not None:
             return *_activated_product(x, weight, packed, bias, phi, logabsdet=logabsdet, save=save), weight
         h = _affine(x, weight, bias)
     else:
-        t = times(x.to(packed.lu.dtype), packed, upper=True, transposed=False)
-        h = unpermute(times(t, packed, upper=False, transposed=False), packed)
+        kept = times(x.to(packed.lu.dtype), packed, upper=True, transposed=False)
+        h = unpermute(times(kept, packed, upper=False, transposed=False), packed)
         if bias is not None:
             h = h + bias
         h = h.to(x.dtype)
-    if phi is None:
-        return h, _constant_logabsdet(packed, x.shape[0]) if logabsdet else None, None, weight
-    y, total = phi.activated(h, logabsdet=logabsdet)
-    return y, None if total is None else total.add_(packed.log_diagonal.sum()), h, weight
+    return *_activated(h, packed, phi, logabsdet=logabsdet), kept
 
 
 def factored_forward(
     x: Tensor, packed: Packed, bias: Tensor | None, phi: Elementwise | None, *, logabsdet: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """``layer_forward`` to be saved, A formed for any number of rows: (y, log|det J| or None, s·h or None,
-    (s·A, U, L − I) [3, D, D]), with s of ``Elementwise.scaled``."""
+    """``layer_forward`` to be saved: (y, log|det J| or None, s·h or None, kept [3, D, D]), with s of
+    ``Elementwise.scaled``.
+
+    Kept are s·A, U and L − I where A was formed (``composes``); else t = U x in the first N rows of the
+    first, and U and L − I.
+    """
     scale, phi = (1.0, None) if phi is None else phi.scaled()
     kept = x.new_empty(3, packed.size, packed.size)
     weight, upper, below = kept.unbind(0)
     torch.triu(packed.lu, out=upper)
     upper.diagonal().copy_(packed.diagonal)
     torch.tril(packed.lu, -1, out=below)
-    if packed.permutation is None:
-        torch.addmm(upper, below, upper, beta=scale, alpha=scale, out=weight)
-    else:
-        weight[packed.permutation] = torch.addmm(upper, below, upper, beta=scale, alpha=scale)
     if bias is not None and scale != 1.0:
         bias = bias * scale
-    if phi is None:
-        total = _constant_logabsdet(packed, x.shape[0]) if logabsdet else None
-        return _affine(x, weight, bias), total, None, kept
-    y, total, h = _activated_product(x, weight, packed, bias, phi, logabsdet=logabsdet, save=True)
+    if not composes(*x.shape):
+        t = torch.mm(x, upper.T, out=weight[: x.shape[0]])
+        h = unpermute(torch.addmm(t, t, below.T, beta=scale, alpha=scale), packed)
+        y, total, saved = _activated(h if bias is None else h.add_(bias), packed, phi, logabsdet=logabsdet)
+    else:
+        product = torch.addmm(upper, below, upper, beta=scale, alpha=scale, out=weight)
+        if packed.permutation is not None:
+            weight[packed.permutation] = product.clone()
+        if phi is None:
+            y, total, saved = _activated(_affine(x, weight, bias), packed, None, logabsdet=logabsdet)
+        else:
+            y, total, saved = _activated_product(x, weight, packed, bias, phi, logabsdet=logabsdet, save=True)
     if total is not None and scale != 1.0:
         total.add_(packed.size * math.log(scale))
-    return y, total, h, kept
+    return y, total, saved, kept
+
+
+def _activated(
+    h: Tensor, packed: Packed, phi: Elementwise | None, *, logabsdet: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(φ(h), log|det J| or None, h or None if φ is the identity)."""
+    if phi is None:
+        return h, packed.log_diagonal.sum().repeat(len(h)) if logabsdet else None, None
+    y, total = phi.activated(h, logabsdet=logabsdet)
+    return y, None if total is None else total.add_(packed.log_diagonal.sum()), h
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -125,9 +143,7 @@ def _activated_product(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(φ(A x + b), log|det J| or None, h = A x + b or None); φ meets each run of rows still in the cache."""
     if is_one_sweep(x, product=True):
-        whole = _affine(x, weight, bias)
-        y, logs = phi.activated(whole, logabsdet=logabsdet)
-        return y, None if logs is None else logs.add_(packed.log_diagonal.sum()), whole
+        return _activated(_affine(x, weight, bias), packed, phi, logabsdet=logabsdet)
     y = torch.empty_like(x)
     h = torch.empty_like(x) if save else None
     total = torch.empty(x.shape[0], dtype=wide(x.dtype), device=x.device) if logabsdet else None
@@ -150,10 +166,6 @@ def _activated_product(
     return y, None if total is None else total.add_(packed.log_diagonal.sum()), h
 
 
-def _constant_logabsdet(packed: Packed, rows: int) -> Tensor:
-    return packed.log_diagonal.sum().repeat(rows)
-
-
 # --- backward -------------------------------------------------------------------------------------------
 
 
@@ -162,19 +174,20 @@ def layer_backward(
     grad_logabsdet: Tensor | None,
     x: Tensor,
     h: Tensor | None,
-    weight: Tensor | None,
+    kept: Tensor | None,
     packed: Packed,
     phi: Elementwise | None,
     needs: Needs,
 ) -> Gradients:
-    """Gradients of a layer; through A where ``weight`` is it, through the rows themselves where it is
+    """Gradients of a layer: through A, which is ``kept``, or through the rows themselves, where it is U x or
     None."""
     dtype = packed.lu.dtype
     totals = None if phi is None else phi.totals(x)
     grad_x = grad_lu = None
-    if weight is not None:
+    if composes(*x.shape):
+        assert kept is not None
         grad_x, grad_weight, grad_bias = _product_gradients(
-            grad_y, grad_logabsdet, x, h, weight, phi, totals, 1.0, needs
+            grad_y, grad_logabsdet, x, h, kept, phi, totals, 1.0, needs
         )
         if grad_weight is not None:
             grad_lu = compose_backward(grad_weight, packed)
@@ -187,7 +200,7 @@ def layer_backward(
             grad_x = times(grad_t, packed, upper=True, transposed=True).to(x.dtype)
         if needs.lu:
             wide_x = x.to(dtype)
-            t = times(wide_x, packed, upper=True, transposed=False)
+            t = times(wide_x, packed, upper=True, transposed=False) if kept is None else kept
             grad_lu = rows_backward(grad_v, t, grad_t, wide_x, packed)
     if grad_lu is not None:
         _finish_lu_(grad_lu, packed, _row_sum(grad_logabsdet), 1.0)
@@ -209,14 +222,24 @@ def factored_backward(
     scale, phi = (1.0, None) if phi is None else phi.scaled()
     weight, upper, below = kept.unbind(0)
     totals = None if phi is None else phi.totals(x)
-    grad_x, grad_weight, grad_bias = _product_gradients(
-        grad_y, grad_logabsdet, x, h, weight, phi, totals, scale, needs
-    )
     grad_lu = None
-    if grad_weight is not None:
-        if permutation is not None:
-            grad_weight = grad_weight[permutation]
-        grad_lu = by_factors(grad_weight, upper, below)
+    if composes(*x.shape):
+        grad_x, grad_weight, grad_bias = _product_gradients(
+            grad_y, grad_logabsdet, x, h, weight, phi, totals, scale, needs
+        )
+        if grad_weight is not None:
+            grad_lu = by_factors(grad_weight[... if permutation is None else permutation], upper, below)
+    else:
+        grad_h = _preactivation_gradient(grad_y, grad_logabsdet, h, phi, totals)
+        grad_h = grad_h if scale == 1.0 else grad_h * scale
+        grad_bias = grad_h.sum(0) if needs.bias else None
+        grad_v = grad_h if permutation is None else grad_h[:, permutation]
+        grad_t = torch.addmm(grad_v, grad_v, below)
+        grad_x = torch.mm(grad_t, upper) if needs.x else None
+        if needs.lu:
+            by_lower = torch.mm(grad_v.T, weight[: len(x)]).tril_(-1)
+            grad_lu = by_lower.add_(torch.mm(grad_t.T, x).triu_())
+    if grad_lu is not None:
         diagonal = grad_lu.diagonal()
         diagonal.mul_(upper.diagonal())
         if grad_logabsdet is not None:
@@ -337,7 +360,7 @@ def layer_inverse(
     h = y if phi is None else phi.inverse(y)
     total = None
     if logabsdet:
-        total = _constant_logabsdet(packed, y.shape[0]).neg_()
+        total = packed.log_diagonal.sum().neg().repeat(len(y))
         if phi is not None:
             total.sub_(phi.log_derivative_sum(h))
     right = h.to(packed.lu.dtype)

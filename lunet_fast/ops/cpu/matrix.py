@@ -26,8 +26,9 @@ BLOCK = 128
 #: Columns up to which L and U are multiplied as dense matrices: panels save flops there, and cost calls.
 DENSE = 256
 
-#: The same for so few rows that calls cost more than arithmetic.
-FEW_ROWS_BLOCK = 256
+#: Rows that are so few that a copy of U costs as much as a product or a solution with it, and the columns of
+#: the blocks in which it is copied there.
+FEW_ROWS, FEW_ROWS_BLOCK = 32, 256
 
 #: κ₁(L)·κ₁(U), or κ₁(A) where A⁻¹ was formed in more digits, up to which a product with the explicit A⁻¹ is
 #: as accurate as substitution for our use.
@@ -96,8 +97,11 @@ class Packed(NamedTuple):
 
 
 def composes(rows: int, columns: int) -> bool:
-    """Whether a batch of ``rows`` goes through W = L U formed once, or through U and then L."""
-    return rows > columns
+    """Whether a batch of ``rows`` goes through W = L U formed once, or through U and then L.
+
+    A single column always does: it mixes nothing, and a product with L − I = 0 would make NaN of infinity.
+    """
+    return rows > columns or columns == 1
 
 
 def compose(packed: Packed) -> Tensor:
@@ -160,25 +164,26 @@ def rows_backward(grad_v: Tensor, t: Tensor, grad_t: Tensor, x: Tensor, packed: 
     """
     grad = torch.empty_like(packed.lu)
     for panel in packed.panels():
-        by_lower = grad_v[:, panel].T @ t[:, panel]
-        by_upper = grad_t[:, panel].T @ x[:, panel]
-        grad[panel, panel] = by_lower.tril_(-1).add_(by_upper.triu_())
-        grad[panel.stop :, panel] = grad_v[:, panel.stop :].T @ t[:, panel]
-        grad[panel, panel.stop :] = grad_t[:, panel].T @ x[:, panel.stop :]
+        v, g_t = grad_v[:, panel.start :].T, grad_t[:, panel].T
+        # Straight into the columns under the diagonal and, where the blocks of both meet, over U's share.
+        torch.mm(v, t[:, panel], out=grad[panel.start :, panel])
+        by_upper = torch.mm(g_t, x[:, panel]).triu_()
+        grad[panel, panel].tril_(-1).add_(by_upper)
+        if panel.stop < packed.size:
+            torch.mm(g_t, x[:, panel.stop :], out=grad[panel, panel.stop :])
     return grad
 
 
 def times(x: Tensor, packed: Packed, *, upper: bool, transposed: bool) -> Tensor:
     """Rows of T x or, transposed, Tᵀ x, for T = L or U: N·D² flops and up."""
-    out = torch.empty_like(x)
-    for panel in packed.panels(FEW_ROWS_BLOCK if _few(x.shape[0]) else BLOCK):
-        block = packed.upper_block(panel) if upper else packed.lower_block(panel)
-        product = x[:, panel] @ (block if transposed else block.T)
+    out = x * packed.diagonal if upper else x.clone()
+    for panel in packed.panels():
+        block = packed.lu[panel, panel].triu(1) if upper else packed.lu[panel, panel].tril(-1)
+        part = out[:, panel].addmm_(x[:, panel], block if transposed else block.T)
         beside = slice(panel.stop, packed.size) if upper != transposed else slice(0, panel.start)
         if beside.stop > beside.start:
             couple = packed.lu[beside, panel] if transposed else packed.lu[panel, beside].T
-            product.addmm_(x[:, beside], couple)
-        out[:, panel] = product
+            part.addmm_(x[:, beside], couple)
     return out
 
 
@@ -191,38 +196,27 @@ def _invert_triangular(block: Tensor, *, upper: bool) -> Tensor:
     return torch.linalg.solve_triangular(block, eye, upper=upper, left=False)
 
 
-def _few(rows: int) -> bool:
-    """Whether there are too few right-hand sides for inverting a block of a triangle first to pay."""
-    return rows <= BLOCK // 4
+def _substitute(right: Tensor, packed: Packed, *, upper: bool, transposed: bool) -> Tensor:
+    """Rows of T⁻¹ r or, transposed, T⁻ᵀ r, for T = L or U, by LAPACK: N·D² flops.
 
-
-def _substitute_(right: Tensor, packed: Packed, *, upper: bool, transposed: bool) -> Tensor:
-    """right ← rows of T⁻¹ r or, transposed, T⁻ᵀ r, for T = L or U: blocked substitution, N·D² flops and up.
-
-    In place, panel by panel: memory of the size of the batch, fresh from the system, costs as much time as
-    some of the arithmetic. With many rows each diagonal block is inverted, so that all work is products.
+    L is solved with as it is stored, for its unit diagonal is not read. For a few rows a copy of U costs as
+    much as the solution; there only the blocks on its diagonal are copied, ``FEW_ROWS_BLOCK`` columns each.
     """
-    few = _few(right.shape[0])
-    if few and not upper:
-        # The unit diagonal of L is not read, so it can be solved with as it is stored.
-        return right.copy_(_solve_rows(packed.lu, right, upper=False, transposed=transposed, unit=True))
-    forwards = upper == transposed
-    panels = list(packed.panels(FEW_ROWS_BLOCK if few else BLOCK))
-    scratch = None if few else right.new_empty(right.shape[0], min(BLOCK, packed.size))
-    for panel in panels if forwards else reversed(panels):
-        done = slice(0, panel.start) if forwards else slice(panel.stop, packed.size)
-        part = right[:, panel]
+    if not upper:
+        return _solve_rows(packed.lu, right, upper=False, transposed=transposed, unit=True)
+    if right.shape[0] > FEW_ROWS or packed.size <= FEW_ROWS_BLOCK:
+        triangle = _upper(packed.lu, packed.diagonal)
+        return _solve_rows(triangle, right, upper=True, transposed=transposed)
+    solved = right.clone()
+    panels = list(packed.panels(FEW_ROWS_BLOCK))
+    for panel in panels if transposed else reversed(panels):
+        done = slice(0, panel.start) if transposed else slice(panel.stop, packed.size)
+        part = solved[:, panel]
         if done.stop > done.start:
             couple = packed.lu[done, panel] if transposed else packed.lu[panel, done].T
-            part.addmm_(right[:, done], couple, alpha=-1)
-        block = packed.upper_block(panel) if upper else packed.lower_block(panel)
-        if scratch is None:
-            part.copy_(_solve_rows(block, part, upper=upper, transposed=transposed))
-        else:
-            inverse = _invert_triangular(block, upper=upper)
-            solved = scratch[:, : part.shape[1]]
-            part.copy_(torch.mm(part, inverse if transposed else inverse.T, out=solved))
-    return right
+            part.addmm_(solved[:, done], couple, alpha=-1)
+        part.copy_(_solve_rows(packed.upper_block(panel), part, upper=True, transposed=transposed))
+    return solved
 
 
 def _solve_rows(
@@ -247,8 +241,9 @@ def inverse_of_factors(lower: Tensor, upper: Tensor) -> Tensor | None:
 
 
 def least_rows_for_inverse(size: int) -> int:
-    """Rows [N, D] from which on A⁻¹ [D, D] is worth its D³: the more blocks, the faster is substitution."""
-    return (4 if size <= 2 * BLOCK else 10) * size
+    """Rows [N, D] from which on A⁻¹ [D, D] is worth its D³: LAPACK's substitution is slower than a product
+    for thousands of rows alone."""
+    return max(2048, (4 if size <= 2 * BLOCK else 10) * size)
 
 
 def explicit_inverse(packed: Packed, rows: int) -> Tensor | None:
@@ -301,9 +296,9 @@ def solve(h: Tensor, packed: Packed, bias: Tensor | None, *, own: bool) -> Tenso
     elif packed.permutation is not None:
         right = permute(h, packed)
     else:
-        right = h if own else h.clone()
-    right = _substitute_(right, packed, upper=False, transposed=False)
-    return _substitute_(right, packed, upper=True, transposed=False)
+        right = h
+    right = _substitute(right, packed, upper=False, transposed=False)
+    return _substitute(right, packed, upper=True, transposed=False)
 
 
 def solve_transposed(grad: Tensor, packed: Packed) -> tuple[Tensor, Tensor | None]:
@@ -311,9 +306,9 @@ def solve_transposed(grad: Tensor, packed: Packed) -> tuple[Tensor, Tensor | Non
     inverse = explicit_inverse(packed, grad.shape[0])
     if inverse is not None:
         return grad @ inverse, None
-    middle = _substitute_(grad.clone(), packed, upper=True, transposed=True)
-    kept = None if composes(*grad.shape) else middle.clone()
-    return _substitute_(middle, packed, upper=False, transposed=True), kept
+    middle = _substitute(grad, packed, upper=True, transposed=True)
+    solved = _substitute(middle, packed, upper=False, transposed=True)
+    return solved, None if composes(*grad.shape) else middle
 
 
 # --- the permutation ---------------------------------------------------------------------------------------

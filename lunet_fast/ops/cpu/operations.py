@@ -11,7 +11,7 @@ from lunet_fast.ops import dispatch
 from lunet_fast.ops.by_layers import net_backward_by_layers, net_by_layers
 from lunet_fast.ops.cpu import layer, leaky_softplus, spline  # noqa: F401  (importing a kind registers it)
 from lunet_fast.ops.cpu.elementwise import elementwise
-from lunet_fast.ops.cpu.layer import Needs, keeps_factors
+from lunet_fast.ops.cpu.layer import Needs, matrices_kept
 from lunet_fast.ops.cpu.matrix import Packed, composes
 from lunet_fast.ops.dispatch import implements
 from lunet_fast.ops.rows import Four, layer_gradients, row_gradient, row_values, rows, rows_of, shaped
@@ -19,8 +19,8 @@ from lunet_fast.ops.values import Activation, Matrix
 
 
 @implements("pytorch")
-def kept(x: Tensor, matrix: Matrix) -> tuple[bool, bool]:
-    return True, keeps_factors(x, matrix.lu)
+def kept(x: Tensor, matrix: Matrix) -> tuple[bool, int]:
+    return True, matrices_kept(x, matrix.lu)
 
 
 # --- activation -----------------------------------------------------------------------------------------
@@ -84,12 +84,11 @@ def activation_inverse_backward(
 @implements("pytorch")
 def layer_forward(x: Tensor, matrix: Matrix, activation: Activation, logabsdet: bool, save: bool) -> Four:
     """(y, log|det J| per row, h, A). The last two are for backward: h is empty without an activation, and
-    A holds nothing meaningful when it was not formed (``composes``). Where U and L − I are kept too, they are
-    what ``factored_forward`` keeps instead: s·h, and [3, D, D]."""
-    keeps_h, factored = dispatch.kept(x, matrix, activation) if save else (False, False)
+    A holds nothing meaningful when it was not formed (``composes``). Of ``matrices_kept`` in its place three
+    are what ``factored_forward`` keeps, s·h with them, and one is A or U x."""
+    keeps_h, matrices = dispatch.kept(x, matrix, activation) if save else (False, 0)
     packed, phi = Packed.of(matrix), elementwise(activation, x.dtype)
-    weight: Tensor | None
-    if factored:
+    if matrices == 3:
         y, total, h, weight = layer.factored_forward(rows(x), packed, matrix.bias, phi, logabsdet=logabsdet)
     else:
         forward: Any = layer.stacked_forward if matrix.stacked else layer.layer_forward
@@ -99,8 +98,12 @@ def layer_forward(x: Tensor, matrix: Matrix, activation: Activation, logabsdet: 
     y, total = shaped(y, x), row_values(total, x)
     if not save:
         return y, total, x.new_empty(0), x.new_empty(0)
-    if weight is None:
-        weight = torch.empty_like(matrix.lu, dtype=x.dtype)
+    if weight.shape[-2:] != matrix.lu.shape[-2:]:
+        products, weight = weight, torch.empty_like(matrix.lu, dtype=x.dtype)
+        if matrices:
+            weight[: len(products)] = products
+    if matrices == 1:
+        weight = weight.unsqueeze(0)
     return y, total, shaped(h if keeps_h else None, x), weight
 
 
@@ -117,13 +120,18 @@ def layer_backward(
 ) -> Four:
     phi, lu = elementwise(activation, x.dtype), matrix.lu
     x_rows, grad_rows = rows_of(x, lu), rows_of(grad, lu)
-    if weight.dim() > lu.dim():
+    composed, kept = matrix.stacked or composes(*x_rows.shape), None
+    if weight.dim() > lu.dim() and len(weight) == 3:
         h_rows = None if phi is None else rows(h)
         gradients = layer.factored_backward(
             *(grad_rows, row_gradient(grad_logabsdet), x_rows, h_rows, weight, lu, matrix.permutation, phi),
             Needs(*needs),
         )
         return layer_gradients(x, matrix, activation, *gradients)
+    if composed:
+        kept = weight if weight.dim() == lu.dim() else weight[0]
+    elif weight.dim() > lu.dim():
+        kept = weight[0, : len(x_rows)]
     packed, h_rows = Packed.of(matrix), None
     if phi is not None:
         # A forward that Triton did may not have saved h.
@@ -134,7 +142,7 @@ def layer_backward(
         row_gradient(grad_logabsdet, x_rows.shape[:-1]),
         x_rows,
         h_rows,
-        weight if matrix.stacked or composes(*x_rows.shape) else None,
+        kept,
         packed,
         phi,
         Needs(*needs),
