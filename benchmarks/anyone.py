@@ -8,7 +8,7 @@
 ``errors`` and ``movielens`` read the files in $LUNET_FAST_DATA (foreign/, filmtrust/, MovieLens). 20 % of the
 ratings are tested, three splits; the biases' L2 are chosen on a tenth of the training part, and recipe auto
 chooses on its own parts of it. ``--only`` takes single data sets. Parts that are measured are kept in
-benchmarks/results/anyone.json; delete one to measure it again.
+benchmarks/results/anyone.json and not measured again by the same code and constants.
 """
 
 from __future__ import annotations
@@ -273,13 +273,16 @@ def markdown(parts: dict[str, Any]) -> str:
 
 
 def measure(results: Results, wanted: dict[str, Callable[[], dict[str, Any]]]) -> None:
-    """Each part that is not there yet, written as soon as it is."""
+    """Each part that this code has not measured yet, written as soon as it has."""
     path = results.path(f"{NAME}.json")
     parts = json.loads(path.read_text())["parts"] if path.exists() else {}
     for name, run in wanted.items():
-        if name not in parts:
-            parts[name] = {**run(), "commit": results.machine["commit"]}
-            shown = {key: {k: v for k, v in part.items() if k != "commit"} for key, part in parts.items()}
+        if parts.get(name, {}).get("code") != results.code:
+            parts[name] = {**run(), "commit": results.machine["commit"], "code": results.code}
+            shown = {
+                key: {k: v for k, v in part.items() if k not in ("commit", "code")}
+                for key, part in parts.items()
+            }
             results.write(NAME, {"parts": parts}, markdown(shown))
 
 

@@ -10,7 +10,7 @@
 Every flow gets the same rows, noise, optimiser, averaging and stopping (lunet_fast/density/training.py),
 and is tuned by the same rule on the validation part of seed 0 (density_flows.LADDERS); then it is trained
 with the five seeds of SEEDS, whose parts nothing was chosen on. A row that was measured is kept in
-benchmarks/results/density-*.json and not measured again; delete it there to do so.
+benchmarks/results/density-*.json and not measured again by the same code and constants.
 """
 
 from __future__ import annotations
@@ -125,18 +125,27 @@ def _mean(values: list[float]) -> float | None:
 
 
 class Kept:
-    """Rows of a results file, written after each, so that what was measured is not measured again."""
+    """Rows of a results file, written after each; what this code measured is not measured again.
 
-    def __init__(self, name: str, results: Results) -> None:
-        self.name, self.results = name, results
+    ``keys`` tell one row from another.
+    """
+
+    def __init__(self, name: str, results: Results, *keys: str) -> None:
+        self.name, self.results, self.keys = name, results, keys
         self.rows = rows_of(name.removeprefix("density-"), results.folder)
 
     def has(self, **keys: Any) -> bool:
-        return any(all(row.get(key) == value for key, value in keys.items()) for row in self.rows)
+        wanted = {**keys, "code": self.results.code}
+        return any(all(row.get(key) == value for key, value in wanted.items()) for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Each row names its own commit: the others may be older."""
-        self.rows.append({**row, "commit": self.results.machine["commit"]})
+        """Each row names its own commit and code: the others may be older. It takes the place of its like."""
+        new = {**row, "commit": self.results.machine["commit"], "code": self.results.code}
+        like = [n for n, old in enumerate(self.rows) if all(old.get(key) == row[key] for key in self.keys)]
+        if like:
+            self.rows[like[0]] = new
+        else:
+            self.rows.append(new)
         self.results.write(self.name, {"rows": self.rows})
         shown = {k: v for k, v in row.items() if not isinstance(v, list | dict)}
         print(
@@ -147,7 +156,7 @@ class Kept:
 
 def digits(seeds: int, results: Results, only: list[str] | None) -> None:
     """Bits a dimension over the seeds; AUROC of 0–4 against 5–9 by a flow that saw only 0–4."""
-    kept = Kept("density-digits", results)
+    kept = Kept("density-digits", results, "family", "size")
     rows = data.read("digits")
     assert rows.labels is not None
     for family, flows in DIGITS_FLOWS.items():
@@ -186,7 +195,7 @@ def digits(seeds: int, results: Results, only: list[str] | None) -> None:
 
 def plane(seeds: int, results: Results, only: list[str] | None) -> None:
     """Kullback–Leibler divergence from the truth, nats, and the integral of what was learnt."""
-    kept = Kept("density-plane", results)
+    kept = Kept("density-plane", results, "target", "family", "size")
     for size in ("M", "L", "S"):
         for family, flows in PLANE_FLOWS.items():
             for name in data.TARGETS:
@@ -225,7 +234,7 @@ def ablation(seeds: int, results: Results, only: list[str] | None) -> None:
 
     All with the settings that were chosen for M, so that what another would gain by its own is not in it.
     """
-    kept = Kept("density-ablation", results)
+    kept = Kept("density-ablation", results, "group", "name")
     rows = data.read("digits")
     for group, changes in ABLATION.items():
         for name, change in changes.items():

@@ -22,7 +22,7 @@ the three flows of a class takes 5.4 seconds of one core, so 80 epochs take 7 mi
 and ``--epochs`` take less.
 
 A row that was measured is kept in benchmarks/results/density-tables.json or density-fashion.json and not
-measured again; delete it there to do so.
+measured again by the same code and constants.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def measured(make: Make, parts: data.Parts, configs: list[DensityConfig]) -> dic
 
 
 def tables(options: Any, results: Results) -> None:
-    kept = Kept("density-tables", results)
+    kept = Kept("density-tables", results, "table", "family")
     for name in options.tables:
         parts = parts_of(name)
         if options.quick:
@@ -241,7 +241,7 @@ FASHION: dict[str, Make] = {
 
 
 def fashion(options: Any, results: Results) -> None:
-    kept = Kept("density-fashion", results)
+    kept = Kept("density-fashion", results, "label", "family", "epochs")
     rows = data.read("fashion-mnist")
     for label in options.classes:
         parts = data.split(data.of_class(rows, str(label)), 0)

@@ -21,13 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from lunet_fast.training import files
-from lunet_fast.training.machine import commit, describe
+from lunet_fast.training.machine import code, commit, describe
 
 __all__ = ["RESULTS", "Results", "describe", "kept_bytes", "open_results", "parser", "where", "write_text"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TRIALS = ROOT / "runs" / "benchmarks"
+
+SHOWING = ("tables*.py", "*_report.py", "committed.py")
+"""Modules here that compute no result."""
 
 
 def parser(doc: str | None, *, data: bool = False) -> argparse.ArgumentParser:
@@ -62,6 +65,8 @@ class Results:
     folder: Path
     machine: dict[str, Any]
     command: str
+    code: str = ""
+    """Digest of all code and constants that compute: what was kept of another is measured again."""
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -84,7 +89,15 @@ def open_results(options: argparse.Namespace, *, threads: int | None = None) -> 
         raise SystemExit(reason)
     folder = TRIALS if options.allow_dirty else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    return Results(folder, describe(), _command(options))
+    return Results(folder, describe(), _command(options), code(*_scripts()))
+
+
+def _scripts() -> list[Path]:
+    """The modules of this folder that a script consists of."""
+    names = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    paths = {Path(name).resolve() for name in names if name}
+    here = [path for path in paths if path.parent == ROOT / "benchmarks"]
+    return [path for path in here if not any(path.match(pattern) for pattern in SHOWING)]
 
 
 def _command(options: argparse.Namespace) -> str:

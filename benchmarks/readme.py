@@ -1,9 +1,10 @@
 """Put the committed results into README.md and docs/, between their markers.
 
-A page says where a table belongs by a pair of comments, <!-- NAME --> and <!-- end NAME -->.
+A page says where a table belongs by a pair of comments, <!-- NAME --> and <!-- end NAME -->, and where a
+number of a sentence does by <!--=NAME--> and <!--=--> (prose.py).
 
 python benchmarks/readme.py            rewrites the pages
-python benchmarks/readme.py --check    exits with 1 if a page and the results differ
+python benchmarks/readme.py --check    exits with 1 if a page and the results differ, or a number has no mark
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
+import prose
+from figures import FIGURES
 from lunet_fast.bench.results import seconds_text
 from machine import ROOT, write_text
 from tables import Cell, deviation, load, measured, number, standard_error, table
@@ -87,10 +90,10 @@ def _methods(result: dict[str, Any], figures: list[str], without: str) -> list[l
         if any(row.get(figure) is None for figure in figures):
             continue
         cells = [number(row[figure], ".4f", row.get(f"{figure}_sd")) for figure in figures]
+        cells += [number(row["train_seconds"], ".1f"), number(row["peak_memory_mb"], ".0f")]
         if row["key"] == without:
             cells = [Cell(cell.text) for cell in cells]
-        seconds, memory = f"{row['train_seconds']:.1f}", f"{row['peak_memory_mb']:.0f}"
-        rows.append([row["method"], _package(row), *cells, seconds, memory])
+        rows.append([row["method"], _package(row), *cells])
     return rows
 
 
@@ -98,12 +101,12 @@ def compare() -> list[str]:
     lines: list[str] = []
     for dataset, name in DATASETS.items():
         result = load(f"compare-{dataset}")
-        tail = ["training, s", "memory, MB"]
+        tail = dict.fromkeys(("training, s", "memory, MB"), min)
         rated = _methods(result, ["test_mse"], "lunet-both")  # its test ratings are others
-        ratings = table(["method", "package", "test MSE", *tail], rated, {"test MSE": min})
-        names = ["HR@10", "NDCG@10", "NDCG@10, all items"]
-        ranked = _methods(result, ["hr@10", "ndcg@10", "full_ndcg@10"], "lunet-leaky")
-        ranking = table(["method", "package", *names, *tail], ranked, dict.fromkeys(names, max))
+        ratings = table(["method", "package", "test MSE", *tail], rated, {"test MSE": min, **tail})
+        names = ["HR@10", "NDCG@10", "HR@10, all items", "NDCG@10, all items"]
+        ranked = _methods(result, ["hr@10", "ndcg@10", "full_hr@10", "full_ndcg@10"], "lunet-leaky")
+        ranking = table(["method", "package", *names, *tail], ranked, {**dict.fromkeys(names, max), **tail})
         where = measured(result, result["command"], versions=result["versions"])
         seeds = _seeds(result["seeds"])
         lines += [f"### {name}: predicting ratings, {seeds}", "", *ratings, ""]
@@ -258,8 +261,11 @@ def _pair(what: str, ours: Cell, rival: str, theirs: Cell, best: Callable[..., f
 
 
 def _best_other(result: dict[str, Any], metric: str, best: Callable[..., Any]) -> dict[str, Any]:
+    """The row of the strongest method of others, with ``shown``: its name, and whether it is all there is."""
     others = [row for row in result["rows"] if row["package"] != "lunet_fast" and row.get(metric) is not None]
-    return best(others, key=lambda row: row[metric])
+    found = best(others, key=lambda row: row[metric])
+    alone = "" if len(others) > 1 else ", the only other method measured"
+    return {**found, "shown": f"{found['method']} ({_package(found)}){alone}"}
 
 
 def _ranked(what: str, result: dict[str, Any], method: str, metric: str, best: Any) -> list[str]:
@@ -267,7 +273,7 @@ def _ranked(what: str, result: dict[str, Any], method: str, metric: str, best: A
     (ours,) = (row for row in result["rows"] if row["key"] == method)
     rival = _best_other(result, metric, best)
     cells = [number(row[metric], spread=row.get(f"{metric}_sd")) for row in (ours, rival)]
-    return _pair(what, cells[0], f"{rival['method']} ({_package(rival)})", cells[1], best)
+    return _pair(what, cells[0], rival["shown"], cells[1], best)
 
 
 def _timed(what: str, D: int, B: int, rival: str, shown: str) -> list[str]:
@@ -304,7 +310,7 @@ def figures() -> list[str]:
         _pair(
             "ML-1M, test MSE",
             number(ours_1m["test_mse"]),
-            f"{mf['method']} ({mf['package']})",
+            mf["shown"],
             number(mf["test_mse"]),
             min,
         ),
@@ -348,8 +354,9 @@ def figures() -> list[str]:
     dates = sorted(machine["date"] for machine in machines)
     where = "; ".join(sorted({f"{m['processor']}, {m['cores']} cores, torch {m['torch']}" for m in machines}))
     note = (
-        "Bold: the better of the two. Lower is better, except for NDCG. ±: standard deviation over three "
-        "seeds; for f = identity the standard error over three, for digits over five. ML-1M: one seed. "
+        "Bold: the better of the two. Lower is better, except for NDCG. ±: standard deviation over "
+        f"{len(small['seeds'])} seeds; for f = identity the standard error over {len(plain['mse_seeds'])}, "
+        f"for digits over {len(lu['runs'])}. ML-1M: one seed. "
         f"{where}, {dates[0]} to {dates[-1]}."
     )
     return [*lines, "", note]
@@ -392,17 +399,27 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing, say whether they are right")
     options = parser.parse_args()
     stale, shown = [], set()
+    bare = []
     for path in PAGES:
+        page = str(path.relative_to(ROOT))
         old = path.read_text()
         new, names = filled(old)
-        shown |= names
+        shown |= names | {name for name, _ in prose.MARKED.findall(new)}
+        try:
+            new = prose.filled(new, FIGURES)
+            bare += [f"{page}: {words}" for words in prose.unmarked(new, prose.NOT_MEASURED.get(page, {}))]
+        except ValueError as error:
+            sys.exit(f"{page}: {error}")
         if new == old:
             continue
-        stale.append(str(path.relative_to(ROOT)))
+        stale.append(page)
         if not options.check:
             write_text(path, new)
-    if SECTIONS.keys() - shown:
-        sys.exit(f"no page shows {', '.join(sorted(SECTIONS.keys() - shown))}")
+    unused = (SECTIONS.keys() | FIGURES.keys()) - shown
+    if unused:
+        sys.exit(f"no page shows {', '.join(sorted(unused))}")
+    if bare:
+        sys.exit("numbers that no results file stands behind, see benchmarks/prose.py:\n" + "\n".join(bare))
     if stale and options.check:
         sys.exit(f"{', '.join(stale)}: not what benchmarks/results/ holds; run python benchmarks/readme.py")
 

@@ -73,23 +73,23 @@ def measured(rest: Ratings, seed: int, changes: dict[str, Any]) -> dict[str, flo
 def run(dataset: str, names: list[str], seeds: list[int], data_dir: str | None, results: Results) -> None:
     ratings = movielens.load(dataset, data_dir)
     file = results.path(f"sequence-{dataset}.json")
-    runs: dict[str, dict[str, float]] = read_json(file)["runs"] if file.is_file() else {}
+    runs: dict[str, dict[str, Any]] = read_json(file)["runs"] if file.is_file() else {}
     for seed in seeds:
         rest = Parts.of(ratings, "leave-one-out", seed).training
         for name in names:
             changes = settings(name, len(rest))
             whole = sequence_recipe(len(rest), seed=seed, **changes).to_dict()
             key = json.dumps([name, whole], sort_keys=True)
-            if key not in runs:
-                runs[key] = measured(rest, seed, changes)
+            if runs.get(key, {}).get("code") != results.code:
+                runs[key] = {**measured(rest, seed, changes), "code": results.code}
                 print(seed, name, runs[key], file=sys.stderr, flush=True)
             rows = table(runs)
             results.write(f"sequence-{dataset}", {"rows": rows, "runs": runs}, markdown(dataset, rows))
 
 
-def table(runs: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+def table(runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The means over seeds, a row for each set of settings."""
-    found: dict[str, list[dict[str, float]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for key, values in runs.items():
         name, whole = json.loads(key)
         del whole["seed"]

@@ -176,7 +176,7 @@ def rows_of(data: str) -> dict[str, dict[str, Any] | None]:
 def run(names: list[str], seeds: list[int], data_dir: str | None, validation: bool, results: Results) -> None:
     title = "sources-validation" if validation else "sources"
     file = results.path(f"{title}.json")
-    runs: dict[str, dict[str, float]] = read_json(file)["runs"] if file.is_file() else {}
+    runs: dict[str, dict[str, Any]] = read_json(file)["runs"] if file.is_file() else {}
     for data in names:
         whole = DATA[data][0](data_dir)
         for seed in seeds:
@@ -186,25 +186,27 @@ def run(names: list[str], seeds: list[int], data_dir: str | None, validation: bo
             for name, settings in rows_of(data).items():
                 own = None if settings is None else sequence_recipe(len(ratings), **settings).to_dict()
                 key = json.dumps([data, name, seed, own], sort_keys=True)
-                if key not in runs:
+                if runs.get(key, {}).get("code") != results.code:
                     began = time.process_time()
                     measure = cold if data == "cold" else latest
                     found = measure(ratings, name, seed, settings)
-                    runs[key] = {**found, "cpu_seconds": time.process_time() - began}
+                    runs[key] = {**found, "cpu_seconds": time.process_time() - began, "code": results.code}
                     print(data, name, seed, runs[key], file=sys.stderr, flush=True)
                     results.write(title, {"rows": table(runs), "runs": runs}, markdown(table(runs)))
 
 
-def table(runs: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+def table(runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The means over seeds, a row for each data set, name and settings."""
-    found: dict[str, list[dict[str, float]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for key, values in runs.items():
         data, name, _, own = json.loads(key)
         found.setdefault(json.dumps([data, name, own]), []).append(values)
     rows = []
     for key, every in found.items():
         data, name, own = json.loads(key)
-        means = {figure: statistics.fmean(v[figure] for v in every) for figure in every[0]}
+        means = {
+            figure: statistics.fmean(v[figure] for v in every) for figure in every[0] if figure != "code"
+        }
         rows.append({"data": data, "name": name, "settings": own, "seeds": len(every), **means})
     return rows
 

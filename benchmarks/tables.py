@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from committed import read_results
 from machine import RESULTS
 
 Best = Callable[[Iterable[float]], float]
@@ -29,8 +29,8 @@ EMPTY = Cell("")
 
 
 def load(name: str) -> dict[str, Any]:
-    """benchmarks/results/NAME.json."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    """benchmarks/results/NAME.json, of a clean commit."""
+    return read_results(RESULTS / f"{name}.json")
 
 
 def number(value: float | None, form: str = ".4f", spread: float | None = None) -> Cell:

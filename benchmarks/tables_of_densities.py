@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from committed import read_results
 from machine import RESULTS
 from tables import Cell, load, measured, number, standard_error, table
 
@@ -21,7 +21,7 @@ ROUND_STEPS = 100
 def rows_of(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     """The rows of density-NAME.json, [] where it is not there."""
     path = folder / f"density-{name}.json"
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
+    return read_results(path)["rows"] if path.is_file() else []
 
 
 def step_times(folder: Path = RESULTS) -> dict[tuple[str, str, int], dict[str, Any]]:

@@ -93,8 +93,8 @@ def compare_command(
 
     Every method has a process and a thread of its own; `--device` is that of the LU-Nets. What is finished is
     kept in `--out`: the same command goes on after an interruption, and with more methods or seeds computes
-    only those. A seed takes about 10 minutes on ML-100K and some hours on ML-1M. A file without ratings is
-    compared by the methods that rank.
+    only those; what other code measured is measured again. A seed takes minutes on ML-100K and hours on
+    ML-1M. A file without ratings is compared by the methods that rank.
 
     Examples:
 

@@ -89,9 +89,8 @@ def reproduce_command(
     `--results` holds, and the paper's errata. `report.html` is one file: open it in a browser, send it,
     print it.
 
-    On one CPU core ML-100K takes 10 to 20 minutes with three seeds, ML-1M an hour or more, of which half
-    is `ml-1m/paper`. Interrupted, the same command goes on where it was; what is finished is not trained
-    again.
+    ML-1M takes most of the time, and `ml-1m/paper` most of that. Interrupted, the same command goes on where
+    it was; what is finished is not trained again. A training by other code is refused.
 
     Examples:
 

@@ -69,7 +69,7 @@ class LUNet(nn.Module):
         signs: of the diagonals of U, which training keeps: "positive"; "negative" in every layer, so that
             each layer turns its coordinates round and the activations, which are convex, bend them to
             alternate sides; "random", drawn for each coordinate of each layer. f then starts near a diagonal
-            matrix of signs. As a flow on digits, "negative" is worth 0.05 bits a dimension.
+            matrix of signs.
         structure_seed: what random permutations and signs are drawn from, and nothing else is, so that nets
             made in several processes, each with a seed of its own for the weights, are of one structure.
         input: ψ, a ``BijectiveActivation`` before the first matrix, or None; copied. A ``MonotoneSpline``
@@ -85,7 +85,7 @@ class LUNet(nn.Module):
     Memory. "saved" keeps each layer's input and pre-activation for backward, about 2·M·N·D numbers.
     "reversible" keeps only the result, N·D (and the input's, if there is one), and up to 32 rows of each
     layer's input; backward recovers the inputs by inversion and recomputes a layer at a time, about 7·N·D
-    numbers at once whatever M, for about twice the time of a training step.
+    numbers at once whatever M. A training step then takes longer, by what inversion and recomputing cost.
 
     The kept rows are compared with the recovered ones, and once inversion has lost half of the digits
     backward raises RuntimeError rather than give wrong gradients. Each layer loses some: by ``condition()``,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,41 @@ def commit() -> str:
     apart = [":(exclude)benchmarks/results", ":(exclude)*.md"]
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *apart], check=False).returncode
     return name.stdout.strip() + "-dirty" * bool(changed)
+
+
+ROOMS_THAT_SHOW = ("cli", "bench", "recsys/report")
+"""What takes no part in a result that is stored: commands, timings, reports."""
+
+
+def code(*scripts: Path) -> str:
+    """SHA-256 of the source that computes a result: this package and ``scripts``, with all their constants.
+
+    A stored result is valid for one such digest. Comments and docstrings change none, nor do the rooms of
+    ROOMS_THAT_SHOW.
+    """
+    root = Path(lunet_fast.__file__).resolve().parent
+    # rglob does not follow the link to the kernels in every Python.
+    files = {
+        path.relative_to(root).as_posix(): path for path in (*root.rglob("*.py"), *root.glob("kernels/*.py"))
+    }
+    shown = tuple(f"{room}/" for room in ROOMS_THAT_SHOW)
+    own = [files[name] for name in sorted(files) if not name.startswith(shown)]
+    return hashlib.sha256("\n".join(map(_statements, [*own, *sorted(scripts)])).encode()).hexdigest()
+
+
+@cache
+def _statements(path: Path) -> str:
+    """The syntax tree of a file, without its docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            # Of attributes too, which stand below them.
+            node.body = [line for line in node.body if not _is_text(line)]
+    return f"{path.name}: {ast.dump(tree)}"
+
+
+def _is_text(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
 
 
 def version_of(distribution: str) -> str:

@@ -9,29 +9,61 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
+from benchmarks import committed
 from benchmarks import machine as frame
 from lunet_fast.bench import quality
 from tests.recsys.synthetic import latent_ratings
 
 BENCHMARKS = frame.RESULTS.parent
 
-#: Results of today that name no commit. May only shrink: whoever measures one again takes it out.
-NAMELESS = {"density-plane.json", "fuzz-ratings.json"}
-
-
-def commit_of(path: Path) -> str:
-    found = json.loads(path.read_text()).get("machine", {}).get("commit", "")
-    return str(found)
-
 
 class TestCommitted:
     def test_results_name_the_commit_that_made_them(self) -> None:
-        commits = {path.name: commit_of(path) for path in frame.RESULTS.glob("*.json")}
-        assert not [name for name, commit in commits.items() if commit.endswith("-dirty")]
-        assert {name for name, commit in commits.items() if not commit} == NAMELESS
+        files = [*frame.RESULTS.glob("*.json"), *frame.RESULTS.glob("sequence/*.json")]
+        commits = {path.name: committed.commits(json.loads(path.read_text())) for path in files}
+        assert not [name for name, every in commits.items() if any(each.endswith("-dirty") for each in every)]
+        assert {name for name, every in commits.items() if "" in every} == committed.NAMELESS
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            (
+                {"machine": {"commit": "1a2b3c4-dirty"}},
+                "some.json: measured with changes that commit 1a2b3c4",
+            ),
+            ({"machine": {"commit": "1"}, "rows": [{"commit": "2-dirty"}]}, "changes that commit 2 lacks"),
+            ({"machine": {"commit": "1"}, "parts": {"a": {"commit": "3-dirty"}}}, "commit 3 lacks"),
+            ({"machine": {}}, "some.json: names no commit"),
+            ({"rows": []}, "some.json: names no commit"),
+        ],
+    )
+    def test_what_no_commit_holds_is_not_quoted(
+        self, tmp_path: Path, values: dict[str, Any], message: str
+    ) -> None:
+        (tmp_path / "some.json").write_text(json.dumps(values))
+        with pytest.raises(SystemExit, match=message):
+            committed.read_results(tmp_path / "some.json")
+
+    def test_what_a_commit_holds_is_quoted(self, tmp_path: Path) -> None:
+        values = {"machine": {"commit": "1"}, "rows": [{"commit": "2"}, {}], "parts": {"a": {}}}
+        (tmp_path / "some.json").write_text(json.dumps(values))
+        assert committed.read_results(tmp_path / "some.json") == values
+
+    def test_a_page_is_not_filled_from_a_dirty_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        tables, figures = (importlib.import_module(name) for name in ("tables", "figures"))
+        monkeypatch.setattr(tables, "RESULTS", tmp_path)
+        (tmp_path / "fold-in.json").write_text('{"machine": {"commit": "1-dirty"}, "tested_users": 3}')
+        with pytest.raises(SystemExit, match=r"fold-in\.json: measured with changes"):
+            figures.FIGURES["fold-in-users"]()
+        (tmp_path / "fold-in.json").write_text('{"machine": {"commit": "1"}, "tested_users": 3}')
+        assert figures.FIGURES["fold-in-users"]() == "3"
 
     def test_the_readme_says_what_makes_each(self) -> None:
         text = (BENCHMARKS / "README.md").read_text()
@@ -99,6 +131,39 @@ class TestFrame:
         frame.open_results(self.options("--allow-dirty")).write("some", {})
         assert (places[1] / "some.json").is_file()
         assert not places[0].exists()
+
+
+class TestKept:
+    ROW: ClassVar[dict[str, Any]] = {"family": "LU-Net", "size": "M", "test": 1.0}
+
+    def test_rows_of_density_are_valid_for_one_code(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        density = importlib.import_module("density")
+
+        def kept(code: str) -> Any:
+            results = frame.Results(tmp_path, {"commit": "1"}, "density.py", code)
+            return density.Kept("density-digits", results, "family", "size")
+
+        kept("a").add(self.ROW)
+        kept("a").add({**self.ROW, "size": "L"})
+        assert kept("a").has(family="LU-Net", size="M")
+        assert not kept("a").has(family="LU-Net", size="S")
+        assert not kept("b").has(family="LU-Net", size="M")
+        kept("b").add({**self.ROW, "test": 2.0})
+        content = json.loads((tmp_path / "density-digits.json").read_text())
+        assert [(row["size"], row["test"], row["code"]) for row in content["rows"]] == [
+            ("M", 2.0, "b"),
+            ("L", 1.0, "a"),
+        ]
+
+    def test_the_code_is_that_of_the_script(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        importlib.import_module("density_report")
+        names = {path.name for path in importlib.import_module("machine")._scripts()}
+        assert {"machine.py", "density_flows.py"} <= names
+        assert not names & {"density_report.py", "tables.py", "tables_of_densities.py", "committed.py"}
 
 
 def git(folder: Path, *words: str) -> None:

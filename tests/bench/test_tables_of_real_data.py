@@ -33,7 +33,7 @@ def test_differences_are_paired_over_rows(tables: Any, tmp_path: Path) -> None:
         row(tables, "LU-Net", hard + 1, **about),
         row(tables, "better", hard + 0.5 + 0.1 * (np.arange(ROWS) % 2), **about),
     ]
-    (tmp_path / "density-tables.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "density-tables.json").write_text(json.dumps({"machine": {"commit": "1"}, "rows": rows}))
     *_, line = tables.real_table(tmp_path)
     error = 0.1 * 0.5 * np.sqrt(ROWS / (ROWS - 1)) / np.sqrt(ROWS)
     assert line == f"| t | 1,000 × 3 | nats | 7 | 51.000 | **-0.450 ± {error:.3f}** |"
@@ -47,7 +47,7 @@ def test_the_mean_over_classes(tables: Any, tmp_path: Path) -> None:
         for label in noise
         for family, shift in (("LU-Net", 0.0), ("other", 2.0))
     ]
-    (tmp_path / "density-fashion.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "density-fashion.json").write_text(json.dumps({"machine": {"commit": "1"}, "rows": rows}))
     *_, mean = tables.fashion_table(tmp_path)
     more = np.mean([2.0 + noise[label].mean() for label in noise])
     error = np.sqrt(sum(noise[label].var(ddof=1) / 400 for label in noise)) / 3

@@ -39,7 +39,7 @@ from lunet_fast.recsys.model.sequence_config import SEQUENCE, SequenceConfig, se
 from lunet_fast.recsys.model.sequence_training import train_sequence
 from lunet_fast.recsys.model.training import train
 from lunet_fast.training.files import CheckpointError, read_json, write_json
-from lunet_fast.training.machine import describe, process_memory, reset_peak, version_of
+from lunet_fast.training.machine import code, describe, process_memory, reset_peak, version_of
 
 __all__ = ["METHODS", "Comparison", "Method", "allowed", "compare"]
 
@@ -407,7 +407,8 @@ class _Inputs:
             digest.update(b"" if side is None else side.numpy().tobytes())
         for info in (ratings.item_info, ratings.user_info):
             digest.update(b"" if info is None else info.to_csv().encode("utf-8", "surrogatepass"))
-        self.common = [digest.hexdigest(), machine["processor"], lunet_fast.__version__, torch.__version__]
+        versions = [lunet_fast.__version__, torch.__version__]
+        self.common = [digest.hexdigest(), machine["processor"], *versions, code()]
 
     def of(self, key: str, seed: int) -> str:
         method = METHODS[key]

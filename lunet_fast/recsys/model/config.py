@@ -54,7 +54,7 @@ class TrainConfig(Settings):
     negatives_outside: Literal["known", "training"] = "training"
     """Which of a user's pairs are never drawn: those of ``training`` alone, as if nothing else were known, or
     ``known``, of any part of the data. The second tells the model what is held out, by what is never a
-    negative: on ML-100K it raises HR@10 by 0.03."""
+    negative, and its ranking then looks better than it is."""
     interaction_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of each half of z whose product is the interactions'; the rest is the ratings'. Without effect
     where gamma is 0 or 1."""

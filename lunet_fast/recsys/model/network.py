@@ -57,8 +57,8 @@ class RatingModel(Embeddings):
     plus, for the rating, biases of user and item with ``biases``. With other settings of ``offset``,
     ``strength`` and ``transform`` t it is t⁻¹(offset + strength (w.z + c + ...)), and the mean, all biases
     and errors of training are those of t(rating). The interactions have q = k - r =
-    ``config.interaction_size`` coordinates of each half for themselves, because ratings need about ten times
-    the regularisation. With gamma 1 there is no logit and r = k, with gamma 0 no rating and r = 0.
+    ``config.interaction_size`` coordinates of each half for themselves, because ratings need a much stronger
+    regularisation. With gamma 1 there is no logit and r = k, with gamma 0 no rating and r = 0.
 
     The rating is unbounded: predictions are clipped to the scale, where squared error has its optimum, and
     the read-out stays affine in z's products. With loss ``ordinal`` it is bounded: the read-out is then the

@@ -32,6 +32,7 @@ MEASURES: tuple[tuple[str, str, Best, str], ...] = (
     ("test_rmse", "RMSE", "lowest", ".4f"),
     ("hr@10", "HR@10", "highest", ".4f"),
     ("ndcg@10", "NDCG@10", "highest", ".4f"),
+    ("full_hr@10", "HR@10, all items", "highest", ".4f"),
     ("full_ndcg@10", "NDCG@10, all items", "highest", ".4f"),
     ("reconstruction_error_relative", "reconstruction, relative", "", ".0e"),
     ("train_seconds", "training, s", "", ",.1f"),

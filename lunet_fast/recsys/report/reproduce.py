@@ -21,8 +21,16 @@ from lunet_fast.recsys.report.document import Document
 from lunet_fast.recsys.report.render import markdown, page
 from lunet_fast.recsys.report.reproduction import document
 from lunet_fast.recsys.report.results import Committed, Losses, Reproduction, Run
-from lunet_fast.training.files import RunFolder, read_json, read_tensors, write_json, write_text
+from lunet_fast.training.files import (
+    RunFolder,
+    RunFolderError,
+    read_json,
+    read_tensors,
+    write_json,
+    write_text,
+)
 from lunet_fast.training.loop import Progress, cpu_threads
+from lunet_fast.training.machine import code
 from lunet_fast.training.schema import CHECKPOINT_FORMAT, CheckpointHeader
 
 DATASETS = tuple(movielens.DATASETS)
@@ -35,6 +43,9 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "hybrid": {"recipe": "best", "gamma": 0.1, "negatives_outside": "training", "mlp": False},
 }
 """What is trained on each data set: settings by name. ``paper`` trains the MLP control too."""
+
+CODE = "code.json"
+"""In a run folder, which code trained it."""
 
 _FLAGS = {"gamma": "--gamma", "negatives_outside": "--negatives-outside", "epochs": "--epochs"}
 
@@ -107,8 +118,8 @@ def reproduce(
 
     Beside them ``reproduction.json``, from which :func:`write_report` writes them again. The run folders lie
     below ``out``. A finished training there is used as it is, an interrupted one goes on
-    (:func:`~lunet_fast.recsys.model.training.train` with ``resume``); one with other settings is refused by
-    ``RunFolderError``.
+    (:func:`~lunet_fast.recsys.model.training.train` with ``resume``); one with other settings, or by other
+    code (:func:`~lunet_fast.training.machine.code`), is refused by ``RunFolderError``.
 
     Args:
         out: the folder, made where it is not there.
@@ -129,6 +140,8 @@ def reproduce(
         changes |= {"epochs": epochs, "mlp_epochs": epochs}
     planned = plan(datasets, seeds, skip)
     out.mkdir(parents=True, exist_ok=True)
+    for one in planned:
+        _refuse_other_code(RunFolder(out / one.folder))
     runs, described = [], {}
     for data in datasets:
         ratings = movielens.load(data, data_dir)
@@ -178,6 +191,20 @@ def command_of(planned: Planned, changes: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
+def _code() -> str:
+    """Of all that computes a run: the package, and what is trained, which stands here."""
+    return code(Path(__file__))
+
+
+def _refuse_other_code(folder: RunFolder) -> None:
+    file = folder.path / CODE
+    if folder.is_started() and (not file.is_file() or read_json(file).get("code") != _code()):
+        raise RunFolderError(
+            f"{folder.path} holds a training by other code than today's, whose figures are not those of this "
+            "version: move it away, or choose another --out"
+        )
+
+
 def _run(
     planned: Planned,
     folder: RunFolder,
@@ -187,6 +214,8 @@ def _run(
     watcher: Watcher,
 ) -> Run:
     config = _config(planned, ratings, changes)
+    folder.prepare(resume=True, overwrite=False)
+    write_json(folder.path / CODE, {"code": _code()})
     with watcher.progress() as progress:
         result = train(ratings, config, out=folder.path, resume=True, device=device, progress=progress)
     return Run(

@@ -94,8 +94,20 @@ def _nonlinearity(found: Reproduction) -> list[str]:
     heading = "earns little" if gains else "adds nothing measurable to accuracy"
     return [
         f"**The nonlinearity of f {heading}.** Change of the MSE with something simpler in its place, "
-        f"ML-100K: {told} (± standard error over seeds). Below zero is better."
+        f"ML-100K: {told} (± standard error over seeds). Below zero is better.{_ranked_without(found)}"
     ]
+
+
+def _ranked_without(found: Reproduction) -> str:
+    """What f = identity changes in ranking, from the committed files; "" where it was not measured."""
+    names = {"hr@10": "HR@10", "ndcg@10": "NDCG@10", "full_ndcg@10": "NDCG@10 among all items"}
+    for row in (found.committed.json("ablation-ranking.json") or {}).get("rows", []):
+        if row.get("name") == "identity" and all(finite(row.get(f"{key}_change")) for key in names):
+            told = ", ".join(f"{name} by {signed(row[f'{key}_change'])}" for key, name in names.items())
+            seeds = len(row.get("ndcg@10_seeds", [])) or 1
+            over = "one seed" if seeds == 1 else f"means over {seeds} seeds"
+            return f" In ranking, f = identity changes {told} ({over}). Above zero it is ahead of LU-Net."
+    return ""
 
 
 def _beside_control(results: Findings) -> list[str]:

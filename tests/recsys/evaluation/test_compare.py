@@ -309,7 +309,7 @@ class TestCompare:
         assert len(compare(RATINGS, ["biases", "popularity", "ease"], [0], file=file).rows) == 3
         assert here == []
 
-    @pytest.mark.parametrize("what", ["data", "side features", "settings", "version", "processor"])
+    @pytest.mark.parametrize("what", ["data", "side features", "settings", "version", "processor", "code"])
     def test_other_inputs_are_measured_anew(
         self, here: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
     ) -> None:
@@ -327,6 +327,8 @@ class TestCompare:
             monkeypatch.setitem(METHODS, key, changed)
         elif what == "version":
             monkeypatch.setattr(module.lunet_fast, "__version__", "9")
+        elif what == "code":
+            monkeypatch.setattr(module, "code", lambda: "another")
         else:
             description = {**module.describe(), "processor": "another"}
             monkeypatch.setattr(module, "describe", lambda device: description)

@@ -80,6 +80,12 @@ def committed(folder: Path) -> Path:
         {"group": "f", "name": "identity", "mse": 0.7895, "mse_change": -0.0005, "mse_change_error": 0.0004},
         {"group": "f", "name": NASTY, "mse": 0.8, "mse_change": 0.01, "mse_change_error": None},
     ]
+    ranked = [
+        {"group": group, "name": name, "ndcg@10_seeds": [0.4]}
+        | dict.fromkeys(("hr@10", "ndcg@10", "full_ndcg@10"), 0.4)
+        | {f"{figure}_change": change for figure in ("hr@10", "ndcg@10", "full_ndcg@10")}
+        for group, name, change in (("", "none", 0.0), ("f", "identity", 0.0047))
+    ]
     files = {
         "reproduction": {
             "runs": [
@@ -89,6 +95,7 @@ def committed(folder: Path) -> Path:
         },
         "compare-ml-100k": {"machine": MACHINE, "seeds": [0], "command": "lunet-fast compare", "rows": rows},
         "ablation-ratings": {"machine": MACHINE, "rows": changes},
+        "ablation-ranking": {"machine": MACHINE, "rows": ranked},
         "fold-in": {
             "machine": {**MACHINE, "commit": "abc-dirty"},
             "tested_users": 3,
@@ -205,7 +212,7 @@ class TestReport:
         lines = [line for line in rows_of(made / "out") if line.startswith("| ML-100K: test loss, best |")]
         assert lines[0].endswith(f" {state['test_mse']:.4f} |")
         svg = [attrs for tag, attrs in html(made / "out").tags if tag == "svg"]
-        assert len(svg) == 3  # two panels, and the ablation
+        assert len(svg) == 4  # two panels, and the two ablations
 
     def test_table_1_and_its_erratum(self, made: Path) -> None:
         assert "| ML-100K, the files | 60 | 40 | 600 | 0.2500 | 3,952 |" in rows_of(made / "out")
@@ -233,6 +240,7 @@ class TestReport:
         assert NASTY in text
         assert f"not installed {NASTY}" in text
         assert "adds nothing measurable" in text
+        assert "NDCG@10 among all items by +0.0047 (one seed). Above zero it is ahead" in text
         # What was told of the held-out pairs is never the best.
         assert "**0.9900**" not in "\n".join(rows_of(made / "out"))
         assert "0.9900 ‡" in text
@@ -335,6 +343,11 @@ class TestResume:
         make(tmp_path, seeds=[0], skip=skip, watcher=watcher)
         assert watcher.finished == [True, False]
         assert file.stat().st_mtime_ns == written
+
+    def test_what_other_code_trained_is_refused(self, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lunet_fast.recsys.report.reproduce.code", lambda *_: "another")
+        with pytest.raises(RunFolderError, match="holds a training by other code than today's"):
+            make(made / "out", made / "results")
 
     def test_other_settings_are_refused(self, made: Path) -> None:
         with pytest.raises(RunFolderError, match="was trained with epochs=2, not 3"):
