@@ -135,9 +135,11 @@ class LUDense(StructuredLayer):
         """
         features = self.in_features
         with torch.no_grad():
+            self._reset_structure(self._start_sign)
+            if self.lu.is_meta:
+                return  # no numbers; signs may have some, as under accelerate's init_empty_weights
             lu = torch.empty(features, features, device=self.lu.device, dtype=self.lu.dtype)
             lu.normal_(0.0, self._start_noise / math.sqrt(features)).fill_diagonal_(0.0)
-            self._reset_structure(self._start_sign)
             bias = torch.zeros(features, device=lu.device, dtype=lu.dtype)
             if self._start_after is not None:
                 value, slope = (torch.as_tensor(t, dtype=torch.float64) for t in self._start_after)

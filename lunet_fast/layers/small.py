@@ -48,7 +48,7 @@ def takes(x: Tensor, layers: Sequence[LUDense]) -> bool:
     """Whether these layers on x are small and what ``net`` is written for; what does not fit together is left
     to the layers, which say what is wrong."""
     return is_small(x) and all(
-        layer.lu.dtype == x.dtype and layer.in_features == x.shape[-1] for layer in layers
+        layer.lu.dtype == x.dtype and layer.lu.is_cpu and layer.in_features == x.shape[-1] for layer in layers
     )
 
 

@@ -67,9 +67,10 @@ class StructuredLayer(Keeping):
         # The properties of these names read the buffers, so register_buffer would find the names taken.
         self._buffers["sign"] = sign = torch.ones(features, device=device, dtype=dtype)
         self._buffers["permutation"] = None
-        # The structure itself: never on the meta device, and nothing that averages finds it.
+        # The structure itself: never on the meta device, and nothing that averages finds it. (Not by
+        # torch.ones, of which accelerate's init_empty_weights has another that heeds no device.)
         real = torch.device("cpu") if sign.is_meta else sign.device
-        self._own_sign = torch.ones(features, device=real, dtype=dtype)
+        self._own_sign = torch.tensor(1.0, device=real, dtype=dtype).repeat(features)
         self._own_permutation: Tensor | None = None
         if permutation is not None:
             order = checked_permutation(permutation, features).detach()
