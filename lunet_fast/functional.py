@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lunet_fast.ops import autograd, reference, tracing
 from lunet_fast.ops.precision import autocast_enabled, wide
@@ -68,6 +69,14 @@ def _check_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .float()")
 
 
+def _check_whole(name: str, tensor: Tensor) -> None:
+    if type(tensor) not in (Tensor, Parameter) and hasattr(tensor, "placements"):
+        raise TypeError(
+            f"{name} is a DTensor, with which layers do not compute: give each process rows of its own, as "
+            "x.to_local(), and share out parameters by fully_shard, which gathers them for each call"
+        )
+
+
 def _check_device(name: str, x: Tensor, what: str, other: Tensor) -> None:
     if x.device == other.device:
         return
@@ -110,6 +119,8 @@ def _check(name: str, x: Tensor, matrix: Matrix) -> None:
 
 def _check_shapes(name: str, x: Tensor, matrix: Matrix) -> None:
     lu, sign, permutation, bias = matrix
+    _check_whole(name, x)
+    _check_whole("lu", lu)
     _check_floating(name, x)
     if lu.dim() not in (2, 3) or lu.shape[-2] != lu.shape[-1] or lu.shape[0] == 0:
         raise ValueError(f"lu must be square, [D, D] or [K, D, D], got shape {tuple(lu.shape)}")

@@ -167,6 +167,8 @@ class LUDense(StructuredLayer):
 
         def moved(tensor: Tensor) -> Tensor:
             found = fn(tensor)
+            if found.is_complex():
+                check_dtype("dtype", found.dtype)
             stored = wide(found.dtype) if found.is_floating_point() else found.dtype
             if id(tensor) not in own or found.dtype == stored or tensor.dtype == found.dtype:
                 return found

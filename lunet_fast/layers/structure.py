@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lunet_fast.layers.arguments import check_tensor
 from lunet_fast.layers.cached import Keeping
 
 #: How far a sign, or an entry of a permutation given as floats, may be from a whole number: averages of equal
@@ -73,6 +74,7 @@ class StructuredLayer(Keeping):
         self._own_sign = torch.tensor(1.0, device=real, dtype=dtype).repeat(features)
         self._own_permutation: Tensor | None = None
         if permutation is not None:
+            check_tensor("permutation", permutation)
             order = checked_permutation(permutation, features).detach()
             self._buffers["permutation"] = order.to(sign.device, copy=True)
             self._own_permutation = None if order.is_meta else order.to(real, copy=True)
