@@ -64,17 +64,24 @@ def activation_of(slopes: Slopes | None) -> Activation:
     return reference.family([float(value) for value in slopes])
 
 
-def _check_floating(name: str, x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .float()")
-
-
 def _check_whole(name: str, tensor: Tensor) -> None:
-    if type(tensor) not in (Tensor, Parameter) and hasattr(tensor, "placements"):
+    """Raise ``TypeError`` for what is no tensor, or a part of one."""
+    if type(tensor) in (Tensor, Parameter):
+        return
+    if not isinstance(tensor, Tensor):
+        kind = f"{type(tensor).__module__}.{type(tensor).__name__}"
+        raise TypeError(f"{name} must be a torch.Tensor, got {kind}; use torch.as_tensor")
+    if hasattr(tensor, "placements"):
         raise TypeError(
             f"{name} is a DTensor, with which layers do not compute: give each process rows of its own, as "
             "x.to_local(), and share out parameters by fully_shard, which gathers them for each call"
         )
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    _check_whole(name, x)
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .float()")
 
 
 def _check_device(name: str, x: Tensor, what: str, other: Tensor) -> None:
@@ -119,9 +126,8 @@ def _check(name: str, x: Tensor, matrix: Matrix) -> None:
 
 def _check_shapes(name: str, x: Tensor, matrix: Matrix) -> None:
     lu, sign, permutation, bias = matrix
-    _check_whole(name, x)
-    _check_whole("lu", lu)
     _check_floating(name, x)
+    _check_whole("lu", lu)
     if lu.dim() not in (2, 3) or lu.shape[-2] != lu.shape[-1] or lu.shape[0] == 0:
         raise ValueError(f"lu must be square, [D, D] or [K, D, D], got shape {tuple(lu.shape)}")
     if x.dim() == 0 or x.shape[-1] != lu.shape[-1]:

@@ -125,3 +125,14 @@ def test_what_takes_rows_refuses_what_are_none() -> None:
             TypeError, match=r"[xyz] must be a torch.Tensor, got numpy.ndarray; use torch.from_"
         ):
             call(torch.zeros(5, 4).numpy())
+    rows, lu = torch.zeros(5, 4), torch.zeros(4, 4)
+    for name, call in {
+        "x must be a torch.Tensor, got numpy.ndarray": lambda: functional.lu_dense(rows.numpy(), lu),
+        "y must be a torch.Tensor, got builtins.list": lambda: functional.lu_dense_inverse(rows.tolist(), lu),
+        "lu must be a torch.Tensor, got numpy.ndarray": lambda: functional.lu_dense(rows, lu.numpy()),
+        "x must be a torch.Tensor, got builtins.float": lambda: functional.leaky_softplus(
+            0.5, (0.1, 0.9, 1.0)
+        ),
+    }.items():
+        with pytest.raises(TypeError, match=name):
+            call()
