@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lunet_fast.ops import autograd, reference, tracing
 from lunet_fast.ops.precision import autocast_enabled, wide
@@ -63,15 +64,46 @@ def activation_of(slopes: Slopes | None) -> Activation:
     return reference.family([float(value) for value in slopes])
 
 
+def _check_whole(name: str, tensor: Tensor) -> None:
+    """Raise ``TypeError`` for what is no tensor, or a part of one."""
+    if type(tensor) in (Tensor, Parameter):
+        return
+    if not isinstance(tensor, Tensor):
+        kind = f"{type(tensor).__module__}.{type(tensor).__name__}"
+        raise TypeError(f"{name} must be a torch.Tensor, got {kind}; use torch.as_tensor")
+    if hasattr(tensor, "placements"):
+        raise TypeError(
+            f"{name} is a DTensor, with which layers do not compute: give each process rows of its own, as "
+            "x.to_local(), and share out parameters by fully_shard, which gathers them for each call"
+        )
+
+
 def _check_floating(name: str, x: Tensor) -> None:
+    _check_whole(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}; convert it with .float()")
 
 
-def _check_slopes(x: Tensor, phi: Activation) -> None:
+def _check_device(name: str, x: Tensor, what: str, other: Tensor) -> None:
+    if x.device == other.device:
+        return
+    if other.is_meta:
+        fix = (
+            "the meta device holds no numbers: materialise the module first; where accelerate has offloaded "
+            "it, only calls of it as net(x) bring them back, no other methods"
+        )
+    else:
+        fix = "move one with .to()"
+    raise ValueError(f"{name} is on {x.device} and {what} on {other.device}; {fix}")
+
+
+def _check_slopes(name: str, x: Tensor, phi: Activation) -> None:
     slopes = phi.parameters
     # While being traced, a comparison of shapes is one to warn of.
-    if slopes is None or torch._C._get_tracing_state() is not None or slopes.shape == (3,):
+    if slopes is None or torch._C._get_tracing_state() is not None:
+        return
+    _check_device(name, x, "the activation's parameters", slopes)
+    if slopes.shape == (3,):
         return
     if phi.kind != "leaky_softplus":
         if x.dim() == 0 or slopes.shape[-1] != x.shape[-1]:
@@ -95,6 +127,7 @@ def _check(name: str, x: Tensor, matrix: Matrix) -> None:
 def _check_shapes(name: str, x: Tensor, matrix: Matrix) -> None:
     lu, sign, permutation, bias = matrix
     _check_floating(name, x)
+    _check_whole("lu", lu)
     if lu.dim() not in (2, 3) or lu.shape[-2] != lu.shape[-1] or lu.shape[0] == 0:
         raise ValueError(f"lu must be square, [D, D] or [K, D, D], got shape {tuple(lu.shape)}")
     if x.dim() == 0 or x.shape[-1] != lu.shape[-1]:
@@ -106,13 +139,14 @@ def _check_shapes(name: str, x: Tensor, matrix: Matrix) -> None:
             f"{name} must be [K, ..., D] for stacked layers, here with K = {lu.shape[0]}, got shape "
             f"{tuple(x.shape)}"
         )
-    if x.device != lu.device:
-        raise ValueError(f"{name} is on {x.device} and lu on {lu.device}; move one with .to()")
+    _check_device(name, x, "lu", lu)
     for what, vector in (("bias", bias), ("sign", sign)):
         if vector is not None and vector.shape != lu.shape[:-1]:
             raise ValueError(
                 f"{what} must have shape {tuple(lu.shape[:-1])} beside this lu, got {tuple(vector.shape)}"
             )
+        if vector is not None:
+            _check_device(what, vector, "lu", lu)
     if sign is not None and sign.requires_grad:
         raise ValueError("sign must not require a gradient: it is +1 or −1, and not learnt")
     if permutation is None:
@@ -143,8 +177,9 @@ def _matching(name: str, x: Tensor, matrix: Matrix, *, lower: bool) -> Tensor:
 
 def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """(φ(x), Σ log φ′(x) or None) or, with ``inverse``, (φ⁻¹(x), the log-determinant of φ⁻¹ at x or None)."""
-    _check_floating("y" if inverse else "x", x)
-    _check_slopes(x, phi)
+    argument = "y" if inverse else "x"
+    _check_floating(argument, x)
+    _check_slopes(argument, x, phi)
     name = "activation_inverse" if inverse else "activation_forward"
     return autograd.apply(name, x, None, phi, logabsdet)
 
@@ -152,9 +187,10 @@ def activation(x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool) ->
 def layer(x: Tensor, matrix: Matrix, phi: Activation, *, inverse: bool, logabsdet: bool) -> WithLogabsdet:
     """(φ(A x + b), its log|det| or None) or, with ``inverse``, the same of A⁻¹ (φ⁻¹(x) − b); raises as
     ``lu_dense``."""
-    _check("y" if inverse else "x", x, matrix)
-    _check_slopes(x, phi)
-    x = _matching("y" if inverse else "x", x, matrix, lower=not inverse)
+    argument = "y" if inverse else "x"
+    _check(argument, x, matrix)
+    _check_slopes(argument, x, phi)
+    x = _matching(argument, x, matrix, lower=not inverse)
     name = "layer_inverse" if inverse else "layer_forward"
     return autograd.apply(name, x, matrix, phi, logabsdet)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,13 +12,30 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 COMPLETE = ("lunet_fast", "kernels", "tests", "benchmarks", "docs")
 FILES = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "Makefile", "constraints.txt")
 FILES += ("CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "mkdocs.yml")
 
+#: What advisories on what we depend on ask for: CVE-2025-68146 and CVE-2026-22701; CVE-2023-47248;
+#: CVE-2024-5206; CVE-2025-27516; CVE-2021-41495; CVE-2023-25399; CVE-2026-34445 and others.
+FLOORS = {"filelock": "3.20.3", "pyarrow": "14.0.1", "scikit-learn": "1.5", "jinja2": "3.1.6"}
+FLOORS |= {"numpy": "1.22.2", "scipy": "1.10", "onnx": "1.21"}
+
 pytest.importorskip("setuptools")
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_lower_bounds_that_advisories_ask_for(name: str) -> None:
+    lines = re.findall(rf'^    "({name}(?![\w-]).*)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert lines
+    for line in lines:
+        lowest = [each.version for each in Requirement(line).specifier if each.operator == ">="]
+        assert lowest, f"{line} has no lower bound"
+        assert Version(lowest[0]) >= Version(FLOORS[name])
 
 
 def build(folder: Path, kind: str) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from lunet_fast import functional
-from lunet_fast.layers.arguments import check_tensor, checked_size
+from lunet_fast.layers.arguments import check_tensor, checked_number, checked_size
 from lunet_fast.layers.cached import Keeping, usable
 from lunet_fast.ops import dispatch, reference
 from lunet_fast.ops.autograd import records
@@ -269,6 +269,7 @@ class SoftplusFamily(BijectiveActivation):
 
     def log_derivative(self, x: Tensor) -> Tensor:
         """log φ′(x), elementwise."""
+        check_tensor("x", x)
         return reference.leaky_softplus_derivative(x, self.slopes()).log()
 
     def derivative_range(self, features: int) -> tuple[float, float]:
@@ -338,7 +339,7 @@ class LeakySoftplus(SoftplusFamily):
 
     def __init__(self, alpha: float = 0.1, learnable: bool = False, features: int | None = None) -> None:
         super().__init__()
-        alpha = float(alpha)
+        alpha = checked_number("alpha", alpha)
         if not 0.0 < alpha < 1.0:
             raise ValueError(f"alpha must lie strictly between 0 and 1, got {alpha}")
         self.learnable, self.features = learnable, features
@@ -393,7 +394,7 @@ class GeneralizedLeakySoftplus(SoftplusFamily):
         self, alpha: float = 1.0, beta: float = 0.1, learnable: bool = False, features: int | None = None
     ) -> None:
         super().__init__()
-        alpha, beta = float(alpha), float(beta)
+        alpha, beta = checked_number("alpha", alpha), checked_number("beta", beta)
         if not 0.0 < alpha < math.inf:
             raise ValueError(f"alpha must be above 0 and finite, got {alpha}")
         if not 0.0 < beta < math.inf:

@@ -29,10 +29,22 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{name} is {dtype}; a layer's numbers are real: use one of {known}")
 
 
+def checked_number(name: str, value: Any) -> float:
+    """``value`` as a float; ``TypeError`` where it is none, as "0.1"."""
+    try:
+        return float(operator.pos(value))  # which a text has not
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}") from None
+
+
 def check_tensor(name: str, x: Any) -> None:
-    """Raise ``TypeError`` for what is no tensor, and for nested ones."""
+    """Raise ``TypeError`` for what is no tensor, and for nested and complex ones."""
     if not isinstance(x, Tensor):
         how = "; use torch.from_numpy" if type(x).__module__ == "numpy" else ""
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__module__}.{type(x).__name__}{how}")
     if x.is_nested:
         raise TypeError(f"{name} is a nested tensor; pass its rows, {name}.values(), and split the result")
+    if x.is_complex():
+        raise TypeError(
+            f"{name} must be real, got {x.dtype}; pass its real part, or both parts by torch.view_as_real"
+        )

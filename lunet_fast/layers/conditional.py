@@ -58,7 +58,8 @@ class ConditionalLUNet(nn.Module):
     def given(self, context: Tensor) -> GivenContext:
         """f(·; context): the map for one context a row, or for one context that all rows share.
 
-        Raises ``ValueError`` where the conditioner's result does not end in 2·M·D numbers.
+        Raises ``ValueError`` where the conditioner's result does not end in 2·M·D numbers, or context not in
+        C; ``TypeError`` where a linear conditioner gets no floating-point tensor.
         """
         moved = self.conditioner(context)
         wanted = 2 * len(self.net.layers) * self.features
@@ -71,7 +72,21 @@ class ConditionalLUNet(nn.Module):
 
 
 class _ZeroLinear(nn.Linear):
-    """A linear map that starts at 0, also when it is reset."""
+    """A linear map of contexts that starts at 0, also when it is reset."""
+
+    def forward(self, context: Tensor) -> Tensor:
+        check_tensor("context", context)
+        if not context.is_floating_point():
+            raise TypeError(
+                f"context must be a floating-point tensor, got {context.dtype}; convert it with .float(), or "
+                "give labels to a ConditionalLUNet with an nn.Embedding"
+            )
+        if context.dim() == 0 or context.shape[-1] != self.in_features:
+            raise ValueError(
+                f"context must have {self.in_features} features in its last dimension, got shape "
+                f"{tuple(context.shape)}"
+            )
+        return super().forward(context)
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lunet_fast.layers.arguments import checked_number, checked_size
+
 #: Rows in one pass of an evaluation.
 ROWS_AT_ONCE = 8192
 
@@ -91,6 +93,10 @@ def fit(
     progress: bool = True,
 ) -> FitRecord:
     """``LUFlow.fit`` of any module with ``log_prob(x)`` or ``log_prob(x, context)``."""
+    steps, round_steps = checked_size("steps", steps), checked_size("round_steps", round_steps)
+    patience, batch_size = checked_size("patience", patience), checked_size("batch_size", batch_size)
+    if learning_rate is not None and not checked_number("learning_rate", learning_rate) > 0.0:
+        raise ValueError(f"learning_rate must be above 0, got {learning_rate}")
     generator = torch.Generator(x.device).manual_seed(seed)
     training, held_out = _parts(x, context, validation, generator)
     batch_size = min(batch_size, len(training[0]))

@@ -46,6 +46,7 @@ class StandardNormal(nn.Module):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log N(z; 0, I) = −(|z|² + D·log 2π)/2 [...] for z [..., D], float32 or wider."""
+        check_tensor("z", z)
         z = z.to(wide(z.dtype))
         return -0.5 * (z.square().sum(-1) + self.features * math.log(2.0 * math.pi))
 
@@ -114,6 +115,7 @@ class NormalMixture(nn.Module):
         By two products with [D, K] matrices, 4·K·D flops a row, without an array [..., K, D]. Squares are
         multiplied out, so the absolute error is about |z − m|²/σ² roundings, m the mean of the means.
         """
+        check_tensor("z", z)
         wider = wide(torch.promote_types(z.dtype, self.mean.dtype))
         mean, log_scale = self.mean.to(wider), self.log_scale.to(wider)
         centre = mean.mean(0).detach()
@@ -366,13 +368,14 @@ class LUFlow(nn.Module):
             components: of the base; 1 for a standard normal.
 
         Raises:
-            ValueError: x is not [N, D] with two rows or more, or not finite.
-            TypeError: x is no floating-point tensor.
+            ValueError: x is not [N, D] with two rows or more, or not finite; a number below its least.
+            TypeError: x is no floating-point tensor, or a number no int.
         """
         check_tensor("x", x)
         check_dtype("x.dtype", x.dtype)
         if x.dim() != 2:
             raise ValueError(f"x must be rows [N, D], got shape {tuple(x.shape)}")
+        components = checked_size("components", components)
         features, place = x.shape[-1], {"device": x.device, "dtype": x.dtype}
         net = LUNet(
             *(features, layers, MonotoneSpline(features, bins, tails)),
@@ -404,7 +407,9 @@ class LUFlow(nn.Module):
             progress: show a bar, where tqdm or rich is there.
 
         Raises:
-            ValueError: x is not [N, D] with two rows or more, or not finite; contexts of another number.
+            ValueError: x is not [N, D] with two rows or more, or not finite; contexts of another number; an
+                option out of its range.
+            TypeError: an option is not what it must be.
             ArithmeticError: the loss is infinite or NaN.
         """
         check_tensor("x", x)

@@ -135,9 +135,11 @@ class LUDense(StructuredLayer):
         """
         features = self.in_features
         with torch.no_grad():
+            self._reset_structure(self._start_sign)
+            if self.lu.is_meta:
+                return  # no numbers; signs may have some, as under accelerate's init_empty_weights
             lu = torch.empty(features, features, device=self.lu.device, dtype=self.lu.dtype)
             lu.normal_(0.0, self._start_noise / math.sqrt(features)).fill_diagonal_(0.0)
-            self._reset_structure(self._start_sign)
             bias = torch.zeros(features, device=lu.device, dtype=lu.dtype)
             if self._start_after is not None:
                 value, slope = (torch.as_tensor(t, dtype=torch.float64) for t in self._start_after)
@@ -165,6 +167,8 @@ class LUDense(StructuredLayer):
 
         def moved(tensor: Tensor) -> Tensor:
             found = fn(tensor)
+            if found.is_complex():
+                check_dtype("dtype", found.dtype)
             stored = wide(found.dtype) if found.is_floating_point() else found.dtype
             if id(tensor) not in own or found.dtype == stored or tensor.dtype == found.dtype:
                 return found

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lunet_fast import functional
 from lunet_fast.layers import reversible, small
 from lunet_fast.layers.activations import BijectiveActivation, LeakySoftplus, call, is_replaced
-from lunet_fast.layers.arguments import check_tensor, checked_size
+from lunet_fast.layers.arguments import check_dtype, check_tensor, checked_size
 from lunet_fast.layers.cached import usable
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.layers.sharded import gathers
@@ -77,7 +77,8 @@ class LUNet(nn.Module):
 
     Raises:
         ValueError: features or layers below 1, or memory, permutation or signs is not one of its values.
-        TypeError: features, layers or structure_seed is not an int, or input no ``BijectiveActivation``.
+        TypeError: features, layers or structure_seed is not an int, input no ``BijectiveActivation``, or
+            dtype not one of ``LUDense``'s.
 
     Shapes: every method takes [..., D]. Cost for N rows: M times that of ``LUDense``. NaN and infinities pass
     as through ``LUDense``.
@@ -119,6 +120,7 @@ class LUNet(nn.Module):
         input: BijectiveActivation | None = None,  # noqa: A002
     ) -> None:
         super().__init__()
+        check_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         features, layers = checked_size("features", features), checked_size("layers", layers)
         if permutation is not None and permutation not in PERMUTATIONS:
             raise ValueError(
@@ -367,6 +369,8 @@ class LUNet(nn.Module):
                 worst row: 3.5 of 6.9 in float32, 7.8 of 15.7 in float64, 1.1 of 2.1 in bfloat16. The other
                 half is still there then.
         """
+        if x is not None:
+            check_tensor("x", x)
         for name, parameter in self.named_parameters():
             if hasattr(parameter, "placements"):
                 raise TypeError(

@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lunet_fast import functional
 from lunet_fast.layers.activations import LeakySoftplus, call
@@ -23,6 +23,8 @@ from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND, autocast_enabled
 
 #: Numbers in x up to which a net's layers are small on a CPU, and the features that they may have.
 SMALL_NUMBERS, SMALL_FEATURES = 1 << 18, matrix.BLOCK
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def is_small(x: Tensor) -> bool:
@@ -47,8 +49,16 @@ def is_small(x: Tensor) -> bool:
 def takes(x: Tensor, layers: Sequence[LUDense]) -> bool:
     """Whether these layers on x are small and what ``net`` is written for; what does not fit together is left
     to the layers, which say what is wrong."""
-    return is_small(x) and all(
-        layer.lu.dtype == x.dtype and layer.in_features == x.shape[-1] for layer in layers
+    return (
+        is_small(x)
+        and type(x) in _PLAIN
+        and all(
+            layer.lu.dtype == x.dtype
+            and layer.lu.is_cpu
+            and layer.in_features == x.shape[-1]
+            and type(layer.lu) in _PLAIN
+            for layer in layers
+        )
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lunet_fast import functional
 from lunet_fast.layers.activations import BijectiveActivation, is_replaced
-from lunet_fast.layers.arguments import check_dtype, check_tensor, checked_size
+from lunet_fast.layers.arguments import check_dtype, check_tensor, checked_number, checked_size
 from lunet_fast.ops import spline
 from lunet_fast.ops.values import Activation
 
@@ -78,7 +78,8 @@ class MonotoneSpline(BijectiveActivation):
         if tails not in TAILS:
             raise ValueError(f"tails must be one of {', '.join(TAILS)}, got {tails!r}")
         self.bins, self.tails = checked_size("bins", bins, 1 if tails == "free" else 2), tails
-        self.bound, self.low, self.high = float(bound), float(low), float(high)
+        self.bound = checked_number("bound", bound)
+        self.low, self.high = checked_number("low", low), checked_number("high", high)
         if not 0.0 < self.bound <= MOST_BOUND:
             raise ValueError(f"bound must be above 0 and at most {MOST_BOUND:g}, got {bound}")
         if not (self.low < self.high and math.isfinite(self.high - self.low)):
@@ -165,6 +166,7 @@ class MonotoneSpline(BijectiveActivation):
 
     def log_derivative(self, x: Tensor) -> Tensor:
         """log φ′(x), elementwise."""
+        check_tensor("x", x)
         parameters = self.fused().parameters
         assert parameters is not None
         return spline.log_derivative(x, parameters).to(x.dtype)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lunet_fast.layers.arguments import check_tensor
 from lunet_fast.layers.cached import Keeping
 
 #: How far a sign, or an entry of a permutation given as floats, may be from a whole number: averages of equal
@@ -67,11 +68,13 @@ class StructuredLayer(Keeping):
         # The properties of these names read the buffers, so register_buffer would find the names taken.
         self._buffers["sign"] = sign = torch.ones(features, device=device, dtype=dtype)
         self._buffers["permutation"] = None
-        # The structure itself: never on the meta device, and nothing that averages finds it.
+        # The structure itself: never on the meta device, and nothing that averages finds it. (Not by
+        # torch.ones, of which accelerate's init_empty_weights has another that heeds no device.)
         real = torch.device("cpu") if sign.is_meta else sign.device
-        self._own_sign = torch.ones(features, device=real, dtype=dtype)
+        self._own_sign = torch.tensor(1.0, device=real, dtype=dtype).repeat(features)
         self._own_permutation: Tensor | None = None
         if permutation is not None:
+            check_tensor("permutation", permutation)
             order = checked_permutation(permutation, features).detach()
             self._buffers["permutation"] = order.to(sign.device, copy=True)
             self._own_permutation = None if order.is_meta else order.to(real, copy=True)

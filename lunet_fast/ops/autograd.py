@@ -24,7 +24,7 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from lunet_fast.ops import dispatch, reference, tracing
+from lunet_fast.ops import dispatch, flops, reference, tracing
 from lunet_fast.ops.precision import wide, without_autocast
 from lunet_fast.ops.values import Activation, Matrix, WithLogabsdet, flatten, structure
 
@@ -182,6 +182,7 @@ def _run(name: str, *args: Any) -> Any:
     """
     second = args[1].lu if isinstance(args[1], Matrix) else args[1]
     if _is_watched(args[0], second if isinstance(second, Tensor) else None):
+        flops.tell_counters()
         return getattr(_ops, name)(*flatten(args))
     with _below_autograd():
         return dispatch.run(name, *args)
@@ -436,6 +437,7 @@ def _from_operation(operation: Operation) -> None:
     eager = _EAGER[operation.name]
 
     def call(*args: Any) -> Any:
+        flops.tell_counters()
         tensors = [t for t in args if isinstance(t, Tensor)]
         if _forward_modes() or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             raise NotImplementedError(

@@ -6,7 +6,8 @@ Kinds: models and their sequences, flows, checkpoints of both trainings, setting
 journals of ``tune``, tables for a density. Most are whole files with the right digest and wrong contents
 (:mod:`tests.fuzz.hostile`). An input ends well in a result that can be used, or in that reader's error,
 which names the file and is fit for a terminal. Everything else is a failure: another exception, a process
-that dies, one input that takes more than --seconds, or more memory than twice the file and 512 MiB.
+that dies, one input that takes more than --seconds of the processor, or more memory than twice the file and
+512 MiB.
 
 Each input is a number: ``--again N`` reads that one once more, with its traceback. The exit code is 1 where
 one failed. Results go to ``benchmarks/results/fuzz-files.json``.
@@ -50,7 +51,9 @@ LIMIT_BYTES = 64 << 20
 """$LUNET_FAST_MAX_BYTES while fuzzing."""
 SHARES = {"settings": 4, "table": 4, "flow": 4, "model": 4, "journal": 2, "checkpoint": 2}
 """Of the kinds among the inputs: those that take longest are fewer."""
-_SLOT = struct.Struct("<qd")  # the input at hand, and when it began
+MOST_WAITING = 20
+"""Times --seconds by the clock that an input may take beside other programs, which have the processor."""
+_SLOT = struct.Struct("<qdd")  # the input at hand, and when it began: by the clock, by the processor
 
 
 class Kind(NamedTuple):
@@ -356,8 +359,8 @@ def work(arguments: argparse.Namespace) -> None:
             slot = mmap.mmap(stream.fileno(), 0)
             for number in range(arguments.first, arguments.inputs, arguments.processes):
                 before = _peak_from_here()
-                begin = time.monotonic()
-                slot[:] = _SLOT.pack(number, begin)
+                begin = time.process_time()
+                slot[:] = _SLOT.pack(number, time.monotonic(), begin)
                 try:
                     kind, ending, size = made.ending(number, arguments.seed)
                 except Failure as failure:
@@ -365,8 +368,8 @@ def work(arguments: argparse.Namespace) -> None:
                 over = max(0, _status("VmHWM") - before) * 1024
                 if over > 2 * size + MOST_OVER_FILE and not ending.startswith("FAILED"):
                     ending = f"FAILED {kind}: took {over >> 20} MiB for a file of {size} bytes"
-                log.write(json.dumps([number, kind, ending, time.monotonic() - begin, over]) + "\n")
-            slot[:] = _SLOT.pack(arguments.inputs, 0.0)  # the end
+                log.write(json.dumps([number, kind, ending, time.process_time() - begin, over]) + "\n")
+            slot[:] = _SLOT.pack(arguments.inputs, 0.0, 0.0)  # the end
 
 
 def _peak_from_here() -> int:
@@ -387,7 +390,7 @@ def watch(arguments: argparse.Namespace, first: int, folder: Path) -> list[tuple
     (folder / "log").touch()
     stopped = []
     while first < arguments.inputs:
-        (folder / "slot").write_bytes(_SLOT.pack(first, 0.0))
+        (folder / "slot").write_bytes(_SLOT.pack(first, 0.0, 0.0))
         command = [sys.executable, __file__, "--work", str(folder), "--first", str(first)]
         command += ["--inputs", str(arguments.inputs), "--seed", str(arguments.seed)]
         command += ["--processes", str(arguments.processes)]
@@ -396,12 +399,12 @@ def watch(arguments: argparse.Namespace, first: int, folder: Path) -> list[tuple
             process = subprocess.Popen(command, stdout=said, stderr=said)
             while process.poll() is None:
                 time.sleep(0.2)
-                number, since = _SLOT.unpack(slot[:])
-                if since and time.monotonic() - since > arguments.seconds:
+                number, since, computed = _SLOT.unpack(slot[:])
+                if since and _hangs(process.pid, since, computed, arguments.seconds):
                     why = f"hang: more than {arguments.seconds:g} s"
                     process.kill()
                     process.wait()
-            number, since = _SLOT.unpack(slot[:])
+            number, since, _ = _SLOT.unpack(slot[:])
             said.seek(0)
             text = said.read().decode("utf-8", "replace")
         if process.returncode == 0 and not since:
@@ -411,6 +414,16 @@ def watch(arguments: argparse.Namespace, first: int, folder: Path) -> list[tuple
         stopped.append((number, why or f"died with exit code {process.returncode}: {text.strip()[-800:]}"))
         first = number + arguments.processes
     return stopped
+
+
+def _hangs(process: int, since: float, computed: float, seconds: float) -> bool:
+    """Whether a process has computed for so long since it had ``computed`` seconds, or waited for ever."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # it has ended
+    spent = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return spent - computed > seconds or time.monotonic() - since > MOST_WAITING * seconds
 
 
 def _summary(logs: list[Path], stopped: list[tuple[int, str]]) -> dict[str, Any]:
@@ -442,7 +455,7 @@ def main() -> int:
     parser = machine.parser(__doc__)
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=30.0, help="most for one input")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of the processor, most for one input")
     parser.add_argument("--processes", type=int, default=2, help="that read side by side")
     parser.add_argument("--again", type=int, help="read the input of this number once more")
     parser.add_argument("--work", help=argparse.SUPPRESS)

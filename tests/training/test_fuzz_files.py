@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.fuzz.files import SHARES, Files
+from tests.fuzz.files import MOST_WAITING, SHARES, Files, _hangs
 from tests.fuzz.reader import Failure
 
 pytest.importorskip("optuna")
@@ -45,3 +48,16 @@ def test_another_ending_is_told(error: Exception, made: Files, monkeypatch: pyte
     )
     with pytest.raises(Failure):
         made.ending(0, seed=0)
+
+
+def test_a_hang_is_told_from_waiting_for_the_processor() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        now = time.monotonic()
+        assert not _hangs(process.pid, now - 31.0, 0.0, 30.0)
+        assert _hangs(process.pid, now, -31.0, 30.0)  # as if it had computed for so long
+        assert _hangs(process.pid, now - 30.0 * MOST_WAITING - 1.0, 0.0, 30.0)
+    finally:
+        process.kill()
+        process.wait()
+    assert not _hangs(process.pid, now - 1e6, 0.0, 30.0)
