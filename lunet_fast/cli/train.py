@@ -47,10 +47,11 @@ TrainCommand = settings_command(
             *("epochs", "batch_size", "learning_rate", "net_learning_rate", "embedding_size", "layers"),
             *("alpha", "members", "side_features", "dropout", "mlp", "seed", "threads"),
         ),
-        OBJECTIVE: ("gamma", "loss", "transform", "negatives", "negative_sampling", "negatives_outside"),
-        ORDER: (
-            *("order", "user_history", "elapsed", "identity", "confidence", "length", "decays", "network"),
+        OBJECTIVE: (
+            *("gamma", "loss", "transform", "negatives", "negative_sampling", "negatives_outside"),
+            *("positive_from", "below", "confidence"),
         ),
+        ORDER: ("order", "user_history", "elapsed", "identity", "length", "decays", "network"),
     },
     dict.fromkeys(
         (
@@ -155,7 +156,7 @@ class Further:
 
     def settings(self, given: dict[str, Any], source: Source) -> dict[str, Any]:
         """``given`` with the settings that these files ask for; ``typer.BadParameter`` for another recipe."""
-        asked = {"--text": self.text, "--social": self.social, "--weight-column": source.weight_column}
+        asked = {"--text": self.text, "--social": self.social}
         named = [option for option, value in asked.items() if value is not None]
         if named and given["recipe"] != "sequence":
             raise typer.BadParameter(f"{named[0]} is for --recipe sequence: add it, or leave {named[0]} away")
@@ -165,6 +166,11 @@ class Further:
         if self.social is not None:
             more["social"] = True
         if source.weight_column is not None:
+            if given["recipe"] != "sequence" and given.get("gamma", 1) == 1:
+                raise typer.BadParameter(
+                    "--weight-column weighs choices, and ratings alone (gamma 1) are learnt: add --gamma 0, "
+                    "or --recipe sequence"
+                )
             more["confidence"] = 1.0
         return {**more, **given}
 
@@ -376,7 +382,7 @@ class Training(NamedTuple):
     @property
     def rated(self) -> bool:
         """Whether a file must have ratings: interactions alone have none."""
-        return bool(self.settings.get("gamma") != 0)
+        return self.settings.get("gamma") != 0 or self.settings.get("positive_from") is not None
 
     def is_finished(self, folder: RunFolder, workers: Workers, continuation: Continuation) -> bool:
         """Whether the folder holds this training finished; otherwise it is made ready.

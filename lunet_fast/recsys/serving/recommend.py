@@ -119,8 +119,11 @@ class LUNetRecommender:
         """What :meth:`fit` is given, as a table."""
         config = self._config(1)
         names = {"user": "user", "item": "item", "rating": "rating", "timestamp": "timestamp", **columns}
-        if names["rating"] is None and isinstance(config, TrainConfig) and config.gamma > 0:
-            raise ValueError("rating=None leaves no ratings to train on: make LUNetRecommender(gamma=0)")
+        if names["rating"] is None and isinstance(config, TrainConfig) and config.needs_ratings:
+            raise ValueError(
+                "rating=None leaves no ratings to train on: make LUNetRecommender(gamma=0), without "
+                "positive_from"
+            )
         if isinstance(ratings, Ratings):
             return ratings
         if isinstance(ratings, (str, os.PathLike)):
@@ -276,7 +279,8 @@ class LUNetRecommender:
         a sequence or a frame without ``rating``; or a pandas Series of ratings whose index are the items,
         rows (item, rating), one row of a scipy.sparse matrix. Items that training has not seen say nothing
         and raise no error; where none is left, the user is predicted like one never heard of. A model of
-        gamma 0 looks only at the items, and to one of gamma 1 items alone say little.
+        gamma 0 without ``positive_from`` looks only at the items, and to one of gamma 1 items alone say
+        little; with ``positive_from`` items alone are all liked.
 
         The new user starts as the mean of the trained ones, side features included, with the items given as
         its history. Method ``fit`` then finds the vector and the bias of least training loss on what is
