@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lunet_fast.recsys.data.ratings import Ratings, from_frame
+from lunet_fast.recsys.data.ratings import Ratings, from_frame, read_ratings
 from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.losses import confidence_weights, hybrid_loss
@@ -191,10 +192,14 @@ class TestServing:
         np.testing.assert_array_equal(loaded.score(["?"] * 3, [0, 1, 2]), model.score(["?"] * 3, [0, 1, 2]))
 
 
-def test_ratings_may_be_the_weights_as_well() -> None:
+def test_ratings_may_be_the_weights_as_well(tmp_path: Path) -> None:
     frame = latent_frame()
-    ratings: Ratings = from_frame(frame, weight="rating")
-    assert ratings.weight is not None
-    assert torch.equal(ratings.weight, ratings.rating)
+    frame.to_csv(tmp_path / "r.csv", index=False)
+    frame.to_parquet(tmp_path / "r.parquet")
+    frame.to_json(tmp_path / "r.jsonl", orient="records", lines=True)
+    read: list[Ratings] = [read_ratings(file, weight="rating") for file in sorted(tmp_path.glob("r.*"))]
+    for ratings in (from_frame(frame, weight="rating"), *read):
+        assert ratings.weight is not None
+        assert torch.equal(ratings.weight, ratings.rating)
     with pytest.raises(ValueError, match="roles must have different columns"):
         from_frame(frame, weight="item")
