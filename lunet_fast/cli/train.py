@@ -44,8 +44,18 @@ TrainCommand = settings_command(
     "lunet_fast.recsys.model.config:TrainConfig",
     {
         MODEL: (
-            *("epochs", "batch_size", "learning_rate", "net_learning_rate", "embedding_size", "layers"),
-            *("alpha", "members", "side_features", "dropout", "mlp", "seed", "threads"),
+            *("epochs", "patience", "batch_size", "learning_rate", "net_learning_rate"),
+            *(
+                "embedding_size",
+                "layers",
+                "alpha",
+                "members",
+                "side_features",
+                "dropout",
+                "mlp",
+                "seed",
+                "threads",
+            ),
         ),
         OBJECTIVE: (
             *("gamma", "loss", "transform", "negatives", "negative_sampling", "negatives_outside"),
@@ -398,7 +408,8 @@ class Training(NamedTuple):
         if workers.is_first:
             data = self.dataset if self.dataset in movielens.DATASETS else Path(self.dataset).name
             named = {} if self.parts.train_file is not None else {"dataset": data}
-            _check_same(folder, {**named, **self.settings})
+            found = "epochs" if "patience" in self.settings else None  # of at most so many
+            _check_same(folder, {**named, **{k: v for k, v in self.settings.items() if k != found}})
         return True
 
     def _given(self) -> dict[str, Any]:
@@ -439,6 +450,7 @@ class Training(NamedTuple):
     def run(self, console: Console, final: bool = False, **arguments: Any) -> None:
         """Train with these further arguments of ``train`` or ``train_stream``; ``final``, on all data too."""
         from lunet_fast.cli.progress import training_progress
+        from lunet_fast.recsys.model.auto import found_before
         from lunet_fast.recsys.model.config import TrainConfig
         from lunet_fast.recsys.model.sequence_training import train_sequence
         from lunet_fast.recsys.model.streamed_training import train_stream
@@ -458,7 +470,12 @@ class Training(NamedTuple):
         if workers.is_first and not arguments["resume"]:
             shutil.rmtree(arguments["out"] / FINAL, ignore_errors=True)  # of the training that is replaced
         told = self.told if workers.is_first else None
-        config = self.config_for(ratings, test, device=workers.device, told=told)
+        config: TrainConfig | SequenceConfig | None = None
+        if arguments["resume"] and self.settings["recipe"] == "auto":
+            found = found_before(arguments["out"], self._given()) if workers.is_first else None
+            config = workers.object_of_first(found)
+        if config is None:
+            config = self.config_for(ratings, test, device=workers.device, told=told)
         with training_progress(console) as progress:
             if isinstance(config, TrainConfig):
                 train(ratings, config, test=test, progress=progress, **arguments)

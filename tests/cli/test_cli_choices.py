@@ -48,10 +48,29 @@ def test_counts_of_choices_without_ratings(csv: Path, tmp_path: Path) -> None:
     [
         (["--weight-column", "plays"], "learnt:add--gamma0,or--recipesequence"),
         (["--positive-from", "4"], "leavesout:lower"),
-        (["--positive-from", "six"], "notavalidfloat"),
+        (["--positive-from", "six"], "'--positive-from'"),
     ],
 )
 def test_what_ratings_alone_cannot_use_is_told(csv: Path, tmp_path: Path, options: list, told: str) -> None:
     result = run("train", "-d", csv, "-o", tmp_path / "run", *options)
     assert result.exit_code == 2
     assert told in squeezed(result.stderr)
+
+
+def test_a_resumed_search_is_not_repeated(csv: Path, tmp_path: Path) -> None:
+    command = ["train", "-d", csv, "-o", tmp_path / "run", *SHORT[2:6], "--epochs", 2, "--patience", 1]
+    first = run(*command)
+    assert first.exit_code == 0, first.output
+    assert "recipe auto: biases" in first.stderr
+    assert "of at most 2 epochs (chosen on a validation part)" in first.stderr
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    model = (tmp_path / "run" / "model.safetensors").read_bytes()
+    # As if it had been killed before its end.
+    for name in ("metrics.json", "model.safetensors", "checkpoints/lu-net.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    again = run(*command, "--resume")
+    assert again.exit_code == 0, again.output
+    assert "recipe auto: biases" not in again.stderr
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == model
+    assert "nothing to do" in run(*command, "--resume").output

@@ -125,6 +125,10 @@ class TrainConfig(Settings):
 
     epochs: Epochs = 12
     """Passes over the training ratings; the option of the command is that of the MLP control too."""
+    patience: Annotated[int | None, Field(ge=1)] = None
+    """With recipe ``auto``, look for the number of epochs, ``epochs`` at most: a first training, without a
+    validation part of the training ratings, ends once the error there has not fallen for so many epochs, and
+    the model is trained for as many as had the least."""
     batch_size: Count = 1024
     """Ratings a step."""
     learning_rate: Positive = 5e-3
@@ -157,6 +161,11 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
+        if self.patience is not None and self.gamma == 0:
+            raise ValueError(
+                f"patience={self.patience} looks at the error of ratings, which gamma=0.0 leaves out: raise "
+                "gamma, or leave patience away and give epochs"
+            )
         if self.loss == "bpr" and self.gamma == 1:
             raise ValueError("loss='bpr' is a loss of interactions, which gamma=1.0 leaves out: lower gamma")
         for name, unset in (("positive_from", None), ("confidence", 0)):

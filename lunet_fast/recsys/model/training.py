@@ -73,7 +73,8 @@ def train(
     the test part is evaluated at each epoch for the loss figure, and nothing decides by it.
 
     ``options`` are :class:`~lunet_fast.training.run.Options`: the run folder ``out``, ``resume``,
-    ``overwrite``, ``checkpoint_seconds``, ``progress`` and ``stop``.
+    ``overwrite``, ``checkpoint_seconds``, ``progress``, ``stop`` and ``callbacks``, which hear of the
+    recommender's epochs, not of the control's.
 
     ``workers`` are the processes that train together (:mod:`lunet_fast.training.distributed`): all call this
     with the same arguments and get the same weights, process 0 alone writes and evaluates, and ``metrics``
@@ -84,6 +85,11 @@ def train(
     ``RunFolderError`` for an unusable folder, ``CheckpointError`` for a damaged checkpoint, ``OSError`` for a
     file that cannot be written, ``ValueError`` for data that cannot be trained on.
     """
+    if config.patience is not None and config.recipe != "auto":
+        raise ValueError(
+            f"patience={config.patience} is of recipe 'auto', which looks for the number of epochs: choose "
+            f"it, or leave patience away and say how many epochs recipe {config.recipe!r} shall have"
+        )
     run = Run(workers or Workers(device=existing_device(device)), **options)
     if test is not None:
         config = config.replace(split="files")
@@ -141,7 +147,7 @@ def described(
         "recipe": config.recipe,
         "split": config.split,
         "seed": config.seed,
-        "epochs": config.epochs,
+        "epochs": len(curve.train),
         "train_seconds": round(curve.seconds, 3),
         "parameters": sum(p.numel() for p in model.parameters()),
         **dict(zip(("train_ratings", "test_ratings", "held_out_ratings"), rows, strict=True)),
@@ -382,6 +388,7 @@ class _Phases:
             objective=objective,
             rate=("learning_rate", config.learning_rate),
             test_loss=self._test_loss(model) if config.gamma > 0 else None,
+            callbacks=self.run.callbacks,
             error_limit=error_limit(self.scale) if config.gamma > 0 else float("inf"),
             linear_decay=config.schedule == "linear",
             locate=lambda batch: first_overflow(model, *batch[:2]),
