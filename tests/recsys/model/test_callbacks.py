@@ -44,7 +44,7 @@ class TestCallbacks:
         stop = Stop()
         heard: list[int] = []
         with pytest.raises(Interrupted):
-            train(ratings, config, out=tmp_path, stop=stop, callbacks=[lambda epoch, _: stop.ask()])
+            train(ratings, config, out=tmp_path, stop=stop, callbacks=[lambda *_: stop.ask() and None])
         done = train(
             ratings, config, out=tmp_path, resume=True, callbacks=[lambda epoch, _: heard.append(epoch)]
         )
