@@ -459,11 +459,11 @@ class Training(NamedTuple):
         if self.parts.stream:
             rows = self.open_stream()
             console.print(str(rows), highlight=False)
-            config = self.config(len(rows))
-            assert isinstance(config, TrainConfig)
+            streamed = self.config(len(rows))
+            assert isinstance(streamed, TrainConfig)
             with training_progress(console) as progress:
                 sharded = self.parts.shard_tables
-                train_stream(rows, config, progress=progress, shard_tables=sharded, **arguments)
+                train_stream(rows, streamed, progress=progress, shard_tables=sharded, **arguments)
             return
         ratings, test = self.read()
         workers = arguments["workers"]

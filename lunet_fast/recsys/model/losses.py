@@ -52,11 +52,11 @@ def hybrid_loss(model: RatingModel, output: Output, rating: Tensor, weight: Tens
         interactions = _interaction_loss(config, positive, negative, rating, weight).sum()
         if config.gamma == 0:
             reported = interactions.detach() / config.members
-        for vectors, weight in (
+        for vectors, strength in (
             (output.z, config.l2_interaction_latent),
             (output.x, config.l2_interaction_embedding),
         ):
-            interactions = interactions + _penalty(vectors, weight, slice(own, None)).mean(-1).sum()
+            interactions = interactions + _penalty(vectors, strength, slice(own, None)).mean(-1).sum()
         objective = objective + (1 - config.gamma) * interactions
     return Losses(objective, reported)
 

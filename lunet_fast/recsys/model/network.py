@@ -205,8 +205,8 @@ class RatingModel(Embeddings):
             for name, tensor in state.items():
                 if name.endswith(".sign") and not bool((tensor.abs() == 1).all()):
                     raise ValueError(f"{name!r} must hold signs, 1 and -1")
-            choices, counts = state.get("item_choices"), interactions.item_counts
-            if choices is not None and not bool(((choices >= 0) & (choices <= counts)).all()):
+            choices, most = state.get("item_choices"), interactions.item_counts
+            if choices is not None and not bool(((choices >= 0) & (choices <= most)).all()):
                 raise ValueError("item_choices must be of the items' interactions, 0 to all of them")
             model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
         except (KeyError, RuntimeError, TypeError, OverflowError) as error:

@@ -172,8 +172,7 @@ def _train(model: RatingModel, rows: Ratings, users: Tensor, items: Tensor, epoc
         (items, model.item_bias),
         (items, model.item_logit),
     ]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     moving = []
     for index, parameter in named:
         if parameter is None:
