@@ -101,7 +101,7 @@ def _parts(recommender: LUNetRecommender, run: Path, dataset: str | None, source
         # Among the items may be some that only a file of texts had.
         ratings = with_items(source.read_with_or_without_ratings(name)[0], recommender.items.ids.tolist())
     else:
-        ratings = source.read(name, rated=recommender.trained.model.config.gamma != 0)
+        ratings = source.read(name, rated=recommender.trained.model.config.needs_ratings)
     parts = Parts.of(ratings, config.split, config.seed)
     if ratings_digest(parts) != recorded.get("ratings_sha256"):
         raise ValueError(

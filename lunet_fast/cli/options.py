@@ -138,7 +138,7 @@ class Source:
         file_option(
             "--weight-column",
             metavar="NAME",
-            help="How often a choice was made, a number above 0; for recipe sequence, see `--confidence`.",
+            help="How often a choice was made, a number above 0; with gamma below 1, see `--confidence`.",
         ),
     ] = None
     sep: Separator = None

@@ -44,13 +44,24 @@ TrainCommand = settings_command(
     "lunet_fast.recsys.model.config:TrainConfig",
     {
         MODEL: (
-            *("epochs", "batch_size", "learning_rate", "net_learning_rate", "embedding_size", "layers"),
-            *("alpha", "members", "side_features", "dropout", "mlp", "seed", "threads"),
+            *("epochs", "patience", "batch_size", "learning_rate", "net_learning_rate"),
+            *(
+                "embedding_size",
+                "layers",
+                "alpha",
+                "members",
+                "side_features",
+                "dropout",
+                "mlp",
+                "seed",
+                "threads",
+            ),
         ),
-        OBJECTIVE: ("gamma", "loss", "transform", "negatives", "negative_sampling", "negatives_outside"),
-        ORDER: (
-            *("order", "user_history", "elapsed", "identity", "confidence", "length", "decays", "network"),
+        OBJECTIVE: (
+            *("gamma", "loss", "transform", "negatives", "negative_sampling", "negatives_outside"),
+            *("positive_from", "below", "confidence"),
         ),
+        ORDER: ("order", "user_history", "elapsed", "identity", "length", "decays", "network"),
     },
     dict.fromkeys(
         (
@@ -155,7 +166,7 @@ class Further:
 
     def settings(self, given: dict[str, Any], source: Source) -> dict[str, Any]:
         """``given`` with the settings that these files ask for; ``typer.BadParameter`` for another recipe."""
-        asked = {"--text": self.text, "--social": self.social, "--weight-column": source.weight_column}
+        asked = {"--text": self.text, "--social": self.social}
         named = [option for option, value in asked.items() if value is not None]
         if named and given["recipe"] != "sequence":
             raise typer.BadParameter(f"{named[0]} is for --recipe sequence: add it, or leave {named[0]} away")
@@ -165,6 +176,11 @@ class Further:
         if self.social is not None:
             more["social"] = True
         if source.weight_column is not None:
+            if given["recipe"] != "sequence" and given.get("gamma", 1) == 1:
+                raise typer.BadParameter(
+                    "--weight-column weighs choices, and ratings alone (gamma 1) are learnt: add --gamma 0, "
+                    "or --recipe sequence"
+                )
             more["confidence"] = 1.0
         return {**more, **given}
 
@@ -376,7 +392,7 @@ class Training(NamedTuple):
     @property
     def rated(self) -> bool:
         """Whether a file must have ratings: interactions alone have none."""
-        return bool(self.settings.get("gamma") != 0)
+        return self.settings.get("gamma") != 0 or self.settings.get("positive_from") is not None
 
     def is_finished(self, folder: RunFolder, workers: Workers, continuation: Continuation) -> bool:
         """Whether the folder holds this training finished; otherwise it is made ready.
@@ -392,7 +408,8 @@ class Training(NamedTuple):
         if workers.is_first:
             data = self.dataset if self.dataset in movielens.DATASETS else Path(self.dataset).name
             named = {} if self.parts.train_file is not None else {"dataset": data}
-            _check_same(folder, {**named, **self.settings})
+            found = "epochs" if "patience" in self.settings else None  # of at most so many
+            _check_same(folder, {**named, **{k: v for k, v in self.settings.items() if k != found}})
         return True
 
     def _given(self) -> dict[str, Any]:
@@ -433,6 +450,7 @@ class Training(NamedTuple):
     def run(self, console: Console, final: bool = False, **arguments: Any) -> None:
         """Train with these further arguments of ``train`` or ``train_stream``; ``final``, on all data too."""
         from lunet_fast.cli.progress import training_progress
+        from lunet_fast.recsys.model.auto import found_before
         from lunet_fast.recsys.model.config import TrainConfig
         from lunet_fast.recsys.model.sequence_training import train_sequence
         from lunet_fast.recsys.model.streamed_training import train_stream
@@ -441,18 +459,23 @@ class Training(NamedTuple):
         if self.parts.stream:
             rows = self.open_stream()
             console.print(str(rows), highlight=False)
-            config = self.config(len(rows))
-            assert isinstance(config, TrainConfig)
+            streamed = self.config(len(rows))
+            assert isinstance(streamed, TrainConfig)
             with training_progress(console) as progress:
                 sharded = self.parts.shard_tables
-                train_stream(rows, config, progress=progress, shard_tables=sharded, **arguments)
+                train_stream(rows, streamed, progress=progress, shard_tables=sharded, **arguments)
             return
         ratings, test = self.read()
         workers = arguments["workers"]
         if workers.is_first and not arguments["resume"]:
             shutil.rmtree(arguments["out"] / FINAL, ignore_errors=True)  # of the training that is replaced
         told = self.told if workers.is_first else None
-        config = self.config_for(ratings, test, device=workers.device, told=told)
+        config: TrainConfig | SequenceConfig | None = None
+        if arguments["resume"] and self.settings["recipe"] == "auto":
+            found = found_before(arguments["out"], self._given()) if workers.is_first else None
+            config = workers.object_of_first(found)
+        if config is None:
+            config = self.config_for(ratings, test, device=workers.device, told=told)
         with training_progress(console) as progress:
             if isinstance(config, TrainConfig):
                 train(ratings, config, test=test, progress=progress, **arguments)

@@ -198,6 +198,7 @@ def fit_flow(
         rate=("learning_rate", config.rate(model.features)),
         test_loss=validate,
         enough=lambda curve: len(curve.test) - int(kept.round) >= config.patience,
+        callbacks=run.callbacks,
         linear_decay=True,
     )
     curve = run.fit(phase)

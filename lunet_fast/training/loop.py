@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,11 @@ Batch = tuple[Tensor, ...]
 Objective = Callable[[Batch, slice, torch.Generator], tuple[Tensor, Tensor]]
 """(batch, this process's rows of it, generator of dropout and draws) -> two means over those rows: the loss
 to differentiate, and the error to report. Draws are made for the whole batch."""
+
+
+Callback = Callable[[int, dict[str, float]], Any]
+"""(epoch, figures), at each epoch's end, the first being epoch 1: ``train_loss``, ``test_loss`` where there
+is a test part, and ``seconds`` spent training. What is true ends the training there."""
 
 
 class DivergenceError(ArithmeticError):
@@ -150,6 +155,8 @@ class Phase:
     """The error on the test part, at each epoch."""
     enough: Callable[[Curve], bool] | None = None
     """Asked at each epoch's end: whether to train no further."""
+    callbacks: Sequence[Callback] = ()
+    """Of process 0 are told of each epoch, and again of those before a resumption; each may end the phase."""
     error_limit: float = math.inf
     """An epoch whose reported error is above has diverged."""
     linear_decay: bool = False
@@ -310,7 +317,8 @@ class _Loop:
         phase, steps = self.phase, self.phase.batches.steps
         self.progress.start(phase.name, phase.epochs, steps, self.epoch)
         weighted = _Weighted(phase.module, phase.objective, self.workers, phase.sparse)
-        if self._is_done():
+        ended = [self._is_ended(epoch) for epoch in range(self.epoch)]
+        if self._is_done() or any(ended):
             return
         apart = [] if phase.dealt is None else phase.dealt.parameters(phase.module)
         compute = self.workers.parallel(weighted, apart)
@@ -320,6 +328,22 @@ class _Loop:
             mean = self._finish_epoch()
             test = self.curve.test[-1] if self.curve.test else None
             self.progress.epoch(phase.name, self.epoch - 1, mean, test)
+            if self._is_ended(self.epoch - 1):
+                return
+
+    def _is_ended(self, epoch: int) -> bool:
+        """Tell the callbacks of ``epoch`` (from 0): whether one of them ends the phase with it."""
+        if not self.phase.callbacks:
+            return False
+        asked = False
+        if self.workers.is_first:
+            curve = self.curve
+            figures = {"train_loss": curve.train[epoch], "seconds": curve.elapsed[epoch]}
+            if curve.test:
+                figures["test_loss"] = curve.test[epoch]
+            for callback in self.phase.callbacks:  # each is told, whatever another one says
+                asked = bool(callback(epoch + 1, dict(figures))) or asked
+        return bool(self.workers.of_first(int(asked)))
 
     def _is_done(self) -> bool:
         enough = self.phase.enough

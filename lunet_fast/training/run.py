@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypedDict
 
 from lunet_fast.training.distributed import Workers
 from lunet_fast.training.files import RunFolder
-from lunet_fast.training.loop import CHECKPOINT_SECONDS, Curve, Phase, Progress, Stop, fit
+from lunet_fast.training.loop import CHECKPOINT_SECONDS, Callback, Curve, Phase, Progress, Stop, fit
+from lunet_fast.training.schema import shown
 
 
 class Options(TypedDict, total=False):
@@ -31,6 +32,19 @@ class Options(TypedDict, total=False):
     """Who is told of epochs and steps."""
     stop: Stop | None
     """When it is asked, a checkpoint is written and :class:`~.loop.Interrupted` raised."""
+    callbacks: Sequence[Callback]
+    """Are told of each epoch, and may end the training: :data:`~.loop.Callback`. Its result is the model as
+    it is then. Of several processes all give as many, and those of process 0 are asked."""
+
+
+def checked_callbacks(callbacks: Any) -> tuple[Callback, ...]:
+    """``TypeError`` unless they are functions in a list or tuple."""
+    if not isinstance(callbacks, (list, tuple)) or not all(map(callable, callbacks)):
+        raise TypeError(
+            f"callbacks={shown(callbacks, 80)} must be a list of functions of an epoch and its figures: "
+            "callbacks=[tell]"
+        )
+    return tuple(callbacks)
 
 
 class Run:
@@ -49,7 +63,9 @@ class Run:
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         progress: Progress | None = None,
         stop: Stop | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
+        self.callbacks = checked_callbacks(callbacks)
         self.workers = workers = workers or Workers()
         self.resume, self.overwrite, self.checkpoint_seconds = resume, overwrite, checkpoint_seconds
         self.progress, self.stop = progress, stop

@@ -99,7 +99,7 @@ def test_options_of_this_recipe_elsewhere(folder: Path, tmp_path: Path) -> None:
     assert "length" in result.output
 
 
-@pytest.mark.parametrize("option", ["--text", "--social", "--weight-column"])
+@pytest.mark.parametrize("option", ["--text", "--social"])
 def test_further_sources_are_of_this_recipe(folder: Path, tmp_path: Path, option: str) -> None:
     result = run("train", "-d", folder / "steps.csv", "-o", tmp_path / "x", option, "whatever")
     assert result.exit_code == 2

@@ -43,8 +43,9 @@ def read_parquet(file: Path, data: bytes, columns: Mapping[str, str | None]) -> 
                 f"{file}: the {role} column {names[k]!r} is of type {brief(schema.field(k).type)}: store a "
                 "number, a string or a time"
             )
-    rows = check_sizes(file, data, list(used.values()))
-    wanted = [names[k] for k in used.values()]
+    places = list(dict.fromkeys(used.values()))  # one may be that of two roles
+    rows = check_sizes(file, data, places)
+    wanted = [names[k] for k in places]
     # Texts as a dictionary: a page can name one of a megabyte a million times.
     texts = [names[k] for k in used.values() if str(schema.field(k).type) in TEXTS]
     try:

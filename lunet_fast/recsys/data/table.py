@@ -97,8 +97,9 @@ class Table:
 
 
 def by_role(**columns: str | None) -> dict[str, str | None]:
-    """The names of columns by role; ValueError where two roles have the same."""
-    names = [name for name in columns.values() if name is not None]
+    """The names of columns by role; ValueError where two roles have the same, but that ratings may be the
+    weights as well."""
+    names = [columns[role] for role in columns if role != "weight" or columns[role] != columns.get("rating")]
     for role, name in columns.items():
         if name is not None and names.count(name) > 1:
             raise ValueError(

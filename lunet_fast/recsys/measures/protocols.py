@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,6 +80,20 @@ class Parts:
         """Whether a part other than training's has rows."""
         return self.test is not None or self.held_out is not None
 
+    def chosen(self, least: float | None) -> Parts:
+        """The same without the test and held-out ratings below ``least``; None for a part left empty."""
+        if least is None:
+            return self
+        test, held_out, candidates, gaps = self.test, self.held_out, self.candidates, self.gaps
+        if test is not None:
+            test = test.select(test.rating >= least)
+        if held_out is not None:
+            kept = held_out.rating >= least
+            held_out = held_out.select(kept)
+            candidates, gaps = (None if each is None else each[kept] for each in (candidates, gaps))
+        test, held_out = (part if part is not None and len(part) else None for part in (test, held_out))
+        return replace(self, test=test, held_out=held_out, candidates=candidates, gaps=gaps)
+
     def known_pairs(self) -> Tensor:
         """``user * n_items + item`` of all parts, int64."""
         parts = [part for part in (self.training, self.test, self.held_out) if part is not None]
@@ -103,7 +117,9 @@ class Ranking(NamedTuple):
         return {**self.metrics, **({"by_gap": self.gaps} if self.gaps else {})}
 
 
-def evaluate_ranking(score_items: ScoreItems, parts: Parts, seed: int = 0) -> Ranking:
+def evaluate_ranking(
+    score_items: ScoreItems, parts: Parts, seed: int = 0, positive_from: float | None = None
+) -> Ranking:
     """All metrics of ranking that ``parts`` allow; none where there is neither a held-out nor a test part.
 
     With held-out ratings: ``hr@k``, ``ndcg@k`` and ``mrr`` among the candidates, and
@@ -114,17 +130,22 @@ def evaluate_ranking(score_items: ScoreItems, parts: Parts, seed: int = 0) -> Ra
 
     ``full_users`` is the number of users ranked; where all would make more than RANKED_PAIRS pairs, they are
     a sample drawn by ``default_rng((seed, 4))``.
+
+    Of ratings below ``positive_from`` none is to be found again: held-out ones are left out, and test ones
+    are among the items that are not relevant.
     """
     values: dict[str, float] = {}
-    training, test, held_out = parts.training, parts.test, parts.held_out
+    training, test, every_held_out = parts.training, parts.test, parts.held_out
+    parts = parts.chosen(positive_from)
+    relevant, held_out = parts.test, parts.held_out
     sampled = None
     if held_out is not None and parts.candidates is not None:
         sampled = sampled_ranking(score_items, held_out.user, held_out.item, parts.candidates)
         values |= sampled.metrics
     of_test = None
-    if test is not None:
-        others = [training] if held_out is None else [training, held_out]
-        of_test = _ranked_among_all(score_items, test, others, seed)
+    if relevant is not None:
+        others = [training] if every_held_out is None else [training, every_held_out]
+        of_test = _ranked_among_all(score_items, relevant, others, seed)
         for k in KS:
             for name in ("precision", "recall"):
                 values[f"{name}@{k}"] = of_test.metrics[f"full_{name}@{k}"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from lunet_fast.recsys.model.config import TrainConfig, recipe
 from lunet_fast.recsys.model.offsets import shrunk_biases
 from lunet_fast.recsys.model.training import train
 from lunet_fast.recsys.model.transform import Transform
+from lunet_fast.training.files import RunFolder, RunFolderError, read_json
+from lunet_fast.training.loop import Callback
 
 AUTO = "auto"
 PENALTIES = (0.04, 0.08, 0.2)
@@ -77,21 +80,52 @@ def auto_config(
     if told is not None:
         for note in made.notes:
             told(note)
-    if not made.folds:
-        return made.config
     config = made.config
+    if not made.folds and config.patience is None:
+        return config
     training = ratings if test is not None else Parts.of(ratings, config.split, config.seed).training
-    search = _Search(training, config, made.folds, device)
-    if "offset_l2_user" not in given and "offset_l2_item" not in given:
+    search = _Search(training, config, max(made.folds, 1), device)
+    if made.folds and "offset_l2_user" not in given and "offset_l2_item" not in given:
         config = search.biases()
-    if config.offset == "biases" and not {"strength", "l2_latent"} & given.keys():
+    if made.folds and config.offset == "biases" and not {"strength", "l2_latent"} & given.keys():
         config = search.network()
-    if told is not None:
+    if config.patience is not None:
+        most, config = config.epochs, search.epochs(config.patience)
+        if told is not None:
+            told(f"recipe auto: {config.epochs} of at most {most} epochs (chosen on a validation part)")
+    if made.folds and told is not None:
         told(
             f"recipe auto: biases of users and items with L2 {config.offset_l2_user:g} and "
             f"{config.offset_l2_item:g}; the network's penalty {config.l2_latent:g}, its rating times "
             f"{config.strength:.2f} (chosen on {made.folds} validation part{'s' * (made.folds > 1)})"
         )
+    return config
+
+
+def found_before(out: Path, given: Mapping[str, Any]) -> TrainConfig | None:
+    """The settings that a training of recipe ``auto`` in the run folder ``out`` began with, to resume it.
+
+    None where none has begun, or of another recipe. ``RunFolderError`` where they are damaged, or other than
+    those ``given``; that the data are the same is seen when the training goes on.
+    """
+    folder = RunFolder(out)
+    recorded = read_json(folder.config) if folder.config.is_file() else {}
+    if recorded.get("recipe") != AUTO:
+        return None
+    try:
+        config = TrainConfig.from_dict({k: v for k, v in recorded.items() if k in TrainConfig.model_fields})
+    except ValueError as error:
+        raise RunFolderError(
+            f"{folder.config}: {error}: it is not as the training wrote it; start anew with --overwrite"
+        ) from error
+    looked_for = {"epochs"} if config.patience is not None else set()
+    for name, value in given.items():
+        found = getattr(config, name, None)
+        if name not in looked_for and found != value:
+            raise RunFolderError(
+                f"{folder.path} was trained with {name}={found!r}, not {value!r}: give the same settings to "
+                "resume it, or choose another --out"
+            )
     return config
 
 
@@ -127,7 +161,8 @@ def estimated(config: TrainConfig, ratings: Ratings, folds: int = 0, notes: Sequ
     steps = config.epochs * math.ceil(n / config.batch_size)
     trial = config.replace(members=min(config.members, TRIAL_MEMBERS))
     seconds = steps * _seconds_of_a_step(config, n)
-    seconds += folds * len(PENALTIES) * steps * _seconds_of_a_step(trial, n)
+    trials = folds * len(PENALTIES) + (config.patience is not None)
+    seconds += trials * steps * _seconds_of_a_step(trial, n)
     activations = 24 * config.batch_size * config.members * 2 * config.embedding_size
     # Parameters, their gradients and Adam's two averages; a row of ratings while it is read.
     return Plan(config, list(notes), folds, numbers, 16 * numbers + 4 * activations + 200 * n, seconds)
@@ -221,6 +256,16 @@ class _Search:
         self.config = self.config.replace(l2_latent=best[1], strength=round(best[2], 3))
         return self.config
 
+    def epochs(self, patience: int) -> TrainConfig:
+        """The number of epochs with the least error, once that has not fallen for ``patience`` of them."""
+        rest, part = self.folds[0]
+        trial = self.config.replace(members=min(self.config.members, TRIAL_MEMBERS), split="none", mlp=False)
+        errors = train(
+            rest, trial, test=part, device=self.device, callbacks=[_has_not_fallen(patience)]
+        ).curve.test
+        self.config = self.config.replace(epochs=1 + errors.index(min(errors)))
+        return self.config
+
     @torch.no_grad()
     def _residuals(self, trial: TrainConfig, rest: Ratings, part: Ratings) -> tuple[Tensor, Tensor]:
         """(the network's rating, what the offset leaves) of the rows of ``part``, as they are learnt."""
@@ -233,6 +278,17 @@ class _Search:
         known = (seen.user_counts[part.user] > 0) & (seen.item_counts[part.item] > 0)
         network = (score.mean(0) - offset) * known
         return network.double(), (model.transform(part.rating) - offset).double()
+
+
+def _has_not_fallen(patience: int) -> Callback:
+    """Ends a training once its error on the test part has had its least ``patience`` epochs ago."""
+    errors: list[float] = []
+
+    def enough(epoch: int, figures: dict[str, float]) -> bool:
+        errors.append(figures["test_loss"])
+        return epoch - 1 - errors.index(min(errors)) >= patience
+
+    return enough
 
 
 def shrunk_factor(network: Tensor, left: Tensor) -> tuple[float, float]:

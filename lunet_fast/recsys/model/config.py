@@ -55,6 +55,15 @@ class TrainConfig(Settings):
     """Which of a user's pairs are never drawn: those of ``training`` alone, as if nothing else were known, or
     ``known``, of any part of the data. The second tells the model what is held out, by what is never a
     negative, and its ranking then looks better than it is."""
+    positive_from: float | None = None
+    """Ratings below are no choices, and the interactions are learnt and measured of the others alone; by
+    default every rating is one. Histories and what ``recommend`` leaves out have all of them."""
+    below: Literal["dislike", "ignore"] = "dislike"
+    """What a rating below ``positive_from`` tells the interactions: ``dislike``, that the user does not want
+    the item, as a drawn pair without interaction does; ``ignore``, nothing."""
+    confidence: NotNegative = 0.0
+    """Weight of counts (plays, clicks), where the ratings have them: an entry of weight w counts 1 +
+    confidence log(1 + w / the median weight) in the interactions' loss, after Hu, Koren and Volinsky."""
     interaction_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of each half of z whose product is the interactions'; the rest is the ratings'. Without effect
     where gamma is 0 or 1."""
@@ -116,6 +125,10 @@ class TrainConfig(Settings):
 
     epochs: Epochs = 12
     """Passes over the training ratings; the option of the command is that of the MLP control too."""
+    patience: Annotated[int | None, Field(ge=1)] = None
+    """With recipe ``auto``, look for the number of epochs, ``epochs`` at most: a first training, without a
+    validation part of the training ratings, ends once the error there has not fallen for so many epochs, and
+    the model is trained for as many as had the least."""
     batch_size: Count = 1024
     """Ratings a step."""
     learning_rate: Positive = 5e-3
@@ -148,8 +161,24 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
+        if self.patience is not None and self.gamma == 0:
+            raise ValueError(
+                f"patience={self.patience} looks at the error of ratings, which gamma=0.0 leaves out: raise "
+                "gamma, or leave patience away and give epochs"
+            )
         if self.loss == "bpr" and self.gamma == 1:
             raise ValueError("loss='bpr' is a loss of interactions, which gamma=1.0 leaves out: lower gamma")
+        for name, unset in (("positive_from", None), ("confidence", 0)):
+            if self.gamma == 1 and getattr(self, name) != unset:
+                raise ValueError(
+                    f"{name}={getattr(self, name):g} is for interactions, which gamma=1.0 leaves out: lower "
+                    "gamma"
+                )
+        if self.loss == "bpr" and self.positive_from is not None and self.below == "dislike":
+            raise ValueError(
+                "loss='bpr' compares a choice with pairs without one, and below='dislike' has no choice to "
+                "compare: choose below='ignore', or loss='mse'"
+            )
         if self.loss in ("huber", "ordinal") and self.gamma == 0:
             raise ValueError(
                 f"loss={self.loss!r} is a loss of ratings, which gamma=0.0 leaves out: raise gamma"
@@ -165,6 +194,11 @@ class TrainConfig(Settings):
                 "give at least 2, or gamma=0 or 1"
             )
         return self
+
+    @property
+    def needs_ratings(self) -> bool:
+        """Whether the values of the ratings are looked at."""
+        return self.gamma > 0 or self.positive_from is not None
 
     @property
     def interaction_size(self) -> int:

@@ -21,7 +21,7 @@ class Losses(NamedTuple):
     """Squared error of the members' mean rating; with gamma 0 the interactions' loss, a mean over members."""
 
 
-def hybrid_loss(model: RatingModel, output: Output, rating: Tensor) -> Losses:
+def hybrid_loss(model: RatingModel, output: Output, rating: Tensor, weight: Tensor | None = None) -> Losses:
     """gamma ratings + (1 - gamma) interactions, (2.11), of a batch of B training ratings.
 
     ``output`` holds K members' read-outs of B' >= B pairs: the B of ``rating`` first, then for each of them
@@ -29,6 +29,10 @@ def hybrid_loss(model: RatingModel, output: Output, rating: Tensor) -> Losses:
     a sum over the members, each with its own error, so that a member has the gradient it would have alone. As
     means over the batch, the L2 terms weigh a user or an item by how often it is in one. Those on z are
     what regularises: the network rescales whatever a penalty on x alone would shrink.
+
+    With ``positive_from`` a rating below it is no choice: its own pair counts as one without interaction, or
+    not at all, and the pairs drawn for it do not count. ``weight`` ``[B]``, of :func:`confidence_weights`,
+    multiplies the loss of the B pairs themselves, where they are choices.
     """
     config, count = model.config, len(rating)
     own = config.embedding_size - config.interaction_size
@@ -45,14 +49,14 @@ def hybrid_loss(model: RatingModel, output: Output, rating: Tensor) -> Losses:
             reported = (model.rating(score.mean(0)) - rating).square().mean()
     if config.gamma < 1 and output.logit is not None:
         positive, negative = output.logit[:, :count], output.logit[:, count:].unflatten(1, (count, -1))
-        interactions = _interaction_loss(config, positive, negative).sum()
+        interactions = _interaction_loss(config, positive, negative, rating, weight).sum()
         if config.gamma == 0:
             reported = interactions.detach() / config.members
-        for vectors, weight in (
+        for vectors, strength in (
             (output.z, config.l2_interaction_latent),
             (output.x, config.l2_interaction_embedding),
         ):
-            interactions = interactions + _penalty(vectors, weight, slice(own, None)).mean(-1).sum()
+            interactions = interactions + _penalty(vectors, strength, slice(own, None)).mean(-1).sum()
         objective = objective + (1 - config.gamma) * interactions
     return Losses(objective, reported)
 
@@ -81,12 +85,29 @@ def _log_difference(high: Tensor, low: Tensor) -> Tensor:
     return F.logsigmoid(high) + F.logsigmoid(-low) + torch.log(-torch.expm1(-gap))
 
 
-def _interaction_loss(config: TrainConfig, positive: Tensor, negative: Tensor) -> Tensor:
+def confidence_weights(weight: Tensor, confidence: float) -> Tensor:
+    """(1 + confidence log(1 + w / median)) over its mean, of the weights w ``[N]`` of training ratings."""
+    logs = torch.log1p(weight / weight.median())
+    return (1 + confidence * logs) / (1 + confidence * logs.mean())
+
+
+def _interaction_loss(
+    config: TrainConfig, positive: Tensor, negative: Tensor, rating: Tensor, weight: Tensor | None
+) -> Tensor:
     """``[K]``: cross-entropy over observed and drawn pairs (2.13), or BPR; ``[K, B]`` and ``[K, B, n]``."""
+    pairs = 1 + negative.shape[-1]
+    chosen = None if config.positive_from is None else rating >= config.positive_from
     if config.loss == "bpr":
-        return F.softplus(negative - positive.unsqueeze(-1)).mean((-2, -1))
-    summed = F.softplus(-positive) + F.softplus(negative).sum(-1)
-    return summed.mean(-1) / (1 + negative.shape[-1])
+        compared = F.softplus(negative - positive.unsqueeze(-1))
+        for factor in (weight, chosen):  # below='ignore': a rating below has the factor 0
+            compared = compared if factor is None else compared * factor.unsqueeze(-1)
+        return compared.mean((-2, -1))
+    own = F.softplus(-positive)
+    summed = (own if weight is None else weight * own) + F.softplus(negative).sum(-1)
+    if chosen is not None:
+        unwanted = F.softplus(positive) if config.below == "dislike" else torch.zeros_like(positive)
+        summed = torch.where(chosen, summed, unwanted)
+    return summed.mean(-1) / pairs
 
 
 def _penalty(vectors: Tensor, weight: float, part: slice) -> Tensor:

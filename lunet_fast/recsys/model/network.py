@@ -79,6 +79,7 @@ class RatingModel(Embeddings):
     user_deviation: Tensor
     item_deviation: Tensor
     levels: Tensor | None
+    item_choices: Tensor | None
 
     def __init__(
         self,
@@ -116,6 +117,14 @@ class RatingModel(Embeddings):
                 / (torch.bincount(index, minlength=count) + 10)
                 for index, count in ((users, n_users), (items, n_items))
             )
+        if self.item_choices is not None and config.positive_from is not None:
+            chosen = ratings >= config.positive_from
+            if not bool(chosen.any()):
+                raise ValueError(
+                    f"positive_from={config.positive_from:g} is above every training rating, of which the "
+                    f"highest is {float(ratings.max()):g}: lower it"
+                )
+            self.item_choices.copy_(torch.bincount(items[chosen], minlength=n_items))
         self.user_deviation.copy_(biases[0])
         self.item_deviation.copy_(biases[1])
 
@@ -196,6 +205,9 @@ class RatingModel(Embeddings):
             for name, tensor in state.items():
                 if name.endswith(".sign") and not bool((tensor.abs() == 1).all()):
                     raise ValueError(f"{name!r} must hold signs, 1 and -1")
+            choices, most = state.get("item_choices"), interactions.item_counts
+            if choices is not None and not bool(((choices >= 0) & (choices <= most)).all()):
+                raise ValueError("item_choices must be of the items' interactions, 0 to all of them")
             model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
         except (KeyError, RuntimeError, TypeError, OverflowError) as error:
             # Of some errors of PyTorch the rest is a trace of its own.
@@ -241,6 +253,9 @@ class RatingModel(Embeddings):
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("user_deviation", torch.zeros(n_users))
         self.register_buffer("item_deviation", torch.zeros(n_items))
+        # How many ratings of each item count as choices, where not all do.
+        choices = None if config.positive_from is None else torch.zeros(n_items, dtype=torch.int64)
+        self.register_buffer("item_choices", choices)
         with torch.no_grad():
             self._draw_tables(workers)
             if config.readout == "linear":
@@ -423,7 +438,8 @@ class RatingModel(Embeddings):
 
     def popularity(self) -> Tensor:
         """``[n_items]``: log of (n + 1) / (users - n + 1), n the users who chose the item in training."""
-        return _log_odds(self.interactions.item_counts, self.interactions.n_users)
+        choices = self.interactions.item_counts if self.item_choices is None else self.item_choices
+        return _log_odds(choices, self.interactions.n_users)
 
 
 def _count_knots(config: TrainConfig, knots: Tensor | None) -> int:

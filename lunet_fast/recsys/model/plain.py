@@ -26,10 +26,13 @@ def plain_figures(parts: Parts, config: TrainConfig) -> dict[str, float]:
         predicted = (mean + of_user[test.user] + of_item[test.item]).clamp(*training.scale).float()
         values["biases_test_mse"] = metrics.mse(predicted, test.rating)
         values["biases_test_rmse"] = metrics.rmse(predicted, test.rating)
-    counts = torch.bincount(training.item, minlength=training.n_items).float()
+    chosen = (
+        training if config.positive_from is None else training.select(training.rating >= config.positive_from)
+    )
+    counts = torch.bincount(chosen.item, minlength=training.n_items).float()
 
     def popularity(users: Tensor) -> Tensor:
         return counts.expand(len(users), -1).clone()
 
-    found = evaluate_ranking(popularity, parts, config.seed).metrics
+    found = evaluate_ranking(popularity, parts, config.seed, config.positive_from).metrics
     return values | {f"popularity_{name}": found[name] for name in RANKED if name in found}

@@ -2,7 +2,8 @@
 
 The network's first layer splits: for x = [u; i],  W x + b = (W_u u + b) + (W_i i) = p_u + q_i, with p
 computed once for each user and q once for each item. That needs u to be free of i, which it is for every
-pair but the training ratings: a training pair's own entry is left out of the two histories in x.
+pair but the training ratings: a training pair's own entry is left out of the two histories in x. The
+activation that follows splits too, but for one logarithm (:func:`_after_first`).
 
 The last layer is affine and meets the read-out, which saves work. The linear read-out w.(A x + b) is
 (Aᵀw).x + w.b: no product is left of that layer. For the read-out by halves, z_u.z_i = |s|² − |d|² with
@@ -24,13 +25,17 @@ from lunet_fast.layers.activations import SoftplusFamily
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.layers.lunet import LUNet
 from lunet_fast.ops import dispatch
-from lunet_fast.ops.reference import Slopes
+from lunet_fast.ops.reference import Slopes, unpack
 from lunet_fast.recsys.model.embeddings import Histories
-from lunet_fast.recsys.model.interactions import Interactions
+from lunet_fast.recsys.model.interactions import Interactions, runs
 from lunet_fast.recsys.model.network import RatingModel
 
-BLOCK = 1 << 18
+BLOCK = 1 << 16
 """Numbers in a block of pairs × D, the most that is computed at once in PyTorch; a few fit in a cache."""
+BLOCK_USERS = 16
+"""Users of a block, where there are as many items."""
+LARGEST_EXPONENT = 80.0
+"""Between e^-80 and e^80 a product of exponentials and its factors are normal float32 numbers."""
 
 _EMPTY = torch.iinfo(torch.int64).min
 _LARGEST_ITEM = 2**31 - 1
@@ -276,8 +281,7 @@ def score_topk(
             rows = torch.repeat_interleave(seen.indptr[users.start : users.stop + 1].diff())
             inside = (taken >= items.start) & (taken < items.stop)
             scores[rows[inside], taken[inside] - items.start] = -torch.inf
-        keys = _keys(scores, torch.arange(items.start, items.stop, device=p.device))
-        best[users] = torch.cat((best[users], keys), dim=1).topk(k, dim=1).values
+        _merge_(best[users], scores, items.start)
     return _unpacked(best)
 
 
@@ -302,15 +306,18 @@ def _blocks(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """(users, items, scores of these users and items) of every pair once, items ascending for each user.
 
-    As many pairs at a time as make BLOCK numbers: all items of some users, or of one user some items.
+    As many pairs at a time as make BLOCK numbers: some users by many items, so that little of the work is for
+    one of the two alone.
     """
     members, n_users, D = p.shape
     n_items = q.shape[1]
     pairs = max(1, BLOCK // (D if members else 1))
-    some_users, some_items = max(1, pairs // max(1, n_items)), min(n_items, pairs)
+    some_users = max(1, min(n_users, BLOCK_USERS, pairs))
+    some_items = max(1, min(n_items, pairs // some_users))
+    some_users = max(some_users, pairs // some_items)  # where the items are few
     for first_user in range(0, n_users, some_users):
         users = slice(first_user, min(first_user + some_users, n_users))
-        for first_item in range(0, n_items, max(1, some_items)):
+        for first_item in range(0, n_items, some_items):
             items = slice(first_item, min(first_item + some_items, n_items))
             if not members:
                 yield users, items, user_offset[users].unsqueeze(1) + item_offset[items]
@@ -321,17 +328,57 @@ def _blocks(
 
 
 def _member_scores(p: Tensor, q: Tensor, net: SplitNet, m: int) -> Tensor:
-    """Σ_d z_d (readout_d + curvature_d z_d) of member m for every pair of the rows of p and q, flat."""
-    h = (p.unsqueeze(1) + q).flatten(0, 1)
-    if net.weight is not None and net.bias is not None:
-        for weight, bias in zip(net.weight[m], net.bias[m], strict=True):
-            h = torch.addmm(bias, functional.leaky_softplus(h, net.slopes), weight.T)
+    """Σ_d z_d (readout_d + curvature_d z_d) of member m for every pair of the rows of p and q, flat.
+
+    Blocks are ``[D, pairs]``: a coordinate of all pairs lies in one piece, whatever the sizes of p and q.
+    """
+    if net.weight is None or net.bias is None:
+        h = _every_sum(p, q)
+    else:
+        h = _after_first(p, q, net.weight[m, 0], net.bias[m, 0], net.slopes)
+        for weight, bias in zip(net.weight[m, 1:], net.bias[m, 1:], strict=True):
+            h = torch.addmm(bias.unsqueeze(1), weight, functional.leaky_softplus(h, net.slopes))
     if net.activated:
         h = functional.leaky_softplus(h, net.slopes)
-    out = h @ net.readout[m]
+    out = net.readout[m] @ h
     if net.curvature is not None:
-        out += h.square_() @ net.curvature[m]
+        out += net.curvature[m] @ h.square_()
     return out
+
+
+def _every_sum(p: Tensor, q: Tensor) -> Tensor:
+    """p_u + q_i, ``[D, U I]``, of ``[U, D]`` and ``[I, D]``."""
+    return (p.T.contiguous().unsqueeze(2) + q.T.contiguous().unsqueeze(1)).flatten(1)
+
+
+def _after_first(p: Tensor, q: Tensor, weight: Tensor, bias: Tensor, slopes: Slopes) -> Tensor:
+    """W φ(p_u + q_i) + b, ``[D, U I]``.
+
+    φ(h) = a h + (c/κ) log(1 + e^(κ h)): its linear part is a sum of what users and items have alone, and the
+    exponential a product of theirs, as long as that is within float32's normal numbers. The logarithm alone
+    is left to be taken of every pair.
+    """
+    a, c, kappa = unpack(slopes)
+    if not bool(kappa * (p.abs().amax() + q.abs().amax()) < LARGEST_EXPONENT):  # NaN as well
+        return torch.addmm(bias.unsqueeze(1), weight, functional.leaky_softplus(_every_sum(p, q), slopes))
+    of_user, of_item = ((kappa * side.T.contiguous()).exp() for side in (p, q))
+    soft = (of_user.unsqueeze(2) * of_item.unsqueeze(1)).log1p_().flatten(1)
+    of_user, of_item = torch.addmm(bias.unsqueeze(1), a * weight, p.T), (a * weight) @ q.T
+    return (of_user.unsqueeze(2) + of_item.unsqueeze(1)).flatten(1).addmm_(c / kappa * weight, soft)
+
+
+def _merge_(best: Tensor, scores: Tensor, first: int) -> None:
+    """Put into ``best``, keys ``[U, k]`` in order, what of ``scores`` ``[U, I]``, of the items from ``first``
+    on, belongs there."""
+    # Nearly all are below the k-th best so far, and need no key.
+    least = _unpacked(best[:, -1:])[0]
+    rows, places = (scores >= least).nonzero(as_tuple=True)
+    if not len(rows):
+        return
+    counts = torch.bincount(rows, minlength=len(scores))
+    found = best.new_full((len(best), int(counts.max())), _EMPTY)
+    found[runs(counts)] = _keys(scores[rows, places], first + places)
+    best.copy_(torch.cat((best, found), dim=1).topk(best.shape[1], dim=1).values)
 
 
 # A key is a score and its item in one integer: above, the bits of the score in an order that integers have;

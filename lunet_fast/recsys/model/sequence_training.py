@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def _trained(config: SequenceConfig, parts: Parts, run: Run) -> SequenceResult:
             sequences = Sequences.of(training, config.seed)
             model = StateNetwork(config, sequences, Side.of(training, config))
         model.to(run.workers.device)
-        curve = run.fit(_phase(model))
+        curve = run.fit(replace(_phase(model), callbacks=run.callbacks))
         model.to("cpu")
         ids = training.users, training.items, training.scale, training.item_info
         trained = TrainedSequences(model, *ids, known_of(parts))
@@ -94,7 +94,8 @@ def _trained(config: SequenceConfig, parts: Parts, run: Run) -> SequenceResult:
     rows = (0 if part is None else len(part) for part in (training, parts.test, parts.held_out))
     values |= {
         "dataset": training.name,
-        **{name: getattr(config, name) for name in ("recipe", "split", "seed", "epochs")},
+        **{name: getattr(config, name) for name in ("recipe", "split", "seed")},
+        "epochs": len(curve.train),
         "train_seconds": round(curve.seconds, 3),
         "parameters": sum(p.numel() for p in model.parameters()),
         **dict(zip(("train_ratings", "test_ratings", "held_out_ratings"), rows, strict=True)),

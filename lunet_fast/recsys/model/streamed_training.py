@@ -7,6 +7,7 @@ and one shuffle buffer; the number of ratings is not in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +170,7 @@ def _trained(stream: RatingStream, config: TrainConfig, run: Run, *, shard_table
         model = RatingModel.of_statistics(config, stream.mean, *sums, dealt_to).to(workers.device)
     dealt = None if dealt_to is None else DealtTables(workers, model.rows())
     # The phase goes with this line, and with it the optimiser's moments.
-    curve = run.fit(_phase(stream, model, workers, dealt))
+    curve = run.fit(replace(_phase(stream, model, workers, dealt), callbacks=run.callbacks))
     for table in model.tables():
         table.sparse = False
     trained = TrainedModel(model, stream.users, stream.items, stream.scale)

@@ -20,7 +20,7 @@ from lunet_fast.recsys.measures import metrics
 from lunet_fast.recsys.measures.protocols import Parts, Ranking, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.interactions import Interactions
-from lunet_fast.recsys.model.losses import Losses, hybrid_loss
+from lunet_fast.recsys.model.losses import Losses, confidence_weights, hybrid_loss
 from lunet_fast.recsys.model.mlp import MLPModel, perceptron
 from lunet_fast.recsys.model.model_files import TrainedModel, load_model, save_candidates, save_model
 from lunet_fast.recsys.model.negatives import NegativeSampler
@@ -73,7 +73,8 @@ def train(
     the test part is evaluated at each epoch for the loss figure, and nothing decides by it.
 
     ``options`` are :class:`~lunet_fast.training.run.Options`: the run folder ``out``, ``resume``,
-    ``overwrite``, ``checkpoint_seconds``, ``progress`` and ``stop``.
+    ``overwrite``, ``checkpoint_seconds``, ``progress``, ``stop`` and ``callbacks``, which hear of the
+    recommender's epochs, not of the control's.
 
     ``workers`` are the processes that train together (:mod:`lunet_fast.training.distributed`): all call this
     with the same arguments and get the same weights, process 0 alone writes and evaluates, and ``metrics``
@@ -84,6 +85,11 @@ def train(
     ``RunFolderError`` for an unusable folder, ``CheckpointError`` for a damaged checkpoint, ``OSError`` for a
     file that cannot be written, ``ValueError`` for data that cannot be trained on.
     """
+    if config.patience is not None and config.recipe != "auto":
+        raise ValueError(
+            f"patience={config.patience} is of recipe 'auto', which looks for the number of epochs: choose "
+            f"it, or leave patience away and say how many epochs recipe {config.recipe!r} shall have"
+        )
     run = Run(workers or Workers(device=existing_device(device)), **options)
     if test is not None:
         config = config.replace(split="files")
@@ -141,7 +147,7 @@ def described(
         "recipe": config.recipe,
         "split": config.split,
         "seed": config.seed,
-        "epochs": config.epochs,
+        "epochs": len(curve.train),
         "train_seconds": round(curve.seconds, 3),
         "parameters": sum(p.numel() for p in model.parameters()),
         **dict(zip(("train_ratings", "test_ratings", "held_out_ratings"), rows, strict=True)),
@@ -195,7 +201,7 @@ def evaluate(model: RatingModel, parts: Parts, device: torch.device | str = "cpu
         values["test_rmse"] = metrics.rmse(prediction, test.rating)
     model.to("cpu")
     scorer = ItemScorer(model, model.histories(), device)
-    ranking = evaluate_ranking(scorer.scores, parts, model.config.seed)
+    ranking = evaluate_ranking(scorer.scores, parts, model.config.seed, model.config.positive_from)
     return ranking._replace(metrics={**values, **ranking.metrics})
 
 
@@ -265,11 +271,13 @@ def rating_objective(
     generator: torch.Generator,
     sampler: NegativeSampler | None = None,
     share: slice | None = None,
+    weight: Tensor | None = None,
 ) -> Losses:
     """:func:`~.losses.hybrid_loss` of a batch of training ratings, each argument ``[B]``.
 
     ``sampler`` draws the pairs without interaction, which gamma below 1 needs; ``generator`` is its own and
-    dropout's. ``share`` are the rows whose loss is wanted, all by default; draws are made for all.
+    dropout's. ``share`` are the rows whose loss is wanted, all by default; draws are made for all. ``weight``
+    is that of the interactions.
     """
     rows, count = len(users), 0
     drawn = None
@@ -283,13 +291,14 @@ def rating_objective(
             dropout = torch.cat((dropout[:, share], dropout[:, negative]), dim=1)
         users, items, ratings = users[share], items[share], ratings[share]
         drawn = None if drawn is None else drawn[share]
+        weight = None if weight is None else weight[share]
     observed: bool | Tensor = True
     if drawn is not None:
         observed = torch.arange(len(users) * (1 + count), device=users.device) < len(users)
         users = torch.cat((users, users.repeat_interleave(count)))
         items = torch.cat((items, drawn.flatten()))
     output = model.output(users, items, observed=observed, dropout=dropout, strength=1.0)
-    return hybrid_loss(model, output, ratings)
+    return hybrid_loss(model, output, ratings, weight)
 
 
 def control_optimizer(model: MLPModel, config: TrainConfig) -> torch.optim.Adam:
@@ -341,6 +350,15 @@ class _Phases:
         self.test = None if test is None else _Part.of(test, self.device)
         self.known = parts.known_pairs().to(self.device)
         self.scale = training.scale
+        self.weight: tuple[Tensor, ...] = ()
+        """Of the training ratings in the interactions' loss, where they count differently."""
+        if config.confidence:
+            if training.weight is None:
+                raise ValueError(
+                    f"confidence={config.confidence:g} is of counts, which {training.name} has none of: name "
+                    "their column (--weight-column, weight=)"
+                )
+            self.weight = (confidence_weights(training.weight, config.confidence).to(self.device),)
         self.shape = training.n_users, training.n_items
         self.features = side_features(training) if config.side_features else (None, None)
 
@@ -357,19 +375,20 @@ class _Phases:
         sampler = NegativeSampler.of(model, self.known) if config.gamma < 1 else None
 
         def objective(batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            users, items, ratings = batch
-            return rating_objective(model, users, items, ratings, generator, sampler, share)
+            users, items, ratings, *weight = batch
+            return rating_objective(model, users, items, ratings, generator, sampler, share, *weight)
 
         phase = Phase(
             name="LU-Net",
             module=model,
             optimizer=rating_optimizer(model),
-            batches=ShuffledRows((part.user, part.item, part.rating), config.batch_size),
+            batches=ShuffledRows((part.user, part.item, part.rating, *self.weight), config.batch_size),
             epochs=config.epochs,
             seed=config.seed,
             objective=objective,
             rate=("learning_rate", config.learning_rate),
             test_loss=self._test_loss(model) if config.gamma > 0 else None,
+            callbacks=self.run.callbacks,
             error_limit=error_limit(self.scale) if config.gamma > 0 else float("inf"),
             linear_decay=config.schedule == "linear",
             locate=lambda batch: first_overflow(model, *batch[:2]),

@@ -152,7 +152,8 @@ def _fit(
         drawn = sampler.draw(users, config.negatives, torch.Generator().manual_seed(config.seed))
         pairs = torch.cat((items.repeat(repeated), drawn.flatten()))
     own = torch.arange(len(pairs)) < count * repeated
-    wanted = torch.zeros(count) if ratings is None else ratings
+    # Of items alone each is a choice.
+    wanted = torch.full((count,), config.positive_from or 0.0) if ratings is None else ratings
     wanted = wanted.repeat(repeated)
     users = torch.zeros_like(pairs)
     start = [parameter.detach().clone() for parameter in fitted]
@@ -180,8 +181,9 @@ def given_items(ratings: Any, trained: TrainedModel) -> tuple[Tensor, Tensor | N
     """(items int64 ``[n]``, ratings float32 ``[n]`` or None) of what a user gives; unseen ids are left out.
 
     ``ratings`` is what :func:`~lunet_fast.recsys.data.objects.items_frame` takes, whose ``TypeError`` is
-    raised. A model of gamma 0 looks at no ratings. ``RatingFileError`` as ``from_frame`` raises: a rating
-    outside the scale, an item rated twice; ``ValueError`` for those of several users.
+    raised. A model of gamma 0 without ``positive_from`` looks at no ratings. ``RatingFileError`` as
+    ``from_frame`` raises: a rating outside the scale, an item rated twice; ``ValueError`` for those of
+    several users.
     """
     frame = items_frame(ratings, "ratings")
     if "item" not in frame.columns:
@@ -189,7 +191,7 @@ def given_items(ratings: Any, trained: TrainedModel) -> tuple[Tensor, Tensor | N
     if "user" in frame.columns and frame["user"].nunique() > 1:
         raise ValueError(f"ratings are of {frame['user'].nunique()} users: fold_in makes one, so give one's")
     frame = frame[[name for name in ("item", "rating") if name in frame.columns]].copy()
-    rated = "rating" in frame.columns and trained.model.config.gamma > 0
+    rated = "rating" in frame.columns and trained.model.config.needs_ratings
     if not len(frame):
         return torch.empty(0, dtype=torch.int64), torch.empty(0) if rated else None
     frame["user"] = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ from lunet_fast.recsys.model.sequence_training import train_sequence
 from lunet_fast.recsys.model.training import train
 from lunet_fast.recsys.serving.best_items import Ready, in_chunks, place_in_row, ranked
 from lunet_fast.recsys.serving.fold_in import METHODS, given_items
+from lunet_fast.recsys.serving.more_rows import with_more_rows
 from lunet_fast.recsys.serving.sequence import SequenceServing, Session
 from lunet_fast.recsys.serving.similar import most_similar, reasons
 from lunet_fast.training.files import RunFolder, write_json
-from lunet_fast.training.loop import Progress
+from lunet_fast.training.loop import Callback, Progress
+from lunet_fast.training.run import checked_callbacks
 
 USERS = 1024
 """Users that are scored at a time: bounds the memory of a recommendation, whatever the number of users."""
@@ -90,6 +93,7 @@ class LUNetRecommender:
         weight: str | None = None,
         scale: tuple[float, float] | None = None,
         progress: Progress | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> LUNetRecommender:
         """Train on all of ``ratings``; returns itself.
 
@@ -103,24 +107,52 @@ class LUNetRecommender:
         an object of another kind; ``rating=None`` reads
         interactions without ratings, which need gamma 0 or recipe ``sequence``. Recipe ``auto`` makes a short
         search on validation parts first; ``best`` takes the settings of the MovieLens set nearest in size.
+
+        ``callbacks`` are functions (epoch, figures) that are told of each epoch of the training itself, from
+        1, with ``train_loss`` and ``seconds``; where one returns true, training ends with that epoch and the
+        model is as it is then. To have the number of epochs chosen on a validation part, make
+        ``LUNetRecommender(patience=3)`` of recipe ``auto``.
         """
+        told: Any = {"progress": progress, "callbacks": checked_callbacks(callbacks)}
         columns = {"user": user, "item": item, "rating": rating, "timestamp": timestamp, "scale": scale}
         ratings = self._read(ratings, weight=weight, **columns)
         config = self._config(len(ratings))
         if isinstance(config, TrainConfig):
             if self.recipe == AUTO:
                 config = auto_config(ratings, device=self.device, **self._overrides())
-            self._set_trained(train(ratings, config, device=self.device, progress=progress).trained)
+            self._set_trained(train(ratings, config, device=self.device, **told).trained)
         else:
-            self._set_trained(train_sequence(ratings, config, device=self.device, progress=progress).trained)
+            self._set_trained(train_sequence(ratings, config, device=self.device, **told).trained)
+        return self
+
+    def partial_fit(self, ratings: Any, *, epochs: int = 1, **columns: Any) -> LUNetRecommender:
+        """Go on from the trained model with new rows alone, ``epochs`` times over them; returns itself.
+
+        ``ratings`` and ``columns`` are those of :meth:`fit`, whose errors are raised. What the vectors and
+        biases of the users and items in them say changes, and their pairs join the histories; a new user
+        starts as :meth:`fold_in` makes it, and is known by its id from then on. Networks and everybody else's
+        vectors stay. The model has no ratings of before to hold against the new ones: for many rows, or for
+        new items, :meth:`fit` all of them anew
+        (:func:`~lunet_fast.recsys.serving.more_rows.with_more_rows`).
+
+        ``ValueError`` for items that training does not know, ratings outside the scale, and for recipe
+        ``sequence``, whose users are what they choose: :meth:`session`.
+        """
+        passes = check_whole("epochs", epochs, 1)
+        ready = self._prepared()
+        rows = self._read(ratings, **columns)
+        self._set_trained(with_more_rows(ready.trained, ready.fold_in(), rows, passes))
         return self
 
     def _read(self, ratings: Any, **columns: Any) -> Ratings:
         """What :meth:`fit` is given, as a table."""
         config = self._config(1)
         names = {"user": "user", "item": "item", "rating": "rating", "timestamp": "timestamp", **columns}
-        if names["rating"] is None and isinstance(config, TrainConfig) and config.gamma > 0:
-            raise ValueError("rating=None leaves no ratings to train on: make LUNetRecommender(gamma=0)")
+        if names["rating"] is None and isinstance(config, TrainConfig) and config.needs_ratings:
+            raise ValueError(
+                "rating=None leaves no ratings to train on: make LUNetRecommender(gamma=0), without "
+                "positive_from"
+            )
         if isinstance(ratings, Ratings):
             return ratings
         if isinstance(ratings, (str, os.PathLike)):
@@ -276,7 +308,8 @@ class LUNetRecommender:
         a sequence or a frame without ``rating``; or a pandas Series of ratings whose index are the items,
         rows (item, rating), one row of a scipy.sparse matrix. Items that training has not seen say nothing
         and raise no error; where none is left, the user is predicted like one never heard of. A model of
-        gamma 0 looks only at the items, and to one of gamma 1 items alone say little.
+        gamma 0 without ``positive_from`` looks only at the items, and to one of gamma 1 items alone say
+        little; with ``positive_from`` items alone are all liked.
 
         The new user starts as the mean of the trained ones, side features included, with the items given as
         its history. Method ``fit`` then finds the vector and the bias of least training loss on what is

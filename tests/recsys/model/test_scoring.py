@@ -208,6 +208,15 @@ class TestScoreTopk:
         assert torch.equal(items, expected.indices)
         torch.testing.assert_close(scores.double(), expected.values, rtol=2e-6, atol=2e-6)
 
+    @pytest.mark.parametrize("largest", [39.0, 41.0, 3e4])
+    def test_large_inputs(self, largest: float) -> None:
+        """On both sides of where an exponential of a sum is taken as a product."""
+        p, q, *rest = arguments(20, 60, 8, L=1)
+        p, q = (largest * side / side.abs().max() for side in (p, q))
+        exact = score_all(*arguments_in_double((p, q, *rest)))
+        found = score_all(p, q, *rest)
+        assert float((found - exact).abs().max()) < 2e-6 * float(exact.abs().max())
+
     def test_ties_go_to_the_lower_item(self, monkeypatch: pytest.MonkeyPatch) -> None:
         p, q, net, user_offset, _ = arguments(3, 90, 4, L=0)
         q = torch.zeros_like(q)
