@@ -195,6 +195,8 @@ def executed_inverse(features: int, *, active: bool, rows: int = 8192) -> tuple[
     problem = Problem.draw(features, torch.device("cpu"), torch.float32)
     packed = Packed.of(Matrix(problem.packed.float()))
     phi = elementwise(family((ALPHA, 1.0 - ALPHA, 1.0) if active else None), torch.float32)
+    if phi is not None:
+        phi.inverse(torch.zeros(1, features))  # the steps that it takes are found once
     counts = []
     for n in (rows, rows + MORE_ROWS):
         y = torch.randn(n, features)
@@ -213,7 +215,7 @@ class Counts:
     inverse_needed: int
     inverse_executed: float
     inverse_setup: int
-    """Once a batch: diagonal blocks, or the whole of A, inverted."""
+    """Once a batch: A inverted, where the rows are many enough."""
     logabsdet_needed: int
 
 
