@@ -157,8 +157,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "mixture-most": lambda: f"{max(mixture_gains()):.2f}",
     "spirals": partial(plane, "spirals", ours=True),
     "spirals-best": partial(plane, "spirals", ours=False),
-    "checkerboard": partial(plane, "checkerboard", ours=True),
-    "checkerboard-best": partial(plane, "checkerboard", ours=False),
     "highest-rate": lambda: f"{max(LADDERS['learning_rate']):g}",
     "highest-decay": lambda: f"{max(LADDERS['weight_decay']):g}",
     "reached": lambda: f"{REACHED:g}",

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
+from tables_of_real_data import SECTIONS as REAL_SECTIONS
+
 import prose
 from figures import FIGURES
 from lunet_fast.bench.results import seconds_text
@@ -378,6 +380,7 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "sequence-ml-1m": lambda: sequence("ml-1m"),
     **ORDER_SECTIONS,
     **DENSITY_SECTIONS,
+    **REAL_SECTIONS,
     **LAYER_SECTIONS,
 }
 

@@ -24,6 +24,9 @@ from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND, autocast_enabled
 #: Numbers in x up to which a net's layers are small on a CPU, and the features that they may have.
 SMALL_NUMBERS, SMALL_FEATURES = 1 << 18, matrix.BLOCK
 
+#: Rows a feature from which on the matrices of all layers, inverted at once, save more calls than they cost.
+ROWS_A_FEATURE = 4
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -88,7 +91,7 @@ def takes_inverse(y: Tensor, layers: Sequence[LUDense]) -> bool:
     )
     return (
         not recorded
-        and rows >= matrix.least_rows_for_inverse(y.shape[-1])
+        and rows >= ROWS_A_FEATURE * y.shape[-1]
         # Under vmap no number can be read, and the condition is one.
         and not any(torch._C._functorch.is_functorch_wrapped_tensor(layer.lu) for layer in layers)
     )

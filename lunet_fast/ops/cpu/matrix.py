@@ -223,9 +223,10 @@ def _solve_rows(
     triangle: Tensor, right: Tensor, *, upper: bool, transposed: bool, unit: bool = False
 ) -> Tensor:
     """Rows of T⁻¹ r or T⁻ᵀ r by LAPACK; with ``unit`` the diagonal and the other triangle are not read."""
-    matrix = triangle if transposed else triangle.T
-    up = upper if transposed else not upper
-    return torch.linalg.solve_triangular(matrix, right, upper=up, left=False, unitriangular=unit)
+    matrix, up = (triangle.T, not upper) if transposed else (triangle, upper)
+    # As columns: LAPACK writes columns one after another, which are the rows of what is returned.
+    solved = torch.linalg.solve_triangular(matrix, right.T, upper=up, unitriangular=unit)
+    return solved.T.contiguous()
 
 
 def inverse_of_factors(lower: Tensor, upper: Tensor) -> Tensor | None:
