@@ -358,14 +358,14 @@ def _draw_plane(results: Results) -> None:
         for family in families:
             config = PLANE.replace(seed=0, **tuned[name, family])
             model, _ = _train(PLANE_FLOWS[family]["M"], data.split(rows, 0), config)
-            shown[f"{family}, M"] = model.log_prob(points.float())
+            shown[family] = model.log_prob(points.float())
             print(f"{name}, {family}", flush=True)
         highest = float(shown["truth"].exp().max())
         for axes, (title, log_prob) in zip(row, shown.items(), strict=True):
             show_density(axes, log_prob, target.extent, highest)
             axes.set_axis_off()
             if name == "ring":
-                axes.set_title(title, loc="left", fontsize=11)
+                axes.set_title(title, loc="left", fontsize=10)
     write_figure(results.path("density-plane.png"), figure)
 
 
