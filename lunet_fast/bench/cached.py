@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lunet_fast import LUDense, cached
-from lunet_fast.bench.contenders import Nflows, Problem, Unavailable, require
+from lunet_fast.bench.contenders import Nflows, Problem, Unavailable, linear_of, require
 from lunet_fast.bench.contest import OURS, Contest, Run, Spec
 from lunet_fast.bench.layers import CHECKED_ROWS, FEATURES, TOLERANCE
 from lunet_fast.bench.machine import relative_error
@@ -47,18 +47,10 @@ def ours(problem: Problem, within: ExitStack) -> Both:
 def linear(problem: Problem, within: ExitStack) -> Both:
     """An ``nn.Linear`` for each direction, with matrices formed by hand."""
     inverse = torch.linalg.inv(problem.weight)
-    found: Both = {}
-    for what, weight, bias in (
-        ("forward", problem.weight, problem.bias),
-        ("inverse", inverse, -inverse @ problem.bias),
-    ):
-        layer = nn.Linear(problem.features, problem.features, device=problem.device, dtype=problem.dtype)
-        with torch.no_grad():
-            layer.weight.copy_(weight)
-            assert layer.bias is not None
-            layer.bias.copy_(bias)
-        found[what] = layer
-    return found
+    return {
+        "forward": linear_of(problem, problem.weight, problem.bias),
+        "inverse": linear_of(problem, inverse, -inverse @ problem.bias),
+    }
 
 
 def nflows(problem: Problem, within: ExitStack) -> Both:

@@ -128,16 +128,22 @@ class Ours(Contender):
         self.activation_and_logabsdet = LeakySoftplus(ALPHA).forward_and_logabsdet
 
 
+def linear_of(problem: Problem, weight: Tensor, bias: Tensor) -> nn.Linear:
+    """The ``nn.Linear`` with this weight and bias, of the problem's dtype and device."""
+    linear = nn.Linear(problem.features, problem.features, device=problem.device, dtype=problem.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        linear.bias.copy_(bias)
+    return linear
+
+
 class Linear(Contender):
     """What a dense layer costs that cannot be inverted cheaply, and LAPACK on its matrix."""
 
     name = "nn.Linear"
 
     def __init__(self, problem: Problem) -> None:
-        linear = nn.Linear(problem.features, problem.features, device=problem.device, dtype=problem.dtype)
-        with torch.no_grad():
-            linear.weight.copy_(problem.weight)
-            linear.bias.copy_(problem.bias)
+        linear = linear_of(problem, problem.weight, problem.bias)
         self.parameters = list(linear.parameters())
         self.forward = lambda x: F.softplus(linear(x))
 

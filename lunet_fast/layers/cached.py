@@ -114,9 +114,9 @@ def cached(module: Module) -> Iterator[Module]:
 
     They are formed again after any write that PyTorch counts: an optimiser's step, ``copy_``,
     ``load_state_dict``, ``.to()``, another parameter in place of one. A write through ``.data`` is not
-    counted: write under ``torch.no_grad()`` instead, or outside of the block. A⁻¹ is not used where its
-    factors are so badly conditioned that substitution is more accurate. Results are those of outside to
-    rounding.
+    counted: write under ``torch.no_grad()`` instead, or outside of the block. A⁻¹ is not used where A
+    (in float64, a factor) is so badly conditioned that substitution is more accurate. Results are those of
+    outside to rounding.
 
     Where a parameter wants a gradient and gradients are recorded, under ``torch.compile`` and ``torch.func``,
     and in layers whose methods are replaced, a call does what it does outside. A gradient of x alone, of a

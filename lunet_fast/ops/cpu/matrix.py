@@ -3,7 +3,8 @@
 Why two ways through the matrix. With more rows than columns, W = L U is formed once and one product
 does the work of two (2·N·D² flops). With fewer, forming W (2·D³/3) would cost more than it saves and the
 rows go through U and then L, panel by panel, straight out of the packed matrix: no D×D copy is made, so
-a single row costs one pass over the D² numbers, as in a plain linear layer.
+a single row costs one pass over the D² numbers, as in a plain linear layer. Small layers with gradients
+copy both factors once instead, for forward and backward, and so does a substitution of many rows with U.
 
 Why blocks. Triangular matrices are worked on in panels of ``BLOCK`` columns, so that the half that is
 zero costs nothing and nearly all the work is matrix products.
