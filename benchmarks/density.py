@@ -380,8 +380,8 @@ def _draw_digits(results: Results) -> None:
     )
     parts = data.split(rows, 0)
     model, _ = _train(DIGITS_FLOWS["LU-Net"]["M"], parts, DIGITS.replace(**chosen))
-    with seeded(0):
-        samples = model.sample(SIDE * SIDE)
+    torch.manual_seed(0)
+    samples = model.sample(SIDE * SIDE)
     figure = new_figure(9.0, 3.3, dpi=110)
     shown_sheets = {
         "data": parts.test.values[: SIDE * SIDE],

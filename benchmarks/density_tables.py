@@ -2,6 +2,7 @@
 
     python benchmarks/density_tables.py tables      eight tables, six flows             (50 minutes of 1 core)
     python benchmarks/density_tables.py fashion     Fashion-MNIST, a model a class      (70 minutes at most)
+    python benchmarks/density_tables.py pictures    samples of LU-Net, a line a class   (30 minutes)
     python benchmarks/density_tables.py report      density-tables.md from both files
 
 **Tables.** letter, shuttle and satellite with their published test rows; spam, vehicle, pima, vowel and
@@ -46,10 +47,14 @@ from lunet_fast.density import data
 from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.evaluation import TEST_DRAWS
 from lunet_fast.density.model import DensityModel
+from lunet_fast.density.pictures import SIDE, show_sheet
 from lunet_fast.density.preprocessing import Preprocessing
 from lunet_fast.density.training import fit_flow
+from lunet_fast.training.figures import new_figure
+from lunet_fast.training.files import write_figure
 from lunet_fast.training.seeding import seeded
 from machine import Results, open_results, parser, where, write_text
+from tables_of_densities import rows_of
 
 SEEDS = (1, 2, 3, 4, 5)
 STEPS, TUNING_STEPS, ROUND_STEPS = 800, 200, 50
@@ -240,37 +245,72 @@ FASHION: dict[str, Make] = {
 }
 
 
+def fashion_parts(rows: data.Rows, label: int, quick: bool) -> data.Parts:
+    parts = data.split(data.of_class(rows, str(label)), 0)
+    if not quick:
+        return parts
+    few = [torch.arange(n) for n in (600, 50, 50)]
+    sides = (parts.training, parts.validation, parts.test)
+    return data.Parts(*(side.where(rows) for side, rows in zip(sides, few, strict=True)))
+
+
+def fashion_config(parts: data.Parts, options: Any) -> DensityConfig:
+    """An epoch a round; half of the pixels are 0 in all rows of a class, and the rate is that of 784."""
+    an_epoch = -(-len(parts.training) // START.batch_size)
+    steps = 4 if options.quick else options.epochs * an_epoch
+    return LEAKY.replace(
+        steps=steps,
+        round_steps=min(an_epoch, steps),
+        patience=10,
+        learning_rate=None,
+        weight_decay=0.5,
+        components=1,
+        seed=0,
+    )
+
+
 def fashion(options: Any, results: Results) -> None:
     kept = Kept("density-fashion", results, "label", "family", "epochs")
     rows = data.read("fashion-mnist")
     for label in options.classes:
-        parts = data.split(data.of_class(rows, str(label)), 0)
-        if options.quick:
-            parts = data.Parts(
-                *(
-                    p.where(torch.arange(n))
-                    for p, n in zip(
-                        (parts.training, parts.validation, parts.test), (600, 50, 50), strict=True
-                    )
-                )
-            )
-        an_epoch = -(-len(parts.training) // START.batch_size)
-        steps = 4 if options.quick else options.epochs * an_epoch
+        parts = fashion_parts(rows, label, options.quick)
         for family, make in FASHION.items():
-            if kept.has(label=label, family=family, epochs=options.epochs):
-                continue
-            # An epoch a round; half of the pixels are 0 in all rows of a class, and the rate is that of 784.
-            config = LEAKY.replace(
-                steps=steps,
-                round_steps=min(an_epoch, steps),
-                patience=10,
-                learning_rate=None,
-                weight_decay=0.5,
-                components=1,
-                seed=0,
-            )
-            found = measured(make, parts, [config])
-            kept.add({"label": label, "family": family, "epochs": options.epochs, **found})
+            if not kept.has(label=label, family=family, epochs=options.epochs):
+                found = measured(make, parts, [fashion_config(parts, options)])
+                kept.add({"label": label, "family": family, "epochs": options.epochs, **found})
+
+
+def pictures(options: Any, results: Results) -> None:
+    """density-fashion.png: test rows and samples of LU-Net, trained as for the table, with its test loss."""
+    rows = data.read("fashion-mnist")
+    assert rows.image is not None
+    assert rows.levels is not None
+    losses = {
+        row["label"]: row["test"] for row in rows_of("fashion", results.folder) if row["family"] == LUNET
+    }
+    sheets: dict[str, list[Tensor]] = {"test rows": [], "samples of LU-Net": []}
+    for label in options.classes:
+        parts = fashion_parts(rows, label, options.quick)
+        model, run = trained(for_data, parts, fashion_config(parts, options))
+        print(f"class {label}: {run['seconds']:.0f} s", flush=True)
+        torch.manual_seed(0)
+        drawn = model.sample(SIDE)
+        for sheet, shown in zip(sheets.values(), (parts.test.values[:SIDE], drawn), strict=True):
+            sheet.append(shown)
+    lines = len(options.classes)
+    figure = new_figure(9.6, 0.55 * lines + 0.5, dpi=110)
+    places = figure.subplots(1, 2)
+    for axes, (title, sheet) in zip(places, sheets.items(), strict=True):
+        show_sheet(axes, torch.cat(sheet), rows.image, rows.levels, lines)
+        axes.set_title(title, loc="left", fontsize=10)
+    height, width = (side + 1 for side in rows.image)
+    above = {"xycoords": "axes fraction", "xytext": (0, 6), "textcoords": "offset points"}
+    places[1].annotate("bits a pixel", (1.02, 1.0), fontsize=9, **above)
+    for line, label in enumerate(options.classes):
+        if label in losses:
+            middle = (line + 0.5) * height
+            places[1].text(width * SIDE + 8, middle, f"{losses[label]:.2f}", fontsize=9, va="center")
+    write_figure(results.path("density-fashion.png"), figure)
 
 
 # Report -----------------------------------------------------------------------------------------------------
@@ -298,7 +338,7 @@ def report(results: Results) -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("part", choices=("tables", "fashion", "report"))
+    options.add_argument("part", choices=("tables", "fashion", "pictures", "report"))
     options.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     options.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), default=len(SEEDS))
     options.add_argument("--classes", nargs="+", type=int, choices=range(10), default=range(10))
@@ -314,6 +354,8 @@ def main() -> None:
         tables(given, results)
     elif given.part == "fashion":
         fashion(given, results)
+    elif given.part == "pictures":
+        pictures(given, results)
     else:
         report(results)
 

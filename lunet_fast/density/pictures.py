@@ -111,10 +111,10 @@ def interpolation(model: DensityModel, rows: Rows) -> Tensor:
         return model.preprocessing.inverse(transform.inv(between))
 
 
-def show_sheet(axes: Any, rows: Tensor, size: tuple[int, int], levels: int) -> None:
-    """Draw SIDE lines of SIDE pictures: ``rows`` [n, H·W], n at most SIDE²."""
+def show_sheet(axes: Any, rows: Tensor, size: tuple[int, int], levels: int, lines: int = SIDE) -> None:
+    """Draw ``lines`` lines of SIDE pictures: ``rows`` [n, H·W], n at most lines·SIDE."""
     height, width = size
-    sheet = torch.zeros(SIDE * (height + 1) + 1, SIDE * (width + 1) + 1)
+    sheet = torch.zeros(lines * (height + 1) + 1, SIDE * (width + 1) + 1)
     for index, row in enumerate(rows):
         top, left = (index // SIDE) * (height + 1) + 1, (index % SIDE) * (width + 1) + 1
         sheet[top : top + height, left : left + width] = row.reshape(size)
