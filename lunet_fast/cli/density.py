@@ -165,7 +165,7 @@ def train_command(
                 progress=progress,
                 stop=stop,
             )
-        _save_pictures(folder.path, data.split(rows, config.seed, test).test, result.model, config.seed)
+        _save_pictures(folder.path, data.split(rows, config.seed, test).test, result.trained, config.seed)
     output.figures(result.metrics, lambda: _show(Terminal(), result.metrics, dataset))
     output.line(f"written to {folder.path}")
 

@@ -1,26 +1,23 @@
 """What a data file may take, and what is said of one that cannot be used.
 
 It may come from anybody, so its size is bounded before it is in memory: no file is read that has, or
-unpacks to, more than :func:`max_bytes`, nor one that unpacks to more than RATIO times its own size.
+unpacks to, more than :func:`~lunet_fast.training.outside.max_bytes`, nor one that unpacks to more than
+:data:`~lunet_fast.training.outside.RATIO` times its own size.
 """
 
 from __future__ import annotations
 
 import bz2
-import contextlib
 import hashlib
 import lzma
 import os
-import re
 import zlib
 from pathlib import Path
 
-LIMIT_VARIABLE = "LUNET_FAST_MAX_BYTES"
-RATIO = 200
-"""The most that a packed file may unpack to, as a multiple of its size; bombs have 1000."""
-RATIO_FREE_BYTES = 64 << 20
-"""What any packed file may unpack to: small ones of many equal rows have higher ratios."""
-_UNKNOWN_MEMORY = 8 << 30
+from lunet_fast.training.outside import LIMIT_VARIABLE, max_bytes, most_unpacked
+
+MEMORY_SHARE = 8
+"""The share of the memory that a file may have where $LUNET_FAST_MAX_BYTES does not say: an eighth."""
 _BLOCK = 1 << 20
 
 
@@ -28,23 +25,9 @@ class DataError(ValueError):
     """A file cannot be used; the message names it, where in it, and the fix."""
 
 
-def max_bytes() -> int:
-    """The most bytes that a data file may have, unpack to, and be as numbers.
-
-    ``$LUNET_FAST_MAX_BYTES``, or an eighth of the memory of this machine or container. ValueError where the
-    variable is no whole number.
-    """
-    given = os.environ.get(LIMIT_VARIABLE, "").strip()
-    if not given:
-        return _memory() // 8
-    if not (re.fullmatch("[0-9]{1,18}", given) and int(given) > 0):
-        raise ValueError(f"${LIMIT_VARIABLE} must be a whole number of bytes, at least 1, got {given!r}")
-    return int(given)
-
-
 def check_size(path: Path, size: int, what: str = "has") -> None:
-    """DataError where ``size`` bytes are more than :func:`max_bytes`; ``what`` the file does with them."""
-    limit = max_bytes()
+    """DataError where ``size`` bytes are more than are read; ``what`` the file does with them."""
+    limit = max_bytes(MEMORY_SHARE)
     if size > limit:
         raise DataError(
             f"{path}: {what} {size:,} bytes, more than the {limit:,} that are read on this machine: take "
@@ -53,8 +36,8 @@ def check_size(path: Path, size: int, what: str = "has") -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file within :func:`max_bytes`; OSError as ``open``."""
-    limit = max_bytes()
+    """The content of a file that is not too large (:func:`check_size`); OSError as ``open``."""
+    limit = max_bytes(MEMORY_SHARE)
     with path.open("rb") as stream:
         check_size(path, os.fstat(stream.fileno()).st_size)
         data = stream.read(limit + 1)  # a pipe has no size
@@ -65,10 +48,10 @@ def read_bytes(path: Path) -> bytes:
 def unpacked(path: Path, data: bytes, most: int | None = None) -> bytes:
     """``data`` of gzip, xz or bzip2, known by its first bytes, without the packing; other data as it is.
 
-    DataError where it is damaged or unpacks to more than :func:`max_bytes`, RATIO times its size, or
-    ``most``. No more than that is in memory.
+    DataError where it is damaged or unpacks to more than may be read, RATIO times its size, or ``most``. No
+    more than that is in memory.
     """
-    limit = min(max_bytes(), max(RATIO_FREE_BYTES, RATIO * len(data)))
+    limit = min(max_bytes(MEMORY_SHARE), most_unpacked(len(data)))
     limit = limit if most is None else min(limit, most)
     try:
         if data[:2] == b"\x1f\x8b":
@@ -125,14 +108,3 @@ def brief(value: object, most: int = 120) -> str:
     text = str(value) or type(value).__name__
     text = text if len(text) <= most else text[: most - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _memory() -> int:
-    """Bytes of memory that this process may come to use: the machine's, or less in a container."""
-    found = []
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for place in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
-            found.append(int(Path(place).read_text(encoding="ascii")))
-    return min((size for size in found if size > 0), default=_UNKNOWN_MEMORY)

@@ -19,7 +19,6 @@ import hashlib
 import logging
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +33,7 @@ from lunet_fast.density.data_limits import DataError, brief, read_bytes, unpacke
 from lunet_fast.density.data_rda import read_rda
 from lunet_fast.density.data_rows import TEST, TRAINING, Rows
 from lunet_fast.training.files import write_atomically
+from lunet_fast.training.outside import ProgramError, run_program
 from lunet_fast.training.places import DATA_VARIABLE, cache_folder
 
 logger = logging.getLogger(__name__)
@@ -292,27 +292,15 @@ def _run(command: Sequence[str], folder: Path) -> None:
         raise DataNotFoundError(
             f"{command[0]} is not on this machine, so no package of Debian can be fetched"
         )
+    environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
     try:
-        done = subprocess.run(
-            [program, *command[1:]],
-            cwd=folder,
-            env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=APT_SECONDS,
-            check=False,
+        run_program(
+            *([program, *command[1:]], " ".join(command[:3]), folder, environment, APT_SECONDS),
+            telling=("E:", "dpkg-deb:"),
         )
-    except subprocess.TimeoutExpired as error:
-        raise DataNotFoundError(f"{command[0]} did not end within {APT_SECONDS} s") from error
-    except OSError as error:
-        raise DataNotFoundError(f"{command[0]} cannot be run ({brief(error)})") from error
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith(("E:", "dpkg-deb:"))]
-        reason = brief(" ".join(said) or done.stderr.strip() or "no message", 300)
+    except ProgramError as error:
         hint = " (an old list of packages is renewed by  apt-get update)" if "apt" in command[0] else ""
-        raise DataNotFoundError(f"{' '.join(command[:3])} failed: {reason}{hint}")
+        raise DataNotFoundError(f"{brief(error, 400)}{hint}") from error
 
 
 # Reading ----------------------------------------------------------------------------------------------------

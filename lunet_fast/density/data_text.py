@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from lunet_fast.density.data_limits import DataError, brief, check_size, read_bytes
+from lunet_fast.training.outside import utf8
 
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
 
@@ -60,7 +61,8 @@ def read_text(path: Path, *, width_may_differ: bool = False) -> Text:
     ``width_may_differ`` all rows together may have one field more or less than the header.
     """
     separator = "," if path.suffix == ".csv" else "\t"
-    data = _plain_text(path, read_bytes(path))
+    data = utf8(str(path), read_bytes(path), DataError)
+    data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data
     rows = _quoted(path, data, separator) if b'"' in data else _unquoted(data, separator)
     names, lines, counts, body = rows
     if not names:
@@ -137,25 +139,6 @@ def _check_names(path: Path, names: list[str]) -> None:
             f"{path}, line 1: holds numbers ({brief(', '.join(names), 60)}): put a header with the names of "
             "the columns before them"
         )
-
-
-def _plain_text(path: Path, data: bytes) -> bytes:
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{path}, line 1: the text is UTF-16: save it as UTF-8")
-    try:
-        if not data.isascii():
-            data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}, line {line}: is not UTF-8 (byte 0x{data[error.start]:02x}): save it as UTF-8"
-        ) from error
-    zero = data.find(b"\0")
-    if zero >= 0:
-        line = data.count(b"\n", 0, zero) + 1
-        raise DataError(f"{path}, line {line}: holds a zero byte: this is no text file")
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data
 
 
 _Cut = tuple[list[str], "npt.NDArray[np.int64]", "npt.NDArray[np.int64]", Any]

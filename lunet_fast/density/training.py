@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, write_json
 from lunet_fast.training.loop import Batch, Curve, Phase, cpu_threads
 from lunet_fast.training.machine import flat_versions
-from lunet_fast.training.run import Options, Run
+from lunet_fast.training.run import Options, Result, Run
 from lunet_fast.training.seeding import seeded
 
 if TYPE_CHECKING:
@@ -34,15 +34,6 @@ VALIDATION_DRAWS = 4
 """Draws of the noise in a look at the validation part, the same at each look."""
 
 
-@dataclass(frozen=True)
-class DensityResult:
-    """What :func:`train_density` returns; ``metrics`` is the content of ``metrics.json``."""
-
-    model: DensityModel
-    metrics: dict[str, Any]
-    curve: Curve
-
-
 def train_density(
     rows: Rows,
     config: DensityConfig,
@@ -50,7 +41,7 @@ def train_density(
     test: Rows | None = None,
     device: torch.device | str = "cpu",
     **options: Unpack[Options],
-) -> DensityResult:
+) -> Result[DensityModel]:
     """Train a flow on 70 % of the rows, choose its weights by 10 %, evaluate it on 20 % or on ``test``.
 
     ``options`` are :class:`~lunet_fast.training.run.Options`: the run folder ``out``, ``resume``,
@@ -68,7 +59,7 @@ def train_density(
     recorded = _recorded(rows, test, config)
     stored = run.finished(recorded)
     if stored is not None:
-        return DensityResult(load_flow(stored.model).model, read_json(stored.metrics), Curve())
+        return Result(load_flow(stored.model).model, read_json(stored.metrics), Curve())
     first = _untrained(parts.training, rows.classes, config)
     with run.begun(recorded):
         with cpu_threads(config.threads):
@@ -101,7 +92,7 @@ def train_density(
                 unit=f"round of {config.round_steps} steps",
             )
             write_json(run.folder.metrics, metrics)
-    return DensityResult(model, metrics, curve)
+    return Result(model, metrics, curve)
 
 
 def _recorded(rows: Rows, test: Rows | None, config: DensityConfig) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Generic, TypedDict, TypeVar
 
 from lunet_fast.training.distributed import Workers
 from lunet_fast.training.files import RunFolder
@@ -35,6 +36,20 @@ class Options(TypedDict, total=False):
     callbacks: Sequence[Callback]
     """Are told of each epoch, and may end the training: :data:`~.loop.Callback`. Its result is the model as
     it is then. Of several processes all give as many, and those of process 0 are asked."""
+
+
+Trained = TypeVar("Trained")
+
+
+@dataclass(frozen=True)
+class Result(Generic[Trained]):
+    """What a training returns."""
+
+    trained: Trained
+    metrics: dict[str, Any]
+    """The content of ``metrics.json``."""
+    curve: Curve
+    """Of a training that was found finished, empty."""
 
 
 def checked_callbacks(callbacks: Any) -> tuple[Callback, ...]:

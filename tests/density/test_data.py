@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from lunet_fast.density import data, data_limits
+from lunet_fast.density import data
 from lunet_fast.density.data import DataError
+from lunet_fast.training.outside import LIMIT_VARIABLE
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -72,7 +73,7 @@ def test_idx_not_gzip(images: Path) -> None:
 
 
 def test_idx_that_unpacks_to_too_much(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(data_limits.LIMIT_VARIABLE, "120")
+    monkeypatch.setenv(LIMIT_VARIABLE, "120")
     images.write_bytes(gzip.compress(bytes(4000)))
     with pytest.raises(DataError, match="unpack to more than 120: if you trust it"):
         data.read(str(images))

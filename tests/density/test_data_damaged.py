@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lunet_fast.density import data, data_limits
+from lunet_fast.density import data
 from lunet_fast.density.data import DataError
+from lunet_fast.training.outside import LIMIT_VARIABLE
 from tests.density.test_data import idx
 
 TRIES = 150
@@ -65,7 +66,7 @@ def spoilt(content: bytes, draw: random.Random) -> bytes:
     ["a.npy", "a.csv", "quoted.csv", "a.parquet", "x-idx3-ubyte", "x-idx3-ubyte.gz", "BSDS300.hdf5"],
 )
 def test_changed_bytes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(data_limits.LIMIT_VARIABLE, str(1 << 24))
+    monkeypatch.setenv(LIMIT_VARIABLE, str(1 << 24))
     sound, path, draw, refused, read = whole(name), tmp_path / name, random.Random(0), 0, 0
     for _ in range(TRIES):
         path.write_bytes(spoilt(sound, draw))

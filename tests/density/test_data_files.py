@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lunet_fast.density import data, data_files, data_limits
+from lunet_fast.density import data, data_files
 from lunet_fast.density.data import DataError
+from lunet_fast.training.outside import LIMIT_VARIABLE
 
 
 def npy(header: str, content: bytes = b"") -> bytes:
@@ -84,10 +85,10 @@ def test_files_larger_than_the_limit(tmp_path: Path, suffix: str, monkeypatch: p
     else:
         pd.DataFrame(values, columns=list("abcd")).to_parquet(path)
     assert len(data.read(str(path))) == 1000
-    monkeypatch.setenv(data_limits.LIMIT_VARIABLE, "9000")
+    monkeypatch.setenv(LIMIT_VARIABLE, "9000")
     with pytest.raises(DataError, match=r"more than the 9,000 .* set \$LUNET_FAST_MAX_BYTES"):
         data.read(str(path))
-    monkeypatch.setenv(data_limits.LIMIT_VARIABLE, "many")
+    monkeypatch.setenv(LIMIT_VARIABLE, "many")
     with pytest.raises(ValueError, match="must be a whole number of bytes"):
         data.read(str(path))
 
@@ -111,7 +112,7 @@ def test_files_larger_than_the_limit(tmp_path: Path, suffix: str, monkeypatch: p
         ("a,b\n", "has a header and no row after it"),
         ("\n\n", "is empty"),
         ("", "is empty"),
-        ("a,b\n1,\x002\n", "line 2: holds a zero byte"),
+        ("a,b\n1,\x002\n", "line 2: a zero byte at offset 6"),
     ],
 )
 def test_texts(tmp_path: Path, text: str, told: str) -> None:
@@ -124,7 +125,7 @@ def test_texts(tmp_path: Path, text: str, told: str) -> None:
 def test_texts_of_other_encodings(tmp_path: Path) -> None:
     for content, told in (
         ("a,b\n1,2\n".encode("utf-16"), "line 1: the text is UTF-16"),
-        (b"a,b\n1,2\n3,\xe9\n", "line 3: is not UTF-8"),
+        (b"a,b\n1,2\n3,\xe9\n", "line 3: the text is not UTF-8"),
     ):
         (tmp_path / "x.csv").write_bytes(content)
         with pytest.raises(DataError, match=told):
@@ -212,6 +213,6 @@ def test_a_page_of_many_equal_values(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "x.parquet"
     parquet.write_table(pa.table({"a": np.zeros(5_000_000)}), path, compression="zstd")
     assert path.stat().st_size < 50_000
-    monkeypatch.setenv(data_limits.LIMIT_VARIABLE, str(1 << 20))
+    monkeypatch.setenv(LIMIT_VARIABLE, str(1 << 20))
     with pytest.raises(DataError, match="holds numbers of 20,000,000 bytes, more than the 1,048,576"):
         data.read(str(path))

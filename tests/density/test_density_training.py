@@ -17,10 +17,11 @@ from lunet_fast.density.evaluation import auroc, divergence, integral, sliced_di
 from lunet_fast.density.files import load_flow
 from lunet_fast.density.model import DensityModel, build_flow, whiten
 from lunet_fast.density.preprocessing import Preprocessing
-from lunet_fast.density.training import DensityResult, _recorded, train_density
+from lunet_fast.density.training import _recorded, train_density
 from lunet_fast.layers.splines import MonotoneSpline
 from lunet_fast.training.files import CheckpointError, RunFolderError
 from lunet_fast.training.loop import Interrupted, Progress, Stop
+from lunet_fast.training.run import Result
 
 SHORT = DensityConfig(layers=3, components=4, steps=60, round_steps=20, batch_size=32, weight_decay=0.0)
 
@@ -37,8 +38,8 @@ def gaussian(count: int = 4000) -> data.Rows:
     return data.Rows("gaussian", x)
 
 
-def weights(result: DensityResult) -> list[torch.Tensor]:
-    return list(result.model.flow.state_dict().values())
+def weights(result: Result[DensityModel]) -> list[torch.Tensor]:
+    return list(result.trained.flow.state_dict().values())
 
 
 def test_a_linear_flow_learns_a_gaussian() -> None:
@@ -80,7 +81,7 @@ def test_conditional_flow_knows_the_classes() -> None:
     rows = data.Rows("three", x, labels)
     result = train_density(rows, SHORT.replace(conditional=True, components=1, steps=400))
     assert result.metrics["test_accuracy"] > 0.98
-    model = result.model
+    model = result.trained
     # p(x) is the sum over the classes.
     y = model.preprocessing.forward(x)[0]
     total = model.class_log_prob(y).logsumexp(-1) + model.preprocessing.forward(x)[1]
@@ -158,7 +159,7 @@ def test_the_best_rounds_weights_are_the_result() -> None:
     result = train_density(rows, SHORT.replace(steps=400, learning_rate=0.05, average=0.0, patience=20))
     best = min(result.curve.test)
     parts = data.split(rows, 0)
-    assert float(result.model.loss(parts.validation.values).mean()) == pytest.approx(best, rel=1e-5)
+    assert float(result.trained.loss(parts.validation.values).mean()) == pytest.approx(best, rel=1e-5)
 
 
 @pytest.mark.parametrize("conditional", [False, True])
@@ -167,7 +168,7 @@ def test_file_there_and_back(tmp_path: Path, conditional: bool) -> None:
     result = train_density(rows, SHORT.replace(conditional=conditional, steps=20), out=tmp_path)
     trained = load_flow(tmp_path / "model.safetensors")
     x = rows.values[:20]
-    assert torch.equal(trained.model.log_prob(x), result.model.log_prob(x))
+    assert torch.equal(trained.model.log_prob(x), result.trained.log_prob(x))
     assert (trained.dataset, trained.config.conditional, trained.image) == ("moons", conditional, None)
 
 
@@ -244,7 +245,7 @@ def test_every_kind_there_and_back(tmp_path: Path, change: dict[str, Any]) -> No
     result = train_density(moons(), SHORT.replace(steps=20, **change), out=tmp_path)
     trained = load_flow(tmp_path / "model.safetensors")
     x = moons().values[:20]
-    assert torch.equal(trained.model.log_prob(x), result.model.log_prob(x))
+    assert torch.equal(trained.model.log_prob(x), result.trained.log_prob(x))
     splines = [m for m in trained.model.flow.modules() if isinstance(m, MonotoneSpline)]
     wanted = 0 if "activation" in change else 2 + trained.config.input_bins // 16
     assert len(splines) == wanted

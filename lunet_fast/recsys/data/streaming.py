@@ -129,8 +129,9 @@ class RatingStream(TwoIdMaps):
         RatingFileError, naming the file, row (from 1) and row group (from 0, as pyarrow counts): an empty id,
         a missing rating or one that is not finite; or naming the file: a missing column or one of another
         type, no rows, a damaged file; before anything is unpacked, one that states to unpack to more than
-        RATIO times its size, or a page of more than :func:`~.ratings.max_bytes`; an id of more than MAX_FIELD
-        characters. FileNotFoundError where there is no file, ImportError without pyarrow,
+        RATIO times its size, or a page of more than
+        :func:`~lunet_fast.training.outside.max_bytes`; an id of more than MAX_FIELD characters.
+        FileNotFoundError where there is no file, ImportError without pyarrow,
         ValueError for a wrong argument and where no row is left to train on.
         """
         require_pyarrow(f"{path}: reading Parquet")

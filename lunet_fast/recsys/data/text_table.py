@@ -20,6 +20,7 @@ from lunet_fast.recsys.data.errors import RatingFileError, cause
 from lunet_fast.recsys.data.ids import Int64Array
 from lunet_fast.recsys.data.table import Column, Table, used_columns
 from lunet_fast.recsys.data.values import NUMBER
+from lunet_fast.training.outside import utf8
 
 # Stands for a separator of several bytes ("::") while the C parser, which takes one byte, reads the file.
 _ONE_BYTE_SEPARATOR = b"\x1f"
@@ -60,7 +61,7 @@ def read_text(
     from 1. A field may be ``quoted`` where ``sep`` is one byte; BLANKS is any run of spaces and tabs.
     ``strip_types`` takes ``:type`` off names of the header. RatingFileError.
     """
-    data = utf8(source, data)
+    data = utf8(source, data, RatingFileError)
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     if sep == BLANKS:
@@ -196,27 +197,6 @@ def _numbered(
             )
         chosen[role] = next(free, role)
     return names, {role: chosen.get(role) for role in columns}
-
-
-def utf8(source: str, data: bytes) -> bytes:
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise RatingFileError(
-            f"{source}, line 1: the text is UTF-16 (byte order mark at byte 0): save it as UTF-8"
-        )
-    try:
-        if not data.isascii():
-            data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise RatingFileError(
-            f"{source}, line {line}: the text is not UTF-8 (byte 0x{data[error.start]:02x} at offset "
-            f"{error.start}): save it as UTF-8"
-        ) from error
-    zero = data.find(b"\0")
-    if zero >= 0:
-        line = data.count(b"\n", 0, zero) + 1
-        raise RatingFileError(f"{source}, line {line}: a zero byte at offset {zero}: this is not a text file")
-    return data.removeprefix(b"\xef\xbb\xbf")
 
 
 def _without_blank_lines(data: bytes) -> tuple[bytes, Int64Array]:

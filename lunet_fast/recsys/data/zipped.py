@@ -12,7 +12,8 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from lunet_fast.recsys.data.errors import RatingFileError, Unavailable, brief, cause
-from lunet_fast.recsys.data.limits import max_bytes, most_unpacked
+from lunet_fast.recsys.data.limits import MEMORY_SHARE
+from lunet_fast.training.outside import max_bytes, most_unpacked
 
 MAX_MEMBERS = 10_000  # a wheel has some hundreds; zipfile makes an object of each
 TABLES = (".csv", ".tsv", ".txt", ".inter", ".dat", ".data", ".parquet", ".json", ".jsonl", ".ndjson")
@@ -74,7 +75,7 @@ def table_in(file: Path, data: bytes) -> tuple[str, bytes]:
                     f"{file}: the zip must hold one table ({', '.join(TABLES)}), and it has {len(tables)} "
                     f"({shown}): unpack it and give the right one"
                 )
-            limit = min(max_bytes(), most_unpacked(len(data)))
+            limit = min(max_bytes(MEMORY_SHARE), most_unpacked(len(data)))
             return chosen[0].name, read_member(archive, paths[chosen[0]], limit)
     except Unavailable as error:
         raise RatingFileError(f"{file}: {error}") from error

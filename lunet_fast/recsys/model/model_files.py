@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -30,12 +30,14 @@ from lunet_fast.training.checkpoints import pass_by, whole_tensors
 from lunet_fast.training.files import CheckpointError, kind_of, read_tensors, write_tensors
 from lunet_fast.training.sharding import Dealt, DealtTables
 
+Model = TypeVar("Model", RatingModel, StateNetwork)
+
 
 @dataclass(frozen=True)
-class TrainedModel:
+class _Trained(Generic[Model]):
     """A model and what leads from a user's own ids to its indices and back."""
 
-    model: RatingModel
+    model: Model
     users: IdMap
     items: IdMap
     scale: tuple[float, float]
@@ -45,24 +47,20 @@ class TrainedModel:
     known: Interactions | None = None
     """Who rated what in the whole data, tested and held-out parts too; None where training had all."""
 
+
+class TrainedModel(_Trained[RatingModel]):
+    """A model of ratings and interactions, with its ids."""
+
     def rated(self) -> Interactions:
         """Every pair that is known, for leaving out of recommendations."""
         return self.model.interactions if self.known is None else self.known
 
 
-@dataclass(frozen=True)
-class TrainedSequences:
-    """A model of recipe ``sequence``, as :class:`TrainedModel`."""
-
-    model: StateNetwork
-    users: IdMap
-    items: IdMap
-    scale: tuple[float, float]
-    item_info: pd.DataFrame | None = None
-    known: Interactions | None = None
+class TrainedSequences(_Trained[StateNetwork]):
+    """A model of recipe ``sequence``, with its ids."""
 
     def rated(self) -> Interactions:
-        """Every pair that is known, for leaving out of recommendations."""
+        """As of :class:`TrainedModel`."""
         return self.model.sequences.interactions() if self.known is None else self.known
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,20 +33,11 @@ from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, write_json
 from lunet_fast.training.loop import Batch, Curve, Phase, cpu_threads
 from lunet_fast.training.machine import flat_versions
-from lunet_fast.training.run import Options, Run
+from lunet_fast.training.run import Options, Result, Run
 from lunet_fast.training.seeding import seeded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-@dataclass(frozen=True)
-class SequenceResult:
-    """What :func:`train_sequence` returns; ``metrics`` is the content of ``metrics.json``."""
-
-    trained: TrainedSequences
-    metrics: dict[str, Any]
-    curve: Curve
 
 
 def train_sequence(
@@ -56,7 +47,7 @@ def train_sequence(
     device: torch.device | str = "cpu",
     workers: Workers | None = None,
     **options: Unpack[Options],
-) -> SequenceResult:
+) -> Result[TrainedSequences]:
     """Train the state network to predict each user's next item, and rank each user's latest, held out.
 
     ``ratings`` is split as ``config.split`` and ``config.seed`` say, as for every method that ranks. Metrics
@@ -71,12 +62,12 @@ def train_sequence(
     recorded = {} if run.folder is None else _resolved(config, parts)
     stored = run.finished(recorded)
     if stored is not None:
-        return SequenceResult(load_sequences(stored.model), read_json(stored.metrics), Curve())
+        return Result(load_sequences(stored.model), read_json(stored.metrics), Curve())
     with run.begun(recorded):
         return _trained(config, parts, run)
 
 
-def _trained(config: SequenceConfig, parts: Parts, run: Run) -> SequenceResult:
+def _trained(config: SequenceConfig, parts: Parts, run: Run) -> Result[TrainedSequences]:
     """What :func:`train_sequence` does within its folder."""
     training = parts.training
     with cpu_threads(config.threads):
@@ -89,7 +80,7 @@ def _trained(config: SequenceConfig, parts: Parts, run: Run) -> SequenceResult:
         ids = training.users, training.items, training.scale, training.item_info
         trained = TrainedSequences(model, *ids, known_of(parts))
         if not run.workers.is_first:
-            return SequenceResult(trained, {}, curve)
+            return Result(trained, {}, curve)
         values: dict[str, Any] = evaluate_sequences(model, parts).figures
     rows = (0 if part is None else len(part) for part in (training, parts.test, parts.held_out))
     values |= {
@@ -110,7 +101,7 @@ def _trained(config: SequenceConfig, parts: Parts, run: Run) -> SequenceResult:
         title = f"{dataset_title(training.name)}, recipe {config.recipe}"
         save_loss_figure(run.folder.loss, title, curve.train, curve.test, "loss of the next item")
         write_json(run.folder.metrics, values)
-    return SequenceResult(trained, values, curve)
+    return Result(trained, values, curve)
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.schema import HEADERS, MODEL_FORMAT
 from lunet_fast.recsys.model.scoring import ItemScorer
 from lunet_fast.recsys.model.training import (
-    TrainResult,
     described,
     error_limit,
     first_overflow,
@@ -35,7 +34,7 @@ from lunet_fast.training.distributed import Workers, existing_device
 from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, read_tensors, write_json
 from lunet_fast.training.loop import Batch, Curve, Phase, cpu_threads
-from lunet_fast.training.run import Options, Run
+from lunet_fast.training.run import Options, Result, Run
 from lunet_fast.training.seeding import seeded
 from lunet_fast.training.sharding import DealtTables, pull
 
@@ -120,7 +119,7 @@ def train_stream(
     workers: Workers | None = None,
     shard_tables: bool = False,
     **options: Unpack[Options],
-) -> TrainResult:
+) -> Result[TrainedModel]:
     """Train the recommender on a stream; as :func:`~.training.train` but for what needs all ratings at hand.
 
     ``config`` has :data:`STREAM_SETTINGS`: no histories, no side features, gamma 1. The tables are optimised
@@ -155,12 +154,14 @@ def train_stream(
     }
     stored = run.finished(recorded)
     if stored is not None:
-        return TrainResult(load_model(stored.model), read_json(stored.metrics), Curve())
+        return Result(load_model(stored.model), read_json(stored.metrics), Curve())
     with run.begun(recorded), cpu_threads(config.threads):
         return _trained(stream, config, run, shard_tables=shard_tables)
 
 
-def _trained(stream: RatingStream, config: TrainConfig, run: Run, *, shard_tables: bool) -> TrainResult:
+def _trained(
+    stream: RatingStream, config: TrainConfig, run: Run, *, shard_tables: bool
+) -> Result[TrainedModel]:
     """What :func:`train_stream` does within its folder."""
     workers, folder = run.workers, run.folder
     with seeded(config.seed):
@@ -180,7 +181,7 @@ def _trained(stream: RatingStream, config: TrainConfig, run: Run, *, shard_table
         save_model(None if folder is None else folder.model, trained, dealt)
         _take_whole_tables(model, dealt, None if folder is None else folder.model)
     if not workers.is_first:
-        return TrainResult(trained, {}, curve)
+        return Result(trained, {}, curve)
     values: dict[str, Any] = {}
     if stream.n_test:
         values["test_mse"] = curve.test[-1]
@@ -193,7 +194,7 @@ def _trained(stream: RatingStream, config: TrainConfig, run: Run, *, shard_table
         title = f"{dataset_title(stream.name)}, recipe {config.recipe}, streamed"
         save_loss_figure(folder.loss, title, curve.train, curve.test, "mean squared error")
         write_json(folder.metrics, values)
-    return TrainResult(trained, values, curve)
+    return Result(trained, values, curve)
 
 
 def _phase(stream: RatingStream, model: RatingModel, workers: Workers, dealt: DealtTables | None) -> Phase:

@@ -39,20 +39,11 @@ from lunet_fast.training.loop import (
     cpu_threads,
 )
 from lunet_fast.training.machine import flat_versions
-from lunet_fast.training.run import Options, Run
+from lunet_fast.training.run import Options, Result, Run
 from lunet_fast.training.seeding import seeded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What :func:`train` returns; ``metrics`` is the content of ``metrics.json``."""
-
-    trained: TrainedModel
-    metrics: dict[str, Any]
-    curve: Curve
 
 
 def train(
@@ -63,7 +54,7 @@ def train(
     device: torch.device | str = "cpu",
     workers: Workers | None = None,
     **options: Unpack[Options],
-) -> TrainResult:
+) -> Result[TrainedModel]:
     """Train the recommender, with gamma 1 and ``config.mlp`` the MLP control too, and evaluate both.
 
     ``ratings`` is split as ``config.split`` and ``config.seed`` say. With ``test`` given it is the training
@@ -101,12 +92,12 @@ def train(
     defaults = TrainConfig().to_dict()
     stored = run.finished(recorded, defaults)
     if stored is not None:
-        return TrainResult(load_model(stored.model), read_json(stored.metrics), Curve())
+        return Result(load_model(stored.model), read_json(stored.metrics), Curve())
     with run.begun(recorded, defaults):
         return _trained(config, parts, run)
 
 
-def _trained(config: TrainConfig, parts: Parts, run: Run) -> TrainResult:
+def _trained(config: TrainConfig, parts: Parts, run: Run) -> Result[TrainedModel]:
     """What :func:`train` does within its folder."""
     phases = _Phases(config, parts, run)
     training, is_first = parts.training, run.workers.is_first
@@ -123,7 +114,7 @@ def _trained(config: TrainConfig, parts: Parts, run: Run) -> TrainResult:
         model.to("cpu"), training.users, training.items, training.scale, training.item_info, known_of(parts)
     )
     if not is_first:
-        return TrainResult(trained, {}, curve)
+        return Result(trained, {}, curve)
     rows = tuple(0 if part is None else len(part) for part in (training, parts.test, parts.held_out))
     values |= described(training.name, model, curve, rows, run.workers)
     if run.folder is not None:
@@ -134,7 +125,7 @@ def _trained(config: TrainConfig, parts: Parts, run: Run) -> TrainResult:
         ylabel = "mean squared error" if config.gamma > 0 else "loss of interactions"
         save_loss_figure(run.folder.loss, title, curve.train, curve.test, ylabel)
         write_json(run.folder.metrics, values)
-    return TrainResult(trained, values, curve)
+    return Result(trained, values, curve)
 
 
 def described(
@@ -301,6 +292,18 @@ def rating_objective(
     return hybrid_loss(model, output, ratings, weight)
 
 
+def batch_objective(
+    model: RatingModel, sampler: NegativeSampler | None
+) -> Callable[[Batch, slice, torch.Generator], Losses]:
+    """:func:`rating_objective` as a phase takes it, of batches (users, items, ratings, maybe weights)."""
+
+    def objective(batch: Batch, share: slice, generator: torch.Generator) -> Losses:
+        users, items, ratings, *weight = batch
+        return rating_objective(model, users, items, ratings, generator, sampler, share, *weight)
+
+    return objective
+
+
 def control_optimizer(model: MLPModel, config: TrainConfig) -> torch.optim.Adam:
     """Adam for the MLP control: one rate, L2 of their own for the tables and for the layers."""
     tables = [model.user_embedding.weight, model.item_embedding.weight]
@@ -374,10 +377,6 @@ class _Phases:
         model.to(self.device)
         sampler = NegativeSampler.of(model, self.known) if config.gamma < 1 else None
 
-        def objective(batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            users, items, ratings, *weight = batch
-            return rating_objective(model, users, items, ratings, generator, sampler, share, *weight)
-
         phase = Phase(
             name="LU-Net",
             module=model,
@@ -385,7 +384,7 @@ class _Phases:
             batches=ShuffledRows((part.user, part.item, part.rating, *self.weight), config.batch_size),
             epochs=config.epochs,
             seed=config.seed,
-            objective=objective,
+            objective=batch_objective(model, sampler),
             rate=("learning_rate", config.learning_rate),
             test_loss=self._test_loss(model) if config.gamma > 0 else None,
             callbacks=self.run.callbacks,

@@ -15,8 +15,9 @@ from lunet_fast.recsys.data import movielens
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig, recipe
+from lunet_fast.recsys.model.model_files import TrainedModel
 from lunet_fast.recsys.model.scoring import ItemScorer
-from lunet_fast.recsys.model.training import TrainResult, train
+from lunet_fast.recsys.model.training import train
 from lunet_fast.recsys.report.document import Document
 from lunet_fast.recsys.report.render import markdown, page
 from lunet_fast.recsys.report.reproduction import document
@@ -31,6 +32,7 @@ from lunet_fast.training.files import (
 )
 from lunet_fast.training.loop import Progress, cpu_threads
 from lunet_fast.training.machine import code
+from lunet_fast.training.run import Result
 from lunet_fast.training.schema import CHECKPOINT_FORMAT, CheckpointHeader
 
 DATASETS = tuple(movielens.DATASETS)
@@ -241,7 +243,7 @@ def _losses(folder: RunFolder) -> dict[str, Losses]:
 
 
 def _groups(
-    folder: RunFolder, result: TrainResult, ratings: Ratings, config: TrainConfig
+    folder: RunFolder, result: Result[TrainedModel], ratings: Ratings, config: TrainConfig
 ) -> list[dict[str, Any]]:
     """Ranking by the users' activity, which ``metrics.json`` lacks: kept in ``activity.json``."""
     file = folder.path / "activity.json"

@@ -19,9 +19,9 @@ from lunet_fast.recsys.model.losses import confidence_weights
 from lunet_fast.recsys.model.model_files import TrainedModel
 from lunet_fast.recsys.model.negatives import NegativeSampler
 from lunet_fast.recsys.model.network import RatingModel
-from lunet_fast.recsys.model.training import check_ratings, first_overflow, rating_objective
+from lunet_fast.recsys.model.training import batch_objective, check_ratings, first_overflow
 from lunet_fast.recsys.serving.fold_in import FoldIn
-from lunet_fast.training.loop import Batch, Phase, ShuffledRows, cpu_threads, fit
+from lunet_fast.training.loop import Phase, ShuffledRows, cpu_threads, fit
 
 STEPS = 20
 """At least about so many steps a pass, however few the rows are."""
@@ -186,10 +186,6 @@ def _train(model: RatingModel, rows: Ratings, users: Tensor, items: Tensor, epoc
         weight = (confidence_weights(rows.weight, config.confidence),)
     sampler = NegativeSampler.of(model, model.interactions.pairs) if config.gamma < 1 else None
 
-    def objective(batch: Batch, share: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        user, item, rating, *more = batch
-        return rating_objective(model, user, item, rating, generator, sampler, share, *more)
-
     phase = Phase(
         name="LU-Net",
         module=model,
@@ -199,7 +195,7 @@ def _train(model: RatingModel, rows: Ratings, users: Tensor, items: Tensor, epoc
         ),
         epochs=epochs,
         seed=config.seed,
-        objective=objective,
+        objective=batch_objective(model, sampler),
         rate=("learning_rate", config.learning_rate),
         locate=lambda batch: first_overflow(model, *batch[:2]),
     )

@@ -19,7 +19,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lunet_fast.recsys.data import limits
-from lunet_fast.recsys.data.limits import max_bytes
 from lunet_fast.recsys.data.parquet_sizes import stated_sizes
 from lunet_fast.recsys.data.ratings import (
     IdMap,
@@ -30,6 +29,7 @@ from lunet_fast.recsys.data.ratings import (
     read_ratings,
 )
 from lunet_fast.recsys.data.table import MISSING
+from lunet_fast.training import outside
 
 HEADER = "user,item,rating,timestamp\n"
 
@@ -514,7 +514,7 @@ def test_no_more_is_unpacked_than_is_read(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_gzip_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By their ratio: what they unpack to could be of a size that is read."""
-    monkeypatch.setattr(limits, "RATIO_FREE_BYTES", 100_000)
+    monkeypatch.setattr(outside, "RATIO_FREE_BYTES", 100_000)
     file = write(tmp_path, gzip.compress(HEADER.encode() + b"\n" * 2_000_000), "r.csv.gz")
     advice = "as no ratings do: if you trust it, unpack it"
     with pytest.raises(
@@ -527,13 +527,13 @@ def test_gzip_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LUNET_FAST_MAX_BYTES", raising=False)
-    assert max_bytes() == limits._memory() // 16 > 1 << 20
+    assert outside.max_bytes(16) == outside._memory() // 16 > 1 << 20
     monkeypatch.setenv("LUNET_FAST_MAX_BYTES", " 123 ")
-    assert max_bytes() == 123
+    assert outside.max_bytes(16) == 123
     for wrong in ("0", "-1", "1e9", "x", "4 GB"):
         monkeypatch.setenv("LUNET_FAST_MAX_BYTES", wrong)
         with pytest.raises(ValueError, match=f"LUNET_FAST_MAX_BYTES must be a whole number .*'{wrong}'"):
-            max_bytes()
+            outside.max_bytes(16)
 
 
 @pytest.mark.parametrize(
@@ -696,7 +696,7 @@ class TestParquet:
 
     def test_lies_about_sizes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The footer says little, the page's header what it unpacks to; or the other way round."""
-        monkeypatch.setattr(limits, "RATIO_FREE_BYTES", 100_000)
+        monkeypatch.setattr(outside, "RATIO_FREE_BYTES", 100_000)
         settings = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
         file = self.put(tmp_path, {"user": ["x" * 1_000_000]}, **settings)
         good = file.read_bytes()
@@ -710,7 +710,7 @@ class TestParquet:
                 RatingFileError, match="bytes state 1 rows of 1,000,0.. bytes, as no ratings do"
             ):
                 read_ratings(file)
-        monkeypatch.setattr(limits, "RATIO_FREE_BYTES", 10_000_000)
+        monkeypatch.setattr(outside, "RATIO_FREE_BYTES", 10_000_000)
         file.write_bytes(good)
         with pytest.raises(RatingFileError, match="more than 131,072 characters"):
             read_ratings(file)

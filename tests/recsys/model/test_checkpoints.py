@@ -16,14 +16,17 @@ from safetensors.torch import save_file
 
 from lunet_fast.recsys.data.ratings import Ratings, from_frame
 from lunet_fast.recsys.model import model_files
+from lunet_fast.recsys.model.model_files import TrainedModel
 from lunet_fast.recsys.model.schema import MODEL_FORMAT
-from lunet_fast.recsys.model.training import TrainResult, train
+from lunet_fast.recsys.model.training import train
 from lunet_fast.training import files, schema
 from lunet_fast.training.files import CheckpointError, RunFolder, RunFolderError, read_tensors, write_tensors
 from lunet_fast.training.loop import Interrupted, Progress, Stop
+from lunet_fast.training.run import Result
 from lunet_fast.training.schema import CHECKPOINT_FORMAT
 from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
 
+TrainResult = Result[TrainedModel]
 CONFIG = quick_config(epochs=3, mlp_epochs=2)
 RUN_FILES = {"checkpoints", "config.json", "loss.png", "metrics.json", "model.safetensors"}
 
@@ -217,7 +220,12 @@ class TestResume:
         [("LU-Net", 0), ("LU-Net", 1), ("LU-Net", 2), ("MLP", 0), ("MLP", 1), ("decoder", 0), ("decoder", 1)],
     )
     def test_gives_the_weights_of_the_uninterrupted_training(
-        self, ratings: Ratings, whole: tuple[TrainResult, Path], tmp_path: Path, phase: str, epoch: int
+        self,
+        ratings: Ratings,
+        whole: tuple[TrainResult, Path],
+        tmp_path: Path,
+        phase: str,
+        epoch: int,
     ) -> None:
         out = tmp_path / "run"
         with pytest.raises(KeyboardInterrupt):

@@ -13,11 +13,15 @@ from lunet_fast.recsys.data.ratings import Ratings, from_frame
 from lunet_fast.recsys.data.splits import random_split
 from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.config import TrainConfig, nearest_dataset, recipe
+from lunet_fast.recsys.model.model_files import TrainedModel
 from lunet_fast.recsys.model.schema import CANDIDATES_FORMAT
-from lunet_fast.recsys.model.training import TrainResult, train
+from lunet_fast.recsys.model.training import train
 from lunet_fast.training.files import read_tensors
 from lunet_fast.training.loop import DivergenceError, Progress
+from lunet_fast.training.run import Result
 from tests.recsys.synthetic import latent_ratings, quick_config
+
+TrainResult = Result[TrainedModel]
 
 
 @pytest.fixture(scope="module")
