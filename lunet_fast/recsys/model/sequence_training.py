@@ -27,7 +27,7 @@ from lunet_fast.recsys.model.sequences import Sequences
 from lunet_fast.recsys.model.side import Side
 from lunet_fast.recsys.model.softmax import next_item_loss
 from lunet_fast.recsys.model.state_network import StateNetwork
-from lunet_fast.recsys.model.training import check_ratings, ids_digest, known_of, ratings_digest
+from lunet_fast.recsys.model.training import check_ratings, known_of, recorded_settings
 from lunet_fast.training.distributed import Workers, existing_device
 from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, write_json
@@ -59,7 +59,7 @@ def train_sequence(
     run = Run(workers or Workers(device=existing_device(device)), **options)
     parts = Parts.of(ratings, config.split, config.seed)
     check_ratings("training", parts.training)
-    recorded = {} if run.folder is None else _resolved(config, parts)
+    recorded = {} if run.folder is None else recorded_settings(config, parts)
     stored = run.finished(recorded)
     if stored is not None:
         return Result(load_sequences(stored.model), read_json(stored.metrics), Curve())
@@ -131,22 +131,6 @@ def evaluate_sequences(model: StateNetwork, parts: Parts) -> Ranking:
 
     ranking = evaluate_ranking(score_items, parts, model.config.seed)
     return ranking._replace(metrics={**values, **ranking.metrics})
-
-
-def _resolved(config: SequenceConfig, parts: Parts) -> dict[str, Any]:
-    """The content of ``config.json``: all settings, and what data they were used on."""
-    training = parts.training
-    return {
-        "dataset": training.name,
-        "source": training.source,
-        "reading": training.reading,
-        "users": training.n_users,
-        "items": training.n_items,
-        "scale": list(training.scale),
-        "ratings_sha256": ratings_digest(parts),
-        "ids_sha256": ids_digest(parts),
-        **config.to_dict(),
-    }
 
 
 # One step ---------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.plain import plain_figures
 from lunet_fast.recsys.model.prediction import decode, predict_ratings, reconstruct
 from lunet_fast.recsys.model.scoring import ItemScorer
+from lunet_fast.recsys.model.sequence_config import SequenceConfig
 from lunet_fast.training.distributed import Workers, existing_device
 from lunet_fast.training.figures import save_loss_figure
 from lunet_fast.training.files import read_json, write_json
@@ -88,7 +89,7 @@ def train(
     for part, rows in (("training", parts.training), ("test", parts.test)):
         if rows is not None:
             check_ratings(part, rows)
-    recorded = {} if run.folder is None else _resolved(config, parts)
+    recorded = {} if run.folder is None else recorded_settings(config, parts)
     defaults = TrainConfig().to_dict()
     stored = run.finished(recorded, defaults)
     if stored is not None:
@@ -221,7 +222,7 @@ def ids_digest(parts: Parts) -> str:
     return digest.hexdigest()
 
 
-def _resolved(config: TrainConfig, parts: Parts) -> dict[str, Any]:
+def recorded_settings(config: TrainConfig | SequenceConfig, parts: Parts) -> dict[str, Any]:
     """The content of ``config.json``: all settings, and what data they were used on."""
     training = parts.training
     return {
