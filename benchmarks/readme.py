@@ -16,6 +16,7 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
+from tables_of_anyone import SECTIONS as ANYONE_SECTIONS
 from tables_of_real_data import SECTIONS as REAL_SECTIONS
 
 import prose
@@ -379,6 +380,7 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "sequence": lambda: sequence("ml-100k"),
     "sequence-ml-1m": lambda: sequence("ml-1m"),
     **ORDER_SECTIONS,
+    **ANYONE_SECTIONS,
     **DENSITY_SECTIONS,
     **REAL_SECTIONS,
     **LAYER_SECTIONS,

@@ -152,4 +152,5 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "density-digits": _section(digits_table, "digits"),
     "density-costs": _section(costs_table, "speed"),
     "density-2d": _section(plane_table, "plane"),
+    "density-ablation": _section(ablation_table, "ablation"),
 }
