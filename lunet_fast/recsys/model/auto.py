@@ -3,7 +3,8 @@
 What is learnt is standardised and added to shrunk biases. Size and batch follow the numbers of ratings, users
 and items; the strengths of the biases, the network's penalty, and the factor that its rating is multiplied by
 are found on validation folds of the training part. Where the data say no more than biases do, the factor goes
-to 0 and biases are left.
+to 0 and biases are left. Where they surely say more, biases are learnt with the network, or ratings by their
+levels (loss ``ordinal``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.config import TrainConfig, recipe
+from lunet_fast.recsys.model.network import MOST_LEVELS, RatingModel
 from lunet_fast.recsys.model.offsets import shrunk_biases
 from lunet_fast.recsys.model.training import train
 from lunet_fast.recsys.model.transform import Transform
@@ -30,6 +32,8 @@ from lunet_fast.training.loop import Callback
 AUTO = "auto"
 PENALTIES = (0.04, 0.08, 0.2)
 """Of z, that are tried: recipe ``best`` has the first on ML-100K."""
+ALTERNATIVES = 2
+"""Settings of another kind that are tried at most."""
 BIAS_L2 = (0.3, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 TRIAL_MEMBERS = 4
 LARGE = 300_000
@@ -88,18 +92,37 @@ def auto_config(
     if made.folds and "offset_l2_user" not in given and "offset_l2_item" not in given:
         config = search.biases()
     if made.folds and config.offset == "biases" and not {"strength", "l2_latent"} & given.keys():
-        config = search.network()
+        config = search.network(_alternatives(training, given))
     if config.patience is not None:
         most, config = config.epochs, search.epochs(config.patience)
         if told is not None:
             told(f"recipe auto: {config.epochs} of at most {most} epochs (chosen on a validation part)")
     if made.folds and told is not None:
-        told(
-            f"recipe auto: biases of users and items with L2 {config.offset_l2_user:g} and "
-            f"{config.offset_l2_item:g}; the network's penalty {config.l2_latent:g}, its rating times "
-            f"{config.strength:.2f} (chosen on {made.folds} validation part{'s' * (made.folds > 1)})"
-        )
+        told(f"recipe auto: {_in_words(config)}, chosen on {made.folds} validation part(s)")
     return config
+
+
+def _in_words(config: TrainConfig) -> str:
+    if config.offset == "biases":
+        return (
+            f"biases of users and items with L2 {config.offset_l2_user:g} and {config.offset_l2_item:g}, the "
+            f"network's penalty {config.l2_latent:g}, its rating times {config.strength:.2f}"
+        )
+    learnt = "the levels of ratings (loss ordinal)" if config.loss == "ordinal" else "ratings"
+    return f"{learnt} less their mean, with learnt biases, the network's penalty {config.l2_latent:g}"
+
+
+def _alternatives(training: Ratings, given: Mapping[str, Any]) -> list[TrainConfig]:
+    """What may predict better than a network on shrunk biases, where ratings are many: biases learnt with it,
+    and of few levels their probabilities."""
+    sizes = len(training), training.n_users, training.n_items
+    found = []
+    if not {"offset", "transform"} & given.keys():
+        found.append(_sized(*sizes, {**given, "offset": "mean"}))
+        levels = torch.unique(training.rating)
+        if "loss" not in given and 2 <= len(levels) <= MOST_LEVELS:
+            found.append(_sized(*sizes, {**given, "loss": "ordinal"}))
+    return found
 
 
 def found_before(out: Path, given: Mapping[str, Any]) -> TrainConfig | None:
@@ -161,7 +184,7 @@ def estimated(config: TrainConfig, ratings: Ratings, folds: int = 0, notes: Sequ
     steps = config.epochs * math.ceil(n / config.batch_size)
     trial = config.replace(members=min(config.members, TRIAL_MEMBERS))
     seconds = steps * _seconds_of_a_step(config, n)
-    trials = folds * len(PENALTIES) + (config.patience is not None)
+    trials = folds * (len(PENALTIES) + ALTERNATIVES) + (config.patience is not None)
     seconds += trials * steps * _seconds_of_a_step(trial, n)
     activations = 24 * config.batch_size * config.members * 2 * config.embedding_size
     # Parameters, their gradients and Adam's two averages; a row of ratings while it is read.
@@ -239,21 +262,31 @@ class _Search:
         self.config = self.config.replace(offset_l2_user=chosen[0], offset_l2_item=chosen[1])
         return self.config
 
-    def network(self) -> TrainConfig:
-        """The penalty of z with the least error, and the strength of the network's rating."""
-        members = min(self.config.members, TRIAL_MEMBERS)
+    def network(self, alternatives: Sequence[TrainConfig]) -> TrainConfig:
+        """The penalty of z with the least error, on a ladder up to the first that is worse, and the strength
+        of the network's rating; or one of ``alternatives``, if it errs less by more than the standard error
+        of the difference."""
         best: tuple[float, float, float] | None = None
+        errors = torch.empty(0)
         for penalty in PENALTIES:
-            trial = self.config.replace(
-                l2_latent=penalty, members=members, split="none", mlp=False, strength=1.0
-            )
-            parts = [self._residuals(trial, *fold) for fold in self.folds]
-            network, left = (torch.cat(side) for side in zip(*parts, strict=True))
+            trial = self.config.replace(l2_latent=penalty, strength=1.0)
+            tried = [self._tried(trial, *fold) for fold in self.folds]
+            network, left = (torch.cat([getattr(one, name) for one in tried]) for name in ("network", "left"))
             strength, error = shrunk_factor(network, left)
-            if best is None or error < best[0]:
-                best = (error, penalty, strength)
+            if best is not None and error >= best[0]:
+                break
+            best = (error, penalty, strength)
+            errors = torch.cat([one.errors(one.offset + strength * one.network) for one in tried])
         assert best is not None
         self.config = self.config.replace(l2_latent=best[1], strength=round(best[2], 3))
+        gains = {}
+        for other in alternatives:
+            tried = [self._tried(other, *fold) for fold in self.folds]
+            gain = errors - torch.cat([one.errors(one.score) for one in tried])
+            if gain.mean() > gain.std() / math.sqrt(len(gain)):
+                gains[float(gain.mean())] = other
+        if gains:
+            self.config = gains[max(gains)]
         return self.config
 
     def epochs(self, patience: int) -> TrainConfig:
@@ -267,17 +300,42 @@ class _Search:
         return self.config
 
     @torch.no_grad()
-    def _residuals(self, trial: TrainConfig, rest: Ratings, part: Ratings) -> tuple[Tensor, Tensor]:
-        """(the network's rating, what the offset leaves) of the rows of ``part``, as they are learnt."""
+    def _tried(self, trial: TrainConfig, rest: Ratings, part: Ratings) -> _Tried:
+        """What a model of few members, trained on ``rest``, says of the rows of ``part``."""
+        trial = trial.replace(members=min(trial.members, TRIAL_MEMBERS), split="none", mlp=False)
         with torch.enable_grad():
             model = train(rest, trial, device=self.device).trained.model
         score = model.output(part.user, part.item, observed=False).score
         assert score is not None
-        offset = model.offset(part.user, part.item)
         seen = model.interactions
         known = (seen.user_counts[part.user] > 0) & (seen.item_counts[part.item] > 0)
-        network = (score.mean(0) - offset) * known
-        return network.double(), (model.transform(part.rating) - offset).double()
+        return _Tried(model, score.mean(0), model.offset(part.user, part.item), known, part.rating)
+
+
+class _Tried(NamedTuple):
+    """Of each row of a validation part: read-out, offset, whether user and item are known, rating."""
+
+    model: RatingModel
+    score: Tensor
+    offset: Tensor
+    known: Tensor
+    rating: Tensor
+
+    @property
+    def network(self) -> Tensor:
+        """The network's rating, as it is learnt; 0 for whom it does not know."""
+        return ((self.score - self.offset) * self.known).double()
+
+    @property
+    def left(self) -> Tensor:
+        """What the offset leaves of the ratings, as they are learnt."""
+        return (self.model.transform(self.rating) - self.offset).double()
+
+    @torch.no_grad()
+    def errors(self, score: Tensor) -> Tensor:
+        """The squares of the errors of the ratings that belong to ``score``."""
+        low, high = float(self.rating.min()), float(self.rating.max())
+        return (self.model.rating(score.float()).clamp(low, high) - self.rating).double().square()
 
 
 def _has_not_fallen(patience: int) -> Callback:

@@ -16,6 +16,7 @@ from lunet_fast.recsys.data.ids import IdMap
 from lunet_fast.recsys.data.ratings import Ratings, from_frame
 from lunet_fast.recsys.data.splits import random_split
 from lunet_fast.recsys.measures.protocols import Parts
+from lunet_fast.recsys.model import auto
 from lunet_fast.recsys.model.auto import auto_config, plan, shrunk_factor
 from lunet_fast.recsys.model.offsets import shrunk_biases
 from lunet_fast.recsys.model.plain import plain_figures
@@ -171,6 +172,17 @@ class TestAuto:
         assert (config.l2_latent, config.batch_size, config.transform, config.seed) == (0.3, 77, "none", 3)
         assert (config.recipe, config.epochs, config.members) == ("auto", 2, 2)
         assert auto_config(ratings, gamma=0, **SHORT).offset == "mean"
+
+    def test_another_kind_of_settings_must_be_surely_better(self) -> None:
+        ratings = latent_ratings()
+        poor = plan(ratings, **SHORT).config
+        assert poor.offset == "biases"
+        good = poor.replace(offset="mean", epochs=20, learning_rate=0.03)
+        search = auto._Search(ratings, poor, 2, "cpu")
+        assert search.network([good]) == good
+        worse = good.replace(epochs=1, learning_rate=1e-6)
+        chosen = auto._Search(ratings, poor, 2, "cpu").network([worse, worse.replace(loss="huber")])
+        assert chosen.offset == "biases"
 
     def test_size_follows_the_data(self) -> None:
         small, large = plan(noise(100, 40, 1000)).config, plan(noise(900, 1700, 100_000)).config
