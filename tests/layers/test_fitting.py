@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -77,6 +78,7 @@ def test_fit_of_a_conditional_flow_and_of_given_validation_rows() -> None:
     torch.testing.assert_close(record.best, -float(flow.log_prob(held_out).mean()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not (find_spec("tqdm") or find_spec("rich")), reason="nothing here that shows it")
 def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     LUFlow(LUNet(3, 1)).fit(skewed(50), steps=20, round_steps=10)
     shown = capsys.readouterr()
