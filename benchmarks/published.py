@@ -5,8 +5,8 @@
 
 Recipe best as ``lunet-fast train`` has it, the same with f = identity, and with the loss ``ordinal``, which
 ``ablation.py ratings`` prefers on a validation part. The weights of the last epoch count, and no decision
-reads a test part. The folds stand in ml-100k.zip of $LUNET_FAST_DATA or --data-dir. A training that was measured is
-kept in benchmarks/results/published.json and not repeated by the same code.
+reads a test part. The folds stand in ml-100k.zip of $LUNET_FAST_DATA or --data-dir. A training that was
+measured is kept in benchmarks/results/published.json and not repeated by the same code.
 """
 
 from __future__ import annotations

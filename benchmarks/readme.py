@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from tables_of_anyone import SECTIONS as ANYONE_SECTIONS
+from tables_of_published import SECTIONS as PUBLISHED_SECTIONS
 from tables_of_real_data import SECTIONS as REAL_SECTIONS
 
 import prose
@@ -381,6 +382,7 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "sequence-ml-1m": lambda: sequence("ml-1m"),
     **ORDER_SECTIONS,
     **ANYONE_SECTIONS,
+    **PUBLISHED_SECTIONS,
     **DENSITY_SECTIONS,
     **REAL_SECTIONS,
     **LAYER_SECTIONS,

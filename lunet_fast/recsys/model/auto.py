@@ -98,7 +98,8 @@ def auto_config(
         if told is not None:
             told(f"recipe auto: {config.epochs} of at most {most} epochs (chosen on a validation part)")
     if made.folds and told is not None:
-        told(f"recipe auto: {_in_words(config)}, chosen on {made.folds} validation part(s)")
+        parts = "a validation part" if made.folds == 1 else f"{made.folds} validation parts"
+        told(f"recipe auto: {_in_words(config)}, chosen on {parts}")
     return config
 
 
