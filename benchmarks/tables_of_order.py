@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from lunet_fast.recsys.data.order import GAP_NAMES
 from tables import Cell, load, measured, number, table
@@ -24,8 +25,8 @@ OF_SOURCES = {
 }
 
 
-def ordered() -> list[str]:
-    result = load("sequence/compare-ml-100k")
+def ordered(dataset: str) -> list[str]:
+    result = load(f"sequence/compare-{dataset}")
     rows: list[list[Cell | str]] = []
     for row in result["rows"]:
         cells = [number(row[name], ".4f", row.get(f"{name}_sd")) for name in FIGURES]
@@ -84,7 +85,8 @@ def sources() -> list[str]:
 
 
 ORDER_SECTIONS: dict[str, Callable[[], list[str]]] = {
-    "ordered": ordered,
+    "ordered": partial(ordered, "ml-100k"),
+    "ordered-ml-1m": partial(ordered, "ml-1m"),
     "gaps": gaps,
     "elapsed": elapsed,
     "sources": sources,
