@@ -48,6 +48,7 @@ TrainCommand = settings_command(
             *(
                 "embedding_size",
                 "layers",
+                "network",
                 "alpha",
                 "members",
                 "side_features",
@@ -61,7 +62,7 @@ TrainCommand = settings_command(
             *("gamma", "loss", "transform", "negatives", "negative_sampling", "negatives_outside"),
             *("positive_from", "below", "confidence"),
         ),
-        ORDER: ("order", "user_history", "elapsed", "identity", "length", "decays", "network"),
+        ORDER: ("order", "user_history", "elapsed", "identity", "length", "decays"),
     },
     dict.fromkeys(
         (
