@@ -24,7 +24,7 @@ from lunet_fast.training.files import read_json, write_json
 from machine import RESULTS, Results, open_results, parser
 
 SEED = 0
-SECONDS = 120.0
+SECONDS = 60.0
 NAME = f"search-{SEARCHED_ON}"
 
 

@@ -50,8 +50,8 @@ _FACTORS, _EPOCHS = Range(4, 400, log=True), Range(5, 400, log=True)
 _L2 = Range(1e-3, 0.5, log=True)
 
 _GIBBS = {
-    "rank": _same(10, Range(2, 48, log=True)),
-    "samples": Setting(500, 200, in_search=100),
+    "rank": Setting(16, 10, Range(2, 48, log=True)),
+    "samples": Setting(400, 200, in_search=60),
     "burn_in": _same(0.05, Range(0.02, 0.5)),
     "alpha_0": _same(1.0, Range(0.05, 50.0, log=True)),
     "beta_0": _same(1.0, Range(0.05, 50.0, log=True)),

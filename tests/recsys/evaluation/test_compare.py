@@ -28,7 +28,7 @@ from lunet_fast.recsys.evaluation.compare import (
     compare,
     measure,
 )
-from lunet_fast.recsys.evaluation.comparison import csv_text, draw, markdown, save
+from lunet_fast.recsys.evaluation.comparison import csv_text, difference_table, draw, markdown, save
 from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig, recipe
 from lunet_fast.recsys.model.sequence_config import settings_of
@@ -513,6 +513,21 @@ class TestShown:
         assert f"| **{max(fair):.4f} ± " in text
         assert "nobody is told of held-out pairs" in text
         assert "`lunet-fast compare --dataset x`" in text
+
+    def test_differences(self, here: object) -> None:
+        described = replace(RATINGS, item_info=pd.DataFrame({"genres": ["Drama", "War"] * 20}))
+        result = compare(described, ["biases", "lunet-ids", "lunet-ratings", "lunet-ratings-one"], [0, 1])
+        assert [row["side"] for row in result.rows] == [False, True, True, False]
+        over = {row["key"]: row["over_best"] for row in result.rows if "over_best" in row}
+        assert len(over) == 2, "one less than the rows of each table"
+        for key, each in over.items():
+            mse = {row["key"]: row["test_mse"] for row in result.rows}
+            assert each["mse"] == pytest.approx(mse[key] - mse[each["key"]], abs=1e-4)
+            assert each["low"] <= each["mse"] <= each["high"]
+        text = markdown(result)
+        assert "## Differences of the MSE, paired over users" in text
+        assert len(difference_table(result)) == 2
+        assert "are read by: LU-Net, ratings (gamma 1), LU-Net, ratings, one member." in text
 
     def test_csv(self, result: module.Comparison) -> None:
         rows = list(csv.DictReader(io.StringIO(csv_text(result))))
