@@ -48,8 +48,10 @@ def from_the_best(
         best = min(group, key=lambda row: float(row["test_mse"]))
         seeds = best["seeds"]
         others = [row for row in group if row is not best and row["seeds"] == seeds]
-        counts = sum(_tested(ratings, seed) for seed in seeds)
-        errors = [sum(_sums(runs[row["key"], seed]) for seed in seeds) for row in (best, *others)]
+        counts = np.sum([_tested(ratings, seed) for seed in seeds], axis=0)
+        errors = [
+            np.sum([_sums(runs[row["key"], seed]) for seed in seeds], axis=0) for row in (best, *others)
+        ]
         differences = np.array([each - errors[0] for each in errors[1:]]).reshape(len(others), len(counts))
         for row, difference, samples in zip(others, differences, _drawn(differences, counts), strict=True):
             low, high = np.quantile(samples, BETWEEN)
