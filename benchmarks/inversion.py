@@ -45,19 +45,16 @@ FLOW_STEPS = 600
 
 
 def trained(config: TrainConfig, parts: Parts, *, identity: bool = False) -> RatingModel:
-    """Trained in the steps of ``lunet-fast train``; ``identity`` holds f at x -> x, one layer with A = I."""
+    """Trained in the steps of ``lunet-fast train``; ``identity`` holds f at x -> x."""
     part = parts.training
     features = side_features(part) if config.side_features else (None, None)
     torch.manual_seed(config.seed)
     model = RatingModel(
-        config.replace(layers=1) if identity else config,
+        config.replace(network="identity") if identity else config,
         *(part.user, part.item, part.rating, part.n_users, part.n_items),
         user_features=features[0],
         item_features=features[1],
     )
-    if identity:
-        for parameter in model.nets.parameters():
-            torch.nn.init.zeros_(parameter).requires_grad_(False)
     sampler = NegativeSampler.of(model, parts.known_pairs()) if config.gamma < 1 else None
     optimizer, generator = rating_optimizer(model), torch.Generator().manual_seed(config.seed)
     rates = [group["lr"] for group in optimizer.param_groups]

@@ -23,6 +23,7 @@ from tables_of_real_data import SECTIONS as REAL_SECTIONS
 import prose
 from figures import FIGURES
 from lunet_fast.bench.results import seconds_text
+from lunet_fast.recsys.evaluation.compare import METHODS
 from machine import ROOT, write_text
 from tables import Cell, deviation, load, measured, number, standard_error, table
 from tables_of_densities import SECTIONS as DENSITY_SECTIONS
@@ -87,33 +88,83 @@ def _package(row: dict[str, Any]) -> str:
     return PACKAGES.get(row["package"], row["package"])
 
 
-def _methods(result: dict[str, Any], figures: list[str], without: str) -> list[list[Cell | str]]:
-    """A row for each method that has all of ``figures``; ``without`` is shown, but never the best."""
+def _methods(
+    rows_of: list[dict[str, Any]], figures: list[str], without: str, apart: bool = False
+) -> list[list[Cell | str]]:
+    """A row for each method that has all of ``figures``; ``without`` is shown, but never the best. With
+    ``apart`` how far it is from the best too."""
     rows: list[list[Cell | str]] = []
-    for row in result["rows"]:
+    for row in rows_of:
         if any(row.get(figure) is None for figure in figures):
             continue
         cells = [number(row[figure], ".4f", row.get(f"{figure}_sd")) for figure in figures]
         cells += [number(row["train_seconds"], ".1f"), number(row["peak_memory_mb"], ".0f")]
         if row["key"] == without:
             cells = [Cell(cell.text) for cell in cells]
+        if apart:
+            cells.insert(1, Cell(_apart(row)))
         rows.append([row["method"], _package(row), *cells])
     return rows
+
+
+def _apart(row: dict[str, Any]) -> str:
+    over = row.get("over_best")
+    return "" if over is None else f"{over['mse']:+.4f} ({over['low']:+.4f} to {over['high']:+.4f})"
+
+
+TAIL = dict.fromkeys(("training, s", "memory, MB"), min)
+
+
+APART = (
+    "Above the best: the difference of the MSE from the best of the table, and its interval of 95 % where "
+    "users are drawn with replacement. It is that of other users, not of other trainings."
+)
+
+
+def _rated(result: dict[str, Any]) -> list[str]:
+    """The methods that predict ratings: those that read side features in a table of their own, where the
+    results say who does."""
+    lines: list[str] = []
+    known = any("side" in row for row in result["rows"])
+    for side, title in ((False, "Without side features:"), (True, "With side features:")):
+        some = [row for row in result["rows"] if row.get("side", False) == side]
+        rows = _methods(some, ["test_mse"], "lunet-both", known)  # its test ratings are others
+        if rows:
+            apart = ["above the best (95 %)"] * known
+            head = ["method", "package", "test MSE", *apart, *TAIL]
+            lines += [*[title, ""] * known, *table(head, rows, {"test MSE": min, **TAIL}), ""]
+    return [*lines, *[APART, ""] * known]
+
+
+MEASURES = {"test_mse": "MSE", "ndcg@10": "NDCG@10"}
+"""What a search judges by, in words."""
+
+
+def searched() -> list[str]:
+    result = load("search-ml-100k")
+    rows: list[list[Cell | str]] = []
+    for key, found in result["methods"].items():
+        tried = [trial for trial in found["trials"] if not trial["full"]]
+        full = [trial for trial in found["trials"] if trial["full"]]
+        first = next((trial["value"] for trial in full if trial["settings"] == found["first"]), None)
+        ends = ", ".join(f"{name} ({end})" for name, end in found["at_ends"].items())
+        cells = [number(value).text for value in (first, found["value"])]
+        seconds = f"{found['seconds']:g}"
+        rows.append([METHODS[key].name, MEASURES[found["measure"]], *cells, str(len(tried)), seconds, ends])
+    head = ["method", "measure", "declared", "found", "trials", "their seconds", "at an end of its range"]
+    return [*table(head, rows, {}), "", measured(result, result["command"])]
 
 
 def compare() -> list[str]:
     lines: list[str] = []
     for dataset, name in DATASETS.items():
         result = load(f"compare-{dataset}")
-        tail = dict.fromkeys(("training, s", "memory, MB"), min)
-        rated = _methods(result, ["test_mse"], "lunet-both")  # its test ratings are others
-        ratings = table(["method", "package", "test MSE", *tail], rated, {"test MSE": min, **tail})
         names = ["HR@10", "NDCG@10", "HR@10, all items", "NDCG@10, all items"]
-        ranked = _methods(result, ["hr@10", "ndcg@10", "full_hr@10", "full_ndcg@10"], "lunet-leaky")
-        ranking = table(["method", "package", *names, *tail], ranked, {**dict.fromkeys(names, max), **tail})
+        ranked = _methods(result["rows"], ["hr@10", "ndcg@10", "full_hr@10", "full_ndcg@10"], "lunet-leaky")
+        ranking = table(["method", "package", *names, *TAIL], ranked, {**dict.fromkeys(names, max), **TAIL})
         where = measured(result, result["command"], versions=result["versions"])
         seeds = _seeds(result["seeds"])
-        lines += [f"### {name}: predicting ratings, {seeds}", "", *ratings, ""]
+        lines += [f"### {name}: predicting ratings, {seeds}", "", *_rated(result)]
         lines += [f"### {name}: ranking, {seeds}", "", *ranking, "", where, ""]
     return lines[:-1]
 
@@ -370,6 +421,7 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "figures": figures,
     "table2": table2,
     "compare": compare,
+    "searched": searched,
     "ablation-ratings": ablation_ratings,
     "ablation-ranking": ablation_ranking,
     "confidence": confidence,

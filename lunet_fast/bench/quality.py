@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,10 @@ from lunet_fast.bench.contenders import Unavailable
 from lunet_fast.recsys.data.movielens import load
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.data.splits import random_split
-from lunet_fast.recsys.evaluation.adapters import GIBBS, MF, matrix_factorisation
+from lunet_fast.recsys.evaluation.adapters import matrix_factorisation
 from lunet_fast.recsys.evaluation.baselines import BASELINES, missing
 from lunet_fast.recsys.evaluation.fitted import Fitted
+from lunet_fast.recsys.evaluation.peer_settings import settings_for
 from lunet_fast.recsys.measures import metrics
 from lunet_fast.recsys.model.config import TrainConfig, nearest_dataset, recipe
 from lunet_fast.recsys.model.network import RatingModel
@@ -69,17 +71,16 @@ def fit_cornac(training: Ratings, test: Ratings, seed: int, threads: int) -> Tim
     Raises:
         Unavailable: cornac is not installed.
     """
-    size = nearest_dataset(len(training) + len(test))
-    return _fit("mf", test, lambda: matrix_factorisation(training, seed, size, threads))
+    settings = settings_for("mf", nearest_dataset(len(training) + len(test)))
+    return _fit("mf", test, lambda: matrix_factorisation(training, seed, settings, threads))
 
 
-def fit_myfm(training: Ratings, test: Ratings, seed: int, *, implicit: bool) -> Timed:
-    """myFM's Bayesian factorisation machine on user and item, with ``implicit`` on who rated what too.
+def fit_myfm(key: str, training: Ratings, test: Ratings, seed: int, threads: int = 1) -> Timed:
+    """A Bayesian factorisation machine of myFM's, the baseline of that key; it has one thread.
 
     Raises:
         Unavailable: myFM is not installed.
     """
-    key = "bayesian-svd++" if implicit else "bayesian-fm"
     size = nearest_dataset(len(training) + len(test))
     return _fit(key, test, lambda: BASELINES[key].fit(training, seed, size))
 
@@ -109,17 +110,15 @@ class Peer(NamedTuple):
 
 def peers(n_ratings: int, threads: Sequence[int] = THREADS) -> list[Peer]:
     """The peers with their settings for data of ``n_ratings`` ratings; myFM samples on one thread."""
-    k, rate, l2, epochs = MF[nearest_dataset(n_ratings)]
-    rank, samples = GIBBS
-    sampling = f"rank {rank}, {samples} Gibbs samples"
-    one = [count for count in threads if count == 1] or [1]
-    return [
-        Peer("cornac MF with biases", f"k = {k}, rate {rate}, L2 {l2}, {epochs} epochs", threads, fit_cornac),
-        Peer("myFM", sampling, one, lambda a, b, seed, _: fit_myfm(a, b, seed, implicit=False)),
-        Peer(
-            "myFM, implicit blocks", sampling, one, lambda a, b, seed, _: fit_myfm(a, b, seed, implicit=True)
-        ),
-    ]
+    size = nearest_dataset(n_ratings)
+    mf, one = settings_for("mf", size), [count for count in threads if count == 1] or [1]
+    factors = f"k = {mf['factors']}, rate {mf['rate']:g}, L2 {mf['l2']:g}, {mf['epochs']} epochs"
+    found = [Peer("cornac MF with biases", factors, threads, fit_cornac)]
+    for name, key in (("myFM", "bayesian-fm"), ("myFM, implicit blocks", "bayesian-svd++")):
+        gibbs = settings_for(key, size)
+        sampling = f"rank {gibbs['rank']}, {gibbs['samples']} Gibbs samples"
+        found.append(Peer(name, sampling, one, partial(fit_myfm, key)))
+    return found
 
 
 def time_to_quality(

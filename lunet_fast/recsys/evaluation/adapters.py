@@ -20,15 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lunet_fast.recsys.data.features import side_features
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.evaluation import fitted
 from lunet_fast.recsys.evaluation.fitted import Fitted, interactions_of, product, shape_of, zero_unrated
-
-#: Matrix factorisation: factors, rate, L2 and epochs by the size.
-MF = {"ml-100k": (100, 0.005, 0.08, 100), "ml-1m": (200, 0.01, 0.05, 30)}
-
-#: Bayesian factorisation machines: rank and Gibbs samples.
-GIBBS = (10, 200)
+from lunet_fast.recsys.evaluation.peer_settings import Settings
 
 
 def import_package(name: str) -> Any:
@@ -77,16 +73,13 @@ def undisturbed() -> Iterator[None]:
 # --- cornac ---------------------------------------------------------------------------------------------
 
 
-def matrix_factorisation(training: Ratings, seed: int, size: str, threads: int = 1) -> Fitted:
+def matrix_factorisation(training: Ratings, seed: int, settings: Settings, threads: int = 1) -> Fitted:
     """cornac's MF with biases, by SGD: what the baseline ``mf`` trains, there with one thread.
 
     With more it is not reproducible, and takes no seed. ImportError without cornac.
     """
-    k, rate, l2, epochs = MF[size]
     way = {"seed": seed} if threads == 1 else {"num_threads": threads}
-    model = import_package("cornac.models").MF(
-        k=k, learning_rate=rate, lambda_reg=l2, max_iter=epochs, use_bias=True, **way
-    )
+    model = import_package("cornac.models").MF(**_cornac_factors(settings), use_bias=True, **way)
     model.fit(_cornac_data(training, seed))
     return fitted.biased_product(
         training.rating.double().mean(),
@@ -96,12 +89,9 @@ def matrix_factorisation(training: Ratings, seed: int, size: str, threads: int =
     )
 
 
-def bpr(training: Ratings, seed: int, size: str) -> Fitted:
+def bpr(training: Ratings, seed: int, settings: Settings) -> Fitted:
     """Matrix factorisation with item biases, trained to put what a user rated before a drawn item."""
-    k, rate, l2, epochs = {"ml-100k": (50, 0.02, 0.01, 200), "ml-1m": (50, 0.02, 0.01, 100)}[size]
-    model = import_package("cornac.models").BPR(
-        k=k, learning_rate=rate, lambda_reg=l2, max_iter=epochs, use_bias=True, seed=seed
-    )
+    model = import_package("cornac.models").BPR(**_cornac_factors(settings), use_bias=True, seed=seed)
     model.fit(_cornac_data(training, seed))
     # Items without ratings were drawn as the worse ones, so they have learned vectors; such users have not.
     return product(
@@ -111,14 +101,13 @@ def bpr(training: Ratings, seed: int, size: str) -> Fitted:
     )
 
 
-def neumf(training: Ratings, seed: int, size: str) -> Fitted:
+def neumf(training: Ratings, seed: int, settings: Settings) -> Fitted:
     """A product of embeddings beside an MLP of embeddings, by cross-entropy.
 
     cornac trains it, but on batches of ours: its own loop over single draws takes most of the time.
     """
-    epochs, batch = {"ml-100k": (20, 1024), "ml-1m": (10, 4096)}[size]
     data = _cornac_data(training, seed)
-    epoch = fitted.labelled_batches(training, batch, seed)
+    epoch = fitted.labelled_batches(training, settings["batch"], seed)
 
     def batches(*_: Any, **__: Any) -> Iterator[list[Any]]:
         for columns in epoch():
@@ -126,12 +115,12 @@ def neumf(training: Ratings, seed: int, size: str) -> Fitted:
 
     data.uir_iter = batches
     model = import_package("cornac.models").NeuMF(
-        num_factors=8,
-        layers=[64, 32, 16, 8],
-        num_epochs=epochs,
-        batch_size=batch,
+        num_factors=settings["factors"],
+        layers=list(settings["hidden"]),
+        num_epochs=settings["epochs"],
+        batch_size=settings["batch"],
         num_neg=fitted.NEGATIVES,
-        lr=3e-3,
+        lr=settings["rate"],
         backend="pytorch",
         verbose=False,
         seed=seed,
@@ -144,23 +133,23 @@ def neumf(training: Ratings, seed: int, size: str) -> Fitted:
         found: Tensor = net.logit(torch.cat((net.gmf.h(users, items), net.mlp.h(users, items)), -1))
         return found.squeeze(-1)
 
+    width = 2 * (settings["factors"] + sum(settings["hidden"]))
     return Fitted(
-        fitted.count_parameters(net), score_items=fitted.over_all_items(logits, training.n_items, 256)
+        fitted.count_parameters(net), score_items=fitted.over_all_items(logits, training.n_items, width)
     )
 
 
-def autoencoder(training: Ratings, seed: int, size: str) -> Fitted:
+def autoencoder(training: Ratings, seed: int, settings: Settings) -> Fitted:
     """Variational autoencoder of a user's interactions with a multinomial likelihood (Liang et al. 2018)."""
-    k, hidden, beta, epochs = {"ml-100k": (50, 200, 0.2, 50), "ml-1m": (100, 400, 0.2, 50)}[size]
     model = import_package("cornac.models").VAECF(
-        k=k,
-        autoencoder_structure=[hidden],
+        k=settings["size"],
+        autoencoder_structure=[settings["hidden"]],
         act_fn="tanh",
         likelihood="mult",
-        n_epochs=epochs,
+        n_epochs=settings["epochs"],
         batch_size=100,
-        learning_rate=0.001,
-        beta=beta,
+        learning_rate=settings["rate"],
+        beta=settings["beta"],
         seed=seed,
     )
     model.fit(_cornac_data(training, seed))
@@ -175,6 +164,12 @@ def autoencoder(training: Ratings, seed: int, size: str) -> Fitted:
     return Fitted(fitted.count_parameters(vae), score_items=score_items)
 
 
+def _cornac_factors(settings: Settings) -> dict[str, Any]:
+    """Settings under the names that cornac's factorisations share."""
+    names = {"factors": "k", "rate": "learning_rate", "l2": "lambda_reg", "epochs": "max_iter"}
+    return {theirs: settings[ours] for ours, theirs in names.items()}
+
+
 def _cornac_data(training: Ratings, seed: int) -> Any:
     """cornac's data set under our indices: its own builders would number users and items anew."""
     columns = tuple(column.numpy() for column in (training.user, training.item, training.rating.double()))
@@ -185,16 +180,15 @@ def _cornac_data(training: Ratings, seed: int) -> Any:
 # --- surprise -------------------------------------------------------------------------------------------
 
 
-def svdpp(training: Ratings, seed: int, size: str) -> Fitted:
+def svdpp(training: Ratings, seed: int, settings: Settings) -> Fitted:
     """SVD++: biased factors, and the user's vector has a share of each item that the user rated."""
-    k, rate, l2, epochs = {"ml-100k": (20, 0.01, 0.08, 30), "ml-1m": (20, 0.01, 0.08, 20)}[size]
     model = import_package("surprise").SVDpp(
-        n_factors=k,
-        n_epochs=epochs,
-        lr_all=rate,
-        reg_all=l2,
-        # An item's share is decayed once for each rating of each user who rated it: l2 would leave nothing.
-        reg_yj=0.003,
+        n_factors=settings["factors"],
+        n_epochs=settings["epochs"],
+        lr_all=settings["rate"],
+        reg_all=settings["l2"],
+        # Its own: an item's share is decayed once for each rating of each user who rated it.
+        reg_yj=settings["l2_shares"],
         init_std_dev=0.01,
         random_state=seed,
         cache_ratings=True,
@@ -223,10 +217,17 @@ def svdpp(training: Ratings, seed: int, size: str) -> Fitted:
     return Fitted(biased.parameters + model.yj.size, predict=biased.predict)
 
 
-def knn(training: Ratings, seed: int, size: str) -> Fitted:
+def knn(training: Ratings, seed: int, settings: Settings) -> Fitted:
     """The user's deviations from the biases on the most similar items; O(n_items^2) memory."""
+    similarity = {
+        "name": settings["similarity"],
+        "user_based": False,
+        "min_support": settings["least_common"],
+        "shrinkage": settings["shrinkage"],  # of pearson_baseline alone
+    }
+    biases = {"method": "als", "reg_u": settings["l2_user"], "reg_i": settings["l2_item"]}
     model = import_package("surprise").KNNBaseline(
-        k=40, sim_options={"name": "pearson_baseline", "user_based": False}, verbose=False
+        k=settings["k"], sim_options=similarity, bsl_options=biases, verbose=False
     )
     model.fit(_surprise_data(training))
 
@@ -250,11 +251,15 @@ def _surprise_data(training: Ratings) -> Any:
 # --- implicit -------------------------------------------------------------------------------------------
 
 
-def als(training: Ratings, seed: int, size: str) -> Fitted:
+def als(training: Ratings, seed: int, settings: Settings) -> Fitted:
     """Factors of the 0/1 matrix by alternating least squares, a 1 weighing ``alpha`` times as much as a 0."""
-    f, l2, alpha, sweeps = {"ml-100k": (64, 30.0, 10.0, 15), "ml-1m": (64, 30.0, 10.0, 15)}[size]
     model = import_package("implicit.cpu.als").AlternatingLeastSquares(
-        factors=f, regularization=l2, alpha=alpha, iterations=sweeps, num_threads=1, random_state=seed
+        factors=settings["factors"],
+        regularization=settings["l2"],
+        alpha=settings["alpha"],
+        iterations=settings["sweeps"],
+        num_threads=1,
+        random_state=seed,
     )
     model.fit(_sparse(training).astype(np.float32), show_progress=False)
     return product(torch.from_numpy(model.user_factors), torch.from_numpy(model.item_factors))
@@ -263,46 +268,55 @@ def als(training: Ratings, seed: int, size: str) -> Fitted:
 # --- myFM -----------------------------------------------------------------------------------------------
 
 
-def bayesian_fm(training: Ratings, seed: int, size: str) -> Fitted:
-    """Bayesian factorisation machine on user and item, the mean over Gibbs samples."""
-    return _myfm(training, seed, implicit=False)
+def bayesian_fm(
+    training: Ratings, seed: int, settings: Settings, *, implicit: bool = False, side: bool = False
+) -> Fitted:
+    """Bayesian factorisation machine on user and item, the mean over Gibbs samples.
 
-
-def bayesian_svdpp(training: Ratings, seed: int, size: str) -> Fitted:
-    """The same with who rated what as further features of both (Rendle, Zhang and Koren 2019)."""
-    return _myfm(training, seed, implicit=True)
-
-
-def _myfm(training: Ratings, seed: int, *, implicit: bool) -> Fitted:
+    With ``implicit`` who rated what is a further block of features of both (Rendle, Zhang and Koren 2019),
+    with ``side`` what :func:`~lunet_fast.recsys.data.features.side_features` knows of them. Each block has
+    priors of its own.
+    """
     myfm, sparse = import_package("myfm"), import_package("scipy.sparse")
-    rank, samples = GIBBS
     shape = shape_of(training)
-    sides = [sparse.identity(n, format="csr") for n in shape]
-    groups = list(shape)
+    blocks = [[sparse.identity(n, format="csr")] for n in shape]
     if implicit:
         seen = _sparse(training)
-        others = [_normalised(seen), _normalised(seen.T.tocsr())]
-        sides = [sparse.hstack(pair, format="csr") for pair in zip(sides, others, strict=True)]
-        groups = [shape[0], shape[1], shape[1], shape[0]]
+        for block, others in zip(blocks, (seen, seen.T.tocsr()), strict=True):
+            block.append(_weighed(others, settings["history_power"]))
+    if side:
+        for block, known in zip(blocks, side_features(training), strict=True):
+            if known is not None:
+                block.append(sparse.csr_matrix(known.double().numpy()))
+    groups = [part.shape[1] for block in blocks for part in block]
+    sides = [sparse.hstack(block, format="csr") for block in blocks]
 
-    def blocks(users: Tensor, items: Tensor) -> list[Any]:
+    def related(users: Tensor, items: Tensor) -> list[Any]:
         indices = (users.tolist(), items.tolist())
-        return [myfm.RelationBlock(rows, side) for rows, side in zip(indices, sides, strict=True)]
+        return [myfm.RelationBlock(rows, known) for rows, known in zip(indices, sides, strict=True)]
 
-    model = myfm.MyFMRegressor(rank=rank, random_seed=seed)
-    known = blocks(training.user, training.item)
-    model.fit(None, training.rating.double().numpy(), X_rel=known, n_iter=samples, group_shapes=groups)
+    rank, samples = settings["rank"], settings["samples"]
+    priors = {name: settings[name] for name in ("alpha_0", "beta_0", "gamma_0")}
+    model = myfm.MyFMRegressor(rank=rank, random_seed=seed, **priors)
+    model.fit(
+        None,
+        training.rating.double().numpy(),
+        X_rel=related(training.user, training.item),
+        n_iter=samples,
+        n_kept_samples=max(1, round(samples * (1 - settings["burn_in"]))),
+        group_shapes=groups,
+    )
 
     def predict(users: Tensor, items: Tensor) -> Tensor:
-        return torch.from_numpy(model.predict(None, blocks(users, items), n_workers=1)).float()
+        return torch.from_numpy(model.predict(None, related(users, items), n_workers=1)).float()
 
     return Fitted(1 + sum(groups) * (1 + rank), predict=predict)
 
 
-def _normalised(seen: Any) -> Any:
-    """Rows divided by the root of their number of entries."""
+def _weighed(seen: Any, power: float) -> Any:
+    """Rows divided by their number of entries to a power."""
     counts = np.maximum(seen.getnnz(axis=1), 1)
-    return seen.multiply(1.0 / np.sqrt(counts)[:, None]).tocsr()
+    return seen.multiply(counts[:, None] ** -power).tocsr()
 
 
 def _sparse(training: Ratings) -> Any:

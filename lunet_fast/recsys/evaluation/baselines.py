@@ -3,18 +3,17 @@
 Each :class:`Baseline` takes the training part as :class:`~lunet_fast.recsys.data.ratings.Ratings` and gives
 back a :class:`~.fitted.Fitted`, which speaks of users and items by our indices. The methods whose package is
 "ours" are here; the others are in :mod:`~lunet_fast.recsys.evaluation.adapters`, and their packages come with
-``pip install "lunet-fast[baselines]"``.
+``pip install "lunet-fast[baselines]"``. What they are set to is in
+:mod:`~lunet_fast.recsys.evaluation.peer_settings`.
 
-For the methods that rank, every training rating is an interaction, whatever its value. The settings for
-``ml-100k`` were chosen on a validation part of its training data. Matrix factorisation, EASE and ALS have
-settings that are known to be good on ``ml-1m``; the others bring there what they have for ``ml-100k``, the
-slow ones with fewer epochs.
+For the methods that rank, every training rating is an interaction, whatever its value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -30,11 +29,13 @@ from lunet_fast.recsys.evaluation.fitted import (
     count_parameters,
     interactions_of,
     labelled_batches,
+    mean_of,
     over_all_items,
     rated_rows,
     rows_at_once,
     shape_of,
 )
+from lunet_fast.recsys.evaluation.peer_settings import Settings, settings_for
 from lunet_fast.recsys.evaluation.sequence_ease import sequence_ease
 from lunet_fast.recsys.evaluation.sequence_networks import gru4rec, sasrec
 from lunet_fast.recsys.model.config import recipe
@@ -47,23 +48,39 @@ from lunet_fast.training.loop import cpu_threads, descend
 SIZES = {"ml-100k": 100_000, "ml-1m": 1_000_209}
 
 
+Kinds = tuple[Literal["rating", "ranking"], ...]
+
+SEEDS_APART = 1_000_003
+"""Between the runs of one row, so that another seed's are others."""
+
+
 @dataclass(frozen=True)
 class Baseline:
     """A method to compare with."""
 
+    key: str
+    """On the command line."""
     name: str
     """As in tables."""
     package: Literal["cornac", "implicit", "myfm", "surprise", "ours"]
-    kinds: tuple[Literal["rating", "ranking"], ...]
+    kinds: Kinds
     """What it does: predict ratings, rank items, or both."""
-    train: Callable[[Ratings, int, str], Fitted]
-    """What :meth:`fit` runs."""
+    train: Callable[[Ratings, int, Settings], Fitted]
+    """What :meth:`fit` runs: of the training part, a seed and the settings."""
+    side: bool = False
+    """Whether it reads the side features of users and items."""
+    runs: int = 1
+    """Of how many trainings, which differ in their seeds, the predictions are the mean."""
+    family: str = ""
+    """Of a mean of several runs the key of one, whose settings it has."""
+
+    @property
+    def settings_key(self) -> str:
+        """Where its settings are found."""
+        return self.family or self.key
 
     def fit(self, training: Ratings, seed: int, size: str) -> Fitted:
         """The method trained on ``training``, on one thread, with the settings for data of ``size``.
-
-        The packages' output, progress bars and warnings are swallowed, and the global generators of NumPy and
-        PyTorch are left as they were. The same seed gives the same result on the same machine.
 
         Args:
             training: the training part on the CPU; the ids of its users and items may be more than occur.
@@ -77,13 +94,24 @@ class Baseline:
         """
         if size not in SIZES:
             raise ValueError(f"size={size!r} has no settings: use one of {', '.join(SIZES)}")
+        return self.fit_with(training, seed, settings_for(self.settings_key, size))
+
+    def fit_with(self, training: Ratings, seed: int, settings: Settings) -> Fitted:
+        """:meth:`fit` with settings of one's own, those of ``peer_settings.SETTINGS`` by name.
+
+        The packages' output, progress bars and warnings are swallowed, and the global generators of NumPy and
+        PyTorch are left as they were. The same seed gives the same result on the same machine.
+        """
         if len(training) == 0:
             raise ValueError(f"training is empty: {self.name} needs at least one rating")
         reason = missing(self)
         if reason is not None:
             raise ImportError(reason)
         with undisturbed(), cpu_threads(1):
-            return self.train(training, seed % 2**31, size)  # all that some packages take
+            # Modulo 2^31, which is all that some packages take.
+            seeds = [(seed + run * SEEDS_APART) % 2**31 for run in range(self.runs)]
+            fits = [self.train(training, each, settings) for each in seeds]
+        return fits[0] if self.runs == 1 else mean_of(fits)
 
 
 def missing(baseline: Baseline) -> str | None:
@@ -104,48 +132,46 @@ def missing(baseline: Baseline) -> str | None:
 # --- without a package ----------------------------------------------------------------------------------
 
 
-def _popularity(training: Ratings, seed: int, size: str) -> Fitted:
+def _popularity(training: Ratings, seed: int, settings: Settings) -> Fitted:
     """The number of training ratings."""
     counts = torch.bincount(training.item, minlength=training.n_items).float()
     return Fitted(0, score_items=lambda users: counts.repeat(len(users), 1))
 
 
-def _biases(training: Ratings, seed: int, size: str) -> Fitted:
+def _biases(training: Ratings, seed: int, settings: Settings) -> Fitted:
     """mean + b_u + b_i, the least squares with L2 on the biases, by turns until they stand still."""
-    l2_user, l2_item = {"ml-100k": (5.0, 3.0), "ml-1m": (5.0, 3.0)}[size]
     mean = training.rating.double().mean()
     b_user, b_item = shrunk_biases(
         training.user,
         training.item,
         training.rating.double() - mean,
         (training.n_users, training.n_items),
-        (l2_user, l2_item),
+        (settings["l2_user"], settings["l2_item"]),
         sweeps=30,
     )
     return biased_product(mean, b_user, b_item)
 
 
-def _ease(training: Ratings, seed: int, size: str) -> Fitted:
+def _ease(training: Ratings, seed: int, settings: Settings) -> Fitted:
     """EASE (Steck 2019): scores S B, where B minimises |S - S B|^2 + l2 |B|^2 with a diagonal of zeros.
 
     O(n_users n_items^2 + n_items^3) time and O(n_items^2) memory.
     """
-    l2 = {"ml-100k": 300.0, "ml-1m": 1000.0}[size]
     seen = interactions_of(training)
     n = training.n_items
     gram = torch.zeros(n, n, dtype=torch.float64)
     for users in torch.arange(training.n_users).split(rows_at_once(n)):
         rows = rated_rows(seen, users)
         gram += rows.T @ rows  # whole numbers below 2^24, which float32 holds
-    gram.diagonal().add_(l2)
+    gram.diagonal().add_(settings["l2"])
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     weight = (inverse / -inverse.diagonal()).fill_diagonal_(0.0).float()
     return Fitted(n * (n - 1), score_items=lambda users: rated_rows(seen, users) @ weight)
 
 
-def _mlp(training: Ratings, seed: int, size: str) -> Fitted:
-    """The MLP of table 2, by the trainer's own steps with the recipe's settings."""
-    config = recipe("paper", SIZES[size], seed=seed)
+def _mlp(training: Ratings, seed: int, settings: Settings) -> Fitted:
+    """The MLP of table 2, by the trainer's own steps; what ``settings`` lack is recipe ``paper``'s."""
+    config = recipe("paper", len(training), seed=seed, **settings)
     mean = training.rating.double().mean().item()
     torch.manual_seed(seed)
     model = MLPModel(
@@ -165,17 +191,14 @@ def _mlp(training: Ratings, seed: int, size: str) -> Fitted:
     return Fitted(count_parameters(model), predict=predict)
 
 
-def _mlp_cross_entropy(training: Ratings, seed: int, size: str) -> Fitted:
+def _mlp_cross_entropy(training: Ratings, seed: int, settings: Settings) -> Fitted:
     """The same network, whose output is the logit of an interaction, by cross-entropy."""
-    k, hidden, rate, epochs, batch = {
-        "ml-100k": (32, (64, 32), 3e-3, 20, 1024),
-        "ml-1m": (32, (64, 32), 3e-3, 10, 4096),
-    }[size]
+    k, hidden = settings["size"], settings["hidden"]
     torch.manual_seed(seed)
     model = MLPModel(*shape_of(training), k, hidden, mean=0.0, std=0.1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
-    epoch = labelled_batches(training, batch, seed)
-    for _ in range(epochs):
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings["rate"], fused=True)
+    epoch = labelled_batches(training, settings["batch"], seed)
+    for _ in range(settings["epochs"]):
         for users, items, labels in epoch():
             descend(optimizer, F.binary_cross_entropy_with_logits(model(users, items), labels))
     return Fitted(
@@ -183,23 +206,55 @@ def _mlp_cross_entropy(training: Ratings, seed: int, size: str) -> Fitted:
     )
 
 
+_RATING: Kinds = ("rating",)
+_RANKING: Kinds = ("ranking",)
+_WITH_HISTORIES = partial(adapters.bayesian_fm, implicit=True)
+_WITH_SIDE = partial(adapters.bayesian_fm, side=True)
+_WITH_BOTH = partial(adapters.bayesian_fm, implicit=True, side=True)
+
+_ONE_RUN = (
+    Baseline("biases", "User and item biases", "ours", _RATING, _biases),
+    Baseline("knn", "Item KNN with biases", "surprise", _RATING, adapters.knn),
+    Baseline("mf", "Matrix factorisation with biases", "cornac", _RATING, adapters.matrix_factorisation),
+    Baseline("svd++", "SVD++", "surprise", _RATING, adapters.svdpp),
+    Baseline("mlp", "MLP", "ours", _RATING, _mlp),
+    Baseline("bayesian-fm", "Bayesian FM", "myfm", _RATING, adapters.bayesian_fm),
+    Baseline("bayesian-svd++", "Bayesian FM, implicit blocks", "myfm", _RATING, _WITH_HISTORIES),
+    Baseline("bayesian-fm-side", "Bayesian FM, side features", "myfm", _RATING, _WITH_SIDE, side=True),
+    Baseline(
+        "bayesian-svd++-side",
+        "Bayesian FM, implicit blocks, side features",
+        "myfm",
+        _RATING,
+        _WITH_BOTH,
+        side=True,
+    ),
+    Baseline("popularity", "Popularity", "ours", _RANKING, _popularity),
+    Baseline("bpr", "BPR", "cornac", _RANKING, adapters.bpr),
+    Baseline("mlp-ce", "MLP, cross-entropy", "ours", _RANKING, _mlp_cross_entropy),
+    Baseline("neumf", "NeuMF", "cornac", _RANKING, adapters.neumf),
+    Baseline("autoencoder", "Variational autoencoder", "cornac", _RANKING, adapters.autoencoder),
+    Baseline("als", "ALS", "implicit", _RANKING, adapters.als),
+    Baseline("ease", "EASE", "ours", _RANKING, _ease),
+    Baseline("sequence-ease", "EASE of ordered histories", "ours", _RANKING, sequence_ease),
+    Baseline("gru4rec", "GRU4Rec", "ours", _RANKING, gru4rec),
+    Baseline("sasrec", "SASRec", "ours", _RANKING, sasrec),
+)
+
+AVERAGED = {"mf": 16, "mlp": 4, "bpr": 4, "autoencoder": 4, "als": 4}
+"""Methods whose mean over so many runs is a row too: as many as recipe ``best`` has members on ML-100K, 16
+for ratings and 4 for rankings; of the MLP, of which a run takes minutes, 4. The Bayesian ones are means
+already."""
+
+
+def _baselines() -> Iterator[Baseline]:
+    for one in _ONE_RUN:
+        yield one
+        if one.key in AVERAGED:
+            runs = AVERAGED[one.key]
+            name = f"{one.name}, mean of {runs}"
+            yield replace(one, key=f"{one.key}-mean", name=name, runs=runs, family=one.key)
+
+
 #: By the key on the command line, in the order of tables.
-BASELINES: dict[str, Baseline] = {
-    "biases": Baseline("User and item biases", "ours", ("rating",), _biases),
-    "knn": Baseline("Item KNN with biases", "surprise", ("rating",), adapters.knn),
-    "mf": Baseline("Matrix factorisation with biases", "cornac", ("rating",), adapters.matrix_factorisation),
-    "svd++": Baseline("SVD++", "surprise", ("rating",), adapters.svdpp),
-    "mlp": Baseline("MLP", "ours", ("rating",), _mlp),
-    "bayesian-fm": Baseline("Bayesian FM", "myfm", ("rating",), adapters.bayesian_fm),
-    "bayesian-svd++": Baseline("Bayesian FM, implicit blocks", "myfm", ("rating",), adapters.bayesian_svdpp),
-    "popularity": Baseline("Popularity", "ours", ("ranking",), _popularity),
-    "bpr": Baseline("BPR", "cornac", ("ranking",), adapters.bpr),
-    "mlp-ce": Baseline("MLP, cross-entropy", "ours", ("ranking",), _mlp_cross_entropy),
-    "neumf": Baseline("NeuMF", "cornac", ("ranking",), adapters.neumf),
-    "autoencoder": Baseline("Variational autoencoder", "cornac", ("ranking",), adapters.autoencoder),
-    "als": Baseline("ALS", "implicit", ("ranking",), adapters.als),
-    "ease": Baseline("EASE", "ours", ("ranking",), _ease),
-    "sequence-ease": Baseline("EASE of ordered histories", "ours", ("ranking",), sequence_ease),
-    "gru4rec": Baseline("GRU4Rec", "ours", ("ranking",), gru4rec),
-    "sasrec": Baseline("SASRec", "ours", ("ranking",), sasrec),
-}
+BASELINES: dict[str, Baseline] = {baseline.key: baseline for baseline in _baselines()}

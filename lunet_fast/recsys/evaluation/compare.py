@@ -29,12 +29,17 @@ from typing import Any
 import torch
 
 import lunet_fast
+from lunet_fast.recsys.data.features import side_features
 from lunet_fast.recsys.data.order import GAP_NAMES
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.evaluation.baselines import BASELINES, missing
+from lunet_fast.recsys.evaluation.differences import from_the_best, squared_errors
+from lunet_fast.recsys.evaluation.fitted import Fitted
+from lunet_fast.recsys.evaluation.peer_settings import SEARCHED_ON, chosen, settings_for
 from lunet_fast.recsys.measures import metrics
 from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig, nearest_dataset
+from lunet_fast.recsys.model.prediction import predict_ratings
 from lunet_fast.recsys.model.sequence_config import SEQUENCE, SequenceConfig, settings_of
 from lunet_fast.recsys.model.sequence_training import train_sequence
 from lunet_fast.recsys.model.training import train
@@ -64,6 +69,8 @@ DISTRIBUTIONS = {"surprise": "scikit-surprise"}
 class Method:
     """One row of the table."""
 
+    key: str
+    """On the command line."""
     name: str
     package: str
     """``ours``: a baseline written here; ``lunet_fast``: the model this library is for."""
@@ -72,6 +79,10 @@ class Method:
     recipe: str = ""
     """Of the LU-Net rows, what they are trained by; "" for the baselines."""
     overrides: tuple[tuple[str, Any], ...] = ()
+    settings_key: str = ""
+    """Where a search leaves what it chose, see :mod:`~lunet_fast.recsys.evaluation.peer_settings`."""
+    side: bool = False
+    """Whether it reads the side features of users and items, where the data have some."""
 
     @property
     def is_lu_net(self) -> bool:
@@ -82,42 +93,75 @@ class Method:
         """``rating``, ``ranking`` or ``both``."""
         return "both" if len(self.kinds) == 2 else self.kinds[0]
 
-    def config(self, n_ratings: int, seed: int, split: str = "leave-one-out") -> TrainConfig | SequenceConfig:
-        """The settings of a LU-Net row for data of ``n_ratings`` ratings, ``split`` that of rankings."""
-        overrides = dict(self.overrides)
+    def config(
+        self, n_ratings: int, seed: int, split: str = "leave-one-out", *, searched: bool = True
+    ) -> TrainConfig | SequenceConfig:
+        """The settings of a LU-Net row for data of ``n_ratings`` ratings, ``split`` that of rankings.
+
+        With what a search has chosen for data of that size, or the recipe's alone without ``searched``.
+        """
+        found = chosen() if searched and nearest_dataset(n_ratings) == SEARCHED_ON else {}
+        overrides = {**found.get(self.settings_key, {}), **dict(self.overrides)}
         if self.kind == "ranking":
             overrides["split"] = split
         return settings_of(self.recipe, n_ratings, seed=seed, **overrides)
 
 
-def _lu_net(name: str, *kinds: str, recipe: str = "best", **overrides: Any) -> Method:
+def _lu_net(
+    key: str, name: str, *kinds: str, recipe: str = "best", like: str = "", **overrides: Any
+) -> Method:
+    """A row of ours; ``like`` is the key of the row whose settings it has, its own by default."""
     if recipe != SEQUENCE:
         # Unless it is said otherwise nobody is told of held-out pairs, not even by what is never a negative.
         overrides = {"mlp": False, "negatives_outside": "training", **overrides}
-    return Method(name, "lunet_fast", kinds, recipe, tuple(overrides.items()))
+    side = recipe == "best" and overrides.get("side_features", True)
+    return Method(key, name, "lunet_fast", kinds, recipe, tuple(overrides.items()), like or key, side)
 
 
-#: Every method by its key on the command line, in the order of tables.
-METHODS: dict[str, Method] = {
-    **{key: Method(b.name, b.package, b.kinds) for key, b in BASELINES.items()},
-    "lunet-paper": _lu_net("LU-Net, recipe paper (gamma 1)", "rating", recipe="paper", gamma=1.0),
-    "lunet-ratings": _lu_net("LU-Net, ratings (gamma 1)", "rating", gamma=1.0),
-    "lunet-ids": _lu_net("LU-Net, ratings, without side features", "rating", gamma=1.0, side_features=False),
-    "lunet-interactions": _lu_net("LU-Net, interactions (gamma 0)", "ranking", gamma=0.0),
-    "lunet-both": _lu_net("LU-Net, both (gamma 0.1)", "rating", "ranking", gamma=0.1),
-    "lunet-leaky": _lu_net(
-        "LU-Net, interactions, held-out pairs never drawn as negatives: leaks",
-        "ranking",
+_OURS = (
+    _lu_net("lunet-paper", "LU-Net, recipe paper (gamma 1)", "rating", recipe="paper", gamma=1.0),
+    _lu_net("lunet-ratings", "LU-Net, ratings (gamma 1)", "rating", gamma=1.0),
+    _lu_net(
+        *("lunet-ratings-identity", "LU-Net, ratings, with f = identity", "rating"),
+        like="lunet-ratings",
+        gamma=1.0,
+        network="identity",
+    ),
+    _lu_net("lunet-ratings-one", "LU-Net, ratings, one member", "rating", gamma=1.0, members=1),
+    _lu_net(
+        *("lunet-ids", "LU-Net, ratings, without side features", "rating"), gamma=1.0, side_features=False
+    ),
+    _lu_net("lunet-interactions", "LU-Net, interactions (gamma 0)", "ranking", gamma=0.0),
+    _lu_net("lunet-interactions-one", "LU-Net, interactions, one member", "ranking", gamma=0.0, members=1),
+    _lu_net("lunet-both", "LU-Net, both (gamma 0.1)", "rating", "ranking", gamma=0.1),
+    _lu_net(
+        *("lunet-leaky", "LU-Net, interactions, held-out pairs never drawn as negatives: leaks", "ranking"),
+        like="lunet-interactions",
         gamma=0.0,
         negatives_outside="known",
     ),
-    "lunet-sequence": _lu_net("LU-Net, order (recipe sequence)", "ranking", recipe=SEQUENCE),
-    "lunet-sequence-identity": _lu_net(
-        "The same with f = identity", "ranking", recipe=SEQUENCE, network="identity"
+    _lu_net("lunet-sequence", "LU-Net, order (recipe sequence)", "ranking", recipe=SEQUENCE),
+    _lu_net(
+        *("lunet-sequence-identity", "The same with f = identity", "ranking"),
+        recipe=SEQUENCE,
+        like="lunet-sequence",
+        network="identity",
     ),
-    "lunet-sequence-elapsed": _lu_net(
-        "The same, told when it is asked", "ranking", recipe=SEQUENCE, elapsed=True
+    _lu_net(
+        *("lunet-sequence-elapsed", "The same, told when it is asked", "ranking"),
+        recipe=SEQUENCE,
+        like="lunet-sequence",
+        elapsed=True,
     ),
+)
+
+#: Every method by its key on the command line, in the order of tables.
+METHODS: dict[str, Method] = {
+    **{
+        key: Method(key, b.name, b.package, b.kinds, settings_key=b.settings_key, side=b.side)
+        for key, b in BASELINES.items()
+    },
+    **{method.key: method for method in _OURS},
 }
 
 #: The row whose model was told of the held-out pairs: it is no contender.
@@ -146,6 +190,9 @@ class Comparison:
     rows: list[dict[str, Any]]
     """One a method: ``key``, ``method``, ``package``, ``kind``, ``seeds`` that its figures are the means of,
     ``FIGURES`` where they apply, each with its standard deviation ``..._sd`` where there are two seeds;
+    ``side``, whether it may read side features; ``over_best``, of methods that predict ratings, by how much
+    more the MSE is than that of the best row of equal ``side``, see
+    :func:`~lunet_fast.recsys.evaluation.differences.from_the_best`;
     ``by_gap``, of rankings, is :attr:`~lunet_fast.recsys.measures.protocols.Ranking.gaps`, means over the
     users of all seeds, and ``users`` their number;
     ``missing`` or ``error`` says why there are none."""
@@ -231,15 +278,30 @@ def compare(
                         write_json(file, asdict(state()))
                 done(outcome)
     result = state()
+    from_the_best(ratings, result.rows, runs)
     if file is not None:
         write_json(file, asdict(result))
     return result
 
 
 def allowed(ratings: Ratings, split: str = "leave-one-out") -> list[str]:
-    """The keys of all methods, or of those that rank, where ``split`` is by time or all ratings are equal."""
+    """The keys of all methods, or of those that rank, where ``split`` is by time or all ratings are equal.
+
+    Without side features of users and items those of other packages that would read them are left out: they
+    would repeat the rows without.
+    """
     rated = ratings.scale[0] < ratings.scale[1] and split != "time"
-    return [key for key, method in METHODS.items() if rated or method.kind == "ranking"]
+    described = _described(ratings)
+    return [
+        key
+        for key, method in METHODS.items()
+        if (rated or method.kind == "ranking") and (described or method.is_lu_net or not method.side)
+    ]
+
+
+def _described(ratings: Ratings) -> bool:
+    """Whether there are side features."""
+    return any(table is not None for table in side_features(ratings))
 
 
 def _chosen(ratings: Ratings, methods: Sequence[str] | None, split: str) -> list[str]:
@@ -253,6 +315,11 @@ def _chosen(ratings: Ratings, methods: Sequence[str] | None, split: str) -> list
         if key not in known and split == "time":
             raise ValueError(
                 f"methods {key!r} predicts ratings, and split='time' is for those that rank: choose from "
+                f"{', '.join(known)}"
+            )
+        if key not in known and METHODS[key].side and not _described(ratings):
+            raise ValueError(
+                f"methods {key!r} reads side features, and {ratings.name} has none: choose from "
                 f"{', '.join(known)}"
             )
         if key not in known:
@@ -281,21 +348,23 @@ def measure(
     if method.is_lu_net:
         before = reset_peak()
         config = method.config(len(ratings), seed, split)
-        trained = (
-            train(ratings, config, device=device)
-            if isinstance(config, TrainConfig)
-            else train_sequence(ratings, config, device=device)
-        )
-        values = trained.metrics
-        wanted = [name for kind in method.kinds for name in _figures(kind)]
-        figures = {name: values[name] for name in (*wanted, *COSTS, "by_gap") if name in values}
-        return figures | _peak_over(before)
+        if not isinstance(config, TrainConfig):
+            values = train_sequence(ratings, config, device=device).metrics
+            return _wanted(method, values) | _peak_over(before)
+        result = train(ratings, config, device=device)
+        found = _wanted(method, result.metrics) | _peak_over(before)
+        if method.kind == "rating":
+            test = Parts.of(ratings, config.split, seed).test
+            assert test is not None
+            prediction = predict_ratings(result.trained.model, test.user, test.item, ratings.scale)
+            found["user_errors"] = squared_errors(prediction, test)
+        return found
     baseline = BASELINES[key]
     reason = missing(baseline)  # imports the package, which is no part of training
     if reason is not None:
         return {"missing": reason}
     size = nearest_dataset(len(ratings))
-    figures = {}
+    figures: dict[str, Any] = {}
     seconds = 0.0
     for kind in baseline.kinds:
         parts = Parts.of(ratings, "random" if kind == "rating" else split, seed)
@@ -303,23 +372,37 @@ def measure(
         began = time.perf_counter()
         fitted = baseline.fit(parts.training, seed, size)
         seconds += time.perf_counter() - began
-        if kind == "rating":
-            assert parts.test is not None
-            prediction = fitted.predict(parts.test.user, parts.test.item)
-            assert prediction is not None
-            prediction = prediction.clamp(*ratings.scale)
-            figures["test_mse"] = metrics.mse(prediction, parts.test.rating)
-            figures["test_rmse"] = metrics.rmse(prediction, parts.test.rating)
-        else:
-
-            def scores(users: torch.Tensor, fitted: Any = fitted) -> torch.Tensor:
-                found: torch.Tensor = fitted.score_items(users)
-                return found
-
-            values = evaluate_ranking(scores, parts, seed).figures
-            figures |= {name: values[name] for name in (*RANKING_FIGURES, "by_gap") if name in values}
+        figures |= judged(fitted, parts, seed)
         figures |= {"parameters": fitted.parameters, **_peak_over(before)}
     return {**figures, "train_seconds": seconds}
+
+
+def judged(fitted: Fitted, parts: Parts, seed: int) -> dict[str, Any]:
+    """What the parts that were held back say of a trained baseline: of ratings where there is a ``test``
+    part, with ``user_errors``, else of rankings."""
+    if parts.test is not None and parts.held_out is None:
+        prediction = fitted.predict(parts.test.user, parts.test.item)
+        assert prediction is not None
+        prediction = prediction.clamp(*parts.test.scale)
+        return {
+            "test_mse": metrics.mse(prediction, parts.test.rating),
+            "test_rmse": metrics.rmse(prediction, parts.test.rating),
+            "user_errors": squared_errors(prediction, parts.test),
+        }
+
+    def scores(users: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor | None = fitted.score_items(users)
+        assert found is not None
+        return found
+
+    values = evaluate_ranking(scores, parts, seed).figures
+    return {name: values[name] for name in (*RANKING_FIGURES, "by_gap") if name in values}
+
+
+def _wanted(method: Method, values: dict[str, Any]) -> dict[str, Any]:
+    """Of all metrics of a training those of the method's row."""
+    names = [name for kind in method.kinds for name in _figures(kind)]
+    return {name: values[name] for name in (*names, *COSTS, "by_gap") if name in values}
 
 
 def _figures(kind: str) -> tuple[str, ...]:
@@ -412,11 +495,13 @@ class _Inputs:
 
     def of(self, key: str, seed: int) -> str:
         method = METHODS[key]
-        own: Any = _version(method.package)
-        if method.is_lu_net:
+        size = nearest_dataset(self.n_ratings)
+        if not method.is_lu_net:
+            own: Any = [_version(method.package), settings_for(method.settings_key, size)]
+        else:
             settings = method.config(self.n_ratings, seed, self.split).to_dict()
             own = settings if self.gpu is None else [settings, self.gpu]
-        measured = [] if method.kind == "rating" else [self.split, "by gaps"]
+        measured = ["by users"] if method.kind == "rating" else [self.split, "by gaps"]
         text = json.dumps([key, seed, own, *measured, *self.common])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -455,6 +540,7 @@ def _row(key: str, outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     method = METHODS[key]
     finished = [outcome for outcome in outcomes if not {"missing", "error"} & outcome.keys()]
     row: dict[str, Any] = {"key": key, "method": method.name, "package": method.package, "kind": method.kind}
+    row["side"] = method.side
     row["seeds"] = [outcome["seed"] for outcome in finished]
     for name in FIGURES:
         values = [outcome[name] for outcome in finished if name in outcome]

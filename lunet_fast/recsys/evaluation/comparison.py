@@ -10,8 +10,8 @@ from typing import Any
 from lunet_fast.recsys.data.datasets import dataset_title
 from lunet_fast.recsys.data.order import GAP_NAMES
 from lunet_fast.recsys.data.spreadsheet import spreadsheet_safe
+from lunet_fast.recsys.evaluation.baselines import BASELINES
 from lunet_fast.recsys.evaluation.compare import FIGURES, LEAKY, METHODS, ORDERED, Comparison
-from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.training.figures import BLUE, GREY, INK, new_figure, plain
 from lunet_fast.training.files import write_figure, write_text
 
@@ -83,6 +83,22 @@ def gap_table(comparison: Comparison) -> list[list[str]]:
     return found
 
 
+#: Headings of the table of differences.
+DIFFERENCES = ("method", "MSE above that of", "by", "95 % interval")
+
+
+def difference_table(comparison: Comparison) -> list[list[str]]:
+    """Of each row that has ``over_best`` the cells under DIFFERENCES; the best without side features come
+    first. May be empty."""
+    found = []
+    for row in sorted(comparison.rows, key=lambda row: row.get("side", False)):
+        if "over_best" in row:
+            over = row["over_best"]
+            interval = f"{over['low']:+.4f} to {over['high']:+.4f}"
+            found.append([row["method"], METHODS[over["key"]].name, f"{over['mse']:+.4f}", interval])
+    return found
+
+
 def notes(comparison: Comparison) -> list[str]:
     """What the figures are, a sentence or two each."""
     kinds = {row["kind"] for row in comparison.rows}
@@ -123,11 +139,19 @@ def notes(comparison: Comparison) -> list[str]:
             "one was, as within an hour, a day, 30 days, or longer ago, and nothing finer: what a service "
             "knows when a user comes back, and what no other row is told."
         )
-    configs = [METHODS[key].config(1, 0) for key in keys if METHODS[key].is_lu_net]
-    if any(isinstance(config, TrainConfig) and config.side_features for config in configs):
+    if any(METHODS[key].side for key in keys):
+        readers = ", ".join(METHODS[key].name for key in METHODS if key in keys and METHODS[key].side)
         found.append(
-            "LU-Net by recipe best reads the side features of the data set too (of MovieLens genres, age, "
-            "gender and occupation), which the baselines and recipe paper do not."
+            "Side features of the data set (of MovieLens genres, age, gender and occupation), where it has "
+            f"some, are read by: {readers}. No other method reads them."
+        )
+    if any(BASELINES[key].runs > 1 for key in keys if key in BASELINES):
+        found.append("Mean of n: the predictions, or the scores, of n trainings with other seeds, averaged.")
+    if any("over_best" in row for row in comparison.rows):
+        found.append(
+            "Differences of the MSE are from the best row that reads side features, or from the best that "
+            "does not; the interval is of 95 %, from drawing users with replacement, each with its test "
+            "ratings of all seeds."
         )
     if LEAKY in keys:
         found.append(
@@ -184,6 +208,16 @@ def markdown(comparison: Comparison) -> str:
             cells[2] = "failed"
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- {text}" for text in (*reasons(comparison), *notes(comparison)))]
+    differences = difference_table(comparison)
+    if differences:
+        lines += [
+            "",
+            "## Differences of the MSE, paired over users",
+            "",
+            "| " + " | ".join(DIFFERENCES) + " |",
+            "|---|---|---:|---:|",
+            *("| " + " | ".join(cells) + " |" for cells in differences),
+        ]
     gaps = gap_table(comparison)
     if gaps:
         lines += [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,23 @@ def product(user_vectors: Tensor, item_vectors: Tensor, item_bias: Tensor | None
 
     tables = (user_vectors, item_vectors, item_bias)
     return Fitted(sum(table.numel() for table in tables if table is not None), score_items=score_items)
+
+
+def mean_of(runs: Sequence[Fitted]) -> Fitted:
+    """The mean of the predictions and of the scores of several runs of a method."""
+
+    def predict(users: Tensor, items: Tensor) -> Tensor | None:
+        return _mean([run.predict(users, items) for run in runs])
+
+    def score_items(users: Tensor) -> Tensor | None:
+        return _mean([run.score_items(users) for run in runs])
+
+    return Fitted(sum(run.parameters for run in runs), predict=predict, score_items=score_items)
+
+
+def _mean(found: Sequence[Tensor | None]) -> Tensor | None:
+    there = [each for each in found if each is not None]
+    return torch.stack(there).mean(0) if there else None
 
 
 def over_all_items(

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.evaluation.fitted import Fitted
+from lunet_fast.recsys.evaluation.peer_settings import Settings
 from lunet_fast.recsys.model.sequences import Sequences
 
 DECAYS = (0.5, 0.9)
 """Of the histories, beside the one without a decay."""
 LENGTH = 500
 """Of a longer sequence the last entries are read."""
-L2 = {"ml-100k": 100.0, "ml-1m": 200.0}
 
 
-def sequence_ease(training: Ratings, seed: int, size: str) -> Fitted:
-    """Scores x W; W minimises the squares of x_t W - (the item after t) over all prefixes, plus L2 |W|².
+def sequence_ease(training: Ratings, seed: int, settings: Settings) -> Fitted:
+    """Scores x W; W minimises the squares of x_t W - (the item after t) over all prefixes, plus l2 |W|².
 
     x_t has for each decay and each item the item's weight after t entries: sqrt(1 - decay²) decay^age, or
     1/sqrt(t) without a decay. With A of these and N items: O(sum n³ A² + (A N)³) time for sequences of n,
@@ -41,7 +41,7 @@ def sequence_ease(training: Ratings, seed: int, size: str) -> Fitted:
         inputs = weights[:-1].flatten(1)
         gram[places.unsqueeze(1), places] += inputs.T @ inputs
         both[places.unsqueeze(1), items[1:]] += inputs.T
-    gram.diagonal().add_(L2[size])
+    gram.diagonal().add_(settings["l2"])
     solution = torch.cholesky_solve(both, torch.linalg.cholesky(gram))
 
     def score_items(users: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ sequence is read.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -103,24 +104,14 @@ class GRU4Rec(Reader):
         return cast(Tensor, self.mix(self.dropout(self.units(self.dropout(x))[0])))
 
 
-SASREC = {
-    "ml-100k": Settings(64, 2, 100, 0.3, 512, 30, 2048, 2e-3),
-    "ml-1m": Settings(128, 2, 200, 0.2, 512, 30, 4096, 1e-3),
-}
-GRU4REC = {
-    "ml-100k": Settings(64, 1, 200, 0.3, 512, 20, 2048, 3e-3),
-    "ml-1m": Settings(128, 1, 200, 0.2, 512, 20, 4096, 2e-3),
-}
-
-
-def sasrec(training: Ratings, seed: int, size: str) -> Fitted:
+def sasrec(training: Ratings, seed: int, settings: Mapping[str, Any]) -> Fitted:
     """:class:`SASRec`."""
-    return fitted(SASRec, SASREC[size], training, seed)
+    return fitted(SASRec, Settings(**settings), training, seed)
 
 
-def gru4rec(training: Ratings, seed: int, size: str) -> Fitted:
+def gru4rec(training: Ratings, seed: int, settings: Mapping[str, Any]) -> Fitted:
     """:class:`GRU4Rec`."""
-    return fitted(GRU4Rec, GRU4REC[size], training, seed)
+    return fitted(GRU4Rec, Settings(**settings), training, seed)
 
 
 def fitted(kind: type[Reader], settings: Settings, training: Ratings, seed: int) -> Fitted:

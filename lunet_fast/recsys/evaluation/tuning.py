@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.evaluation.ranges import Choice, Range
 from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.training import train
@@ -25,10 +26,19 @@ if TYPE_CHECKING:
 MEMBERS = 2
 """Of the model of a trial, unless they are given: more cost more time and order settings alike."""
 
-SEARCHED = (
-    *("embedding_size", "layers", "epochs", "history_power", "learning_rate", "net_learning_rate", "dropout"),
-    *("l2_latent", "l2_interaction_embedding", "negatives", "interaction_share"),
-)
+RANGES: dict[str, Range | Choice] = {
+    "embedding_size": Choice((4, 8, 16, 32, 48, 64)),
+    "layers": Range(1, 3),
+    "epochs": Range(4, 32),
+    "history_power": Range(0.1, 0.9),
+    "learning_rate": Range(1e-3, 2e-2, log=True),
+    "net_learning_rate": Range(5e-5, 3e-3, log=True),
+    "dropout": Range(0.0, 0.3),
+    "l2_latent": Range(5e-3, 0.3, log=True),
+    "l2_interaction_embedding": Range(1e-5, 1e-2, log=True),
+    "negatives": Range(1, 20),
+    "interaction_share": Range(0.3, 0.8),
+}
 """What a search varies, as far as gamma needs it; the recipe's own values are its first trial."""
 
 
@@ -55,27 +65,20 @@ def measure_of(gamma: float) -> tuple[str, Literal["minimize", "maximize"]]:
     return ("ndcg@10" if gamma == 0 else "ndcg@10 - test_mse"), "maximize"
 
 
+def ranges_of(gamma: float) -> dict[str, Range | Choice]:
+    """The RANGES that matter with this gamma."""
+    unused = {
+        "l2_latent": gamma == 0,
+        "l2_interaction_embedding": gamma == 1,
+        "negatives": gamma == 1,
+        "interaction_share": gamma in (0, 1),
+    }
+    return {name: where for name, where in RANGES.items() if not unused.get(name)}
+
+
 def suggested(trial: optuna.Trial, gamma: float) -> dict[str, Any]:
     """Settings of one trial, around those of recipe ``best``."""
-    settings: dict[str, Any] = {
-        "embedding_size": trial.suggest_categorical("embedding_size", [8, 16, 32, 48, 64]),
-        "layers": trial.suggest_int("layers", 1, 3),
-        "epochs": trial.suggest_int("epochs", 5, 20),
-        "history_power": trial.suggest_float("history_power", 0.2, 0.8),
-        "learning_rate": trial.suggest_float("learning_rate", 1e-3, 2e-2, log=True),
-        "net_learning_rate": trial.suggest_float("net_learning_rate", 5e-5, 3e-3, log=True),
-        "dropout": trial.suggest_float("dropout", 0.0, 0.3),
-    }
-    if gamma > 0:
-        settings["l2_latent"] = trial.suggest_float("l2_latent", 5e-3, 0.2, log=True)
-    if gamma < 1:
-        settings["l2_interaction_embedding"] = trial.suggest_float(
-            "l2_interaction_embedding", 1e-5, 1e-2, log=True
-        )
-        settings["negatives"] = trial.suggest_int("negatives", 1, 10)
-    if 0 < gamma < 1:
-        settings["interaction_share"] = trial.suggest_float("interaction_share", 0.3, 0.8)
-    return settings
+    return {name: where.drawn(trial, name) for name, where in ranges_of(gamma).items()}
 
 
 def opened_study(
@@ -206,7 +209,9 @@ def tune(
     what = {"dataset": ratings.name, "ratings": len(ratings), "measure": measure, **asked}
     study = opened_study(storage, direction, seed, what)
     if not study.trials:
-        study.enqueue_trial({name: getattr(base, name) for name in SEARCHED if name not in asked})
+        study.enqueue_trial(
+            {name: getattr(base, name) for name in ranges_of(base.gamma) if name not in asked}
+        )
 
     def objective(trial: optuna.Trial) -> float:
         config = recipe("best", len(ratings), **{**suggested(trial, base.gamma), **asked})

@@ -224,14 +224,14 @@ def _numbers(config: TrainConfig, n_users: int, n_items: int) -> int:
     size, members, heads = config.embedding_size, config.members, 2 - (config.gamma in (0, 1))
     rows = n_users * (1 + config.item_history) + n_items * (1 + config.user_history)
     alone = (n_users + n_items) * int(config.biases and config.gamma > 0) + n_items * int(config.gamma < 1)
-    nets = config.layers * (4 * size * size + 2 * size) + heads * (2 * size + 1)
+    nets = config.depth * (4 * size * size + 2 * size) + heads * (2 * size + 1)
     return members * (rows * size + alone + nets)
 
 
 def _seconds_of_a_step(config: TrainConfig, n: int) -> float:
     """Of one core of 2024, measured on rating files of 1,000 to 100,000 rows."""
     size, members = config.embedding_size, config.members
-    network = 3 * config.batch_size * members * 4 * size * size * config.layers
+    network = 3 * config.batch_size * members * 4 * size * size * config.depth
     histories = n * members * size * (int(config.user_history) + int(config.item_history))
     return 4e-3 + 3e-10 * network + 3e-10 * histories
 
@@ -281,7 +281,8 @@ class _Search:
         assert best is not None
         self.config = self.config.replace(l2_latent=best[1], strength=round(best[2], 3))
         gains = {}
-        for other in alternatives:
+        # Where the network finds nothing, learnt biases would find no more than the shrunk ones.
+        for other in alternatives if best[2] > 0 else ():
             tried = [self._tried(other, *fold) for fold in self.folds]
             gain = errors - torch.cat([one.errors(one.score) for one in tried])
             if gain.mean() > gain.std() / math.sqrt(len(gain)):

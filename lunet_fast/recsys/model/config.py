@@ -88,6 +88,8 @@ class TrainConfig(Settings):
     """k, the size of a user's and of an item's vector. The network works in D = 2k dimensions."""
     layers: Several = 2
     """M, the number of LU layers. The last one has no activation (2.7)."""
+    network: Literal["lu-net", "identity"] = "lu-net"
+    """f, from x to z: ``lu-net``, or ``identity`` beside it, which is one linear layer held at A = I."""
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Slope of LeakySoftplus (2.6) on the far left, 0 < alpha < 1."""
     readout: Literal["linear", "pair"] = "pair"
@@ -199,6 +201,11 @@ class TrainConfig(Settings):
     def needs_ratings(self) -> bool:
         """Whether the values of the ratings are looked at."""
         return self.gamma > 0 or self.positive_from is not None
+
+    @property
+    def depth(self) -> int:
+        """How many layers f has."""
+        return 1 if self.network == "identity" else self.layers
 
     @property
     def interaction_size(self) -> int:

@@ -186,9 +186,9 @@ class RatingModel(Embeddings):
             else:
                 interactions = Interactions.from_csr(indptr, indices, n_items)
             layers = sum(name.endswith(".lu") for name in state)
-            if layers != config.members * config.layers:
+            if layers != config.members * config.depth:
                 raise ValueError(
-                    f"members={config.members} and layers={config.layers} do not fit the model's settings: "
+                    f"members={config.members} and layers={config.depth} do not fit the model's settings: "
                     f"there are {layers} layers in all"
                 )
             levels, *features = (state.get(name) for name in ("levels", "user_features", "item_features"))
@@ -237,8 +237,11 @@ class RatingModel(Embeddings):
         self.user_bias = nn.Parameter(torch.zeros(own_users, members)) if biased else None
         self.item_bias = nn.Parameter(torch.zeros(own_items, members)) if biased else None
         self.nets = nn.ModuleList(
-            LUNet(2 * size, config.layers, LeakySoftplus(config.alpha)) for _ in range(members)
+            LUNet(2 * size, config.depth, LeakySoftplus(config.alpha)) for _ in range(members)
         )
+        if config.network == "identity":
+            for parameter in self.nets.parameters():
+                nn.init.zeros_(parameter).requires_grad_(False)
         self.weight = nn.Parameter(torch.zeros(members, 2 * size)) if rates else None
         self.intercept = nn.Parameter(torch.zeros(members)) if rates else None
         self.interaction_weight = nn.Parameter(torch.zeros(members, 2 * size)) if interacts else None
@@ -271,6 +274,11 @@ class RatingModel(Embeddings):
         if self.user_bias is not None:
             rows |= {"user_bias": n_users, "item_bias": n_items}
         return rows
+
+    def learnt(self) -> list[nn.Parameter]:
+        """The parameters, without those of f = identity, which stand still."""
+        still = set(map(id, self.nets.parameters() if self.config.network == "identity" else ()))
+        return [parameter for parameter in self.parameters() if id(parameter) not in still]
 
     def output(
         self,

@@ -141,7 +141,7 @@ def described(
         "seed": config.seed,
         "epochs": len(curve.train),
         "train_seconds": round(curve.seconds, 3),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in model.learnt()),
         **dict(zip(("train_ratings", "test_ratings", "held_out_ratings"), rows, strict=True)),
         "gamma": config.gamma,
         "world_size": workers.world_size,

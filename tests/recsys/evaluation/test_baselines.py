@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -14,10 +15,12 @@ from torch import Tensor
 from lunet_fast.recsys.data.ratings import IdMap, Ratings
 from lunet_fast.recsys.evaluation import fitted as fitting
 from lunet_fast.recsys.evaluation.baselines import BASELINES, SIZES, missing
-from lunet_fast.recsys.evaluation.fitted import Fitted
+from lunet_fast.recsys.evaluation.fitted import Fitted, mean_of
+from lunet_fast.recsys.evaluation.peer_settings import settings_for
 
-RATING = [key for key, baseline in BASELINES.items() if "rating" in baseline.kinds]
-RANKING = [key for key, baseline in BASELINES.items() if "ranking" in baseline.kinds]
+ONE_RUN = [key for key, baseline in BASELINES.items() if baseline.runs == 1]
+RATING = [key for key in ONE_RUN if "rating" in BASELINES[key].kinds]
+RANKING = [key for key in ONE_RUN if "ranking" in BASELINES[key].kinds]
 OURS = [key for key, baseline in BASELINES.items() if baseline.package == "ours"]
 
 # Users and items without ratings, at both ends and in between: numbering anew would move the others.
@@ -100,7 +103,55 @@ def numpy_state() -> list[int]:
 
 def test_keys_and_names_are_distinct() -> None:
     assert len({baseline.name for baseline in BASELINES.values()}) == len(BASELINES)
-    assert set(RATING) | set(RANKING) == set(BASELINES)
+    assert set(RATING) | set(RANKING) == set(ONE_RUN)
+    assert all(key == baseline.key for key, baseline in BASELINES.items())
+
+
+def test_a_mean_of_runs_is_that_of_their_predictions() -> None:
+    needs("mf-mean")
+    training = small()
+    mean, one = BASELINES["mf-mean"], BASELINES["mf"]
+    seeds = [(5 + run * 1_000_003) % 2**31 for run in range(mean.runs)]
+    runs = [one.fit(training, seed, "ml-100k") for seed in seeds]
+    predictions = [run.predict(training.user, training.item) for run in runs]
+    expected = sum(prediction.double() for prediction in predictions if prediction is not None) / mean.runs
+    found = mean.fit(training, 5, "ml-100k")
+    prediction = found.predict(training.user, training.item)
+    assert prediction is not None
+    torch.testing.assert_close(prediction.double(), expected, rtol=1e-6, atol=1e-6)
+    assert predictions[0] is not None
+    assert not torch.equal(predictions[0], prediction)
+    assert found.parameters == mean.runs * runs[0].parameters
+    assert found.score_items(training.user) is None
+
+
+def test_a_mean_of_scores() -> None:
+    ones = [Fitted(3, score_items=lambda users, k=k: torch.full((len(users), 2), float(k))) for k in (1, 2)]
+    found = mean_of(ones)
+    scores = found.score_items(torch.arange(4))
+    assert scores is not None
+    assert torch.equal(scores, torch.full((4, 2), 1.5))
+    assert found.predict(torch.arange(4), torch.arange(4)) is None
+
+
+def test_side_features_reach_who_reads_them() -> None:
+    """Ratings that the genre alone explains, of items that were never rated."""
+    needs("bayesian-fm-side")
+    rng = np.random.default_rng(3)
+    n_users, n_items = 60, 60
+    likes, genre = torch.arange(n_users) % 2, torch.arange(n_items) // 2 % 2
+    pairs = torch.from_numpy(rng.permutation(n_users * n_items)[:2500])
+    user, item = pairs // n_items, pairs % n_items
+    rating = 3 + 1.5 * (2 * (likes[user] == genre[item]) - 1)
+    cold = item >= n_items - 8
+    info = pd.DataFrame({"genres": ["Drama" if g else "War" for g in genre]})
+    known = replace(table(user, item, rating, n_users, n_items), item_info=info)
+    errors = {}
+    for key in ("bayesian-fm", "bayesian-fm-side"):
+        prediction = BASELINES[key].fit(known.select(~cold), 0, "ml-100k").predict(user[cold], item[cold])
+        assert prediction is not None
+        errors[key] = float((prediction - rating[cold]).square().mean())
+    assert errors["bayesian-fm-side"] < 0.3 * errors["bayesian-fm"]
 
 
 @pytest.mark.parametrize("key", RATING)
@@ -185,7 +236,7 @@ def test_rankings_of_unknown_users_and_items(key: str) -> None:
     assert bool((group_of_item[best] >= 0).all())
 
 
-@pytest.mark.parametrize("key", list(BASELINES))
+@pytest.mark.parametrize("key", ONE_RUN)
 def test_reproducible_and_without_a_trace(key: str, capfd: pytest.CaptureFixture[str]) -> None:
     needs(key)
     training = small()
@@ -246,7 +297,7 @@ def test_names_of_users_and_items_mean_nothing(key: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("key", list(BASELINES))
+@pytest.mark.parametrize("key", [*ONE_RUN, "mf-mean"])
 def test_large_seed(key: str) -> None:
     needs(key)
     BASELINES[key].fit(small(), 2**63 - 1, "ml-100k")
@@ -271,7 +322,7 @@ def test_ease_is_cornacs(size: str) -> None:
     users, items = torch.unique(training.user), torch.unique(training.item)
     rows = zip(training.user.tolist(), training.item.tolist(), [1.0] * len(training), strict=True)
     known = data.Dataset.from_uir(list(rows))
-    model = models.EASE(lamb={"ml-100k": 300, "ml-1m": 1000}[size], posB=False, verbose=False).fit(known)
+    model = models.EASE(lamb=settings_for("ease", size)["l2"], posB=False, verbose=False).fit(known)
     scores = BASELINES["ease"].fit(training, 0, size).score_items(users)
     columns = [known.iid_map[i] for i in items.tolist()]
     expected = np.stack([model.score(known.uid_map[u]).ravel()[columns] for u in users.tolist()])
@@ -285,7 +336,13 @@ def test_biases_are_surprises() -> None:
     training = small()
     frame = pd.DataFrame({"u": training.user, "i": training.item, "r": training.rating})
     reader = surprise.Reader(rating_scale=(1, 5))
-    options = {"method": "als", "reg_u": 5, "reg_i": 3, "n_epochs": 30}
+    settings = settings_for("biases", "ml-100k")
+    options = {
+        "method": "als",
+        "reg_u": settings["l2_user"],
+        "reg_i": settings["l2_item"],
+        "n_epochs": 30,
+    }
     model = surprise.BaselineOnly(options, verbose=False)
     model.fit(surprise.Dataset.load_from_df(frame, reader).build_full_trainset())
     prediction = BASELINES["biases"].fit(training, 0, "ml-100k").predict(training.user, training.item)
@@ -309,7 +366,8 @@ def test_parameters() -> None:
     assert fitted("biases").parameters == 1 + training.n_users + training.n_items
     assert fitted("ease").parameters == 83 * 82
     if missing(BASELINES["mf"]) is None:
-        assert fitted("mf").parameters == 1 + 101 * (training.n_users + training.n_items)
+        factors = settings_for("mf", "ml-100k")["factors"]
+        assert fitted("mf").parameters == 1 + (factors + 1) * (training.n_users + training.n_items)
 
 
 @pytest.mark.parametrize("key", list(BASELINES))

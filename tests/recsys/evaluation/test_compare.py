@@ -28,7 +28,7 @@ from lunet_fast.recsys.evaluation.compare import (
     compare,
     measure,
 )
-from lunet_fast.recsys.evaluation.comparison import csv_text, draw, markdown, save
+from lunet_fast.recsys.evaluation.comparison import csv_text, difference_table, draw, markdown, save
 from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig, recipe
 from lunet_fast.recsys.model.sequence_config import settings_of
@@ -57,6 +57,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     monkeypatch.setattr(module, "_in_a_process", in_this_process)
     monkeypatch.setattr(module, "settings_of", small)
+    monkeypatch.setattr(module, "chosen", dict)
     return calls
 
 
@@ -82,7 +83,8 @@ class TestMethods:
         assert ours["lunet-interactions"] == "LU-Net, interactions (gamma 0)"
         assert ours["lunet-both"] == "LU-Net, both (gamma 0.1)"
         assert [METHODS[key].kind for key in ours] == [
-            *("rating", "rating", "rating", "ranking", "both"),
+            *("rating",) * 5,
+            *("ranking", "ranking", "both"),
             *("ranking",) * 4,
         ]
 
@@ -104,8 +106,11 @@ class TestMethods:
         assert splits == {
             "lunet-paper": "random",
             "lunet-ratings": "random",
+            "lunet-ratings-identity": "random",
+            "lunet-ratings-one": "random",
             "lunet-ids": "random",
             "lunet-interactions": "leave-one-out",
+            "lunet-interactions-one": "leave-one-out",
             "lunet-both": "joint",
             "lunet-leaky": "leave-one-out",
             "lunet-sequence": "leave-one-out",
@@ -150,6 +155,9 @@ class TestMeasure:
         assert found["parameters"] == 101
         assert found["train_seconds"] > 0
         assert not found.keys() & set(RANKING_FIGURES)
+        errors = [float(word) for word in found["user_errors"].split()]
+        assert len(errors) == parts.test.n_users
+        assert sum(errors) / len(parts.test) == pytest.approx(mse, rel=1e-4)
 
     def test_rankings_by_a_baseline(self) -> None:
         found = measure(RATINGS, "ease", 2)
@@ -172,7 +180,11 @@ class TestMeasure:
         expected |= set(RATING_FIGURES if method.kind != "ranking" else ())
         expected |= set(RANKING_FIGURES if method.kind != "rating" else ())
         assert {name: found[name] for name in expected} == {name: values[name] for name in expected}
-        assert found.keys() - {"peak_memory_mb"} == expected | {"train_seconds"}
+        errors = {"user_errors"} if method.kind == "rating" else set()
+        assert found.keys() - {"peak_memory_mb"} == expected | {"train_seconds"} | errors
+        if errors:
+            total = sum(float(word) for word in found["user_errors"].split())
+            assert total / values["test_ratings"] == pytest.approx(values["test_mse"], rel=1e-4)
 
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
     def test_peak_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +388,12 @@ class TestCompare:
         clicks = replace(RATINGS, rating=torch.ones_like(RATINGS.rating), scale=(1.0, 1.0), name="clicks")
         kinds = {METHODS[key].kind for key in module.allowed(clicks)}
         assert kinds == {"ranking"}
-        assert module.allowed(RATINGS) == list(METHODS)
+        described = replace(RATINGS, item_info=pd.DataFrame({"genres": ["Drama"] * RATINGS.n_items}))
+        assert module.allowed(described) == list(METHODS)
+        reads = ["bayesian-fm-side", "bayesian-svd++-side"]
+        assert module.allowed(RATINGS) == [key for key in METHODS if key not in reads]
+        with pytest.raises(ValueError, match="'bayesian-fm-side' reads side features, and latent has none"):
+            compare(RATINGS, ["bayesian-fm-side"], [0])
         assert [row["key"] for row in compare(clicks, ["lunet-interactions"], [0]).rows] == [
             "lunet-interactions"
         ]
@@ -496,6 +513,21 @@ class TestShown:
         assert f"| **{max(fair):.4f} ± " in text
         assert "nobody is told of held-out pairs" in text
         assert "`lunet-fast compare --dataset x`" in text
+
+    def test_differences(self, here: object) -> None:
+        described = replace(RATINGS, item_info=pd.DataFrame({"genres": ["Drama", "War"] * 20}))
+        result = compare(described, ["biases", "lunet-ids", "lunet-ratings", "lunet-ratings-one"], [0, 1])
+        assert [row["side"] for row in result.rows] == [False, True, True, False]
+        over = {row["key"]: row["over_best"] for row in result.rows if "over_best" in row}
+        assert len(over) == 2, "one less than the rows of each table"
+        for key, each in over.items():
+            mse = {row["key"]: row["test_mse"] for row in result.rows}
+            assert each["mse"] == pytest.approx(mse[key] - mse[each["key"]], abs=1e-4)
+            assert each["low"] <= each["mse"] <= each["high"]
+        text = markdown(result)
+        assert "## Differences of the MSE, paired over users" in text
+        assert len(difference_table(result)) == 2
+        assert "are read by: LU-Net, ratings (gamma 1), LU-Net, ratings, one member." in text
 
     def test_csv(self, result: module.Comparison) -> None:
         rows = list(csv.DictReader(io.StringIO(csv_text(result))))

@@ -7,12 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lunet_fast.recsys.evaluation import sequence_networks as module
-from lunet_fast.recsys.evaluation.sequence_networks import GRU4REC, SASREC, GRU4Rec, Reader, SASRec, fitted
+from lunet_fast.recsys.evaluation.peer_settings import settings_for
+from lunet_fast.recsys.evaluation.sequence_networks import (
+    GRU4Rec,
+    Reader,
+    SASRec,
+    Settings,
+    fitted,
+    gru4rec,
+)
 from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
 from tests.recsys.synthetic import cyclic_ratings
 
-KINDS = {SASRec: SASREC["ml-100k"], GRU4Rec: GRU4REC["ml-100k"]}
+KINDS = {
+    kind: Settings(**settings_for(key, "ml-1m")) for kind, key in ((SASRec, "sasrec"), (GRU4Rec, "gru4rec"))
+}
 RATINGS = cyclic_ratings()
 
 
@@ -72,10 +81,10 @@ def test_what_comes_next_is_learned(kind: type[Reader]) -> None:
     assert torch.equal(again, alone)  # type: ignore[arg-type]
 
 
-def test_users_without_ratings_get_what_is_popular(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.GRU4REC, "ml-100k", replace(GRU4REC["ml-100k"], epochs=1, size=4))
+def test_users_without_ratings_get_what_is_popular() -> None:
+    settings = {**settings_for("gru4rec", "ml-1m"), "epochs": 1, "size": 4}
     training = RATINGS.select(RATINGS.user != 5)
-    scores = module.gru4rec(training, 0, "ml-100k").score_items(torch.tensor([5, 6]))
+    scores = gru4rec(training, 0, settings).score_items(torch.tensor([5, 6]))
     assert scores is not None
     counts = torch.bincount(training.item, minlength=30)
     torch.testing.assert_close(scores[0], (counts + 1.0).log())

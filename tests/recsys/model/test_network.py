@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from lunet_fast.recsys.model.interactions import Interactions
 from lunet_fast.recsys.model.mlp import MLPModel
+from lunet_fast.recsys.model.model_files import load_model
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.prediction import reconstruct
+from lunet_fast.recsys.model.training import train
 from tests.recsys.synthetic import latent_ratings, quick_config
 
 N_USERS, N_ITEMS = 7, 5
@@ -218,3 +222,34 @@ def test_mlp_is_embeddings_and_layers() -> None:
     assert bool((h >= 0).all())
     expected = 3.5 + h @ model.readout.weight[0] + model.readout.bias
     torch.testing.assert_close(model(users, items), expected)
+
+
+class TestIdentity:
+    """f = identity, beside LU-Net."""
+
+    def test_z_is_x(self, pairs: tuple[Tensor, Tensor]) -> None:
+        model = model_of(pairs, network="identity", layers=3)
+        x, z = model.latent(*pairs)
+        torch.testing.assert_close(z, x, rtol=0, atol=0)
+        torch.testing.assert_close(model.inverse(z), x, rtol=0, atol=0)
+
+    def test_stands_still_and_is_no_parameter(self, pairs: tuple[Tensor, Tensor]) -> None:
+        model, other = model_of(pairs, network="identity"), model_of(pairs)
+        model(*pairs).sum().backward()
+        assert all(parameter.grad is None for parameter in model.nets.parameters())
+        assert model.user_embedding.weight.grad is not None
+        own, whole = (sum(p.numel() for p in each.learnt()) for each in (model, other))
+        assert whole - own == sum(p.numel() for p in other.nets.parameters())
+
+    def test_training_and_its_file(self, tmp_path: Path) -> None:
+        ratings = latent_ratings()
+        config = quick_config(network="identity", mlp=False)
+        found = train(ratings, config, out=tmp_path / "run")
+        assert found.metrics["reconstruction_error"] == 0
+        assert all(not bool(parameter.any()) for parameter in found.trained.model.nets.parameters())
+        again = load_model(tmp_path / "run" / "model.safetensors").model
+        assert again.config.network == "identity"
+        some = ratings.user[:50], ratings.item[:50]
+        torch.testing.assert_close(again(*some), found.trained.model(*some), rtol=0, atol=0)
+        errors = train(ratings, config.replace(network="lu-net")).metrics["test_mse"]
+        assert found.metrics["test_mse"] < 1.5 * errors
