@@ -239,8 +239,8 @@ def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(binary.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", str(cubin))
-        code = _tool("nvdisasm", "-c", str(cubin))
+        usage = tool("cuobjdump", "-res-usage", str(cubin))
+        code = tool("nvdisasm", "-c", str(cubin))
     names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None or len(names) < 10:
@@ -257,7 +257,7 @@ def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
     }
 
 
-def _tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -408,7 +408,7 @@ def report(rows: list[Row], command: str) -> str:
     assemblers = ", ".join(
         f"{name} {match[1]}"
         for name in ("ptxas", "ptxas-blackwell")
-        if (match := re.search(r"release [\d.]+, V([\d.]+)", _tool(name, "--version")))
+        if (match := re.search(r"release [\d.]+, V([\d.]+)", tool(name, "--version")))
     )
     wrong = [row for row in rows if row.findings()]
     slowest = max(rows, key=lambda row: row.found.get("seconds", 0.0))
