@@ -285,7 +285,6 @@ def layer_inverse(
     weight: Tensor | None = None,
     condition: Tensor | None = None,
     steps: int | None = None,
-    fast: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(x = U⁻¹ L⁻¹ P (h − b) [K, N, D], its log-determinant [K, N] float32 or None, h = φ⁻¹(y) or None).
 
@@ -306,7 +305,7 @@ def layer_inverse(
     if (weight is None) != (condition is None):
         raise ValueError("weight and condition must be given together")
     steps = 0 if slopes is None else steps_of(slopes, steps)
-    activation = activation_of(slopes, D, steps=steps, fast=fast)
+    activation = activation_of(slopes, D, steps=steps)
     x, total = outputs_by_row(y, logabsdet)
     h = torch.empty_like(y) if save and slopes is not None else None
     if weight is not None:

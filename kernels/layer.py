@@ -158,7 +158,6 @@ def layer_forward(
     precision: str,
     constant: Tensor | None = None,
     transposed: bool = False,
-    fast: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y = φ(x Wᵀ + b) [K, N, D], log|det J| [K, N] float32 or None, h = x Wᵀ + b [K, N, D] or None).
 
@@ -175,7 +174,7 @@ def layer_forward(
     y, h, partial = forward_outputs(x, blocks, slopes, logabsdet=logabsdet, save=save)
     launch(
         *(layer_fwd_kernel, (triton.cdiv(N, tile.rows) * blocks, K), tile),
-        *(x, weight, bias, y, h, partial, constant, activation_of(slopes, D, fast=fast), N, D),
+        *(x, weight, bias, y, h, partial, constant, activation_of(slopes, D), N, D),
         TRANSPOSED=transposed,
         PRECISION=precision,
         **tile.blocks,

@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.kernel_calls import CALLS, FAST_SIZES, Call, Setting
+from benchmarks.gpu.kernel_calls import CALLS, Call, Setting
 from benchmarks.machine import RESULTS, describe, write_text
 
 ROOT = Path(__file__).parents[2]
@@ -203,8 +203,7 @@ def all_settings(call: Call, architecture: int) -> list[Setting]:
             if found not in known:
                 known.add(found)
                 sizes.add(D)
-    fast = [{**call.variants[0], "fast": True}] if len(call.variants) > 1 else []
-    return [*call.settings(sorted(sizes), call.variants), *call.settings(FAST_SIZES, fast)]
+    return list(call.settings(sorted(sizes), call.variants))
 
 
 # --- what comes of it -----------------------------------------------------------------------------------
@@ -421,7 +420,7 @@ def report(rows: list[Row], command: str) -> str:
         "",
         f"{compiled} compilations, the slowest {slowest.found['seconds']:.0f} s ({slowest.kernel}, "
         f"D = {slowest.D}, {slowest.dtype}, sm_{slowest.architecture}). A line is the worst of each column "
-        "over the options of a launch (slopes as floats or for each column, exact or approximate functions, "
+        "over the options of a launch (slopes as floats or for each column, "
         "what is asked for besides y): the most registers, bytes of shared memory, local loads and stores, "
         "the fewest tensor-core instructions. Any D up to 2048 that is not listed compiles to one of these.",
         "",

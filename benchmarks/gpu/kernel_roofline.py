@@ -468,8 +468,8 @@ def main() -> None:
         f"Predictions from the machine code for sm_{ARCHITECTURE}; nothing ran on a GPU. N = {N:,} rows, "
         f"with log-determinant; stacks of {LAYERS} layers. i/e: executed instructions a thread for each "
         "element (and layer of a stack). Floors and roofline in µs: issue slots, the fullest pipe, tensor "
-        "cores, memory. Share: roofline over the sum of each launch's longest floor. How each is counted says the "
-        "script.",
+        "cores, memory. Share: roofline over the sum of each launch's longest floor. How each is counted "
+        "says the script.",
         "",
     ]
     values = {"N": N, "layers": LAYERS, "triton": triton.__version__, "rows": rows}
