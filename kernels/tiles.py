@@ -546,8 +546,12 @@ def stack_programs(architecture: int) -> int:
 #: The longest rows that a program of the inverse keeps in registers: two blocks of 32 spilled.
 SUBSTITUTION_HELD = 32
 
-#: The least D for which a product with W⁻¹ is tried. Below, substitution costs and reads about as much.
-INVERSE_WEIGHT_FROM = 129
+#: The least D for which a product with W⁻¹ is tried.
+INVERSE_WEIGHT_FROM = 17
+
+#: N·D from which it is tried for D up to 128: fewer rows are substituted in less than the launches take that
+#: form W⁻¹. Beyond, N > D is enough.
+INVERSE_WEIGHT_NUMBERS = 1 << 22
 
 
 def substitution_block(D: int) -> int:
@@ -584,13 +588,17 @@ def magnitudes_tile() -> Tile:
     return Tile(16, 128, 0, 4, 1)
 
 
-def tries_inverse_weight(D: int) -> bool:
-    """Whether the inverse tries a product with W⁻¹ before it substitutes."""
-    return D >= INVERSE_WEIGHT_FROM
+def tries_inverse_weight(D: int, N: int | None = None) -> bool:
+    """Whether the inverse of N rows, or of as many as one likes, tries a product with W⁻¹ before it
+    substitutes."""
+    many = N is None or (N > D if D > 128 else N * D >= INVERSE_WEIGHT_NUMBERS)
+    return many and D >= INVERSE_WEIGHT_FROM
 
 
 def inverse_product_tile(D: int, precision: str, architecture: int) -> Tile:
-    """Of the product with W⁻¹."""
+    """Of the product with W⁻¹, in whose launch φ⁻¹ is where one block has all columns."""
+    if 64 < D <= 128 and D % 16 == 0 and precision == "tf32x3" and 90 <= architecture < 100:
+        return Tile(128, 128, 32, 8, 2)
     return layer_tile(D, torch.float32, precision, architecture)
 
 
