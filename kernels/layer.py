@@ -144,12 +144,15 @@ def layer_forward(
     """
     K, N, D = check_layer("x", x, bias, constant, precision)
     check_parameter("weight", weight, (K, D, D), x.dtype)
+    activation = activation_of(slopes, D)
     tile = tiles.layer_tile(D, x.dtype, precision, tiles.architecture(x))
+    if activation.PER_COLUMN or activation.BINS:
+        tile = tiles.narrowed(tile)
     blocks = triton.cdiv(D, tile.columns)
     y, h, partial = forward_outputs(x, blocks, slopes, logabsdet=logabsdet, save=save)
     launch(
         *(layer_fwd_kernel, (triton.cdiv(N, tile.rows) * blocks, K), tile),
-        *(x, weight, bias, y, h, partial, constant, activation_of(slopes, D), N, D),
+        *(x, weight, bias, y, h, partial, constant, activation, N, D),
         TRANSPOSED=transposed,
         PRECISION=precision,
         **tile.blocks,

@@ -110,6 +110,9 @@ LAYER: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
     (80, "tf32x3"): (*_NARROW, (64, Tile(64, 64, 32, 4, 3)), (0, Tile(128, 64, 32, 8, 3))),
     (80, "tf32"): (*_NARROW, (64, Tile(64, 64, 32, 4, 3)), (0, Tile(128, 64, 32, 8, 3))),
     (80, "bf16"): (*_NARROW, (64, Tile(64, 64, 64, 4, 3)), (0, Tile(128, 64, 64, 8, 3))),
+    # A wider tile reads x half as often; in tf32x3 it spilled.
+    (90, "tf32"): (*_NARROW, (64, Tile(64, 64, 32, 4, 3)), (0, Tile(128, 128, 32, 8, 3))),
+    (90, "bf16"): (*_NARROW, (64, Tile(64, 64, 64, 4, 3)), (0, Tile(128, 128, 64, 8, 3))),
     (100, "tf32x3"): (*_NARROW, (0, Tile(64, 64, 64, 8, 2))),
     (100, "tf32"): (*_NARROW, (0, Tile(64, 64, 32, 8, 3))),
     (100, "bf16"): (*_NARROW, (0, Tile(64, 64, 64, 8, 3))),
@@ -181,6 +184,8 @@ def layer_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) ->
     arithmetic = _arithmetic(dtype, precision)
     rows = _nearest(LAYER, arithmetic, architecture)
     tile = next(tile for largest, tile in rows if largest == 0 or largest >= D)
+    if tile.columns == 128 and (D % 16 != 0 or _padded(D, 64) < _padded(D, 128)):
+        tile = tile._replace(columns=64)
     if D % 16 == 0:
         return tile
     # Every element has an address of its own here: with more than 16 to a thread they spilled, in ieee and
@@ -195,6 +200,11 @@ def layer_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) ->
     return tile
 
 
+def narrowed(tile: Tile) -> Tile:
+    """The tile where φ differs from column to column: with 128 of them their slopes spilled."""
+    return tile._replace(columns=min(64, tile.columns))
+
+
 def _arithmetic(dtype: torch.dtype, precision: str) -> str:
     """The tables' name for products of rows of a dtype."""
     return "bf16" if dtype == torch.bfloat16 else precision
@@ -206,6 +216,11 @@ def _nearest(
     """The nearest older architecture serves a newer one, the oldest those before it."""
     known = [arch for arch, kind in table if kind == arithmetic]
     return table[max((arch for arch in known if arch <= architecture), default=min(known)), arithmetic]
+
+
+def _padded(D: int, width: int) -> int:
+    """The columns of the blocks of this width that cover D."""
+    return -(-D // width) * width
 
 
 def _power_of_two(n: int) -> int:

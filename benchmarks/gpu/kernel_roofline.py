@@ -6,16 +6,18 @@
 What the library launches for an operation on ``N`` rows is recorded (tensors without data), compiled for
 sm_90 and disassembled. ``machine_code.py`` counts the instructions that are executed; how often a kernel's
 loops go round says ``KERNELS`` here, by its arguments, and the products of tensor cores that this makes must
-be at least those that the kernel's blocks need, or the script stops. Then, for each launch, four floors in
+be at least those that the kernel's blocks need, or the script stops. Then, for each launch, five floors in
 time:
 
 - issue: a warp's instruction takes one of a multiprocessor's four slots a cycle;
 - pipe: those that go to one pipe wait for it: 16 lanes for integers, comparisons and logic, 4 for special
   functions (throughput table of NVIDIA's CUDA programming guide, compute capability 9.0);
 - tensor: multiplications of tensor cores at their rate;
+- L2: what programs copy to shared memory past the L1 cache (``cp.async`` of 16 bytes), tiles that others have
+  copied too among them;
 - HBM: every tensor of the launch, moved once.
 
-The longest of them is the least that a launch takes, whatever else it waits for (barriers, latency, L2, few
+The longest of them is the least that a launch takes, whatever else it waits for (barriers, latency, few
 warps): a prediction, and an optimistic one. The roofline of an operation is the longer of the least bytes
 that it must move (rows in and out, a number for each row's log-determinant) and its products, of which
 tf32x3 takes three each. Their ratio is the share of the roofline that can be reached. Launches that are made
@@ -52,10 +54,13 @@ N, LAYERS = 1 << 20, 8
 SIZES = (32, 64, 128, 256, 512)
 ARITHMETICS = ("tf32", "tf32x3", "bf16")
 
-#: An H100 SXM: multiprocessors, cycles a second, bytes a second, and products of tensor cores that large
-#: products reach, by the bytes of an operand.
-MULTIPROCESSORS, CLOCK, BANDWIDTH = 132, 1.755e9, 3.35e12
+#: An H100 SXM: multiprocessors, cycles a second, bytes a second of memory and of the L2 cache, and
+#: multiplications of tensor cores that large products reach, by the bytes of an operand.
+MULTIPROCESSORS, CLOCK, BANDWIDTH, L2 = 132, 1.755e9, 3.35e12, 5.5e12
 MULTIPLICATIONS = {4: 200e12, 2: 400e12}
+
+#: What copies 16 bytes to shared memory past the L1 cache.
+COPY = "LDGSTS.E.BYPASS.128"
 
 #: Warps of a program that may compute the same product.
 MOST_REPEATED = 8
@@ -242,11 +247,16 @@ def machine_code(launch: Launch, architecture: int) -> str:
         return tool("nvdisasm", "-c", str(cubin))
 
 
-def instructions(started: Started, architecture: int) -> tuple[Counts, float]:
-    """What a warp of a program executes, and how often it does each product: where a product has fewer tiles
-    than there are warps, several compute the same. Refused where that is less than once."""
+def instructions(started: Started, architecture: int) -> tuple[Counts, float, float]:
+    """What a warp of a program executes; how often it does each product, for where a product has fewer tiles
+    than there are warps, several compute the same; and the copies past L1 that move something. Refused where
+    products are done less than once."""
     kernel, numbers = KERNELS[started.launch.kernel], started.numbers()
-    counts = executed(machine_code(started.launch, architecture), kernel.loops(numbers))
+    code, loops = machine_code(started.launch, architecture), kernel.loops(numbers)
+    counts = executed(code, loops)
+    # Copies run ahead of their loop: those before it are as many as do nothing at its end.
+    before = executed(code, [loop._replace(trips=0) for loop in loops])
+    copies = counts.get(COPY, 0) - before.get(COPY, 0)
     passes = 3 if operand_bytes(started) == 4 and started.launch.precision == "tf32x3" else 1
     found = multiplications(counts) * started.arguments["num_warps"]
     needed = kernel.multiplications(numbers) * passes
@@ -256,7 +266,7 @@ def instructions(started: Started, architecture: int) -> tuple[Counts, float]:
             f"{started.launch.kernel} {numbers}: {found:.6g} multiplications of tensor cores are executed, "
             f"{needed:.6g} are needed: its loops in KERNELS are not the compiled ones"
         )
-    return counts, repeated
+    return counts, repeated, copies
 
 
 def multiplications(counts: Counts) -> float:
@@ -278,7 +288,7 @@ def operand_bytes(started: Started) -> int:
     return 4 if factors or weights is None else weights.element_size()
 
 
-def floors(started: Started, counts: Counts) -> dict[str, float]:
+def floors(started: Started, counts: Counts, copies: float) -> dict[str, float]:
     """Seconds that a launch takes at least, by what it would be that takes them."""
     warps = math.prod(started.grid) * started.arguments["num_warps"]
     cycles = warps / (4 * MULTIPROCESSORS * CLOCK)
@@ -290,6 +300,7 @@ def floors(started: Started, counts: Counts) -> dict[str, float]:
         "issue": sum(counts.values()) * cycles,
         "pipe": max(plain[pipe] * 32 / LANES[pipe] for pipe in PIPES) * cycles,
         "tensor": multiplications(counts) * warps / MULTIPLICATIONS[operand_bytes(started)],
+        "L2": 32 * 16 * copies * warps / L2,
         "HBM": started.bytes() / BANDWIDTH,
     }
 
@@ -393,14 +404,14 @@ def measure(
     """A row of the results: instructions for an element (and layer), floors in µs, the share that is left."""
     launches, elements = [], N * D * operation.layers
     for started in launches_of(operation, D, arithmetic, architecture):
-        counts, repeated = instructions(started, architecture)
+        counts, repeated, copies = instructions(started, architecture)
         threads = 32 * math.prod(started.grid) * started.arguments["num_warps"]
         launches.append(
             {
                 "kernel": started.launch.kernel,
                 "instructions": round(sum(counts.values()) * threads / elements, 2),
                 "repeated": round(repeated, 2),
-                "floors": {name: round(1e6 * s, 1) for name, s in floors(started, counts).items()},
+                "floors": {name: round(1e6 * s, 1) for name, s in floors(started, counts, copies).items()},
             }
         )
     best = sum(max(launch["floors"].values()) for launch in launches)
@@ -426,7 +437,7 @@ def wanted(sizes: list[int], names: list[str]) -> Iterator[tuple[Operation, int,
 
 
 def report(rows: list[dict[str, Any]]) -> list[str]:
-    names = ("issue", "pipe", "tensor", "HBM")
+    names = ("issue", "pipe", "tensor", "L2", "HBM")
     lines = [
         f"| operation | D | arithmetic | kernel | i/e | {' | '.join(names)} | roofline | share |",
         "|---" * (7 + len(names)) + "|",
@@ -468,7 +479,7 @@ def main() -> None:
         f"Predictions from the machine code for sm_{ARCHITECTURE}; nothing ran on a GPU. N = {N:,} rows, "
         f"with log-determinant; stacks of {LAYERS} layers. i/e: executed instructions a thread for each "
         "element (and layer of a stack). Floors and roofline in µs: issue slots, the fullest pipe, tensor "
-        "cores, memory. Share: roofline over the sum of each launch's longest floor. How each is counted "
+        "cores, L2, memory. Share: roofline over the sum of each launch's longest floor. How each is counted "
         "says the script.",
         "",
     ]
