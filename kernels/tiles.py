@@ -102,11 +102,7 @@ _NARROW = ((16, Tile(64, 16, 16, 4, 3)), (32, Tile(64, 32, 32, 4, 3)))
 #: of sm_86 and sm_89. The inner block stays small for ieee, whose product is unrolled: with all of D = 128 it
 #: compiled for a minute and spilled.
 LAYER: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
-    (80, "ieee"): (
-        (16, Tile(64, 16, 16, 4, 2)),
-        (32, Tile(64, 32, 16, 4, 2)),
-        (0, Tile(32, 64, 32, 4, 2)),
-    ),
+    (80, "ieee"): ((16, Tile(64, 16, 16, 4, 2)), (32, Tile(64, 32, 16, 4, 2)), (0, Tile(32, 64, 32, 4, 2))),
     (80, "tf32x3"): (*_NARROW, (64, Tile(64, 64, 32, 4, 3)), (0, Tile(128, 64, 32, 8, 3))),
     (80, "tf32"): (*_NARROW, (64, Tile(64, 64, 32, 4, 3)), (0, Tile(128, 64, 32, 8, 3))),
     (80, "bf16"): (*_NARROW, (64, Tile(64, 64, 64, 4, 3)), (0, Tile(128, 64, 64, 8, 3))),
@@ -184,7 +180,7 @@ def layer_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) ->
     arithmetic = _arithmetic(dtype, precision)
     rows = _nearest(LAYER, arithmetic, architecture)
     tile = next(tile for largest, tile in rows if largest == 0 or largest >= D)
-    if tile.columns == 128 and (D % 16 != 0 or _padded(D, 64) < _padded(D, 128)):
+    if tile.columns == 128 and (D % 16 != 0 or 0 < D % 128 <= 64):  # half of the last block would be idle
         tile = tile._replace(columns=64)
     if D % 16 == 0:
         return tile
@@ -216,11 +212,6 @@ def _nearest(
     """The nearest older architecture serves a newer one, the oldest those before it."""
     known = [arch for arch, kind in table if kind == arithmetic]
     return table[max((arch for arch in known if arch <= architecture), default=min(known)), arithmetic]
-
-
-def _padded(D: int, width: int) -> int:
-    """The columns of the blocks of this width that cover D."""
-    return -(-D // width) * width
 
 
 def _power_of_two(n: int) -> int:
@@ -263,103 +254,42 @@ def recomputes(D: int) -> bool:
 #: ``columns`` are those of h formed at a time, ``inner`` those of x in a step of its product. Larger ones
 #: spill.
 LAYER_BACKWARD: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
-    (80, "ieee"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(32, 32, 16, 4, 1)),
-        (64, Tile(16, 32, 16, 8, 1)),
-    ),
+    (80, "ieee"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(32, 32, 16, 4, 1)), (64, Tile(16, 32, 16, 8, 1))),
     (80, "tf32x3"): (
         (16, Tile(64, 16, 16, 4, 1)),
         (32, Tile(32, 32, 16, 4, 1)),
         (64, Tile(16, 32, 16, 4, 1)),
     ),
-    (80, "tf32"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(64, 32, 32, 4, 1)),
-        (64, Tile(64, 32, 32, 8, 1)),
-    ),
-    (80, "bf16"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(64, 32, 32, 4, 1)),
-        (64, Tile(64, 64, 64, 8, 1)),
-    ),
-    (90, "ieee"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(16, 32, 16, 4, 1)),
-        (64, Tile(16, 32, 16, 8, 1)),
-    ),
+    (80, "tf32"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(64, 32, 32, 4, 1)), (64, Tile(64, 32, 32, 8, 1))),
+    (80, "bf16"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(64, 32, 32, 4, 1)), (64, Tile(64, 64, 64, 8, 1))),
+    (90, "ieee"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(16, 32, 16, 4, 1)), (64, Tile(16, 32, 16, 8, 1))),
     (90, "tf32x3"): (
         (16, Tile(64, 16, 16, 4, 1)),
         (32, Tile(32, 32, 32, 4, 1)),
         (64, Tile(32, 64, 32, 8, 1)),
     ),
-    (90, "tf32"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(64, 32, 32, 4, 1)),
-        (64, Tile(64, 64, 32, 8, 1)),
-    ),
-    (90, "bf16"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(64, 32, 32, 4, 1)),
-        (64, Tile(64, 64, 64, 8, 1)),
-    ),
-    (100, "tf32"): (
-        (16, Tile(64, 16, 16, 8, 1)),
-        (32, Tile(64, 32, 32, 8, 1)),
-        (64, Tile(64, 64, 32, 8, 1)),
-    ),
-    (100, "bf16"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(64, 32, 32, 4, 1)),
-        (64, Tile(64, 32, 64, 8, 1)),
-    ),
+    (90, "tf32"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(64, 32, 32, 4, 1)), (64, Tile(64, 64, 32, 8, 1))),
+    (100, "tf32"): ((16, Tile(64, 16, 16, 8, 1)), (32, Tile(64, 32, 32, 8, 1)), (64, Tile(64, 64, 32, 8, 1))),
+    (100, "bf16"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(64, 32, 32, 4, 1)), (64, Tile(64, 32, 64, 8, 1))),
 }
 
 #: The same where D is no multiple of 16 or the slopes are learnt: both take registers. What is missing
 #: spills, or spills but for tiles so small that three launches take fewer instructions.
 LAYER_BACKWARD_TIGHT: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
-    (80, "ieee"): (
-        (16, Tile(32, 16, 16, 4, 1)),
-        (32, Tile(32, 32, 16, 4, 1)),
-        (64, Tile(16, 32, 16, 8, 1)),
-    ),
+    (80, "ieee"): ((16, Tile(32, 16, 16, 4, 1)), (32, Tile(32, 32, 16, 4, 1)), (64, Tile(16, 32, 16, 8, 1))),
     (80, "tf32x3"): (
         (16, Tile(64, 16, 16, 4, 1)),
         (32, Tile(16, 32, 16, 4, 1)),
     ),
-    (80, "tf32"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(32, 32, 32, 4, 1)),
-        (64, Tile(32, 32, 16, 8, 1)),
-    ),
-    (80, "bf16"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(32, 32, 32, 4, 1)),
-        (64, Tile(32, 32, 32, 8, 1)),
-    ),
+    (80, "tf32"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 4, 1)), (64, Tile(32, 32, 16, 8, 1))),
+    (80, "bf16"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 4, 1)), (64, Tile(32, 32, 32, 8, 1))),
     (90, "ieee"): ((16, Tile(16, 16, 16, 4, 1)),),
     (90, "tf32x3"): ((16, Tile(32, 16, 16, 4, 1)),),
-    (90, "tf32"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(32, 32, 32, 4, 1)),
-        (64, Tile(32, 64, 32, 8, 1)),
-    ),
-    (90, "bf16"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(32, 32, 32, 4, 1)),
-        (64, Tile(32, 64, 64, 8, 1)),
-    ),
+    (90, "tf32"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 4, 1)), (64, Tile(32, 64, 32, 8, 1))),
+    (90, "bf16"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 4, 1)), (64, Tile(32, 64, 64, 8, 1))),
     (100, "tf32x3"): ((16, Tile(32, 16, 16, 8, 1)),),
-    (100, "tf32"): (
-        (16, Tile(32, 16, 16, 8, 1)),
-        (32, Tile(32, 32, 32, 4, 1)),
-        (64, Tile(32, 64, 32, 8, 1)),
-    ),
-    (100, "bf16"): (
-        (16, Tile(64, 16, 16, 8, 1)),
-        (32, Tile(32, 32, 32, 4, 1)),
-        (64, Tile(32, 64, 64, 8, 1)),
-    ),
+    (100, "tf32"): ((16, Tile(32, 16, 16, 8, 1)), (32, Tile(32, 32, 32, 4, 1)), (64, Tile(32, 64, 32, 8, 1))),
+    (100, "bf16"): ((16, Tile(64, 16, 16, 8, 1)), (32, Tile(32, 32, 32, 4, 1)), (64, Tile(32, 64, 64, 8, 1))),
 }
 
 
