@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -42,20 +41,17 @@ class Activation(NamedTuple):
     """φ as one argument of a kernel."""
 
     slopes: Tensor | None
-    """[3] or [3, D], of several layers [layers, 3] or [layers, 3, D]; None: the five numbers. Of a spline,
+    """[3] or [3, D], of several layers [layers, 3] or [layers, 3, D]; None: the three numbers. Of a spline,
     its table [layers, 3·BINS + 4, D]."""
     a: float
     c: float
     kappa: float
-    log_low: float
-    log_high: float
     ACTIVE: tl.constexpr
     """False: the identity."""
     PER_COLUMN: tl.constexpr
     """Whether the slopes differ from column to column."""
     STEPS: tl.constexpr
     """Steps of the inverse."""
-    FAST: tl.constexpr
     BINS: tl.constexpr
     """Of a spline; 0: φ is of the family of ``leaky_softplus``."""
 
@@ -84,7 +80,7 @@ def located_inverse(y, family, activation):
     if activation.BINS > 0:
         return spline.in_bin_of_value(y, family, activation.BINS)
     else:
-        return (leaky_softplus.phi_inverse(y, family, activation),)
+        return (leaky_softplus.phi_inverse(y, family, activation.STEPS),)
 
 
 @triton.jit
@@ -93,17 +89,16 @@ def phi(at, family, activation):
     if activation.BINS > 0:
         return spline.value(at, family)
     else:
-        return leaky_softplus.phi(at[0], family, activation)
+        return leaky_softplus.phi(at[0], family)
 
 
 @triton.jit
 def log_phi_derivative(at, family, activation):
     """log φ′(x), elementwise."""
     if activation.BINS > 0:
-        slope = spline.slope(at)
-        return leaky_softplus.log(slope, slope - 1.0, activation.FAST)
+        return leaky_softplus.log(spline.slope(at))
     else:
-        return leaky_softplus.log_phi_derivative(at[0], family, activation)
+        return leaky_softplus.log(leaky_softplus.phi_derivative(at[0], family))
 
 
 @triton.jit
@@ -115,7 +110,7 @@ def phi_backward(g, ld, at, family, activation, INVERSE: tl.constexpr):
     if activation.BINS > 0:
         return spline.backward(g, ld, at, INVERSE)
     else:
-        return leaky_softplus.phi_backward(g, ld, at[0], family, activation, INVERSE)
+        return leaky_softplus.phi_backward(g, ld, at[0], family, INVERSE)
 
 
 @triton.jit
@@ -125,7 +120,7 @@ def slope_gradients(g, ld, at, family, activation):
     Of a spline they would be as many as it has knots, which no thread could hold: it has
     ``spline.add_gradient_sums``.
     """
-    return leaky_softplus.slope_gradients(g, ld, at[0], family, activation)
+    return leaky_softplus.slope_gradients(g, ld, at[0], family)
 
 
 # --- row-wise kernels -----------------------------------------------------------------------------------
@@ -265,15 +260,13 @@ def activation_bwd_kernel(
 # --- launchers ------------------------------------------------------------------------------------------
 
 
-def activation_of(
-    slopes: Slopes | None, D: int, *, layers: int | None = None, steps: int = 0, fast: bool = False
-) -> Activation:
+def activation_of(slopes: Slopes | None, D: int, *, layers: int | None = None, steps: int = 0) -> Activation:
     """The kernels' argument that describes φ, of three floats (a, c, κ), a tensor [3] or [3, D] or a spline,
     whose table is made here; None: the identity. With ``layers`` a tensor has their number as leading
     dimension, and of none it is the identity.
     """
     leading = () if layers is None else (layers,)
-    numbers: tuple[float, ...] = (0.0,) * 5
+    numbers: tuple[float, ...] = (0.0,) * 3
     given, per_column, bins = None, False, 0
     if isinstance(slopes, Spline) and layers != 0:
         given, bins = spline.table_of(slopes, D, layers), slopes.bins
@@ -286,10 +279,8 @@ def activation_of(
         given, per_column = slopes, slopes.dim() == len(leading) + 2
     else:
         none = slopes is None or is_learnt(slopes)
-        a, c, kappa = (1.0, 1.0, 1.0) if none else map(float, slopes)  # type: ignore[arg-type]
-        # The logarithms in float64: log(a + c) is exactly 0 where a + c is 1, whatever a and c round to.
-        numbers = (a, c, kappa, math.log(a), math.log(a + c))
-    constants = (slopes is not None, per_column, steps, fast, bins)
+        numbers = (1.0, 1.0, 1.0) if none else tuple(map(float, slopes))  # type: ignore[arg-type]
+    constants = (slopes is not None, per_column, steps, bins)
     return Activation(given, *numbers, *map(tl.constexpr, constants))
 
 
@@ -317,18 +308,16 @@ def steps_of(slopes: Slopes, steps: int | None) -> int:
     return steps
 
 
-def activation_forward(
-    x: Tensor, slopes: Slopes, *, logabsdet: bool, fast: bool = False
-) -> tuple[Tensor, Tensor | None]:
+def activation_forward(x: Tensor, slopes: Slopes, *, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
     """(φ(x) [N, D], Σ log φ′ [N] float32 or None) of contiguous rows x [N, D], float32 or bfloat16."""
     check_rows("x", x, dims=2)
     y, total = outputs_by_row(x, logabsdet)
-    row_wise(x, y, total, activation_of(slopes, x.shape[1], fast=fast), inverse=False)
+    row_wise(x, y, total, activation_of(slopes, x.shape[1]), inverse=False)
     return y, total
 
 
 def activation_inverse(
-    y: Tensor, slopes: Slopes, *, logabsdet: bool, steps: int | None = None, fast: bool = False
+    y: Tensor, slopes: Slopes, *, logabsdet: bool, steps: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(φ⁻¹(y) [N, D], −Σ log φ′ [N] float32 or None) of contiguous rows y [N, D], float32 or bfloat16.
 
@@ -337,7 +326,7 @@ def activation_inverse(
     """
     check_rows("y", y, dims=2)
     x, total = outputs_by_row(y, logabsdet)
-    activation = activation_of(slopes, y.shape[1], steps=steps_of(slopes, steps), fast=fast)
+    activation = activation_of(slopes, y.shape[1], steps=steps_of(slopes, steps))
     row_wise(y, x, total, activation, inverse=True)
     return x, total
 
@@ -363,7 +352,7 @@ def row_wise(x: Tensor, y: Tensor, total: Tensor | None, activation: Activation,
 
 
 def activation_backward(
-    grad_y: Tensor, grad_logabsdet: Tensor | None, x: Tensor, slopes: Slopes, *, fast: bool = False
+    grad_y: Tensor, grad_logabsdet: Tensor | None, x: Tensor, slopes: Slopes
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x [N, D], and of ``slopes`` if a tensor, from those of φ(x) [N, D] and of Σ log φ′(x) [N].
 
@@ -372,13 +361,13 @@ def activation_backward(
     gradient of slopes, in their shape, are float32. One launch, and one sum of its programs' sums.
     """
     grad_x, _, grad_slopes = row_gradients(
-        *_one_member(grad_y, grad_logabsdet, x), slopes, inverse=False, column_sums=False, fast=fast
+        *_one_member(grad_y, grad_logabsdet, x), slopes, inverse=False, column_sums=False
     )
     return grad_x.squeeze(0), grad_slopes
 
 
 def activation_inverse_backward(
-    grad_x: Tensor, grad_logabsdet: Tensor | None, x: Tensor, slopes: Slopes, *, fast: bool = False
+    grad_x: Tensor, grad_logabsdet: Tensor | None, x: Tensor, slopes: Slopes
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of y [N, D], and of ``slopes`` if a tensor, from those of x = φ⁻¹(y) and of −Σ log φ′(x) [N].
 
@@ -386,7 +375,7 @@ def activation_inverse_backward(
     the inverse returned; otherwise as ``activation_backward``.
     """
     grad_y, _, grad_slopes = row_gradients(
-        *_one_member(grad_x, grad_logabsdet, x), slopes, inverse=True, column_sums=False, fast=fast
+        *_one_member(grad_x, grad_logabsdet, x), slopes, inverse=True, column_sums=False
     )
     return grad_y.squeeze(0), grad_slopes
 
@@ -409,7 +398,6 @@ def row_gradients(
     *,
     inverse: bool,
     column_sums: bool,
-    fast: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(gradient of x, its sums over the rows [K, D] or None, gradient of ``slopes`` or None).
 
@@ -429,7 +417,7 @@ def row_gradients(
     sums = memory_for_sums(x, programs, column_sums, slope_sums)
     launch(
         *(activation_bwd_kernel, (programs * blocks, K), tile),
-        *(grad, grad_logabsdet, x, out, sums, activation_of(slopes, D, fast=fast), N, D),
+        *(grad, grad_logabsdet, x, out, sums, activation_of(slopes, D), N, D),
         INVERSE=inverse,
         COLUMN_SUMS=column_sums,
         SLOPE_SUMS=slope_sums,

@@ -2,7 +2,7 @@
 # mypy: disable-error-code=assignment
 """The inverse of a layer: by a product with W⁻¹ where its condition allows it, by substitution elsewhere.
 
-For large D a product with the explicit inverse keeps the tensor cores busier. It is as accurate unless the
+A product with the explicit inverse keeps the tensor cores busier. It is as accurate unless the
 factors are badly conditioned, and that is known on the device only: both kernels are launched, both read
 the condition there, and the one that is not wanted returns at once. The host waits for nothing, and a
 CUDA graph can record it.
@@ -22,6 +22,9 @@ from lunet_fast.kernels.activation import (
     Activation,
     Slopes,
     activation_of,
+    load_family,
+    located_inverse,
+    log_phi_derivative,
     outputs_by_row,
     row_wise,
     steps_of,
@@ -29,12 +32,12 @@ from lunet_fast.kernels.activation import (
 from lunet_fast.kernels.launch import (
     check_layer,
     check_parameter,
+    dot,
     launch,
     load_row,
     load_tile,
     store_tile,
 )
-from lunet_fast.kernels.layer import product_tile
 from lunet_fast.kernels.matrix import check_packed, diagonal, lower_tile, permuted, upper_tile
 from lunet_fast.kernels.solve import (
     EXPLICIT_INVERSE_LIMIT,
@@ -138,25 +141,28 @@ def inverse_weight_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def inverse_product_kernel(
-    h_ptr,  # [K, N, D] float32, φ⁻¹(y), or y where φ is the identity
+    y_ptr,  # [K, N, D], or φ⁻¹(y) where the activation is the identity
     weight_ptr,  # [K, D, D] float32, W⁻¹
     bias_ptr,  # [K, D], or None
     x_ptr,  # [K, N, D]
+    h_ptr,  # [K, N, D], or None
     logabsdet_ptr,  # [K, N] float32, or None
     constant_ptr,  # [K] float32, log|det W|, or None
     condition_ptr,  # [K] float32
+    activation,
     N,
     D,
-    ACTIVATION: tl.constexpr,
+    BEGUN: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """x = (h − b) W⁻ᵀ, a tile [ROWS, COLUMNS]; nothing if the condition passes the limit.
+    """x = (φ⁻¹(y) − b) W⁻ᵀ, a tile [ROWS, COLUMNS]; nothing if the condition passes the limit.
 
-    The log-determinant holds −Σ log φ′(h) already if there is an activation; log|det W| is subtracted. The
-    blocks of columns of the same rows come one after the other, so that they find h in the L2 cache.
+    Each block of columns takes φ⁻¹ of all its rows: with an activation there is one block. The first stores
+    the log-determinant; BEGUN: −Σ log φ′(h) stands there already. Blocks of the same rows come one after the
+    other, so that they find y in the L2 cache.
     """
     member = tl.program_id(1).to(tl.int64)
     if (tl.load(condition_ptr + member) <= EXPLICIT_INVERSE_LIMIT) == 0:  # NaN is no condition to trust
@@ -167,25 +173,48 @@ def inverse_product_kernel(
     first_row = member * N + first
     rows = tl.arange(0, ROWS)
     here = rows[:, None] < N - first
+    cols = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inner = tl.arange(0, INNER)
+    y_ptr += first_row * D
+    weight_ptr += member * D * D
     if bias_ptr is not None:
         bias_ptr += member * D
-    x = product_tile(
-        *(h_ptr + first_row * D, bias_ptr, weight_ptr + member * D * D, here, block * COLUMNS, D),
-        *(False, PRECISION, ROWS, COLUMNS, INNER),
-    )
+    if h_ptr is not None:
+        h_ptr += first_row * D
+    x = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total = tl.zeros([ROWS, INNER], tl.float32)
+    for start in range(0, D, INNER):
+        source = start + inner
+        valid = here & (source[None, :] < D)
+        offsets = rows[:, None] * D + source[None, :]
+        h = tl.load(y_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+        if activation.ACTIVE:
+            family = load_family(activation, 0, source, D)
+            at = located_inverse(h, family, activation)
+            h = at[0]
+            if h_ptr is not None:
+                tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=valid)
+            if logabsdet_ptr is not None:
+                total += tl.where(source[None, :] < D, log_phi_derivative(at, family, activation), 0.0)
+        if bias_ptr is not None:
+            h -= load_row(bias_ptr, source, D)
+        w_offsets = cols * D + source[:, None]  # [INNER, COLUMNS], of W⁻ᵀ
+        w = tl.load(weight_ptr + w_offsets, mask=(cols < D) & (source[:, None] < D), other=0.0)
+        x = dot(h, w, x, PRECISION)
     store_tile(x_ptr + first_row * D, x, block * COLUMNS, here, D, ROWS, COLUMNS)
     # The first test is the compiler's, the second the program's.
     if logabsdet_ptr is not None:
         first_block = block == 0
         if first_block:
-            total = tl.zeros([ROWS], tl.float32)
-            if ACTIVATION:
-                total = tl.load(logabsdet_ptr + first_row + rows, mask=rows < N - first, other=0.0)
+            ptrs = logabsdet_ptr + first_row + rows
+            sums = -tl.sum(total, 1)
+            if BEGUN:
+                sums = tl.load(ptrs, mask=rows < N - first, other=0.0)
             if constant_ptr is not None:
-                total -= tl.load(constant_ptr + member)
+                sums -= tl.load(constant_ptr + member)
             # Each warp has loaded all rows, of which others store some.
             tl.debug_barrier()
-            tl.store(logabsdet_ptr + first_row + rows, total, mask=rows < N - first)
+            tl.store(ptrs, sums, mask=rows < N - first)
 
 
 # --- launchers ------------------------------------------------------------------------------------------
@@ -205,16 +234,17 @@ class PreparedInverse(NamedTuple):
 
 
 def prepare_inverse(
-    lu: Tensor, sign: Tensor | None, permutation: Tensor | None, *, precision: str, many_rows: bool = True
+    lu: Tensor, sign: Tensor | None, permutation: Tensor | None, *, precision: str, N: int | None = None
 ) -> PreparedInverse:
     """Invert what ``layer_inverse`` wants inverted of packed ``lu`` [K, D, D]: one launch, with W⁻¹ five.
 
-    W⁻¹ only for ``many_rows``: for few it costs more than it saves.
+    W⁻¹ only where the table has it tried for N rows (None: as many as one likes): for few it costs more than
+    it saves.
     """
     precision = at_least_tf32x3(precision)
     D = lu.shape[-1]
     inverses, logabsdet = invert_blocks(lu, sign, block=tiles.substitution_block(D))
-    if not (many_rows and tiles.tries_inverse_weight(D)):
+    if not tiles.tries_inverse_weight(D, N):
         return PreparedInverse(inverses, logabsdet, None, None)
     weight, condition = inverse_weight(lu, sign, permutation, inverses, precision=precision)
     return PreparedInverse(inverses, logabsdet, weight, condition)
@@ -285,7 +315,6 @@ def layer_inverse(
     weight: Tensor | None = None,
     condition: Tensor | None = None,
     steps: int | None = None,
-    fast: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(x = U⁻¹ L⁻¹ P (h − b) [K, N, D], its log-determinant [K, N] float32 or None, h = φ⁻¹(y) or None).
 
@@ -296,8 +325,8 @@ def layer_inverse(
     ``precision`` is "ieee" or "tf32x3"; "tf32" is raised to tf32x3. ``steps`` as in ``activation_inverse``.
 
     One launch, 2·N·D² flops and up. With ``weight`` W⁻¹ and ``condition``, from ``inverse_weight``, x is the
-    product (h − b) W⁻ᵀ where the condition allows it: φ⁻¹, the product and substitution are launched, and of
-    the last two one returns at once.
+    product (h − b) W⁻ᵀ where the condition allows it: the product and substitution are launched, and one of
+    them returns at once. φ⁻¹ is part of the product, or for long rows a launch before it.
     """
     K, N, D = check_layer("y", y, bias, constant, precision)
     precision = at_least_tf32x3(precision)
@@ -306,12 +335,11 @@ def layer_inverse(
     if (weight is None) != (condition is None):
         raise ValueError("weight and condition must be given together")
     steps = 0 if slopes is None else steps_of(slopes, steps)
-    activation = activation_of(slopes, D, steps=steps, fast=fast)
+    activation = activation_of(slopes, D, steps=steps)
     x, total = outputs_by_row(y, logabsdet)
     h = torch.empty_like(y) if save and slopes is not None else None
     if weight is not None:
-        wide_h = y if slopes is None else _wide_preactivation(y, h, total, activation)
-        _multiply(wide_h, weight, bias, x, total, constant, condition, slopes is not None, precision)
+        _multiply(y, weight, bias, activation, x, h, total, constant, condition, precision)
     substitute(
         *(y, lu, inverses, bias, activation, x, h, total),
         permutation=permutation,
@@ -332,23 +360,32 @@ def _wide_preactivation(y: Tensor, h: Tensor | None, total: Tensor | None, activ
 
 
 def _multiply(
-    h: Tensor,
+    y: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    activation: Activation,
     x: Tensor,
+    h: Tensor | None,
     total: Tensor | None,
     constant: Tensor | None,
     condition: Tensor | None,
-    active: bool,
     precision: str,
 ) -> None:
-    """x ← (h − b) W⁻ᵀ and total ← total − log|det W|, if the condition allows it."""
-    K, N, D = h.shape
-    tile = tiles.inverse_product_tile(D, precision, tiles.architecture(h))
+    """x ← (φ⁻¹(y) − b) W⁻ᵀ, h ← φ⁻¹(y) and total ← −log|det W| − Σ log φ′(h), if the condition allows it.
+
+    One launch where a program has whole rows of x and one φ for all columns (it spilled with more); else φ⁻¹
+    is a launch of its own, whatever the condition.
+    """
+    K, N, D = y.shape
+    tile = tiles.inverse_product_tile(D, precision, tiles.architecture(y))
+    blocks = triton.cdiv(D, tile.columns)
+    begun = bool(activation.ACTIVE) and (blocks > 1 or bool(activation.PER_COLUMN))
+    if begun:
+        y, h, activation = _wide_preactivation(y, h, total, activation), None, activation_of(None, D)
     launch(
-        *(inverse_product_kernel, (triton.cdiv(N, tile.rows) * triton.cdiv(D, tile.columns), K), tile),
-        *(h, weight, bias, x, total, constant, condition, N, D),
-        ACTIVATION=active,
+        *(inverse_product_kernel, (triton.cdiv(N, tile.rows) * blocks, K), tile),
+        *(y, weight, bias, x, h, total, constant, condition, activation, N, D),
+        BEGUN=begun,
         PRECISION=precision,
         **tile.blocks,
     )

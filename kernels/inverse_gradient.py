@@ -165,7 +165,6 @@ def layer_inverse_backward(
     *,
     permutation: Tensor | None,
     precision: str,
-    fast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(g_r = A⁻ᵀ g_x [K, N, D], gradient of y [K, N, D], of ``slopes`` in float32 if they are a tensor).
 
@@ -199,14 +198,14 @@ def layer_inverse_backward(
         *(layer_inv_bwd_kernel, (programs, K), tile),
         *(grad_x, None if fused is None else grad_logabsdet, None if fused is None else h),
         *(lu, inverses, permutation, scratch, grad_right, None if fused is None else grad_y),
-        *(sums, activation_of(fused, D, fast=fast), N, D),
+        *(sums, activation_of(fused, D), N, D),
         PRECISION=precision,
         **tile.triangle,
         BLOCKS=blocks_held(tile, D),
     )
     if h is not None and slopes is not None and row_wise:
         grad_y, _, grad_slopes = row_gradients(
-            grad_right, grad_logabsdet, h, slopes, inverse=True, column_sums=False, fast=fast
+            grad_right, grad_logabsdet, h, slopes, inverse=True, column_sums=False
         )
         return grad_right, grad_y, grad_slopes
     return grad_right, grad_y, split_sums(sums, fused, False)[1]

@@ -67,44 +67,6 @@ def finish_tile(
         tl.store(y_ptr + offsets, h.to(y_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit
-def product_tile(
-    x_ptr,  # at the tile's first row, of length D
-    shift_ptr,  # [D], subtracted from each row of x, or None
-    weight_ptr,  # [D, D], W
-    here,  # [ROWS, 1], which rows there are
-    start_column,
-    D,
-    TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """x Wᵀ, or x W, in the columns from ``start_column`` on: [ROWS, COLUMNS] float32."""
-    rows = tl.arange(0, ROWS)
-    span = tl.arange(0, COLUMNS)
-    inner = tl.arange(0, INNER)
-    cols = start_column + span
-    x_ptrs = x_ptr + (rows[:, None] * D + inner[None, :])  # [ROWS, INNER]
-    # [INNER, COLUMNS], of Wᵀ or, transposed, of W.
-    if TRANSPOSED:
-        w_ptrs = weight_ptr + (inner[:, None] * D + cols[None, :])
-    else:
-        w_ptrs = weight_ptr + start_column * D + (span[None, :] * D + inner[:, None])
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, D, INNER):
-        there = inner < D - start
-        x = tl.load(x_ptrs, mask=here & there[None, :], other=0.0)
-        if shift_ptr is not None:
-            x = x.to(tl.float32) - load_row(shift_ptr, start + inner, D)
-        w = tl.load(w_ptrs, mask=(cols[None, :] < D) & there[:, None], other=0.0)
-        product = dot(x, w, product, PRECISION)
-        x_ptrs += INNER
-        w_ptrs += INNER * D if TRANSPOSED else INNER
-    return product
-
-
 @triton.jit(do_not_specialize=["N"])
 def layer_fwd_kernel(
     x_ptr,  # [K, N, D]
@@ -135,12 +97,25 @@ def layer_fwd_kernel(
     member = tl.program_id(1).to(tl.int64)
     first_row = member * N + first
     rows = tl.arange(0, ROWS)
-    cols = block * COLUMNS + tl.arange(0, COLUMNS)
+    span = tl.arange(0, COLUMNS)
+    cols = block * COLUMNS + span
     here = rows[:, None] < N - first
-    h = product_tile(
-        *(x_ptr + first_row * D, None, weight_ptr + member * D * D, here, block * COLUMNS, D),
-        *(TRANSPOSED, PRECISION, ROWS, COLUMNS, INNER),
-    )
+    inner = tl.arange(0, INNER)
+    x_ptrs = x_ptr + first_row * D + (rows[:, None] * D + inner[None, :])  # [ROWS, INNER]
+    # [INNER, COLUMNS], of Wᵀ or, transposed, of W.
+    weight_ptr += member * D * D
+    if TRANSPOSED:
+        w_ptrs = weight_ptr + (inner[:, None] * D + cols[None, :])
+    else:
+        w_ptrs = weight_ptr + block * COLUMNS * D + (span[None, :] * D + inner[:, None])
+    h = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, D, INNER):
+        there = inner < D - start
+        x = tl.load(x_ptrs, mask=here & there[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=(cols[None, :] < D) & there[:, None], other=0.0)
+        h = dot(x, w, h, PRECISION)
+        x_ptrs += INNER
+        w_ptrs += INNER * D if TRANSPOSED else INNER
     finish_tile(
         *(h, y_ptr, h_ptr, partial_ptr, constant_ptr, bias_ptr, activation),
         *(first_row, rows, here, cols, block, blocks, member, D),
@@ -158,7 +133,6 @@ def layer_forward(
     precision: str,
     constant: Tensor | None = None,
     transposed: bool = False,
-    fast: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y = φ(x Wᵀ + b) [K, N, D], log|det J| [K, N] float32 or None, h = x Wᵀ + b [K, N, D] or None).
 
@@ -170,12 +144,15 @@ def layer_forward(
     """
     K, N, D = check_layer("x", x, bias, constant, precision)
     check_parameter("weight", weight, (K, D, D), x.dtype)
+    activation = activation_of(slopes, D)
     tile = tiles.layer_tile(D, x.dtype, precision, tiles.architecture(x))
+    if activation.PER_COLUMN or activation.BINS:
+        tile = tiles.narrowed(tile)
     blocks = triton.cdiv(D, tile.columns)
     y, h, partial = forward_outputs(x, blocks, slopes, logabsdet=logabsdet, save=save)
     launch(
         *(layer_fwd_kernel, (triton.cdiv(N, tile.rows) * blocks, K), tile),
-        *(x, weight, bias, y, h, partial, constant, activation_of(slopes, D, fast=fast), N, D),
+        *(x, weight, bias, y, h, partial, constant, activation, N, D),
         TRANSPOSED=transposed,
         PRECISION=precision,
         **tile.blocks,

@@ -3,20 +3,16 @@
 """φ(x) = a·x + (c/κ)·softplus(κ·x), its inverse and the logarithm of its slope.
 
 Everything is computed in float32 from v = exp(−|κx|) ∈ [0, 1], which neither overflows nor cancels:
-with s = v/(1 + v) = σ(−|κx|),
+with w = 1/(1 + v) = σ(|κx|) and s = v·w = σ(−|κx|),
 
-    φ(x)      = a·x + c·max(x, 0) + (c/κ)·log1p(v)
-    φ′(x)     = κx ≥ 0 ?  a + c·(1 − s)                          :  a + c·s
-    log φ′(x) = κx ≥ 0 ?  log(a + c) + log1p(−c/(a + c)·s)       :  log a + log1p(c/a·s)
+    φ(x)  = (x ≥ 0 ? a + c : a)·x + (c/κ)·log1p(v)
+    φ′(x) = a + c·(x ≥ 0 ? w : s)
 
-so that log φ′ keeps its digits where φ′ is near a + c (zero, when that is 1) as well as where it is near a.
-
-Why logarithms are written out here: ``tl.log`` compiles to 28 instructions and loses log1p's small
-arguments, ``libdevice.log1p`` to 29 and Triton's interpreter lacks it; these polynomials take 10 and about
-20, are the same arithmetic on every device, and need no division.
-
-FAST exchanges exp, reciprocals and the logarithm of the slope for single approximate instructions of NVIDIA
-GPUs. It is off unless asked for: what it costs in accuracy has to be measured on a GPU first.
+Exponential, reciprocal and the logarithm of the slope are single approximate instructions of NVIDIA GPUs.
+What the PTX manual documents of them keeps float32's accuracy: a reciprocal is off by one unit in the last
+place at most, the exponential by two beside what the rounding of its argument does. The logarithm has only
+absolute accuracy, 2e-7: where φ′ is near 1, log φ′ has the rounding error of φ′, as a sum with log|det W| has
+in any case. log1p, which counts in φ itself, is a polynomial of 10 instructions, where ``tl.log`` takes 28.
 """
 
 from __future__ import annotations
@@ -26,6 +22,8 @@ import math
 import torch
 import triton
 import triton.language as tl
+
+from lunet_fast.kernels.launch import INTERPRETED
 
 LN2: tl.constexpr = tl.constexpr(math.log(2.0))
 LOG2E: tl.constexpr = tl.constexpr(1.0 / math.log(2.0))
@@ -39,21 +37,34 @@ PARAMETERS: tl.constexpr = tl.constexpr(3)
 
 
 @triton.jit
-def _exp_of_negative(t, FAST: tl.constexpr):
-    """exp(t) for t ≤ 0; FAST flushes results below 2^-126 to zero."""
-    if FAST:
-        return tl.exp2(t * LOG2E)
-    return tl.exp(t)
+def _exp2(t):
+    """2^t for t ≤ 0; results below 2^-126 are zero."""
+    if INTERPRETED:
+        return tl.exp2(t)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
-def _reciprocal(d, FAST: tl.constexpr):
+def reciprocal(d):
     """1/d for a normal d > 0."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return 1.0 / d
+    if INTERPRETED:
+        return 1.0 / d
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def log(u):
+    """log u for a normal u > 0, or NaN; absolute error below 2e-7 in [1/2, 2], beyond relative below 3e-7."""
+    if INTERPRETED:
+        return tl.log(u)
+    log2 = tl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return log2 * LN2
 
 
 @triton.jit
@@ -71,36 +82,11 @@ def _log1p_unit(v):
 
 
 @triton.jit
-def _log1p(z, FAST: tl.constexpr):
-    """log(1 + z) for −1 < z < ∞ with 1 + z a normal number; NaN for NaN."""
-    return log(1.0 + z, z, FAST)
-
-
-@triton.jit
-def log(u, z, FAST: tl.constexpr):
-    """log u for a normal number u, of which z = u − 1; NaN for NaN.
-
-    u = 2^e·(1 + p) with p in [−1/3, 1/3); for e = 0, p is z itself, so where u is 1 + z, its rounding does
-    not matter where it would. FAST has only absolute accuracy, about 2e-7.
-    """
-    if FAST:
-        log2 = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return log2 * LN2
-    bits = u.to(tl.int32, bitcast=True)
-    e = (bits - 0x3F2AAAAB) >> 23  # 0x3F2AAAAB is 2/3
-    p = tl.where(e == 0, z, (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0)
-    q = p * 0.14056113084249489 - 0.15403197669183544
-    q = p * q + 0.13987650846046296
-    q = p * q - 0.1641279117291298
-    q = p * q + 0.20011944368838142
-    q = p * q - 0.2500802725603879
-    q = p * q + 0.3333316870455926
-    q = p * q - 0.4999993212222057
-    q = p * q + 1.000000003565205
-    # 0·z: the bits of a NaN have lost it on the way.
-    return p * q + (e.to(tl.float32) * LN2 + z * 0.0)
+def _sigmoids(x, kappa):
+    """(v, w, s) at x: exp(−|κx|), σ(|κx|) and σ(−|κx|)."""
+    v = _exp2(-tl.abs(x * (kappa * LOG2E)))
+    w = reciprocal(1.0 + v)
+    return v, w, v * w
 
 
 # --- φ --------------------------------------------------------------------------------------------------
@@ -108,15 +94,11 @@ def log(u, z, FAST: tl.constexpr):
 
 @triton.jit
 def load_family(activation, layer, cols, D):
-    """φ of a layer in these columns [COLUMNS], which the functions below take with the activation itself:
-
-    (a, c, κ, log a, log(a + c)): scalars, or for slopes that differ by column [1, COLUMNS].
-    """
+    """(a, c, κ) of a layer in these columns [COLUMNS], which the functions below take: scalars, or for slopes
+    that differ by column [1, COLUMNS]."""
     a = activation.a
     c = activation.c
     kappa = activation.kappa
-    log_low = activation.log_low
-    log_high = activation.log_high
     if activation.slopes is not None:
         if activation.PER_COLUMN:
             ptrs = activation.slopes + layer * (3 * D) + cols[None, :]
@@ -130,103 +112,87 @@ def load_family(activation, layer, cols, D):
             a = tl.load(ptr).to(tl.float32)
             c = tl.load(ptr + 1).to(tl.float32)
             kappa = tl.load(ptr + 2).to(tl.float32)
-        log_low = tl.log(a)
-        log_high = tl.log(a + c)
-    return a, c, kappa, log_low, log_high
+    return a, c, kappa
 
 
 @triton.jit
-def phi(x, family, activation):
+def phi(x, family):
     """φ(x), elementwise."""
-    v = _exp_of_negative(-tl.abs(x * family[2]), activation.FAST)
-    # c·max(x, 0), not (c/κ)·max(κx, 0): κx may overflow where φ does not.
-    return x * family[0] + (tl.maximum(x, 0.0) * family[1] + _log1p_unit(v) * (family[1] / family[2]))
+    a, c, kappa = family
+    v = _exp2(-tl.abs(x * (kappa * LOG2E)))
+    # A slope times x, not times κx: that may overflow where φ does not.
+    return x * tl.where(x < 0.0, a, a + c) + _log1p_unit(v) * (c / kappa)
 
 
 @triton.jit
-def phi_derivative(x, family, activation):
+def phi_derivative(x, family):
     """φ′(x), elementwise."""
-    t = x * family[2]
-    v = _exp_of_negative(-tl.abs(t), activation.FAST)
-    w = _reciprocal(1.0 + v, activation.FAST)
-    return tl.where(t < 0.0, v * w, w) * family[1] + family[0]
+    a, c, kappa = family
+    _, w, s = _sigmoids(x, kappa)
+    return tl.where(x < 0.0, s, w) * c + a
 
 
 @triton.jit
-def log_phi_derivative(x, family, activation):
-    """log φ′(x), elementwise."""
-    t = x * family[2]
-    v = _exp_of_negative(-tl.abs(t), activation.FAST)
-    s = v * _reciprocal(1.0 + v, activation.FAST)
-    low = t < 0.0
-    scale = tl.where(low, family[1] / family[0], -family[1] / (family[0] + family[1]))
-    return tl.where(low, family[3], family[4]) + _log1p(scale * s, activation.FAST)
-
-
-@triton.jit
-def phi_inverse(y, family, activation):
+def phi_inverse(y, family, STEPS: tl.constexpr):
     """φ⁻¹(y), elementwise: steps of Halley's iteration from the nearest of three tangents.
 
     With t = κx, r = a/c and w = κy/c the equation is f(t) = softplus(t) + r·t − w = 0. f is convex, so each
     tangent's root is not left of the solution and the least of them is the nearest; there f·f″ ≤ f′², so the
     denominator f′² − f·f″/2 of the step f·f′/(f′² − f·f″/2) is at least f′²/2. Where t is not finite (y is
-    not, or κy/c overflowed) φ is its asymptote.
+    not, or κy/c overflowed) φ is its asymptote. Of f only the last step needs every digit.
     """
-    r = family[0] / family[1]
-    w = y * (family[2] / family[1])
+    a, c, kappa = family
+    r = a / c
+    w = y * (kappa / c)
     t = tl.minimum(w * (1.0 / (1.0 + r)), w * (1.0 / r))  # tangents at +∞ and −∞
     t = tl.minimum(t, (w - LN2) * (1.0 / (0.5 + r)))  # and at 0
-    for _ in tl.static_range(activation.STEPS):
-        v = _exp_of_negative(-tl.abs(t), activation.FAST)
-        inverse = _reciprocal(1.0 + v, activation.FAST)
-        small = v * inverse
-        f = (tl.maximum(t, 0.0) - w) + r * t + _log1p_unit(v)
+    for step in tl.static_range(STEPS):
+        v, inverse, small = _sigmoids(t, 1.0)
+        soft = _log1p_unit(v) if step == STEPS - 1 else log(1.0 + v)
+        f = (tl.maximum(t, 0.0) - w) + r * t + soft
         slope = tl.where(t < 0.0, small, inverse) + r
-        t -= f * slope * _reciprocal(slope * slope - 0.5 * f * (small * inverse), activation.FAST)
-    asymptote = tl.minimum(y * (1.0 / family[0]), y * (1.0 / (family[0] + family[1])))
-    return tl.where(tl.abs(t) <= LARGEST, t * (1.0 / family[2]), asymptote)
+        t -= f * slope * reciprocal(slope * slope - 0.5 * f * (small * inverse))
+    asymptote = tl.minimum(y * (1.0 / a), y * (1.0 / (a + c)))
+    return tl.where(tl.abs(t) <= LARGEST, t * (1.0 / kappa), asymptote)
 
 
 @triton.jit
-def phi_backward(g, ld, x, family, activation, INVERSE: tl.constexpr):
+def phi_backward(g, ld, x, family, INVERSE: tl.constexpr):
     """g·φ′(x) + ld·φ″(x)/φ′(x), the gradient of x from g, that of φ(x), and ld, that of log φ′(x) or None.
 
     INVERSE: (g − ld·φ″/φ′)/φ′, the gradient of y from those of x = φ⁻¹(y) and of −log φ′(x).
     """
-    t = x * family[2]
-    v = _exp_of_negative(-tl.abs(t), activation.FAST)
-    w = _reciprocal(1.0 + v, activation.FAST)
-    s = v * w
-    slope = tl.where(t < 0.0, s, w) * family[1] + family[0]
+    a, c, kappa = family
+    _, w, s = _sigmoids(x, kappa)
+    slope = tl.where(x < 0.0, s, w) * c + a
     if INVERSE:
+        per_slope = reciprocal(slope)
         if ld is not None:
-            g -= ld * ((s * w) * (family[1] * family[2]) * _reciprocal(slope, activation.FAST))
-        return g * _reciprocal(slope, activation.FAST)
+            g -= ld * ((s * w) * (c * kappa) * per_slope)
+        return g * per_slope
     if ld is not None:
-        return g * slope + ld * ((s * w) * (family[1] * family[2]) * _reciprocal(slope, activation.FAST))
+        return g * slope + ld * ((s * w) * (c * kappa) * reciprocal(slope))
     return g * slope
 
 
 @triton.jit
-def slope_gradients(g, ld, x, family, activation):
+def slope_gradients(g, ld, x, family):
     """g·∂φ/∂θ + ld·∂log φ′/∂θ at x for θ = a, c, κ, elementwise; ld may be None.
 
     Of softplus, x·σ(κx) − softplus(κx)/κ is −|x|·s − log1p(v)/κ: no difference of large numbers.
     """
-    t = x * family[2]
-    v = _exp_of_negative(-tl.abs(t), activation.FAST)
-    w = _reciprocal(1.0 + v, activation.FAST)
-    s = v * w
-    soft = _log1p_unit(v) * (1.0 / family[2])
+    a, c, kappa = family
+    v, w, s = _sigmoids(x, kappa)
+    soft = _log1p_unit(v) * (1.0 / kappa)
     by_a = g * x
     by_c = g * (tl.maximum(x, 0.0) + soft)
-    by_kappa = -(g * (tl.abs(x) * s + soft)) * (family[1] / family[2])
+    by_kappa = -(g * (tl.abs(x) * s + soft)) * (c / kappa)
     if ld is not None:
-        sigmoid = tl.where(t < 0.0, s, w)
-        share = ld * _reciprocal(sigmoid * family[1] + family[0], activation.FAST)
+        sigmoid = tl.where(x < 0.0, s, w)
+        share = ld * reciprocal(sigmoid * c + a)
         by_a += share
         by_c += share * sigmoid
-        by_kappa += share * ((s * w) * x * family[1])
+        by_kappa += share * ((s * w) * x * c)
     return by_a, by_c, by_kappa
 
 

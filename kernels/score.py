@@ -334,7 +334,6 @@ def score_topk(
     activated: bool,
     precision: str,
     splits: int | None = None,
-    fast: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(scores [U, k] float32, items [U, k] int64) of the k best items of each user, best first.
 
@@ -379,7 +378,7 @@ def score_topk(
     launch(
         *(score_topk_kernel, (U * splits,), tile),
         *(p, q, weight, bias, readout, curvature, user_offset, item_offset, indptr, entries, keys),
-        activation_of(slopes, D, layers=L + activated, fast=fast),
+        activation_of(slopes, D, layers=L + activated),
         U=U,
         I=I,
         D=D,

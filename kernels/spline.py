@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lunet_fast.kernels.launch import launch
+from lunet_fast.kernels.leaky_softplus import reciprocal
 from lunet_fast.kernels.tiles import Tile
 
 #: The most bins: the inverse looks at the ends of all, and so do the sums.
@@ -192,8 +193,8 @@ def in_bin_of_value(y, own, BINS: tl.constexpr):
     beyond = y - inside
     above = inside - tl.load(base_ptr + place)
     slope = tl.sqrt(tl.maximum(start * start + 2.0 * above * bend, TINY))
-    w = tl.where(beyond > 0.0, own[1], 2.0 * above / (start + slope))
-    t = w + beyond / (start + w * bend)
+    w = tl.where(beyond > 0.0, own[1], 2.0 * above * reciprocal(start + slope))
+    t = w + beyond * reciprocal(start + w * bend)
     return (own[0] + i.to(tl.float32) * own[1]) + t, place, t, w, start, bend
 
 
@@ -214,7 +215,7 @@ def slope(at):
 def backward(g, ld, at, INVERSE: tl.constexpr):
     """``activation.phi_backward``."""
     derivative = slope(at)
-    per_slope = 1.0 / derivative
+    per_slope = reciprocal(derivative)
     if ld is not None:
         # φ″ is 0 outside of the bins, where w is not t.
         share = ld * (tl.where(at[2] == at[3], at[5], 0.0) * per_slope)
@@ -255,7 +256,7 @@ def add_gradient_sums(ptr, again, g, ld, at, own, cols, D, BINS: tl.constexpr):
     g = g * own[1]
     share = tl.zeros_like(g)
     if ld is not None:
-        share += ld / slope(at)
+        share += ld * reciprocal(slope(at))
     _add_rows(ptr, g * tl.minimum(u, 0.0) + share, again, cols, D)
     _add_rows(ptr + D, g * tl.maximum(u - BINS, 0.0), again, cols, D)
     _add_rows(ptr + 2 * D, g, again, cols, D)

@@ -250,7 +250,6 @@ def stack_arguments(
     *,
     activate_last: bool,
     steps: int = 0,
-    fast: bool,
 ) -> tuple[tiles.Tile, dict[str, Any]]:
     """The tile, and the arguments that all kernels of a stack share; refuses what does not fit."""
     check_rows("rows", x, dims=2)
@@ -265,7 +264,7 @@ def stack_arguments(
         )
     active = M if activate_last else M - 1
     return tile, {
-        "activation": activation_of(slopes, D, layers=active, steps=steps, fast=fast),
+        "activation": activation_of(slopes, D, layers=active, steps=steps),
         "bias_ptr": biases,
         "N": N,
         "M": M,
@@ -291,7 +290,6 @@ def stack_forward(
     logabsdet: bool,
     precision: str,
     activate_last: bool = False,
-    fast: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(y [N, D], log|det J| [N] float32 or None) of x through M layers; 2·N·M·D² flops, 8·N·D bytes.
 
@@ -302,9 +300,7 @@ def stack_forward(
     Nothing else is kept for ``stack_backward``. ValueError where ``tiles.stack_tile`` has no row for this.
     """
     M, D = weights.shape[0], x.shape[-1]
-    tile, arguments = stack_arguments(
-        "forward", x, biases, slopes, M, precision, activate_last=activate_last, fast=fast
-    )
+    tile, arguments = stack_arguments("forward", x, biases, slopes, M, precision, activate_last=activate_last)
     check_parameter("weights", weights, (M, D, D), x.dtype)
     check_parameter("constant", constant, (M,), torch.float32)
     y, total = outputs_by_row(x, logabsdet)
@@ -331,7 +327,6 @@ def stack_inverse(
     precision: str,
     activate_last: bool = False,
     steps: int | None = None,
-    fast: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(x [N, D], the inverse's own log-determinant [N] float32 or None) of y [N, D]; 2·N·M·D² flops and up.
 
@@ -344,7 +339,7 @@ def stack_inverse(
     M, D = lu.shape[0], y.shape[-1]
     steps = steps_of(slopes, steps)
     tile, arguments = stack_arguments(
-        "inverse", y, biases, slopes, M, precision, activate_last=activate_last, steps=steps, fast=fast
+        "inverse", y, biases, slopes, M, precision, activate_last=activate_last, steps=steps
     )
     check_inverse(lu, blocks, M, D, tile, precision)
     check_parameter("constant", constant, (M,), torch.float32)

@@ -297,7 +297,6 @@ def stack_backward(
     needs_weights: bool,
     precision: str,
     activate_last: bool = False,
-    fast: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (x [N, D], weights [M, D, D], biases [M, D], slopes) of ``stack_forward``, from its x.
 
@@ -307,7 +306,7 @@ def stack_backward(
     """
     M, D = weights.shape[0], x.shape[-1]
     tile, arguments = stack_arguments(
-        "backward", x, biases, slopes, M, precision, activate_last=activate_last, fast=fast
+        "backward", x, biases, slopes, M, precision, activate_last=activate_last
     )
     check_parameter("weights", weights, (M, D, D), x.dtype)
     return _backward(
@@ -328,7 +327,6 @@ def stack_inverse_backward(
     needs_weights: bool,
     precision: str,
     activate_last: bool = False,
-    fast: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (y [N, D], weights [M, D, D], biases [M, D], slopes) of ``stack_inverse``, from its x.
 
@@ -338,7 +336,7 @@ def stack_inverse_backward(
     """
     M, D = lu.shape[0], x.shape[-1]
     tile, arguments = stack_arguments(
-        "inverse backward", x, biases, slopes, M, precision, activate_last=activate_last, fast=fast
+        "inverse backward", x, biases, slopes, M, precision, activate_last=activate_last
     )
     check_inverse(lu, blocks, M, D, tile, precision)
     check_parameter("weights", weights, (M, D, D), torch.float32)

@@ -102,14 +102,13 @@ _NARROW = ((16, Tile(64, 16, 16, 4, 3)), (32, Tile(64, 32, 32, 4, 3)))
 #: of sm_86 and sm_89. The inner block stays small for ieee, whose product is unrolled: with all of D = 128 it
 #: compiled for a minute and spilled.
 LAYER: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
-    (80, "ieee"): (
-        (16, Tile(64, 16, 16, 4, 2)),
-        (32, Tile(64, 32, 16, 4, 2)),
-        (0, Tile(32, 64, 32, 4, 2)),
-    ),
+    (80, "ieee"): ((16, Tile(64, 16, 16, 4, 2)), (32, Tile(64, 32, 16, 4, 2)), (0, Tile(32, 64, 32, 4, 2))),
     (80, "tf32x3"): (*_NARROW, (64, Tile(64, 64, 32, 4, 3)), (0, Tile(128, 64, 32, 8, 3))),
     (80, "tf32"): (*_NARROW, (64, Tile(64, 64, 32, 4, 3)), (0, Tile(128, 64, 32, 8, 3))),
     (80, "bf16"): (*_NARROW, (64, Tile(64, 64, 64, 4, 3)), (0, Tile(128, 64, 64, 8, 3))),
+    # A wider tile reads x half as often; in tf32x3 it spilled.
+    (90, "tf32"): (*_NARROW, (64, Tile(64, 64, 32, 4, 3)), (0, Tile(128, 128, 32, 8, 3))),
+    (90, "bf16"): (*_NARROW, (64, Tile(64, 64, 64, 4, 3)), (0, Tile(128, 128, 64, 8, 3))),
     (100, "tf32x3"): (*_NARROW, (0, Tile(64, 64, 64, 8, 2))),
     (100, "tf32"): (*_NARROW, (0, Tile(64, 64, 32, 8, 3))),
     (100, "bf16"): (*_NARROW, (0, Tile(64, 64, 64, 8, 3))),
@@ -181,6 +180,8 @@ def layer_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) ->
     arithmetic = _arithmetic(dtype, precision)
     rows = _nearest(LAYER, arithmetic, architecture)
     tile = next(tile for largest, tile in rows if largest == 0 or largest >= D)
+    if tile.columns == 128 and (D % 16 != 0 or 0 < D % 128 <= 64):  # half of the last block would be idle
+        tile = tile._replace(columns=64)
     if D % 16 == 0:
         return tile
     # Every element has an address of its own here: with more than 16 to a thread they spilled, in ieee and
@@ -193,6 +194,11 @@ def layer_tile(D: int, dtype: torch.dtype, precision: str, architecture: int) ->
     if tile.columns == 16 and architecture >= 100:
         return tile._replace(warps=8)
     return tile
+
+
+def narrowed(tile: Tile) -> Tile:
+    """The tile where φ differs from column to column: with 128 of them their slopes spilled."""
+    return tile._replace(columns=min(64, tile.columns))
 
 
 def _arithmetic(dtype: torch.dtype, precision: str) -> str:
@@ -248,103 +254,42 @@ def recomputes(D: int) -> bool:
 #: ``columns`` are those of h formed at a time, ``inner`` those of x in a step of its product. Larger ones
 #: spill.
 LAYER_BACKWARD: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
-    (80, "ieee"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(32, 32, 16, 4, 1)),
-        (64, Tile(16, 32, 16, 8, 1)),
-    ),
+    (80, "ieee"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(32, 32, 16, 4, 1)), (64, Tile(16, 32, 16, 8, 1))),
     (80, "tf32x3"): (
         (16, Tile(64, 16, 16, 4, 1)),
         (32, Tile(32, 32, 16, 4, 1)),
         (64, Tile(16, 32, 16, 4, 1)),
     ),
-    (80, "tf32"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(64, 32, 32, 4, 1)),
-        (64, Tile(64, 32, 32, 8, 1)),
-    ),
-    (80, "bf16"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(64, 32, 32, 4, 1)),
-        (64, Tile(64, 64, 64, 8, 1)),
-    ),
-    (90, "ieee"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(16, 32, 16, 4, 1)),
-        (64, Tile(16, 32, 16, 8, 1)),
-    ),
+    (80, "tf32"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(64, 32, 32, 4, 1)), (64, Tile(64, 32, 32, 8, 1))),
+    (80, "bf16"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(64, 32, 32, 4, 1)), (64, Tile(64, 64, 64, 8, 1))),
+    (90, "ieee"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(16, 32, 16, 4, 1)), (64, Tile(16, 32, 16, 8, 1))),
     (90, "tf32x3"): (
         (16, Tile(64, 16, 16, 4, 1)),
         (32, Tile(32, 32, 32, 4, 1)),
         (64, Tile(32, 64, 32, 8, 1)),
     ),
-    (90, "tf32"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(64, 32, 32, 4, 1)),
-        (64, Tile(64, 64, 32, 8, 1)),
-    ),
-    (90, "bf16"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(64, 32, 32, 4, 1)),
-        (64, Tile(64, 64, 64, 8, 1)),
-    ),
-    (100, "tf32"): (
-        (16, Tile(64, 16, 16, 8, 1)),
-        (32, Tile(64, 32, 32, 8, 1)),
-        (64, Tile(64, 64, 32, 8, 1)),
-    ),
-    (100, "bf16"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(64, 32, 32, 4, 1)),
-        (64, Tile(64, 32, 64, 8, 1)),
-    ),
+    (90, "tf32"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(64, 32, 32, 4, 1)), (64, Tile(64, 64, 32, 8, 1))),
+    (100, "tf32"): ((16, Tile(64, 16, 16, 8, 1)), (32, Tile(64, 32, 32, 8, 1)), (64, Tile(64, 64, 32, 8, 1))),
+    (100, "bf16"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(64, 32, 32, 4, 1)), (64, Tile(64, 32, 64, 8, 1))),
 }
 
 #: The same where D is no multiple of 16 or the slopes are learnt: both take registers. What is missing
 #: spills, or spills but for tiles so small that three launches take fewer instructions.
 LAYER_BACKWARD_TIGHT: dict[tuple[int, str], tuple[tuple[int, Tile], ...]] = {
-    (80, "ieee"): (
-        (16, Tile(32, 16, 16, 4, 1)),
-        (32, Tile(32, 32, 16, 4, 1)),
-        (64, Tile(16, 32, 16, 8, 1)),
-    ),
+    (80, "ieee"): ((16, Tile(32, 16, 16, 4, 1)), (32, Tile(32, 32, 16, 4, 1)), (64, Tile(16, 32, 16, 8, 1))),
     (80, "tf32x3"): (
         (16, Tile(64, 16, 16, 4, 1)),
         (32, Tile(16, 32, 16, 4, 1)),
     ),
-    (80, "tf32"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(32, 32, 32, 4, 1)),
-        (64, Tile(32, 32, 16, 8, 1)),
-    ),
-    (80, "bf16"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(32, 32, 32, 4, 1)),
-        (64, Tile(32, 32, 32, 8, 1)),
-    ),
+    (80, "tf32"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 4, 1)), (64, Tile(32, 32, 16, 8, 1))),
+    (80, "bf16"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 4, 1)), (64, Tile(32, 32, 32, 8, 1))),
     (90, "ieee"): ((16, Tile(16, 16, 16, 4, 1)),),
     (90, "tf32x3"): ((16, Tile(32, 16, 16, 4, 1)),),
-    (90, "tf32"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(32, 32, 32, 4, 1)),
-        (64, Tile(32, 64, 32, 8, 1)),
-    ),
-    (90, "bf16"): (
-        (16, Tile(64, 16, 16, 4, 1)),
-        (32, Tile(32, 32, 32, 4, 1)),
-        (64, Tile(32, 64, 64, 8, 1)),
-    ),
+    (90, "tf32"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 4, 1)), (64, Tile(32, 64, 32, 8, 1))),
+    (90, "bf16"): ((16, Tile(64, 16, 16, 4, 1)), (32, Tile(32, 32, 32, 4, 1)), (64, Tile(32, 64, 64, 8, 1))),
     (100, "tf32x3"): ((16, Tile(32, 16, 16, 8, 1)),),
-    (100, "tf32"): (
-        (16, Tile(32, 16, 16, 8, 1)),
-        (32, Tile(32, 32, 32, 4, 1)),
-        (64, Tile(32, 64, 32, 8, 1)),
-    ),
-    (100, "bf16"): (
-        (16, Tile(64, 16, 16, 8, 1)),
-        (32, Tile(32, 32, 32, 4, 1)),
-        (64, Tile(32, 64, 64, 8, 1)),
-    ),
+    (100, "tf32"): ((16, Tile(32, 16, 16, 8, 1)), (32, Tile(32, 32, 32, 4, 1)), (64, Tile(32, 64, 32, 8, 1))),
+    (100, "bf16"): ((16, Tile(64, 16, 16, 8, 1)), (32, Tile(32, 32, 32, 4, 1)), (64, Tile(32, 64, 64, 8, 1))),
 }
 
 
@@ -546,8 +491,12 @@ def stack_programs(architecture: int) -> int:
 #: The longest rows that a program of the inverse keeps in registers: two blocks of 32 spilled.
 SUBSTITUTION_HELD = 32
 
-#: The least D for which a product with W⁻¹ is tried. Below, substitution costs and reads about as much.
-INVERSE_WEIGHT_FROM = 129
+#: The least D for which a product with W⁻¹ is tried.
+INVERSE_WEIGHT_FROM = 17
+
+#: N·D from which it is tried for D up to 128: fewer rows are substituted in less than the launches take that
+#: form W⁻¹. Beyond, N > D is enough.
+INVERSE_WEIGHT_NUMBERS = 1 << 22
 
 
 def substitution_block(D: int) -> int:
@@ -584,13 +533,17 @@ def magnitudes_tile() -> Tile:
     return Tile(16, 128, 0, 4, 1)
 
 
-def tries_inverse_weight(D: int) -> bool:
-    """Whether the inverse tries a product with W⁻¹ before it substitutes."""
-    return D >= INVERSE_WEIGHT_FROM
+def tries_inverse_weight(D: int, N: int | None = None) -> bool:
+    """Whether the inverse of N rows, or of as many as one likes, tries a product with W⁻¹ before it
+    substitutes."""
+    many = N is None or (N > D if D > 128 else N * D >= INVERSE_WEIGHT_NUMBERS)
+    return many and D >= INVERSE_WEIGHT_FROM
 
 
 def inverse_product_tile(D: int, precision: str, architecture: int) -> Tile:
-    """Of the product with W⁻¹."""
+    """Of the product with W⁻¹, in whose launch φ⁻¹ is where one block has all columns."""
+    if 64 < D <= 128 and D % 16 == 0 and precision == "tf32x3" and 90 <= architecture < 100:
+        return Tile(128, 128, 32, 8, 2)
     return layer_tile(D, torch.float32, precision, architecture)
 
 

@@ -167,7 +167,6 @@ def layer_forward_rows(
     save: bool,
     precision: str,
     constant: Tensor | None = None,
-    fast: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y = φ(Pᵀ L (U x) + b) [K, N, D], log|det J| [K, N] float32 or None, h [K, N, D] or None).
 
@@ -185,7 +184,7 @@ def layer_forward_rows(
     y, h, partial = forward_outputs(x, blocks, slopes, logabsdet=logabsdet, save=save)
     row_tiles = triton.cdiv(N, tile.rows)
     sizes: dict[str, Any] = {"N": N, "D": D, "PRECISION": precision, "ROWS": tile.rows, "BLOCK": tile.columns}
-    ends = (permutation, bias, y, h, partial, constant, activation_of(slopes, D, fast=fast))
+    ends = (permutation, bias, y, h, partial, constant, activation_of(slopes, D))
     if tiles.fuses_triangles(D, precision):
         grid = (row_tiles, K)
         launch(triangular_fused_kernel, grid, tile, x, lu, sign, *ends, **sizes, BLOCKS=blocks)

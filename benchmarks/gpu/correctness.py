@@ -91,35 +91,35 @@ def kinds(arithmetic: str) -> tuple[torch.dtype, str]:
 
 
 def activation(place: Place) -> Iterator[Row]:
-    """φ and φ⁻¹ and both gradients, exact and FAST, floats and learnt slopes; ±inf."""
-    full = itertools.product((64, 257, 1000), (torch.float32, torch.bfloat16), (False, True))
-    for D, dtype, fast in place.mine(list(full), [(5, torch.float32, False)]):
-        yield from _activation(place, D, dtype, fast)
+    """φ and φ⁻¹ and both gradients, floats and learnt slopes; ±inf."""
+    full = itertools.product((64, 257, 1000), (torch.float32, torch.bfloat16))
+    for D, dtype in place.mine(list(full), [(5, torch.float32)]):
+        yield from _activation(place, D, dtype)
     yield from _activation_ends(place)
 
 
-def _activation(place: Place, D: int, dtype: torch.dtype, fast: bool) -> Iterator[Row]:
+def _activation(place: Place, D: int, dtype: torch.dtype) -> Iterator[Row]:
     from lunet_fast.kernels import activation as kernels
 
     rows = place.choose(20_011, 7)
     x, ld = (5 * place.randn(rows, D)).to(dtype), place.randn(rows)
     slopes = torch.tensor(FAMILY, device=place.device)
     limit = 1e-2 if dtype == torch.bfloat16 else 2e-6
-    what = f"φ D={D} {str(dtype)[6:]}{' FAST' if fast else ''}"
+    what = f"φ D={D} {str(dtype)[6:]}"
     grad = place.randn(rows, D).to(dtype)
 
     def forward(x: Tensor) -> Results:
-        return named(("y", "logabsdet"), kernels.activation_forward(x, FAMILY, logabsdet=True, fast=fast))
+        return named(("y", "logabsdet"), kernels.activation_forward(x, FAMILY, logabsdet=True))
 
     def forward_truth(x: Tensor) -> Results:
         return named(("y", "logabsdet"), reference.leaky_softplus_and_logabsdet(x, FAMILY))
 
-    # FAST has only absolute accuracy in the logarithm; here its sum is of the size of D.
+    # The logarithm has only absolute accuracy; here its sum is of the size of D.
     limits = {"y": limit, "logabsdet": 2e-6}
     yield from verify(x, Case(what, forward, forward_truth, limits, ("y", "logabsdet")))
 
     def inverse(y: Tensor) -> Results:
-        return named(("x", "logabsdet"), kernels.activation_inverse(y, FAMILY, logabsdet=True, fast=fast))
+        return named(("x", "logabsdet"), kernels.activation_inverse(y, FAMILY, logabsdet=True))
 
     def inverse_truth(y: Tensor) -> Results:
         return named(("x", "logabsdet"), reference.leaky_softplus_inverse_and_logabsdet(y, FAMILY))
@@ -128,7 +128,7 @@ def _activation(place: Place, D: int, dtype: torch.dtype, fast: bool) -> Iterato
     yield from verify(x, Case(f"inverse {what}", inverse, inverse_truth, limits, ("x", "logabsdet")))
 
     def backward(x: Tensor) -> Results:
-        found = kernels.activation_backward(grad, ld, x, slopes, fast=fast)
+        found = kernels.activation_backward(grad, ld, x, slopes)
         return named(("grad x", "grad slopes"), found)
 
     def backward_truth(x: Tensor) -> Results:
@@ -144,16 +144,15 @@ def _activation_ends(place: Place) -> Iterator[Row]:
     from lunet_fast.kernels import activation as kernels
 
     ends = torch.tensor([[math.inf], [-math.inf], [math.nan]], device=place.device)
-    for fast in place.choose((False, True), (False,)):
-        y, total = kernels.activation_forward(ends, FAMILY, logabsdet=True, fast=fast)
-        x, _ = kernels.activation_inverse(ends, FAMILY, logabsdet=True, fast=fast)
-        a, c, _ = FAMILY
-        logs = torch.tensor([math.log(a + c), math.log(a)], device=place.device)
-        assert total is not None
-        good = torch.equal(y[:2], ends[:2]) and torch.equal(x[:2], ends[:2])
-        good &= bool(y[2].isnan().all() and x[2].isnan().all() and total[2].isnan())
-        good &= torch.allclose(total[:2], logs, atol=1e-6)
-        yield holds(f"φ at ±inf and NaN{' FAST' if fast else ''}", good)
+    y, total = kernels.activation_forward(ends, FAMILY, logabsdet=True)
+    x, _ = kernels.activation_inverse(ends, FAMILY, logabsdet=True)
+    a, c, _ = FAMILY
+    logs = torch.tensor([math.log(a + c), math.log(a)], device=place.device)
+    assert total is not None
+    good = torch.equal(y[:2], ends[:2]) and torch.equal(x[:2], ends[:2])
+    good &= bool(y[2].isnan().all() and x[2].isnan().all() and total[2].isnan())
+    good &= torch.allclose(total[:2], logs, atol=1e-6)
+    yield holds("φ at ±inf and NaN", good)
 
 
 def affine_truth(weight: Tensor, p: Packed) -> Callable[[Tensor], Results]:
@@ -174,20 +173,18 @@ def layer(place: Place) -> Iterator[Row]:
         p = packed(place, D)
         x = place.randn(place.choose(20_011, 5), D)
         for arithmetic in ("ieee", "tf32x3", "tf32", "bf16"):
-            yield from _layer(p, x, arithmetic, fast=False)
-        if not place.tiny:
-            yield from _layer(p, x, "tf32x3", fast=True)
+            yield from _layer(p, x, arithmetic)
         yield from _matrix(place, p)
 
 
-def _layer(p: Packed, x: Tensor, arithmetic: str, *, fast: bool) -> Iterator[Row]:
+def _layer(p: Packed, x: Tensor, arithmetic: str) -> Iterator[Row]:
     from lunet_fast.kernels import layer as kernels
     from lunet_fast.kernels import triangular
 
     dtype, precision = kinds(arithmetic)
     weight = p.weight().to(dtype)
     names = ("y", "logabsdet", "h")
-    options: dict[str, Any] = {"logabsdet": True, "save": True, "precision": precision, "fast": fast}
+    options: dict[str, Any] = {"logabsdet": True, "save": True, "precision": precision}
 
     def forward(x: Tensor) -> Results:
         found = kernels.layer_forward(x[None], weight, p.bias, FAMILY, constant=p.logabsdet(), **options)
@@ -200,7 +197,7 @@ def _layer(p: Packed, x: Tensor, arithmetic: str, *, fast: bool) -> Iterator[Row
         return named(names, first_members(found))
 
     limits = dict.fromkeys(("y", "h", "logabsdet"), LIMITS[arithmetic])
-    what = f"layer D={x.shape[1]} {arithmetic}{' FAST' if fast else ''}"
+    what = f"layer D={x.shape[1]} {arithmetic}"
     # What float64 is given is what the kernel is given, rounded weights too.
     truth = affine_truth(weight[0], p)
     yield from verify(x.to(dtype), Case(what, forward, truth, limits, ("y", "h", "logabsdet")))

@@ -30,10 +30,6 @@ class Setting:
     def precision(self) -> str:
         return self.arithmetic if self.arithmetic in PRODUCT[:3] else "tf32"
 
-    @property
-    def fast(self) -> bool:
-        return bool(self.options.get("fast", False))
-
     def slopes(self, *leading: int) -> Any:
         """Floats, or as the option says a tensor [*leading, 3, D] or [*leading, 3], or a spline of 8 bins."""
         if self.options.get("slopes") == "spline":
@@ -65,8 +61,6 @@ N = 100_003
 PRODUCT = ("ieee", "tf32x3", "tf32", "bfloat16")
 ELEMENTWISE = ("float32", "bfloat16")
 SLOPES: tuple[dict[str, Any], ...] = ({}, {"slopes": "columns"}, {"slopes": "spline"})
-#: FAST only takes instructions and registers away, so it is compiled at these D alone.
-FAST_SIZES = (64, 257)
 
 
 @dataclass(frozen=True)
@@ -117,13 +111,11 @@ def _activation(s: Setting) -> None:
     from lunet_fast.kernels import activation
 
     x, ld = s.rows(N), s.empty(N)
-    activation.activation_forward(x, s.slopes(), logabsdet=True, fast=s.fast)
-    activation.activation_inverse(x, s.slopes(), logabsdet=True, fast=s.fast)
-    activation.activation_backward(x, ld, x, s.slopes(), fast=s.fast)
-    activation.activation_inverse_backward(x, ld, x, s.slopes(), fast=s.fast)
-    activation.row_gradients(
-        x[None], ld[None], x[None], s.slopes(), inverse=False, column_sums=True, fast=s.fast
-    )
+    activation.activation_forward(x, s.slopes(), logabsdet=True)
+    activation.activation_inverse(x, s.slopes(), logabsdet=True)
+    activation.activation_backward(x, ld, x, s.slopes())
+    activation.activation_inverse_backward(x, ld, x, s.slopes())
+    activation.row_gradients(x[None], ld[None], x[None], s.slopes(), inverse=False, column_sums=True)
 
 
 # Where D is no multiple of 16 Triton moves single elements: the most addresses and registers.
@@ -139,7 +131,6 @@ def _layer(s: Setting) -> None:
             precision=s.precision,
             constant=s.empty(1),
             transposed=transposed,
-            fast=s.fast,
         )
 
 
@@ -169,7 +160,6 @@ def _triangular(s: Setting) -> None:
         save=True,
         precision=s.precision,
         constant=s.empty(1),
-        fast=s.fast,
     )
 
 
@@ -200,13 +190,11 @@ def _inverse(s: Setting) -> None:
         constant=prepared.logabsdet,
         weight=prepared.weight,
         condition=prepared.condition,
-        fast=s.fast,
     )
     inverse_gradient.layer_inverse_backward(
         *(s.rows(1, N), s.empty(1, N), s.rows(1, N), packed[0], prepared.inverses, s.slopes()),
         permutation=permutation,
         precision=s.precision,
-        fast=s.fast,
     )
 
 
@@ -215,7 +203,7 @@ def _stack(s: Setting) -> None:
     from lunet_fast.kernels import stack, stack_gradient, tiles
 
     M = 8
-    options: dict[str, Any] = {"precision": s.precision, "fast": s.fast}
+    options: dict[str, Any] = {"precision": s.precision}
     x, ld, weights, biases, slopes = s.rows(N), s.empty(N), s.matrix(M), s.full(M), s.slopes(M - 1)
 
     def tile(kernel: str) -> Any:
@@ -282,5 +270,4 @@ def _score(s: Setting) -> None:
         k,
         activated=False,
         precision=s.precision,
-        fast=s.fast,
     )

@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.kernel_calls import CALLS, FAST_SIZES, Call, Setting
+from benchmarks.gpu.kernel_calls import CALLS, Call, Setting
 from benchmarks.machine import RESULTS, describe, write_text
 
 ROOT = Path(__file__).parents[2]
@@ -203,8 +203,7 @@ def all_settings(call: Call, architecture: int) -> list[Setting]:
             if found not in known:
                 known.add(found)
                 sizes.add(D)
-    fast = [{**call.variants[0], "fast": True}] if len(call.variants) > 1 else []
-    return [*call.settings(sorted(sizes), call.variants), *call.settings(FAST_SIZES, fast)]
+    return list(call.settings(sorted(sizes), call.variants))
 
 
 # --- what comes of it -----------------------------------------------------------------------------------
@@ -239,8 +238,8 @@ def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(binary.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", str(cubin))
-        code = _tool("nvdisasm", "-c", str(cubin))
+        usage = tool("cuobjdump", "-res-usage", str(cubin))
+        code = tool("nvdisasm", "-c", str(cubin))
     names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None or len(names) < 10:
@@ -257,7 +256,7 @@ def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
     }
 
 
-def _tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -408,7 +407,7 @@ def report(rows: list[Row], command: str) -> str:
     assemblers = ", ".join(
         f"{name} {match[1]}"
         for name in ("ptxas", "ptxas-blackwell")
-        if (match := re.search(r"release [\d.]+, V([\d.]+)", _tool(name, "--version")))
+        if (match := re.search(r"release [\d.]+, V([\d.]+)", tool(name, "--version")))
     )
     wrong = [row for row in rows if row.findings()]
     slowest = max(rows, key=lambda row: row.found.get("seconds", 0.0))
@@ -421,7 +420,7 @@ def report(rows: list[Row], command: str) -> str:
         "",
         f"{compiled} compilations, the slowest {slowest.found['seconds']:.0f} s ({slowest.kernel}, "
         f"D = {slowest.D}, {slowest.dtype}, sm_{slowest.architecture}). A line is the worst of each column "
-        "over the options of a launch (slopes as floats or for each column, exact or approximate functions, "
+        "over the options of a launch (slopes as floats or for each column, "
         "what is asked for besides y): the most registers, bytes of shared memory, local loads and stores, "
         "the fewest tensor-core instructions. Any D up to 2048 that is not listed compiles to one of these.",
         "",

@@ -5,11 +5,11 @@ Imported when the first operation goes to Triton, so that a machine without it n
 | rows N, features D | forward | inverse |
 | --- | --- | --- |
 | N ≤ D | x → U x → L (U x), zero blocks skipped | substitution |
-| N > D | W formed, one product | substitution; from D = 129 W⁻¹, or substitution where that loses digits |
+| N > D | W formed, one product | substitution; W⁻¹ where it pays and loses no digits |
 | N > D ≥ 1024, tf32 or bfloat16 | W formed, cuBLAS, one row-wise launch | the same |
 
-Backward always goes through W: g_W is turned into that of the packed matrix. With D ≤ 128 it computes
-h = W x + b again; beyond, the forward saves h.
+W⁻¹ pays for D > 128, and from D = 17 on if N·D ≥ 2²². Backward always goes through W: g_W is turned into that
+of the packed matrix. With D ≤ 128 it computes h = W x + b again; beyond, the forward saves h.
 
 Arithmetic. Float32 products follow ``torch.get_float32_matmul_precision()``: "highest" gives tf32x3, whose
 error is float32's, "high" and "medium" give tf32. GPUs before sm_80 compute in float32 itself. Sums
@@ -218,8 +218,8 @@ def layer_inverse(
     x: Tensor, given: Matrix, activation: Activation, logabsdet: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     members, (lu, sign, order, bias) = _members(x, given.lu), _stacked(given)
-    precision, many_rows = precision_of(x), composes(*members.shape[1:])
-    prepared = inverse_kernels.prepare_inverse(lu, sign, order, precision=precision, many_rows=many_rows)
+    precision, N = precision_of(x), members.shape[1]
+    prepared = inverse_kernels.prepare_inverse(lu, sign, order, precision=precision, N=N)
     options: dict[str, Any] = {"logabsdet": logabsdet, "save": save, "precision": precision}
     result, total, h = inverse_kernels.layer_inverse(
         *(members, lu, prepared.inverses, bias, _slopes(activation)),
@@ -245,7 +245,7 @@ def layer_inverse_backward(
     members, (lu, sign, order, _) = _members(x, given.lu), _stacked(given)
     slopes, precision, (K, N, _) = _slopes(activation), precision_of(x), members.shape
     needs_x, needs_lu, needs_bias = needs
-    prepared = inverse_kernels.prepare_inverse(lu, sign, order, precision=precision, many_rows=False)
+    prepared = inverse_kernels.prepare_inverse(lu, sign, order, precision=precision, N=0)
     share = row_gradient(grad_logabsdet, (K, N))
     grad_right, grad_y, grad_slopes = inverse_gradient.layer_inverse_backward(
         *(_members(grad, given.lu), share, None if slopes is None else _members(h, given.lu)),

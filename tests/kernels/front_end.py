@@ -138,7 +138,7 @@ def call_inverse(s: Setting, kind: str | None) -> None:
     for signed, permuted, biased, logabsdet, many in combinations(5):
         order = either(permuted, s.empty(s.D, dtype=torch.int64))
         prepared = inverse.prepare_inverse(
-            lu, either(signed, s.full(1)), order, precision=precision, many_rows=many
+            lu, either(signed, s.full(1)), order, precision=precision, N=None if many else 0
         )
         inverse.layer_inverse(
             *(y, lu, prepared.inverses, either(biased, s.full(1)), slopes),

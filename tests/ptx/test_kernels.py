@@ -6,17 +6,19 @@ of bounds, nothing read before it was written, no barrier that a part of a progr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.gpu.common import normwise
-from tests.ptx.cases import CASES, SCORES, findings
+from tests.ptx.cases import CASES, INVERSE, SCORES, Case, findings, fixed, layer, learnt, spline
 from tests.ptx.launch import executed, kernels
 
 pytest.importorskip("triton")
 
+from lunet_fast.kernels import tiles
 from lunet_fast.kernels.layer import layer_forward
 
 ARCHITECTURES = (80, 90)
@@ -42,6 +44,28 @@ def test_against_float64_and_without_findings(case: Any, architecture: int) -> N
     assert findings(runs) == []
     wrong = [f"{what}: {error:.2e} > {limit:.2e}" for what, error, limit in errors if not error <= limit]
     assert wrong == [], f"{case}, sm_{architecture}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("D", "activation"),
+    [
+        (40, fixed),
+        (48, learnt),
+        pytest.param(33, spline(33), marks=pytest.mark.ptx),
+        pytest.param(112, fixed, marks=pytest.mark.ptx),
+    ],
+)
+def test_the_inverse_of_many_rows(
+    D: int, activation: Callable[[], Any], architecture: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By W⁻¹, with φ⁻¹ in its launch; the rows here would be too few for it."""
+    monkeypatch.setattr(tiles, "INVERSE_WEIGHT_NUMBERS", 0)
+    case = Case("layer", layer(D, activation), 150, D, INVERSE, gradients=False)
+    runs, errors = case.errors(architecture=architecture)
+    assert "inverse_product_kernel" in {run.launch.kernel for run in runs}
+    assert findings(runs) == []
+    assert [(what, error, limit) for what, error, limit in errors if not error <= limit] == []
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

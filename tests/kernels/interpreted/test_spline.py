@@ -344,7 +344,7 @@ def test_layer_backward(N: int, D: int, bins: int, saved: bool) -> None:
 def test_layer_inverse_and_its_backward(N: int, D: int, bins: int, few: bool) -> None:
     case = LayerCase(N, D, bins, permuted=True)
     lu, sign, y = amid_nan(case.lu[None]), amid_nan(case.sign[None]), amid_nan(case.y[None])
-    prepared = inverse.prepare_inverse(lu, sign, case.order, precision="ieee", many_rows=not few)
+    prepared = inverse.prepare_inverse(lu, sign, case.order, precision="ieee", N=0 if few else None)
     with guarded(), walked_by(2):
         x, total, h = inverse.layer_inverse(
             *(y, lu, prepared.inverses, amid_nan(case.bias[None]), case.spline),

@@ -243,11 +243,10 @@ def test_inverse_weight(K: int, D: int, permuted: bool) -> None:
 
 
 def test_preparation_follows_the_table() -> None:
-    for D in (8, tiles.INVERSE_WEIGHT_FROM):
-        prepared = prepare_inverse(random_lu(D, K=1), None, None, precision="tf32")
-        assert (
-            (prepared.weight is not None) == (prepared.condition is not None) == tiles.tries_inverse_weight(D)
-        )
+    sizes = [(8, None, False), (17, None, True), (17, 17, False), (17, 1 << 18, True), (130, 130, False)]
+    for D, N, tried in [*sizes, (130, 131, True)]:
+        prepared = prepare_inverse(random_lu(D, K=1), None, None, precision="tf32", N=N)
+        assert (prepared.weight is not None) == (prepared.condition is not None) == tried
 
 
 # --- the inverse ----------------------------------------------------------------------------------------
