@@ -62,7 +62,7 @@ def units() -> list[str]:
         [title, *(_mean(found["units"][prefix + key], ".5f") for key in scales)]
         for title, prefix in (("biases, tuned L2", "biases "), (NAMES["ours, auto"], ""))
     ]
-    head = ["MSE/s²", *(f"s = {key}" for key in scales)]
+    head = ["MSE/s², 6,000 ratings, 300 × 100", *(f"s = {key}" for key in scales)]
     small = found["small"]
     of_few: list[Cell | str] = ["MSE", *least_bold([_mean(small[key]) for key in NAMES if key in small])]
     few = ["1,000 ratings, 100 × 40", *(NAMES[key] for key in NAMES if key in small)]
@@ -90,7 +90,7 @@ def large() -> list[str]:
     costs = ["training, s", "the best ten of all items for all users, s"]
     taken = found["peak_mib"] - found["before_mib"]
     return [
-        *table(["", *costs], rows, dict.fromkeys(costs, min)),
+        *table(["10,000 users × 100,000 items, 100,000 ratings", *costs], rows, dict.fromkeys(costs, min)),
         "",
         f"Memory of recipe `auto` beyond data and packages: {taken:.0f} MiB. "
         + measured(result, _command("large")),
