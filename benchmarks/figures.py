@@ -26,8 +26,8 @@ def row(rows: list[dict[str, Any]], **keys: Any) -> dict[str, Any]:
 # --- the recommender ------------------------------------------------------------------------------------
 
 
-def compared(dataset: str, method: str, metric: str, form: str = ".4f") -> str:
-    found = row(load(f"compare-{dataset}")["rows"], key=method)
+def compared(dataset: str, method: str, metric: str, form: str = ".4f", folder: str = "") -> str:
+    found = row(load(f"{folder}compare-{dataset}")["rows"], key=method)
     return number(found[metric], form, found.get(f"{metric}_sd")).text
 
 
@@ -142,6 +142,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     "after-a-day-told": partial(after_a_day, "the same, told when it is asked", "hr@10"),
     "after-a-day-ease-all": partial(after_a_day, "EASE", "full_ndcg@10"),
     "after-a-day-all": partial(after_a_day, "recipe sequence, one member", "full_ndcg@10"),
+    "equal-ours": partial(compared, "ml-100k", "lunet-ratings", "test_mse", folder="equal/"),
+    "equal-identity": partial(compared, "ml-100k", "lunet-ratings-identity", "test_mse", folder="equal/"),
+    "equal-fm": partial(compared, "ml-100k", "bayesian-svd++-side", "test_mse", folder="equal/"),
     "confidence-flow": partial(confidence, "flow"),
     "confidence-normal": partial(confidence, "log p, x"),
     "fold-in-users": lambda: str(load("fold-in")["tested_users"]),

@@ -255,9 +255,8 @@ def compare(
 
     def state() -> Comparison:
         rows = [_row(key, [outcomes[key, s] for s in seeds if (key, s) in outcomes]) for key in keys]
-        found = [row for row in rows if row]
-        kept = list(runs.values())
-        return Comparison(machine, _versions(), ratings.name, split, command, list(seeds), found, kept)
+        told = machine, _versions(), ratings.name, split, command, list(seeds)
+        return Comparison(*told, [row for row in rows if row], list(runs.values()))
 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "ratings.pickle"
