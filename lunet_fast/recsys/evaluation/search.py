@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.evaluation.baselines import BASELINES, missing
@@ -23,9 +23,6 @@ from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.training import train
 from lunet_fast.training.loop import DivergenceError
-
-if TYPE_CHECKING:
-    pass
 
 MEMBERS = 4
 """Of ours in a trial, at most: more only cost time."""
