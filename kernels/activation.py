@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lunet_fast.kernels import leaky_softplus, spline, tiles
 from lunet_fast.kernels.launch import check_parameter, check_rows, launch
-from lunet_fast.kernels.leaky_softplus import PARAMETERS, inverse_steps
+from lunet_fast.kernels.leaky_softplus import PARAMETERS, inverse_steps, repeated
 from lunet_fast.kernels.spline import Spline
 
 Slopes = Sequence[float] | Tensor | Spline
@@ -213,7 +213,7 @@ def activation_bwd_kernel(
     family = load_family(activation, 0, cols, D)
     offsets = rows[:, None] * D + cols[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    slope_totals = (total,) * PARAMETERS
+    slope_totals = repeated(total, PARAMETERS)
     slope_ptr = None
     if SLOPE_SUMS > 0 and activation.BINS > 0:
         slope_ptr = sums_ptr + ((member * programs + program) * (COLUMN_SUMS + SLOPE_SUMS) + COLUMN_SUMS) * D

@@ -49,7 +49,7 @@ from lunet_fast.kernels.launch import (
     store_tile,
 )
 from lunet_fast.kernels.layer import layer_forward
-from lunet_fast.kernels.leaky_softplus import PARAMETERS
+from lunet_fast.kernels.leaky_softplus import PARAMETERS, repeated
 from lunet_fast.kernels.spline import Spline
 
 
@@ -184,7 +184,7 @@ def layer_bwd_kernel(
     sums = ()
     for _ in tl.static_range(BLOCKS):
         grad_weight = grad_weight + (tl.zeros([COLUMNS, WIDTH], tl.float32),)
-        sums = sums + ((tl.zeros([COLUMNS], tl.float32),) * (1 + PARAMETERS),)
+        sums = sums + (repeated(tl.zeros([COLUMNS], tl.float32), 1 + PARAMETERS),)
 
     for first in range(program.to(tl.int64) * ROWS, N, programs.to(tl.int64) * ROWS):
         row = member * N + first
@@ -260,7 +260,7 @@ def preactivation_bwd_kernel(
     if bias_ptr is not None:
         bias_ptr += member * D
     family = load_family(activation, 0, cols, D)
-    sums = (tl.zeros([COLUMNS], tl.float32),) * (1 + PARAMETERS)
+    sums = repeated(tl.zeros([COLUMNS], tl.float32), 1 + PARAMETERS)
     slope_ptr = None
     if SLOPE_SUMS > 0 and activation.BINS > 0:
         slope_ptr = sums_ptr + ((member * programs + program) * (COLUMN_SUMS + SLOPE_SUMS) + COLUMN_SUMS) * D

@@ -33,6 +33,15 @@ LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
 PARAMETERS: tl.constexpr = tl.constexpr(3)
 
 
+@triton.jit
+def repeated(value, times: tl.constexpr):
+    """A tuple of ``times`` the value: Triton 3.6's interpreter does not multiply a tuple by a constexpr."""
+    values = ()
+    for _ in tl.static_range(times):
+        values = values + (value,)  # noqa: RUF005
+    return values
+
+
 # --- elementary functions -------------------------------------------------------------------------------
 
 

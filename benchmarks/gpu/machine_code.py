@@ -137,6 +137,13 @@ def executed(code: str, loops: Sequence[Loop]) -> Counts:
     return dict(_longest(blocks, 0, set(range(len(blocks))), found, given))
 
 
+def in_loops(code: str, names: Sequence[str]) -> int:
+    """How many instructions of these names, without suffixes, stand in a loop: others are executed once."""
+    blocks = blocks_of(code)
+    looped = set().union(*(loop.body for loop in _loops(blocks)))
+    return sum(name.partition(".")[0] in names for block in looped for name in blocks[block].names)
+
+
 def _written_out(loops: Sequence[Loop]) -> Iterator[tuple[Loop, ...]]:
     """``loops``, and what is left of them where fixed ones have been written out."""
     if not loops:

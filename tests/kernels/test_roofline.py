@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.machine_code import Loop, executed
+from benchmarks.gpu.machine_code import Loop, executed, in_loops
 from tests.kernels.test_compile import lines_of
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +54,11 @@ FADD R1, R1, R2
 FADD R1, R1, R2
 L_x_2:
 EXIT"""
+
+
+def test_what_stands_in_a_loop_is_told_from_what_does_not() -> None:
+    assert in_loops(listing(NESTED), ("HMMA", "FMUL", "STG", "S2R")) == 2
+    assert in_loops(listing(SIDES), ("FADD", "FMUL")) == 0
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,17 @@ import torch
 ARCHITECTURE = int(os.environ.get("PTX_ARCHITECTURE", "0"))
 
 collect_ignore_glob = [] if ARCHITECTURE or os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+
+
+if not ARCHITECTURE and not collect_ignore_glob:
+    import triton
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    if triton.__version__ < "3.7":
+        # Without NaN's propagation the other operand is the result; there it was NaN, as NumPy's minimum is,
+        # and a bin's number made of it read from nowhere.
+        InterpreterBuilder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
+        InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
 
 
 class TorchRandom:
