@@ -32,7 +32,10 @@ from lunet_fast.recsys.data import movielens
 from lunet_fast.recsys.data.ratings import Ratings, from_frame
 from lunet_fast.recsys.data.texts import with_text
 from lunet_fast.recsys.data.ties import with_friends
+from lunet_fast.recsys.evaluation import adapters
 from lunet_fast.recsys.evaluation.baselines import BASELINES
+from lunet_fast.recsys.evaluation.fitted import Fitted
+from lunet_fast.recsys.evaluation.peer_settings import Settings
 from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
 from lunet_fast.recsys.measures.ranking import full_ranking
 from lunet_fast.recsys.model.config import nearest_dataset
@@ -69,8 +72,17 @@ COLD: dict[str, dict[str, Any]] = {
 }
 PEERS = {
     "ml-100k": ("popularity", "ease"),
-    "filmtrust": ("popularity", "ease", "als"),
-    "lastfm": ("popularity", "als"),
+    "filmtrust": ("popularity", "ease", "als", "bpr", "social bpr"),
+    "lastfm": ("popularity", "als", "bpr", "social bpr"),
+    "cold": ("popularity", "topic regression"),
+}
+#: Peers that read a source, and their settings, chosen by ``--validation``.
+SOURCED: dict[str, tuple[Callable[[Ratings, int, Settings], Fitted], Settings]] = {
+    "social bpr": (adapters.social_bpr, {"factors": 50, "rate": 0.02, "l2": 0.01, "epochs": 200}),
+    "topic regression": (
+        adapters.topic_regression,
+        {"topics": 50, "epochs": 30, "l2": 0.01, "l2_topics": 1.0, "unrated": 0.01},
+    ),
 }
 
 
@@ -129,13 +141,19 @@ def figures(rank: Callable[[Parts], dict[str, float]], parts: Parts) -> dict[str
     return found
 
 
+def peer(name: str, training: Ratings, seed: int) -> Fitted:
+    if name not in SOURCED:
+        return BASELINES[name].fit(training, seed, nearest_dataset(len(training)))
+    train, settings = SOURCED[name]
+    with adapters.undisturbed():
+        return train(training, seed, settings)
+
+
 def latest(ratings: Ratings, name: str, seed: int, settings: dict[str, Any] | None) -> dict[str, float]:
     """What is measured of a row: of a peer by its key, or of a change of the recipe."""
     parts = Parts.of(ratings, "leave-one-out", seed)
     if settings is None:
-        size = nearest_dataset(len(ratings))
-        fitted = BASELINES[name].fit(parts.training, seed, size)
-        score: Any = fitted.score_items
+        score: Any = peer(name, parts.training, seed).score_items
         return figures(lambda some: evaluate_ranking(score, some, seed).metrics, parts)
     model = train_sequence(ratings, sequence_recipe(len(ratings), seed=seed, **settings)).trained.model
     return figures(lambda some: evaluate_sequences(model, some).metrics, parts)
@@ -149,7 +167,7 @@ def cold(ratings: Ratings, name: str, seed: int, settings: dict[str, Any] | None
     held_out = is_cold[ratings.item]
     training = ratings.select(~held_out)
     if settings is None:
-        score: Any = BASELINES[name].fit(training, seed, "ml-100k").score_items
+        score: Any = peer(name, training, seed).score_items
     else:
         config = sequence_recipe(len(training), seed=seed, split="none", **settings)
         score = train_sequence(training, config).trained.model.score_users
@@ -169,7 +187,7 @@ def cold(ratings: Ratings, name: str, seed: int, settings: dict[str, Any] | None
 
 
 def rows_of(data: str) -> dict[str, dict[str, Any] | None]:
-    peers: dict[str, dict[str, Any] | None] = dict.fromkeys(PEERS.get(data, ("popularity",)))
+    peers: dict[str, dict[str, Any] | None] = dict.fromkeys(PEERS[data])
     return {**peers, **DATA[data][1]}
 
 

@@ -14,6 +14,8 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lunet_fast.recsys.data.features import side_features
-from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.data.ratings import Ratings, Ties
 from lunet_fast.recsys.evaluation import fitted
 from lunet_fast.recsys.evaluation.fitted import Fitted, interactions_of, product, shape_of, zero_unrated
 from lunet_fast.recsys.evaluation.peer_settings import Settings
@@ -99,6 +101,67 @@ def bpr(training: Ratings, seed: int, settings: Settings) -> Fitted:
         torch.from_numpy(model.i_factors),
         torch.from_numpy(model.i_biases),
     )
+
+
+def social_bpr(training: Ratings, seed: int, settings: Settings) -> Fitted:
+    """SBPR (Zhao, McAuley and King 2014): :func:`bpr` in which what friends rated stands between what a user
+    rated and a drawn item. ValueError for ratings without friends."""
+    ties = training.friends
+    if ties is None:
+        raise ValueError(f"{training.name} has no friends: give them by with_friends()")
+    data = _cornac_data(training, seed)
+    names = {"k": "factors", "learning_rate": "rate", "max_iter": "epochs"}
+    penalties = dict.fromkeys(("lambda_u", "lambda_v", "lambda_b"), settings["l2"])
+    given = {theirs: settings[ours] for theirs, ours in names.items()}
+    model = import_package("cornac.models").SBPR(**given, **penalties, seed=seed)
+    # cornac 3.0 calls the first without the data it asks for, and NumPy 2.4 has not what the second calls.
+    model._prepare_data = partial(model._prepare_data, data)
+    model._prepare_social_data = partial(_of_friends_alone, training, ties)
+    model.fit(data)
+    return product(
+        zero_unrated(model.u_factors, training.user),
+        torch.from_numpy(model.i_factors),
+        torch.from_numpy(model.i_biases),
+    )
+
+
+def _of_friends_alone(training: Ratings, ties: Ties) -> tuple[Any, Any, Any]:
+    """What friends rated and the user did not: items, how many friends, and where a user's begin and end."""
+    from scipy.sparse import csr_array
+
+    n_users, n_items = shape_of(training)
+    rated = csr_array((np.ones(len(training)), (training.user, training.item)), (n_users, n_items))
+    friends = csr_array((np.ones(len(ties.user)), (ties.user, ties.friend)), (n_users, n_users))
+    counts = friends @ rated
+    counts = csr_array(counts - counts * (rated > 0))
+    counts.eliminate_zeros()
+    return counts.indices.astype(np.int32), counts.data.astype(np.int32), counts.indptr.astype(np.int32)
+
+
+def topic_regression(training: Ratings, seed: int, settings: Settings) -> Fitted:
+    """CTR (Wang and Blei 2011): an item's vector is what its title's topics say of it and what its users do,
+    so an item without ratings has one too. ValueError for ratings without titles."""
+    info = training.item_info
+    if info is None or "title" not in info:
+        raise ValueError(f"{training.name} has no titles of items")
+    titles = info["title"].fillna("").astype(str).tolist()
+    modality = import_package("cornac.data").TextModality(
+        corpus=titles, ids=list(range(training.n_items)), max_vocab=8000
+    )
+    ones = replace(training, rating=torch.ones_like(training.rating), scale=(1.0, 1.0))
+    data = _cornac_data(ones, seed)
+    data.add_modalities(item_text=modality.build(id_map={i: i for i in range(training.n_items)}))
+    model = import_package("cornac.models").CTR(
+        k=settings["topics"],
+        max_iter=settings["epochs"],
+        lambda_u=settings["l2"],
+        lambda_v=settings["l2_topics"],
+        b=settings["unrated"],
+        seed=seed,
+        verbose=False,
+    )
+    model.fit(data)
+    return product(torch.from_numpy(model.U).float(), torch.from_numpy(model.V).float())
 
 
 def neumf(training: Ratings, seed: int, settings: Settings) -> Fitted:

@@ -36,6 +36,7 @@ from lunet_fast.recsys.evaluation.fitted import (
     shape_of,
 )
 from lunet_fast.recsys.evaluation.peer_settings import Settings, settings_for
+from lunet_fast.recsys.evaluation.row_networks import cdae, dmf, rbm
 from lunet_fast.recsys.evaluation.sequence_ease import sequence_ease
 from lunet_fast.recsys.evaluation.sequence_networks import gru4rec, sasrec
 from lunet_fast.recsys.model.config import recipe
@@ -217,6 +218,7 @@ _ONE_RUN = (
     Baseline("knn", "Item KNN with biases", "surprise", _RATING, adapters.knn),
     Baseline("mf", "Matrix factorisation with biases", "cornac", _RATING, adapters.matrix_factorisation),
     Baseline("svd++", "SVD++", "surprise", _RATING, adapters.svdpp),
+    Baseline("rbm", "Restricted Boltzmann machine", "ours", _RATING, rbm),
     Baseline("mlp", "MLP", "ours", _RATING, _mlp),
     Baseline("bayesian-fm", "Bayesian FM", "myfm", _RATING, adapters.bayesian_fm),
     Baseline("bayesian-svd++", "Bayesian FM, implicit blocks", "myfm", _RATING, _WITH_HISTORIES),
@@ -234,6 +236,8 @@ _ONE_RUN = (
     Baseline("mlp-ce", "MLP, cross-entropy", "ours", _RANKING, _mlp_cross_entropy),
     Baseline("neumf", "NeuMF", "cornac", _RANKING, adapters.neumf),
     Baseline("autoencoder", "Variational autoencoder", "cornac", _RANKING, adapters.autoencoder),
+    Baseline("cdae", "Denoising autoencoder (CDAE)", "ours", _RANKING, cdae),
+    Baseline("dmf", "Deep matrix factorisation (DMF)", "ours", _RANKING, dmf),
     Baseline("als", "ALS", "implicit", _RANKING, adapters.als),
     Baseline("ease", "EASE", "ours", _RANKING, _ease),
     Baseline("sequence-ease", "EASE of ordered histories", "ours", _RANKING, sequence_ease),

@@ -90,6 +90,13 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "l2_shares": _same(0.003, Range(1e-4, 0.5, log=True)),
         "epochs": Setting(30, 20, Range(5, 100, log=True)),
     },
+    "rbm": {
+        "hidden": _same(100, Range(8, 400, log=True)),
+        "rate": _same(0.05, Range(1e-3, 0.5, log=True)),
+        "l2": _same(0.01, Range(1e-5, 0.3, log=True)),
+        "epochs": Setting(30, 30, _EPOCHS),
+        "batch": Setting(64, 128),
+    },
     "mlp": {
         # Of recipe ``paper``: the control of table 2, whose settings are named there.
         "mlp_embedding_size": _same(16, Range(4, 128, log=True)),
@@ -129,6 +136,22 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "beta": _same(0.2, Range(0.01, 2.0, log=True)),
         "rate": _rate(0.001, 0.001),
         "epochs": _same(50, _EPOCHS),
+    },
+    "cdae": {
+        "size": Setting(64, 128, Range(8, 400, log=True)),
+        "corruption": _same(0.5, Range(0.1, 0.9)),
+        "decay": _same(0.1, Range(1e-3, 1.0, log=True)),
+        "rate": _rate(0.01, 0.01),
+        "epochs": Setting(100, 50, _EPOCHS),
+        "batch": Setting(64, 128),
+    },
+    "dmf": {
+        "size": _same(64, Range(8, 256, log=True)),
+        "layers": _same(2, Range(1, 3)),
+        "temperature": _same(0.1, Range(0.02, 0.5, log=True)),
+        "rate": _rate(3e-3, 3e-3),
+        "epochs": Setting(10, 5, Range(2, 100, log=True)),
+        "batch": Setting(1024, 4096),
     },
     "als": {
         "factors": _same(64, _FACTORS),

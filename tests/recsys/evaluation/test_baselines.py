@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lunet_fast.recsys.data.ratings import IdMap, Ratings
+from lunet_fast.recsys.data.ratings import IdMap, Ratings, Ties
+from lunet_fast.recsys.evaluation import adapters
 from lunet_fast.recsys.evaluation import fitted as fitting
 from lunet_fast.recsys.evaluation.baselines import BASELINES, SIZES, missing
 from lunet_fast.recsys.evaluation.fitted import Fitted, mean_of
@@ -393,3 +395,63 @@ def test_wrong_arguments() -> None:
         BASELINES["popularity"].fit(small(), 0, "ml-20m")
     with pytest.raises(ValueError, match="training is empty"):
         BASELINES["popularity"].fit(small().select([]), 0, "ml-100k")
+
+
+def test_what_friends_alone_rated() -> None:
+    """Against loops, on a random graph with ties both ways and none."""
+    training = small(150)
+    rng = np.random.default_rng(4)
+    pairs = torch.from_numpy(rng.integers(0, 30, (80, 2)))
+    ends = pairs[pairs[:, 0] != pairs[:, 1]].unique(dim=0).T
+    ties = Ties(ends[0], ends[1], torch.ones(ends.shape[1]))
+    rated = [set(training.item[training.user == u].tolist()) for u in range(30)]
+    items, counts, start = adapters._of_friends_alone(training, ties)
+    for u in range(30):
+        friends = ends[1][ends[0] == u].tolist()
+        expected = Counter(i for friend in friends for i in rated[friend] if i not in rated[u])
+        own = slice(start[u], start[u + 1])
+        assert dict(zip(items[own].tolist(), counts[own].tolist(), strict=True)) == dict(expected)
+
+
+def test_friends_reach_who_reads_them() -> None:
+    """Users with a rating or two, whose friends are of their group: what the group rated comes first."""
+    needs("bpr")
+    training, group_of_user, group_of_item = planted_groups()
+    thin = torch.arange(training.n_users) % 5 == 0
+    kept = torch.arange(len(training)) % 15 == 0
+    few = training.select(~thin[training.user] | kept)
+    members = [torch.nonzero(group_of_user == group).flatten() for group in range(4)]
+    ends = torch.cat([torch.stack((some, some.roll(k))) for some in members for k in (1, 2)], 1)
+    tied = replace(few, friends=Ties(ends[0], ends[1], torch.ones(ends.shape[1])))
+    users = torch.nonzero(thin & (group_of_user >= 0)).flatten()
+    users = users[torch.isin(users, few.user)]
+    with adapters.undisturbed():
+        scores = adapters.social_bpr(
+            tied, 0, {"factors": 8, "rate": 0.05, "l2": 0.01, "epochs": 60}
+        ).score_items(users)
+    assert scores is not None
+    own = group_of_user[users][:, None] == group_of_item[None]
+    better = scores.where(own, torch.nan).nanmean(1) > scores.where(~own, torch.nan).nanmean(1)
+    assert float(better.float().mean()) > 0.9
+    with pytest.raises(ValueError, match="friends"):
+        adapters.social_bpr(few, 0, {})
+
+
+def test_titles_place_items_without_ratings() -> None:
+    needs("bpr")
+    training, group_of_user, group_of_item = planted_groups()
+    cold = torch.arange(training.n_items) % 4 == 0
+    words = ["", "storm sea ship", "war tank front", "love heart kiss", "robot space laser"]
+    titles = pd.DataFrame({"title": [words[int(g) + 1] for g in group_of_item]})
+    known = replace(training.select(~cold[training.item]), item_info=titles)
+    settings = {"topics": 8, "epochs": 20, "l2": 0.01, "l2_topics": 10.0, "unrated": 0.01}
+    users = torch.arange(training.n_users)[group_of_user >= 0]
+    with adapters.undisturbed():
+        scores = adapters.topic_regression(known, 0, settings).score_items(users)
+    assert scores is not None
+    wanted = cold & (group_of_item >= 0)
+    own = group_of_user[users][:, None] == group_of_item[wanted][None]
+    means = [float(scores[:, wanted][which].mean()) for which in (own, ~own)]
+    assert means[0] > 0.2 + means[1]
+    with pytest.raises(ValueError, match="titles"):
+        adapters.topic_regression(training, 0, settings)
