@@ -10,12 +10,13 @@ breast_cancer divided at random. Integers are dequantised and their loss is in b
 and breast_cancer in nats a row. magic is not among them: no package has it. vowel's published test rows are
 spoken by others than the training rows, so that they tell how speakers differ, and are not used.
 
-To keep it within an hour, at most VALIDATION_ROWS rows choose and TEST_ROWS test, of shuttle
-MORE_TEST_ROWS; trainings have STEPS steps of 256 rows, and those that only tune TUNING_STEPS; the parts are
-the same for all seeds, which draw first weights, batches and noise. Every peer has the width of WIDTHS that is nearest below LU-Net's parameters, or
-the least; LU-Net has as many layers as :func:`layers_of` says. All are tuned by density.py's rule on the same
-ladders with the validation part and seed 0, then trained with SEEDS. Differences are paired: of each test row
-the mean over the seeds, less that of LU-Net, and the standard error over the rows.
+To keep it within an hour, at most VALIDATION_ROWS rows choose and TEST_ROWS test, of shuttle MORE_TEST_ROWS;
+trainings have STEPS steps of 256 rows, and those that only tune TUNING_STEPS; the parts are the same for all
+seeds, which draw first weights, batches and noise. Every peer has the width of WIDTHS that is nearest below
+LU-Net's parameters, or the least; LU-Net has as many layers as :func:`layers_of` says. All are tuned by
+density.py's rule on the same ladders with the validation part and seed 0, then trained with SEEDS.
+Differences are paired: of each test row the mean over the seeds, less that of LU-Net, and the standard error
+over the rows.
 
 **Fashion-MNIST**, by the protocol of the original LU-Net: 784 pixels, one model a class, 3 LU blocks, batch
 256, ``--epochs`` (80), bits a pixel. Nothing is tuned but when to stop, by the validation part. An epoch of
