@@ -8,7 +8,7 @@ FilmTrust and LastFM lie in DIR/filmtrust and DIR/lastfm as they are published; 
 Each user's latest rating, and where there are no times one at random, is to be found among 100 others and
 among all; "few" are the users with at most five training ratings. ``cold`` holds a fifth of the items out of
 training, and ranks them alone. With ``--validation`` the test part is taken away first. What is finished is
-kept. Writes benchmarks/results/sources.{json,md}.
+kept. Writes benchmarks/results/sources.{json,md,png}; ``--draw`` makes the picture alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from lunet_fast.recsys.measures.ranking import full_ranking
 from lunet_fast.recsys.model.config import nearest_dataset
 from lunet_fast.recsys.model.sequence_config import sequence_recipe
 from lunet_fast.recsys.model.sequence_training import evaluate_sequences, train_sequence
-from lunet_fast.training.files import read_json
+from lunet_fast.training.figures import BLUE, GREY, new_figure, plain
+from lunet_fast.training.files import read_json, write_figure
 from machine import Results, open_results, parser
 
 FEW = 5
@@ -122,6 +123,14 @@ DATA: dict[str, tuple[Callable[[str | None], Ratings], dict[str, dict[str, Any]]
 }
 
 
+PANELS = {
+    "ml-100k": "ML-100K, the latest of all items",
+    "filmtrust": "FilmTrust, all items",
+    "lastfm": "LastFM, all items",
+    "cold": "ML-100K, items not seen",
+}
+
+
 def figures(rank: Callable[[Parts], dict[str, float]], parts: Parts) -> dict[str, float]:
     """All users' and those of the users with few training ratings, of ``rank(parts)``."""
     assert parts.held_out is not None
@@ -191,7 +200,9 @@ def rows_of(data: str) -> dict[str, dict[str, Any] | None]:
     return {**peers, **DATA[data][1]}
 
 
-def run(names: list[str], seeds: list[int], data_dir: str | None, validation: bool, results: Results) -> None:
+def measure_all(
+    names: list[str], seeds: list[int], data_dir: str | None, validation: bool, results: Results
+) -> None:
     title = "sources-validation" if validation else "sources"
     file = results.path(f"{title}.json")
     runs: dict[str, dict[str, Any]] = read_json(file)["runs"] if file.is_file() else {}
@@ -249,16 +260,41 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(results: Results) -> None:
+    """sources.png: NDCG@10 of each row, among all items where there is that figure, a panel a data set."""
+    rows = read_json(results.path("sources.json"))["rows"]
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    figure = new_figure(3.4 * len(names), 3.2, dpi=110)
+    for axes, data in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        some = sorted((row for row in rows if row["data"] == data), key=lambda row: bool(row["settings"]))[
+            ::-1
+        ]
+        values = [row.get("full_ndcg@10", row["ndcg@10"]) for row in some]
+        colours = [BLUE if row["settings"] else GREY for row in some]
+        bars = axes.barh([row["name"] for row in some], values, color=colours)
+        axes.bar_label(bars, fmt="%.3f", fontsize=7, padding=2)
+        axes.margins(x=0.18)
+        axes.tick_params(labelsize=8)
+        plain(axes, grid="x")
+        axes.set_title(f"{PANELS[data]}: NDCG@10", loc="left", fontsize=9)
+    write_figure(results.path("sources.png"), figure)
+
+
 def main() -> None:
     options = parser(__doc__, data=True)
     options.add_argument("--seeds", type=int, nargs="+", default=[5, 6, 7])
     options.add_argument(
         "--only", nargs="+", choices=list(DATA), help="data sets; others are kept as they are"
     )
+    options.add_argument("--draw", action="store_true", help="the picture of what is measured, and no more")
     options.add_argument("--validation", action="store_true", help="on a part of the training data")
     chosen = options.parse_args()
     torch.set_num_threads(1)
-    run(chosen.only or list(DATA), chosen.seeds, chosen.data_dir, chosen.validation, open_results(chosen))
+    results = open_results(chosen)
+    if not chosen.draw:
+        measure_all(chosen.only or list(DATA), chosen.seeds, chosen.data_dir, chosen.validation, results)
+    if not chosen.validation:
+        draw(results)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ def sources() -> list[str]:
     result = load("sources")
     lines: list[str] = []
     for data in dict.fromkeys(row["data"] for row in result["rows"]):
-        some = [row for row in result["rows"] if row["data"] == data]
+        some = sorted(
+            (row for row in result["rows"] if row["data"] == data), key=lambda row: bool(row["settings"])
+        )
         shown = {name: title for name, title in OF_SOURCES.items() if any(name in row for row in some)}
         cells: list[list[Cell | str]] = [
             [row["name"], *(number(row.get(name)) for name in shown), str(row["seeds"])] for row in some
@@ -81,7 +83,7 @@ def sources() -> list[str]:
         lines += [f"{TITLES[data]}{users}:", ""]
         head = ["sources", *shown.values(), "seeds"]
         lines += [*table(head, cells, dict.fromkeys(shown.values(), max)), ""]
-    return [*lines, measured(result, result["command"])]
+    return [*lines, measured(result, "python benchmarks/sources.py")]
 
 
 ORDER_SECTIONS: dict[str, Callable[[], list[str]]] = {
