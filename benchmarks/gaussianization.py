@@ -49,14 +49,17 @@ class MarginalMixture(nn.Module):
 
 
 class Gaussianization(nn.Module):
-    """Layers of a marginal mixture and a rotation, on standardised rows [N, D]."""
+    """Layers of a marginal mixture and a rotation, on standardised rows [N, D].
+
+    The rotations are Cayley transforms: PyTorch's Householder ones keep signs among the trained numbers, as
+    whole parts of ones, so that a weight decay that makes them .99 makes the matrix singular.
+    """
 
     def __init__(self, features: int, layers: int, components: int) -> None:
         super().__init__()
         self.marginals = nn.ModuleList(MarginalMixture(features, components) for _ in range(layers))
         self.rotations = nn.ModuleList(
-            orthogonal(nn.Linear(features, features, bias=False), "weight", "householder")
-            for _ in range(layers)
+            orthogonal(nn.Linear(features, features, bias=False), "weight", "cayley") for _ in range(layers)
         )
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +71,10 @@ class Gaussianization(nn.Module):
             y = rotation(y)
         return y, logabsdet
 
-    def inverse(self, z: Tensor) -> Tensor:
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, log|det|) of the inverse, as nflows' transforms have it."""
+        logabsdet = z.new_zeros(z.shape[0])
         for marginal, rotation in zip(reversed(self.marginals), reversed(self.rotations), strict=True):
             z = marginal.inverse(z @ rotation.weight)
-        return z
+            logabsdet = logabsdet - marginal(z)[1].sum(-1)
+        return z, logabsdet
