@@ -121,14 +121,15 @@ def fitted(kind: type[Reader], settings: Settings, training: Ratings, seed: int)
     model = kind(training.n_items, settings)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
     batch_size = min(settings.batch_size, max(len(training) // STEPS, LEAST_BATCH))
+    batches = Stretches(sequences, settings.length, batch_size)
     phase = Phase(
         name=kind.__name__,
         module=model,
         optimizer=optimizer,
-        batches=Stretches(sequences, settings.length, batch_size),
+        batches=batches,
         epochs=settings.epochs,
         seed=seed,
-        objective=partial(_objective, model, sequences, settings),
+        objective=partial(_objective, model, batches, settings),
         rate=("learning_rate", settings.learning_rate),
         linear_decay=True,
     )
@@ -152,7 +153,7 @@ def fitted(kind: type[Reader], settings: Settings, training: Ratings, seed: int)
 
 def _objective(
     model: Reader,
-    sequences: Sequences,
+    stretches: Stretches,
     settings: Settings,
     batch: Batch,
     share: slice,
@@ -160,7 +161,7 @@ def _objective(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`~lunet_fast.recsys.model.sequence_training.next_item_objective`, in one process."""
     users, start, stop = batch
-    negatives = None
+    sequences, negatives = stretches.sequences, None
     if settings.negatives < sequences.n_items:
         negatives = torch.randperm(sequences.n_items, generator=generator)[: settings.negatives]
     windows = sequences.windows(users, start, stop)

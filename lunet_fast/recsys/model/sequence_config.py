@@ -108,6 +108,9 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "ml-1m": {},
 }
 
+_UNORDERED = {"epochs": 48}
+"""Where order is not read, and each epoch draws another for what has no time, more epochs pay."""
+
 STEPS, LEAST_BATCH = 40, 256
 """Smaller data take smaller batches, for this many steps an epoch: few steps teach nothing."""
 
@@ -128,6 +131,8 @@ def settings_of(name: str, n_ratings: int, /, **overrides: Any) -> TrainConfig |
 def sequence_recipe(n_ratings: int, /, **overrides: Any) -> SequenceConfig:
     """The settings of recipe ``sequence`` for data of ``n_ratings`` ratings, with some overridden."""
     settings = {**_SETTINGS[nearest_dataset(n_ratings)]}
+    if overrides.get("order") is False:
+        settings |= _UNORDERED
     most = settings.get("batch_size", SequenceConfig().batch_size)
     settings["batch_size"] = min(most, max(n_ratings // STEPS, LEAST_BATCH))
     return SequenceConfig.from_dict({**settings, **overrides})

@@ -153,25 +153,26 @@ def _phase(model: StateNetwork) -> Phase:
         batches=batches,
         epochs=config.epochs,
         seed=config.seed,
-        objective=partial(next_item_objective, model),
+        objective=partial(next_item_objective, model, batches),
         rate=("learning_rate", config.learning_rate),
         linear_decay=config.schedule == "linear",
     )
 
 
 def next_item_objective(
-    model: StateNetwork, batch: Batch, share: slice, generator: torch.Generator
+    model: StateNetwork, stretches: Stretches, batch: Batch, share: slice, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """The mean loss of the next items in a batch of stretches (user, start, stop), each int64 ``[B]``.
 
-    ``share`` are the rows whose loss is wanted; draws are made for all. The error reported is a sum over
-    the rows' number, so that the loop's mean, which weighs it by them, is that over the entries of an epoch.
-    It is the mean of the members'; the loss is their sum, since they share no parameter.
+    The entries are those of ``stretches``, in the order of its epoch. ``share`` are the rows whose loss is
+    wanted; draws are made for all. The error reported is a sum over the rows' number, so that the loop's
+    mean, which weighs it by them, is that over the entries of an epoch. It is the mean of the members'; the
+    loss is their sum, since they share no parameter.
 
     Items that nobody has chosen are no choices where something describes them: they would learn that what
     they are described by is not wanted.
     """
-    config, sequences = model.config, model.sequences
+    config, sequences = model.config, stretches.sequences
     device = sequences.items.device
     pool = sequences.item_counts.nonzero().squeeze(1) if model.side.describes_items else None
     choices = sequences.n_items if pool is None else len(pool)
@@ -210,10 +211,12 @@ class Stretches:
     """Batches of stretches (user, start, stop) that hold all entries with a next one, about as many in each.
 
     A sequence of more than ``length`` entries is cut at every ``length``-th, from a place that is drawn anew
-    for each epoch; stretches of similar length are in a batch.
+    for each epoch; stretches of similar length are in a batch. ``sequences`` are those of the epoch: what
+    has no time is in an order drawn anew.
     """
 
     def __init__(self, sequences: Sequences, length: int, batch_size: int) -> None:
+        self.sequences = self._given = sequences
         self.inputs = (sequences.user_counts - 1).clamp(min=0)
         self.length = length
         self.rows = int(self.inputs.sum())
@@ -223,6 +226,7 @@ class Stretches:
         self.steps = max(self.rows // batch_size, 1)
 
     def epoch(self, epoch: int, first: int, generator: torch.Generator) -> Iterator[Batch]:
+        self.sequences = self._given.drawn_anew(generator)
         user, start, stop = self._stretches(generator)
         lengths = stop - start
         device = lengths.device

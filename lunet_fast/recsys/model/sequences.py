@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lunet_fast.recsys.data.order import ELAPSED, GAPS, by_time, gap_classes
+from lunet_fast.recsys.data.order import ELAPSED, GAPS, by_time, gap_classes, time_keys
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.model.interactions import Interactions, runs
 from lunet_fast.recsys.model.side import NO_SIDE, SideOfUsers
@@ -83,8 +83,12 @@ class Sequences(nn.Module):
         counts = torch.bincount(items.long(), minlength=n_items)
         self.register_buffer("item_counts", counts, persistent=False)
         self.register_buffer("log_weights", None, persistent=False)
+        self.register_buffer("untimed", None, persistent=False)
 
     item_counts: Tensor
+    untimed: Tensor | None
+    """int32 of the entries, ascending, equal where neither time nor place says which was first; for training,
+    and not saved."""
     log_weights: Tensor | None
     """float32, of the entries, log(1 + w / the median) where they have weights; for training, and not saved.
     """
@@ -115,6 +119,26 @@ class Sequences(nn.Module):
         if ratings.weight is not None:
             weight = ratings.weight.cpu()[rows]
             found.log_weights = torch.log1p(weight / weight.median())
+        place, known = (key[order] for key in time_keys(ratings))
+        tied = (user[1:] == user[:-1]) & (place[1:] == place[:-1]) & (known[1:] == 0) & (known[:-1] == 0)
+        if tied.any():
+            found.untimed = torch.from_numpy(np.insert(~tied, 0, False).cumsum(dtype=np.int32))
+        return found
+
+    def drawn_anew(self, generator: torch.Generator) -> Sequences:
+        """The same with what has no time in an order drawn by the generator; itself where all have times.
+
+        O(n log n). So training reads the same choices in another order each epoch, and learns none by heart.
+        """
+        if self.untimed is None:
+            return self
+        device = self.untimed.device
+        draw = torch.rand(len(self.untimed), generator=generator, device=device, dtype=torch.float64)
+        order = torch.argsort(self.untimed + draw)
+        tensors = self.indptr, self.items[order], self.levels[order], self.gaps, self.bounds, self.latest
+        found = Sequences(*tensors, self.n_items)
+        found.untimed = self.untimed
+        found.log_weights = None if self.log_weights is None else self.log_weights[order]
         return found
 
     @classmethod

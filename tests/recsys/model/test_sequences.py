@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lunet_fast.recsys.data.order import by_time
 from lunet_fast.recsys.measures.protocols import Parts
 from lunet_fast.recsys.model.model_files import is_of_sequences, load_sequences
 from lunet_fast.recsys.model.sequence_config import SequenceConfig, settings_of
@@ -114,13 +115,43 @@ def test_stretches_go_on_in_the_middle_of_an_epoch() -> None:
     assert whole[3:] == rest
 
 
+def test_what_has_no_time_is_drawn_anew() -> None:
+    """Of each user the same entries, in another order each epoch; those with a time stay where they are."""
+    assert RATINGS.timestamp is not None
+    known = torch.arange(len(RATINGS)) % 3 == 0
+    mixed = replace(RATINGS, timestamp=RATINGS.timestamp * known)
+    given = Sequences.of(mixed, 0)
+    first, second = (given.drawn_anew(torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    timed = known[torch.from_numpy(by_time(mixed, 0))]
+    for drawn in (first, second):
+        assert torch.equal(drawn.items[timed], given.items[timed])
+        assert torch.equal(drawn.gaps, given.gaps)
+        for user in range(given.n_users):
+            own = slice(int(given.indptr[user]), int(given.indptr[user + 1]))
+            pairs = [
+                sorted(zip(s.items[own].tolist(), s.levels[own].tolist(), strict=True))
+                for s in (drawn, given)
+            ]
+            assert pairs[0] == pairs[1]
+    assert not torch.equal(first.items, second.items)
+    assert Sequences.of(RATINGS, 0).drawn_anew(torch.Generator()).untimed is None
+    stretches = Stretches(given, 5, 64)
+    orders = []
+    for start in (0, 3):
+        list(stretches.epoch(0, start, torch.Generator().manual_seed(4)))
+        orders.append(stretches.sequences.items)
+    assert torch.equal(orders[0], orders[1])
+    assert torch.equal(given.items, Sequences.of(mixed, 0).items)
+
+
 def test_shares_of_a_batch_add_up_to_its_loss() -> None:
     model = untrained(dropout=0.5, negatives=7)
-    batch = next(Stretches(model.sequences, 5, 64).epoch(0, 0, torch.Generator().manual_seed(1)))
+    stretches = Stretches(model.sequences, 5, 64)
+    batch = next(stretches.epoch(0, 0, torch.Generator().manual_seed(1)))
     rows = len(batch[0])
 
     def loss(share: slice) -> torch.Tensor:
-        value, error = next_item_objective(model, batch, share, torch.Generator().manual_seed(2))
+        value, error = next_item_objective(model, stretches, batch, share, torch.Generator().manual_seed(2))
         return torch.stack((value, error.double())) * (share.stop - share.start) / rows
 
     parts = loss(slice(0, 3)) + loss(slice(3, rows))

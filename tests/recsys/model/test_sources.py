@@ -242,9 +242,10 @@ class TestConfidence:
         share = 2.0
         model = untrained(confidence=share, batch_size=10_000).double()
         sequences = model.sequences
-        batch = next(Stretches(sequences, 200, 10_000).epoch(0, 0, torch.Generator().manual_seed(1)))
+        stretches = Stretches(sequences, 200, 10_000)
+        batch = next(stretches.epoch(0, 0, torch.Generator().manual_seed(1)))
         whole, _ = next_item_objective(
-            model, batch, slice(0, len(batch[0])), torch.Generator().manual_seed(1)
+            model, stretches, batch, slice(0, len(batch[0])), torch.Generator().manual_seed(1)
         )
         weight = RATINGS.weight
         assert weight is not None
