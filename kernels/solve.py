@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lunet_fast.kernels import tiles
-from lunet_fast.kernels.activation import Activation, load_family, located_inverse, log_phi_derivative
+from lunet_fast.kernels.activation import Activation, load_family, located_inverse, log2_phi_derivative
 from lunet_fast.kernels.launch import (
     Prepared,
     check_parameter,
@@ -36,6 +36,7 @@ from lunet_fast.kernels.launch import (
     load_tile,
     store_tile,
 )
+from lunet_fast.kernels.leaky_softplus import LN2
 from lunet_fast.kernels.matrix import check_packed, diagonal, log_diagonal, permuted
 
 #: Skeel's condition of the factors, ‖|W⁻¹| |L| |U|‖∞, up to which W⁻¹ is used: three digits of seven.
@@ -231,7 +232,8 @@ def _right_side(
         if h_ptr is not None:
             tl.store(h_ptr + offsets, right.to(h_ptr.dtype.element_ty), mask=valid)
         if LOGABSDET:
-            total += tl.sum(tl.where(valid, log_phi_derivative(at, family, activation), 0.0), 1)
+            logs = tl.where(valid, log2_phi_derivative(at, family, activation), 0.0)
+            total += tl.sum(logs, 1) * LN2
     if bias_ptr is not None:
         right -= load_row(bias_ptr + member * D, source, D)
     return tl.where(valid, right, 0.0), total

@@ -30,7 +30,7 @@ from lunet_fast.kernels.activation import (
     load_family,
     located,
     located_inverse,
-    log_phi_derivative,
+    log2_phi_derivative,
     outputs_by_row,
     phi,
     steps_of,
@@ -45,6 +45,7 @@ from lunet_fast.kernels.launch import (
     load_tile,
     store_tile,
 )
+from lunet_fast.kernels.leaky_softplus import LN2
 from lunet_fast.kernels.solve import solve_held
 
 # --- rows in chunks --------------------------------------------------------------------------------------
@@ -147,8 +148,8 @@ def _log_derivative_sum(h, activation, m, D, ROWS: tl.constexpr, COLUMNS: tl.con
         family = load_family(activation, m, cols, D)
         there = (cols < D)[None, :]
         at = located(h[j], family, activation)
-        total += tl.sum(tl.where(there, log_phi_derivative(at, family, activation), 0.0), 1)
-    return total
+        total += tl.sum(tl.where(there, log2_phi_derivative(at, family, activation), 0.0), 1)
+    return total * LN2
 
 
 # --- forward --------------------------------------------------------------------------------------------
