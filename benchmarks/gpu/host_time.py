@@ -44,16 +44,16 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 def calls() -> Iterator[tuple[str, Any, Callable[[], object]]]:
-    """(what, the context that it is called in, the call)."""
+    """(what, what makes the context that it is called in, the call)."""
     from lunet_fast import LeakySoftplus, LUDense, LUNet, cached
 
     linear = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Softplus())
     row, x = torch.randn(1, FEATURES), torch.randn(ROWS, FEATURES)
     net, layer = LUNet(FEATURES, LAYERS), LUDense(FEATURES, activation=LeakySoftplus(0.1))
-    yield "nn.Linear and nn.Softplus, one row, on the CPU", nullcontext(), lambda: linear(row)
-    yield "layer, forward", nullcontext(), lambda: layer(x)
+    yield "nn.Linear and nn.Softplus, one row, on the CPU", nullcontext, lambda: linear(row)
+    yield "layer, forward", nullcontext, lambda: layer(x)
     name = f"LUNet({FEATURES}, {LAYERS})"
-    for inside, context in (("", nullcontext()), (", within cached", cached(net))):
+    for inside, context in (("", nullcontext), (", within cached", lambda: cached(net))):
         yield f"{name}, forward{inside}", context, lambda: net(x)
         yield f"{name}, forward with log-det{inside}", context, lambda: net.forward_and_logabsdet(x)
         yield f"{name}, inverse{inside}", context, lambda: net.inverse(x)
@@ -63,7 +63,7 @@ def measured(library: Any) -> list[dict[str, Any]]:
     launches = ctypes.c_ulonglong.in_dll(library, "launches")
     rows = []
     for what, context, call in calls():
-        with torch.no_grad(), context:
+        with torch.no_grad(), context():
             call()
             call()
             before = launches.value
