@@ -118,29 +118,29 @@ class Prepared:
         """``arguments`` by name, options of the compiler among them; the first that varies is the kernel's
         first."""
         self._kernel, self._tile, self._arguments, self._varying = kernel, tile, arguments, tuple(varying)
-        self._known: dict[tuple[bool, ...], tuple[Any, list[Any], list[int]]] = {}
+        self._compiled: dict[tuple[bool, ...], Any] = {}
+        self._values: list[Any] = []
+        self._places: list[int] = []
 
     def __call__(self, grid: tuple[int, int, int], *varying: Any) -> None:
         """Launch with these values, None for a tensor that is not there. An empty grid starts nothing."""
         there = tuple([value is not None for value in varying])
-        known = self._known.get(there)
-        if known is None or not _are_usual(varying):
-            self._launch(grid, there, varying)
+        compiled, usual = self._compiled.get(there), _are_usual(varying)
+        if compiled is None or not usual:
+            named = {**self._arguments, **dict(zip(self._varying, varying, strict=True))}
+            first = named.pop(self._varying[0])
+            compiled = launch(self._kernel, grid, self._tile, first, **named)
+            if usual and compiled is not None:
+                self._compiled[there] = compiled
         elif 0 not in grid:
-            compiled, values, places = known
-            values = values.copy()
-            for place, value in zip(places, varying, strict=True):
+            if not self._values:  # of use from the second launch on
+                names = self._kernel.arg_names
+                self._places = [names.index(name) for name in self._varying]
+                self._values = [self._arguments.get(name) for name in names]
+            values = self._values.copy()
+            for place, value in zip(self._places, varying, strict=True):
                 values[place] = value
             compiled[grid](*values)
-
-    def _launch(self, grid: tuple[int, int, int], there: tuple[bool, ...], varying: Sequence[Any]) -> None:
-        named = {**self._arguments, **dict(zip(self._varying, varying, strict=True))}
-        first = named.pop(self._varying[0])
-        compiled = launch(self._kernel, grid, self._tile, first, **named)
-        if compiled is not None and _are_usual(varying):
-            names = self._kernel.arg_names
-            values = [self._arguments.get(name) for name in names]
-            self._known[there] = compiled, values, [names.index(name) for name in self._varying]
 
 
 def _are_usual(values: Sequence[Any]) -> bool:
