@@ -133,7 +133,8 @@ def cached(module: Module) -> Iterator[Module]:
 
     Each ``LUDense`` in ``module``, itself or below it, forms them when first needed, for 2·D³/3 flops forward
     and 3·D³ for the inverse, D² numbers each; then N rows cost 2·N·D² as in ``nn.Linear``. Splines and learnt
-    slopes keep what they compute of their parameters alone.
+    slopes keep what they compute of their parameters alone. On kernels an ``LUNet`` that goes in one launch
+    keeps what that needs instead, all its matrices or what substitution takes of them.
 
     They are formed again after any write that PyTorch counts: an optimiser's step, ``copy_``,
     ``load_state_dict``, ``.to()``, another parameter in place of one. A write through ``.data`` is not

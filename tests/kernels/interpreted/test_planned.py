@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import random
 from collections.abc import Callable, Iterator
@@ -208,6 +209,7 @@ def test_gradients_are_recorded() -> None:
         assert net.requires_grad_(False)(x.requires_grad_()).requires_grad
 
 
+@pytest.mark.skipif("PTX_ARCHITECTURE" in os.environ, reason="what was compiled is started past this")
 def test_launches_within_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     """One, once the matrices are there; two outside."""
     names = []
