@@ -119,11 +119,14 @@ def run(
 
 def _plan(net: PlannedNet, layers: Sequence[Any], contents: list[Any], x: Tensor, inverse: bool) -> Plan:
     """A plan for rows like x; one that says so where no kernel has the net."""
+    tensors = [each for each in contents if isinstance(each, Tensor)]
+    known = all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() and not t.is_meta for t in tensors)
+    fits = known and x.dtype == layers[0].dtype and all(t.device == x.device for t in tensors)
+    fixed = net._kept is not None or all(map(_is_fixed, layers))
+    described = net._as_one(x) if fits and fixed else None
+    if described is None:  # what does not fit is left to the layers, which say what is wrong
+        return Plan(None, contents, [], None, [], [])
     signs = [layer._buffers["sign"] for layer in layers]
-    described = net._as_one(x) if net._kept is not None or all(map(_is_fixed, layers)) else None
-    fits = described is not None and x.device == described[0].lu.device and x.dtype == layers[0].dtype
-    if described is None or not fits:  # what does not fit is left to the layers, which say what is wrong
-        return Plan(None, contents, [], None, signs, list(map(_writes, signs)))
     found = dispatch.implementation("triton", "prepare_net")(x, *described, inverse=inverse)
     lu, bias = [layer.lu for layer in layers], [layer.bias for layer in layers]
     return Plan(found, contents, lu, None if bias[0] is None else bias, signs, list(map(_writes, signs)))
