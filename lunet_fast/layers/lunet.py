@@ -268,8 +268,8 @@ class LUNet(planned.PlannedNet):
     def _run_layers(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
         """``_run`` of the layers: here it is decided how."""
         if self._memory == "saved":
-            parts = tuple(self._modules["layers"]._modules.values())  # type: ignore[union-attr]
-            found = planned.run(self, parts, x, inverse=inverse, logabsdet=logabsdet)
+            members = tuple(self._modules["layers"]._modules.values())  # type: ignore[union-attr]
+            found = planned.run(self, members, x, inverse=inverse, logabsdet=logabsdet)
             if found is not None:
                 return found
         if self._layers()[0]._kept is not None and usable(self._layers()[0], x):
