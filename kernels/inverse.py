@@ -24,7 +24,7 @@ from lunet_fast.kernels.activation import (
     activation_of,
     load_family,
     located_inverse,
-    log_phi_derivative,
+    log2_phi_derivative,
     outputs_by_row,
     row_wise,
     steps_of,
@@ -38,6 +38,7 @@ from lunet_fast.kernels.launch import (
     load_tile,
     store_tile,
 )
+from lunet_fast.kernels.leaky_softplus import LN2
 from lunet_fast.kernels.matrix import check_packed, diagonal, lower_tile, permuted, upper_tile
 from lunet_fast.kernels.solve import (
     EXPLICIT_INVERSE_LIMIT,
@@ -195,7 +196,7 @@ def inverse_product_kernel(
             if h_ptr is not None:
                 tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=valid)
             if logabsdet_ptr is not None:
-                total += tl.where(source[None, :] < D, log_phi_derivative(at, family, activation), 0.0)
+                total += tl.where(source[None, :] < D, log2_phi_derivative(at, family, activation), 0.0)
         if bias_ptr is not None:
             h -= load_row(bias_ptr, source, D)
         w_offsets = cols * D + source[:, None]  # [INNER, COLUMNS], of W⁻ᵀ
@@ -207,7 +208,7 @@ def inverse_product_kernel(
         first_block = block == 0
         if first_block:
             ptrs = logabsdet_ptr + first_row + rows
-            sums = -tl.sum(total, 1)
+            sums = -tl.sum(total, 1) * LN2
             if BEGUN:
                 sums = tl.load(ptrs, mask=rows < N - first, other=0.0)
             if constant_ptr is not None:

@@ -8,6 +8,7 @@ the second axis of its grid.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -83,23 +84,77 @@ def load_row(ptr, cols, D):
     return tl.load(ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, /, *arguments: Any, **named: Any) -> None:
-    """Start ``kernel`` on the device of its first argument, compiled for the tile's warps and stages.
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, /, *arguments: Any, **named: Any) -> Any:
+    """Start ``kernel`` on the device of its first argument, compiled for the tile's warps and stages; return
+    what Triton compiled, None in its interpreter.
 
     An empty grid starts nothing.
     """
     if 0 in grid:
-        return
+        return None
     # Triton launches on the current device.
     x = arguments[0]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        kernel[grid](
+        return kernel[grid](
             *arguments,
             **named,
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=True,
         )
+
+
+class Prepared:
+    """A kernel whose arguments stay from launch to launch, but for those that ``varying`` names: tensors of
+    the same dtypes, and numbers that are exempt from specialisation.
+
+    At each launch Triton looks at every argument to find what it has compiled for such ones, which takes the
+    host several times as long as the launch itself. Here it does so once. What it might find else at another
+    time, rows at an address that is no multiple of 16, N beyond 32 bits, another current device, goes through
+    it again.
+    """
+
+    def __init__(self, kernel: Any, tile: Tile, arguments: dict[str, Any], varying: Sequence[str]) -> None:
+        """``arguments`` by name, options of the compiler among them; the first that varies is the kernel's
+        first."""
+        self._kernel, self._tile, self._arguments, self._varying = kernel, tile, arguments, tuple(varying)
+        self._compiled: dict[tuple[bool, ...], Any] = {}
+        self._values: list[Any] = []
+        self._places: list[int] = []
+
+    def __call__(self, grid: tuple[int, int, int], *varying: Any) -> None:
+        """Launch with these values, None for a tensor that is not there. An empty grid starts nothing."""
+        there = tuple([value is not None for value in varying])
+        compiled, usual = self._compiled.get(there), _are_usual(varying)
+        if compiled is None or not usual:
+            named = {**self._arguments, **dict(zip(self._varying, varying, strict=True))}
+            first = named.pop(self._varying[0])
+            compiled = launch(self._kernel, grid, self._tile, first, **named)
+            if usual and compiled is not None:
+                self._compiled[there] = compiled
+        elif 0 not in grid:
+            if not self._values:  # of use from the second launch on
+                names = self._kernel.arg_names
+                self._places = [names.index(name) for name in self._varying]
+                self._values = [self._arguments.get(name) for name in names]
+            values = self._values.copy()
+            for place, value in zip(self._places, varying, strict=True):
+                values[place] = value
+            compiled[grid](*values)
+
+
+def _are_usual(values: Sequence[Any]) -> bool:
+    """Whether tensors are aligned to 16 bytes, as new memory is, and on the current device, and numbers fit
+    32 bits."""
+    for value in values:
+        if type(value) is int:
+            if value >= 2**31:
+                return False
+        elif value is not None and (
+            value.data_ptr() % 16 or (value.is_cuda and value.get_device() != torch.cuda.current_device())
+        ):
+            return False
+    return True
 
 
 def check_rows(name: str, x: Tensor, dims: int = 3) -> None:

@@ -18,10 +18,11 @@ from lunet_fast.kernels.activation import (
     activation_of,
     load_family,
     located,
-    log_phi_derivative,
+    log2_phi_derivative,
     phi,
 )
 from lunet_fast.kernels.launch import check_layer, check_parameter, dot, launch, load_row
+from lunet_fast.kernels.leaky_softplus import LN2
 
 
 @triton.jit
@@ -58,7 +59,8 @@ def finish_tile(
         at = located(h, family, activation)
         tl.store(y_ptr + offsets, phi(at, family, activation).to(y_ptr.dtype.element_ty), mask=valid)
         if partial_ptr is not None:
-            total = tl.sum(tl.where(valid, log_phi_derivative(at, family, activation), 0.0), 1)  # [ROWS]
+            logs = tl.where(valid, log2_phi_derivative(at, family, activation), 0.0)
+            total = tl.sum(logs, 1) * LN2  # [ROWS]
             if constant_ptr is not None:
                 total += tl.where(block == 0, tl.load(constant_ptr + member), 0.0)
             partial_ptr += first_row * blocks + block

@@ -27,6 +27,10 @@ from lunet_fast.kernels.launch import INTERPRETED
 
 LN2: tl.constexpr = tl.constexpr(math.log(2.0))
 LOG2E: tl.constexpr = tl.constexpr(1.0 / math.log(2.0))
+#: The least a/c for which φ⁻¹ takes one step from seven tangents, and how far to the left of their roots it
+#: starts, since none lies left of the solution: in κx, for a/c → 0.
+AT_ONCE_FROM = 0.1
+SHIFT: tl.constexpr = tl.constexpr(0.0381)
 LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
 
 #: How many parameters φ has, whose gradients ``slope_gradients`` gives.
@@ -47,7 +51,7 @@ def repeated(value, times: tl.constexpr):
 
 @triton.jit
 def _exp2(t):
-    """2^t for t ≤ 0; results below 2^-126 are zero."""
+    """2^t; results below 2^-126 are zero."""
     if INTERPRETED:
         return tl.exp2(t)
     return tl.inline_asm_elementwise(
@@ -57,7 +61,7 @@ def _exp2(t):
 
 @triton.jit
 def reciprocal(d):
-    """1/d for a normal d > 0."""
+    """1/d for a normal d > 0; 0 for infinity."""
     if INTERPRETED:
         return 1.0 / d
     return tl.inline_asm_elementwise(
@@ -66,14 +70,13 @@ def reciprocal(d):
 
 
 @triton.jit
-def log(u):
-    """log u for a normal u > 0, or NaN; absolute error below 2e-7 in [1/2, 2], beyond relative below 3e-7."""
+def log2(u):
+    """log₂ u for a normal u > 0, or NaN; absolute error below 2.4e-7 in [1/2, 2], beyond relative."""
     if INTERPRETED:
-        return tl.log(u)
-    log2 = tl.inline_asm_elementwise(
+        return tl.log2(u)
+    return tl.inline_asm_elementwise(
         "lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
     )
-    return log2 * LN2
 
 
 @triton.jit
@@ -135,21 +138,64 @@ def phi(x, family):
 
 @triton.jit
 def phi_derivative(x, family):
-    """φ′(x), elementwise."""
+    """φ′(x), elementwise. Where the exponential overflows, σ(κx) is 0."""
     a, c, kappa = family
-    _, w, s = _sigmoids(x, kappa)
-    return tl.where(x < 0.0, s, w) * c + a
+    return reciprocal(1.0 + _exp2(x * (-kappa * LOG2E))) * c + a
+
+
+@triton.jit
+def _below_tangent(y, x, family, T: tl.constexpr, SOFTPLUS: tl.constexpr, SIGMOID: tl.constexpr):
+    """The lesser of x and the root of φ's tangent at κx = T, ``SHIFT``·c/(a + c) to the left; softplus(T),
+    σ(T)."""
+    a, c, kappa = family
+    per_slope = 1.0 / (a + c * SIGMOID)
+    root = T - SHIFT * (c / (a + c)) - (a * T + c * SOFTPLUS) * per_slope
+    return tl.minimum(x, y * per_slope + root * (1.0 / kappa))
+
+
+@triton.jit
+def _phi_inverse_at_once(y, family):
+    """φ⁻¹(y), elementwise, for a/c ≥ ``AT_ONCE_FROM``: one step of fourth order from the nearest of seven
+    tangents. Where these are, and ``SHIFT``, makes the greatest error least: 2.5e-8 of |y| + φ(0), rounding
+    apart.
+
+    With f = φ(x) − y, e = exp(κx), α = a/(a + (a + c)·e) and β = 1/(1 + e), f″/f′ = κ(β − α) and f‴/f″ =
+    κ(2β − 1): so −u·(1 + u/2·f″/f′·(1 + u·(f″/f′ − f‴/(3·f″)))) with u = f/f′, the step, takes two
+    reciprocals. Where e overflows it is NaN, and so it is for an infinite y: then ``tl.minimum`` takes the
+    tangent at infinity, which is φ to rounding there.
+    """
+    a, c, kappa = family
+    bound = tl.minimum(y * (1.0 / a), y * (1.0 / (a + c)))  # tangents at −∞ and +∞
+    x = _below_tangent(y, bound, family, -2.986, 0.0492558, 0.0480624)
+    x = _below_tangent(y, x, family, -1.488, 0.2036132, 0.1842221)
+    x = _below_tangent(y, x, family, -0.439, 0.4975463, 0.3919793)
+    x = _below_tangent(y, x, family, 0.752, 1.1382298, 0.6796143)
+    x = _below_tangent(y, x, family, 3.354, 3.3883476, 0.9662356)
+    e = _exp2(x * (kappa * LOG2E))
+    d = 1.0 + e
+    f = x * a - y + log2(d) * (c / kappa * LN2)
+    per_d = reciprocal(d)
+    per_n = reciprocal(e * (a + c) + a)
+    u = f * (d * per_n)
+    bend = per_d - per_n * a
+    half = 0.5 * kappa
+    third = half * kappa / 3.0
+    curve = per_d * third + third - per_n * (a * half * kappa)
+    return tl.minimum(x - u * (u * bend * (u * curve + half) + 1.0), bound)
 
 
 @triton.jit
 def phi_inverse(y, family, STEPS: tl.constexpr):
-    """φ⁻¹(y), elementwise: steps of Halley's iteration from the nearest of three tangents.
+    """φ⁻¹(y), elementwise: steps of Halley's iteration from the nearest of three tangents; STEPS = 1:
+    ``_phi_inverse_at_once``.
 
     With t = κx, r = a/c and w = κy/c the equation is f(t) = softplus(t) + r·t − w = 0. f is convex, so each
     tangent's root is not left of the solution and the least of them is the nearest; there f·f″ ≤ f′², so the
     denominator f′² − f·f″/2 of the step f·f′/(f′² − f·f″/2) is at least f′²/2. Where t is not finite (y is
     not, or κy/c overflowed) φ is its asymptote. Of f only the last step needs every digit.
     """
+    if STEPS == 1:
+        return _phi_inverse_at_once(y, family)
     a, c, kappa = family
     r = a / c
     w = y * (kappa / c)
@@ -157,7 +203,7 @@ def phi_inverse(y, family, STEPS: tl.constexpr):
     t = tl.minimum(t, (w - LN2) * (1.0 / (0.5 + r)))  # and at 0
     for step in tl.static_range(STEPS):
         v, inverse, small = _sigmoids(t, 1.0)
-        soft = _log1p_unit(v) if step == STEPS - 1 else log(1.0 + v)
+        soft = _log1p_unit(v) if step == STEPS - 1 else log2(1.0 + v) * LN2
         f = (tl.maximum(t, 0.0) - w) + r * t + soft
         slope = tl.where(t < 0.0, small, inverse) + r
         t -= f * slope * reciprocal(slope * slope - 0.5 * f * (small * inverse))
@@ -206,6 +252,9 @@ def slope_gradients(g, ld, x, family):
 
 
 def inverse_steps(r: float) -> int:
-    """Steps of ``phi_inverse`` to the rounding floor of float32 for r = a/c: 2 for r ≥ 1/16, one more for
-    each factor of 8 below. Counted on a grid of w; the hardest lie where eᵗ and r·t are of one size."""
+    """Steps of ``phi_inverse`` to the rounding floor of float32 for r = a/c: 1 for r ≥ ``AT_ONCE_FROM``, 2
+    for r ≥ 1/16, one more for each factor of 8 below. Counted on a grid of w; the hardest lie where eᵗ and
+    r·t are of one size."""
+    if r >= AT_ONCE_FROM:
+        return 1
     return 2 + math.ceil(max(0.0, -4.0 - math.log2(r)) / 3.0)

@@ -8,13 +8,15 @@ that are zero are not loaded, and a launch replaces the eight that tril, triu, e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lunet_fast.kernels import tiles
-from lunet_fast.kernels.launch import check_parameter, launch
+from lunet_fast.kernels.launch import Prepared, check_parameter, launch
 
 #: |s_i| beyond this counts as this, so that exp(s_i) and exp(−s_i) are normal, finite numbers. Of both dtypes
 #: that the kernels take, and the same as ``lunet_fast.ops.precision.LOG_DIAGONAL_BOUND``.
@@ -199,6 +201,34 @@ def check_packed(lu: Tensor, sign: Tensor | None, permutation: Tensor | None) ->
         raise ValueError(f"permutation must be None for stacked layers, of which there are {lu.shape[0]}")
 
 
+class Compose:
+    """``compose`` as a function of ``lu`` alone."""
+
+    def __init__(
+        self, lu: Tensor, sign: Tensor | None, permutation: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        check_packed(lu, sign, permutation)
+        self._dtype, D = dtype, lu.shape[-1]
+        tile = tiles.matrix_tile(D, tiles.architecture(lu))
+        self._grid = (triton.cdiv(D, tile.rows) ** 2, lu.shape[0], 1)
+        arguments: dict[str, Any] = {
+            "sign_ptr": sign,
+            "permutation_ptr": permutation,
+            "D": D,
+            "BLOCK": tile.rows,
+        }
+        arguments["PRECISION"] = tiles.MATRIX_PRECISION
+        varying = ("lu_ptr", "weight_ptr", "logabsdet_ptr")
+        self._launch = Prepared(compose_kernel, tile, arguments, varying)
+
+    def __call__(self, lu: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one of the same shape and dtype, contiguous."""
+        weight = torch.empty_like(lu, dtype=self._dtype)
+        logabsdet = torch.empty(len(lu), dtype=torch.float32, device=lu.device)
+        self._launch(self._grid, lu, weight, logabsdet)
+        return weight, logabsdet
+
+
 def compose(
     lu: Tensor, sign: Tensor | None, permutation: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -207,19 +237,7 @@ def compose(
     ``sign`` [K, D] or None for +1; ``permutation`` [D] int64 or None, with K = 1 only. Formed with
     float32's accuracy in 2·D³/3 flops; one launch.
     """
-    check_packed(lu, sign, permutation)
-    K, D = lu.shape[:2]
-    weight = torch.empty_like(lu, dtype=dtype)
-    logabsdet = torch.empty(K, dtype=torch.float32, device=lu.device)
-    tile = tiles.matrix_tile(D, tiles.architecture(lu))
-    launch(
-        *(compose_kernel, (triton.cdiv(D, tile.rows) ** 2, K), tile),
-        *(lu, sign, permutation, weight, logabsdet),
-        D=D,
-        PRECISION=tiles.MATRIX_PRECISION,
-        BLOCK=tile.rows,
-    )
-    return weight, logabsdet
+    return Compose(lu, sign, permutation, dtype)(lu)
 
 
 def compose_backward(

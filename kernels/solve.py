@@ -25,8 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lunet_fast.kernels import tiles
-from lunet_fast.kernels.activation import Activation, load_family, located_inverse, log_phi_derivative
+from lunet_fast.kernels.activation import Activation, load_family, located_inverse, log2_phi_derivative
 from lunet_fast.kernels.launch import (
+    Prepared,
     check_parameter,
     check_precision,
     dot,
@@ -35,6 +36,7 @@ from lunet_fast.kernels.launch import (
     load_tile,
     store_tile,
 )
+from lunet_fast.kernels.leaky_softplus import LN2
 from lunet_fast.kernels.matrix import check_packed, diagonal, log_diagonal, permuted
 
 #: Skeel's condition of the factors, ‖|W⁻¹| |L| |U|‖∞, up to which W⁻¹ is used: three digits of seven.
@@ -230,7 +232,8 @@ def _right_side(
         if h_ptr is not None:
             tl.store(h_ptr + offsets, right.to(h_ptr.dtype.element_ty), mask=valid)
         if LOGABSDET:
-            total += tl.sum(tl.where(valid, log_phi_derivative(at, family, activation), 0.0), 1)
+            logs = tl.where(valid, log2_phi_derivative(at, family, activation), 0.0)
+            total += tl.sum(logs, 1) * LN2
     if bias_ptr is not None:
         right -= load_row(bias_ptr + member * D, source, D)
     return tl.where(valid, right, 0.0), total
@@ -322,27 +325,36 @@ def layer_inv_kernel(
 # --- launchers ------------------------------------------------------------------------------------------
 
 
+class InvertBlocks:
+    """``invert_blocks`` as a function of ``lu`` alone."""
+
+    def __init__(self, lu: Tensor, sign: Tensor | None, *, block: int) -> None:
+        check_packed(lu, sign, None)
+        if block < 16 or block & (block - 1):
+            raise ValueError(f"block must be a power of two, 16 or more, got {block}")
+        K, D = lu.shape[:2]
+        blocks = triton.cdiv(D, block)
+        self._shape, self._grid = (K, 2, blocks, block, block), (2 * blocks + 1, K, 1)
+        tile = tiles.Tile(block, block, 0, 1 if block <= 32 else 4, 1)
+        arguments = {"sign_ptr": sign, "D": D, "BLOCK": block}
+        varying = ("lu_ptr", "inverses_ptr", "logabsdet_ptr")
+        self._launch = Prepared(invert_blocks_kernel, tile, arguments, varying)
+
+    def __call__(self, lu: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one of the same shape and dtype, contiguous."""
+        inverses = torch.empty(self._shape, dtype=torch.float32, device=lu.device)
+        logabsdet = torch.empty(len(lu), dtype=torch.float32, device=lu.device)
+        self._launch(self._grid, lu, inverses, logabsdet)
+        return inverses, logabsdet
+
+
 def invert_blocks(lu: Tensor, sign: Tensor | None, *, block: int) -> tuple[Tensor, Tensor]:
     """(inverses [K, 2, ⌈D/block⌉, block, block] of L's and U's diagonal blocks, log|det W| [K]), float32.
 
     ``lu`` [K, D, D] is packed, float32 or bfloat16; ``sign`` [K, D], or None for +1; ``block`` is a power of
     two, 16 or more. Beyond D the blocks are those of the identity. Substitution in float32, one launch.
     """
-    check_packed(lu, sign, None)
-    if block < 16 or block & (block - 1):
-        raise ValueError(f"block must be a power of two, 16 or more, got {block}")
-    K, D = lu.shape[:2]
-    blocks = triton.cdiv(D, block)
-    inverses = torch.empty((K, 2, blocks, block, block), dtype=torch.float32, device=lu.device)
-    logabsdet = torch.empty((K,), dtype=torch.float32, device=lu.device)
-    tile = tiles.Tile(block, block, 0, 1 if block <= 32 else 4, 1)
-    launch(
-        *(invert_blocks_kernel, (2 * blocks + 1, K), tile),
-        *(lu, sign, inverses, logabsdet),
-        D=D,
-        BLOCK=block,
-    )
-    return inverses, logabsdet
+    return InvertBlocks(lu, sign, block=block)(lu)
 
 
 def substitute(

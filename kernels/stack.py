@@ -14,6 +14,7 @@ unrolled over more than CHUNK.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,21 +30,22 @@ from lunet_fast.kernels.activation import (
     load_family,
     located,
     located_inverse,
-    log_phi_derivative,
+    log2_phi_derivative,
     outputs_by_row,
     phi,
     steps_of,
 )
 from lunet_fast.kernels.launch import (
+    Prepared,
     check_parameter,
     check_precision,
     check_rows,
     dot,
-    launch,
     load_row,
     load_tile,
     store_tile,
 )
+from lunet_fast.kernels.leaky_softplus import LN2
 from lunet_fast.kernels.solve import solve_held
 
 # --- rows in chunks --------------------------------------------------------------------------------------
@@ -146,8 +148,8 @@ def _log_derivative_sum(h, activation, m, D, ROWS: tl.constexpr, COLUMNS: tl.con
         family = load_family(activation, m, cols, D)
         there = (cols < D)[None, :]
         at = located(h[j], family, activation)
-        total += tl.sum(tl.where(there, log_phi_derivative(at, family, activation), 0.0), 1)
-    return total
+        total += tl.sum(tl.where(there, log2_phi_derivative(at, family, activation), 0.0), 1)
+    return total * LN2
 
 
 # --- forward --------------------------------------------------------------------------------------------
@@ -280,6 +282,64 @@ def stack_arguments(
     }
 
 
+class Stack:
+    """``stack_forward``, or ``stack_inverse``, of layers of one kind: what depends neither on the rows nor
+    on the numbers in matrices and biases is found out once."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        tile: tiles.Tile,
+        arguments: dict[str, Any],
+        names: Sequence[str],
+        dtype: torch.dtype,
+    ) -> None:
+        """``names`` are those of the rows, the result and the matrices among the kernel's arguments."""
+        self._rows, self._features, self._dtype = tile.rows, arguments["D"], dtype
+        varying = (*names, "constant_ptr", "bias_ptr", "logabsdet_ptr", "N")
+        self._launch = Prepared(kernel, tile, arguments, varying)
+
+    def __call__(
+        self,
+        rows: Tensor,
+        *matrices: Tensor,
+        biases: Tensor | None,
+        constant: Tensor | None,
+        logabsdet: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(Rows [N, D], log|det J| [N] float32 or None) of contiguous rows [N, D] in the stack's dtype.
+
+        ``matrices``, ``biases`` and ``constant`` are as in the call that it was made for.
+        """
+        check_rows("rows", rows, dims=2)
+        N, D = rows.shape
+        if self._features != D or rows.dtype != self._dtype:
+            raise ValueError(
+                f"rows must be [N, {self._features}] {self._dtype}, got {list(rows.shape)} {rows.dtype}"
+            )
+        out, total = outputs_by_row(rows, logabsdet)
+        self._launch((-(-N // self._rows), 1, 1), rows, out, *matrices, constant, biases, total, N)
+        return out, total
+
+
+def prepare_forward(
+    weights: Tensor,
+    biases: Tensor | None,
+    slopes: Slopes,
+    *,
+    constant: Tensor | None,
+    precision: str,
+    activate_last: bool = False,
+) -> Stack:
+    """``stack_forward`` as a function of x, ``weights``, ``biases`` and ``constant`` of these kinds."""
+    M, D = weights.shape[0], weights.shape[-1]
+    x = weights.new_empty(0, D)
+    tile, arguments = stack_arguments("forward", x, biases, slopes, M, precision, activate_last=activate_last)
+    check_parameter("weights", weights, (M, D, D), x.dtype)
+    check_parameter("constant", constant, (M,), torch.float32)
+    return Stack(stack_fwd_kernel, tile, arguments, ("x_ptr", "y_ptr", "weight_ptr"), x.dtype)
+
+
 def stack_forward(
     x: Tensor,
     weights: Tensor,
@@ -299,20 +359,36 @@ def stack_forward(
     float32, is log|det W_m|, added to each row's Σ log φ′. ``precision`` is that of a float32 product.
     Nothing else is kept for ``stack_backward``. ValueError where ``tiles.stack_tile`` has no row for this.
     """
-    M, D = weights.shape[0], x.shape[-1]
-    tile, arguments = stack_arguments("forward", x, biases, slopes, M, precision, activate_last=activate_last)
-    check_parameter("weights", weights, (M, D, D), x.dtype)
-    check_parameter("constant", constant, (M,), torch.float32)
-    y, total = outputs_by_row(x, logabsdet)
-    launch(
-        *(stack_fwd_kernel, (triton.cdiv(len(x), tile.rows),), tile, x),
-        weight_ptr=weights,
-        y_ptr=y,
-        logabsdet_ptr=total,
-        constant_ptr=constant,
-        **arguments,
+    check_rows("rows", x, dims=2)
+    check_parameter("weights", weights, (weights.shape[0], x.shape[-1], x.shape[-1]), x.dtype)
+    found = prepare_forward(
+        weights, biases, slopes, constant=constant, precision=precision, activate_last=activate_last
     )
-    return y, total
+    return found(x, weights, biases=biases, constant=constant, logabsdet=logabsdet)
+
+
+def prepare_inverse(
+    dtype: torch.dtype,
+    lu: Tensor,
+    blocks: Tensor,
+    biases: Tensor | None,
+    slopes: Slopes,
+    *,
+    constant: Tensor | None,
+    precision: str,
+    activate_last: bool = False,
+    steps: int | None = None,
+) -> Stack:
+    """``stack_inverse`` as a function of y in this dtype, ``lu``, ``blocks``, ``biases`` and ``constant`` of
+    these kinds."""
+    M, D = lu.shape[0], lu.shape[-1]
+    y, steps = lu.new_empty((0, D), dtype=dtype), steps_of(slopes, steps)
+    tile, arguments = stack_arguments(
+        "inverse", y, biases, slopes, M, precision, activate_last=activate_last, steps=steps
+    )
+    check_inverse(lu, blocks, M, D, tile, precision)
+    check_parameter("constant", constant, (M,), torch.float32)
+    return Stack(stack_inv_kernel, tile, arguments, ("y_ptr", "x_ptr", "lu_ptr", "blocks_ptr"), dtype)
 
 
 def stack_inverse(
@@ -324,36 +400,19 @@ def stack_inverse(
     *,
     constant: Tensor | None,
     logabsdet: bool,
-    precision: str,
-    activate_last: bool = False,
-    steps: int | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """(x [N, D], the inverse's own log-determinant [N] float32 or None) of y [N, D]; 2·N·M·D² flops and up.
 
     ``lu`` [M, D, D], float32 or bfloat16, is packed (and unpermuted: the columns of a row in registers cannot
     be gathered); ``blocks`` [M, 2, ⌈D/block⌉, block, block], float32, are the inverses of the diagonal blocks
     of L and U, with zeros in their other triangle, block = ``tiles.stack_tile("inverse", …).inner``.
-    ``precision`` is "ieee" or "tf32x3", of float32 arithmetic whatever y's dtype. ``steps`` of Halley's
-    iteration: as for ``activation_inverse``. Else as for ``stack_forward``.
+    ``options`` are those of ``prepare_inverse``: ``precision`` is "ieee" or "tf32x3", of float32 arithmetic
+    whatever y's dtype, ``steps`` of Halley's iteration are as for ``activation_inverse``. Else as for
+    ``stack_forward``.
     """
-    M, D = lu.shape[0], y.shape[-1]
-    steps = steps_of(slopes, steps)
-    tile, arguments = stack_arguments(
-        "inverse", y, biases, slopes, M, precision, activate_last=activate_last, steps=steps
-    )
-    check_inverse(lu, blocks, M, D, tile, precision)
-    check_parameter("constant", constant, (M,), torch.float32)
-    x, total = outputs_by_row(y, logabsdet)
-    launch(
-        *(stack_inv_kernel, (triton.cdiv(len(y), tile.rows),), tile, y),
-        lu_ptr=lu,
-        blocks_ptr=blocks,
-        x_ptr=x,
-        logabsdet_ptr=total,
-        constant_ptr=constant,
-        **arguments,
-    )
-    return x, total
+    found = prepare_inverse(y.dtype, lu, blocks, biases, slopes, constant=constant, **options)
+    return found(y, lu, blocks, biases=biases, constant=constant, logabsdet=logabsdet)
 
 
 def check_inverse(lu: Tensor, blocks: Tensor, M: int, D: int, tile: tiles.Tile, precision: str) -> None:

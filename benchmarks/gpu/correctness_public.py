@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +23,14 @@ from benchmarks.gpu.common import (
     packed,
 )
 from benchmarks.gpu.correctness import RATIO, gradients, named
-from lunet_fast import functional
+from lunet_fast import (
+    GeneralizedLeakySoftplus,
+    LeakySoftplus,
+    LUNet,
+    MonotoneSpline,
+    cached,
+    functional,
+)
 from lunet_fast.ops import reference
 
 
@@ -73,8 +81,6 @@ def public(place: Place) -> Iterator[Row]:
 
 def net(place: Place) -> Iterator[Row]:
     """LUNet, which may take one launch for all layers; round trips against the condition number."""
-    from lunet_fast import LUNet
-
     for D in place.mine((16, 64, 128, 256), (9,)):
         torch.manual_seed(0)
         model = LUNet(D, place.choose(8, 3)).to(place.device)
@@ -108,10 +114,98 @@ def net(place: Place) -> Iterator[Row]:
                 )
 
 
+#: Nets other than those that ``net`` checks: what makes them, and the dtype of their rows.
+KINDS: dict[str, tuple[Callable[[int], dict[str, Any]], torch.dtype]] = {
+    "learnt slopes": (lambda D: {"activation": LeakySoftplus(0.2, learnable=True)}, torch.float32),
+    "learnt slopes [3, D]": (
+        lambda D: {"activation": GeneralizedLeakySoftplus(1.5, 0.3, learnable=True, features=D)},
+        torch.float32,
+    ),
+    "splines": (lambda D: {"activation": MonotoneSpline(D, 6)}, torch.float32),
+    "permutations and signs": (lambda D: {"permutation": "random", "signs": "random"}, torch.float32),
+    "bfloat16": (lambda D: {}, torch.bfloat16),
+}
+
+
+def kinds_of_nets(place: Place) -> Iterator[Row]:
+    """Both directions of nets of other kinds, with all gradients, and without gradients, twice, within
+    ``cached`` and outside; and K stacked layers."""
+    full = [(kind, D) for kind in KINDS for D in (16, 64, 100)]
+    for kind, D in place.mine(full, [(kind, 5) for kind in KINDS]):
+        yield from _kind_of_net(place, kind, D)
+    for D in place.mine((64, 200), (5,)):
+        yield from _stacked_layers(place, D)
+
+
+def _kind_of_net(place: Place, kind: str, D: int) -> Iterator[Row]:
+    make, dtype = KINDS[kind]
+    torch.manual_seed(0)
+    M = place.choose(4, 2)
+    model = LUNet(D, M, **make(D)).to(place.device)
+    with torch.no_grad():
+        for one in model.parameters():
+            one.add_(0.05 * torch.randn_like(one) / max(1, one.shape[-1]) ** 0.5)
+    x = place.randn(place.choose(5003, 12), D).to(dtype)
+    lost = 10.0 ** min(3.0, model.condition(x[:1000].float()).digits_lost)
+    wide, model, low = copy.deepcopy(model).double(), model.to(dtype), dtype == torch.bfloat16
+    names = ("result", "logabsdet", "grad x", "grad parameters")
+    for method, limit in (
+        ("forward_and_logabsdet", LIMITS["bf16" if low else "highest"] * 2 * M),
+        ("inverse_and_logabsdet", 2e-6 * M * lost + (LIMITS["bf16"] * 2 * M if low else 0.0)),
+    ):
+        found = _with_gradients(model, method, x)
+        truth = _with_gradients(wide, method, x.double())
+        what = f"net with {kind} D={D} {method.partition('_')[0]}"
+        # Sums over rows, of which some cancel.
+        for name, mine, true in zip(names, found, truth, strict=True):
+            yield from compare(what, {name: mine}, {name: true}, limit * (10 if "param" in name else 1))
+        with torch.no_grad():
+            plain = [getattr(model, method)(x) for _ in range(2)]
+            with cached(model):
+                kept = [getattr(model, method)(x) for _ in range(2)]
+        for way, pairs in (("without gradients", plain), ("within cached", kept)):
+            for results in pairs:
+                shown = dict(zip(names[:2], results, strict=True))
+                yield from compare(f"{what}, {way}", shown, dict(zip(names, truth[:2], strict=False)), limit)
+
+
+def _with_gradients(model: Any, method: str, x: Tensor) -> list[Tensor]:
+    """Both results, the gradient of x, and those of all parameters, one after the other."""
+    x = x.detach().requires_grad_()
+    y, total = getattr(model, method)(x)
+    parameters = list(model.parameters())
+    by_x, *others = torch.autograd.grad(y.double().sin().sum() + total.double().sum(), [x, *parameters])
+    return [y.detach(), total.detach(), by_x, torch.cat([one.flatten() for one in others])]
+
+
+def _stacked_layers(place: Place, D: int) -> Iterator[Row]:
+    K, p = 3, packed(place, D, 3)
+    x, slopes = place.randn(K, place.choose(5003, 7), D), torch.tensor(FAMILY, device=place.device)
+    leaves = [x, p.lu, p.bias, slopes]
+    g, ld = place.randn(*x.shape), place.randn(*x.shape[:2])
+    names = ("result", "logabsdet", "grad x", "grad lu", "grad bias", "grad slopes")
+    for what, ours, plain, limit in (
+        ("layers", functional.lu_dense_and_logabsdet, reference.lu_dense_and_logabsdet, 2e-6),
+        (
+            *("inverse layers", functional.lu_dense_inverse_and_logabsdet),
+            *(reference.lu_dense_inverse_and_logabsdet, 2e-6 * p.condition() * RATIO),
+        ),
+    ):
+
+        def one_by_one(x: Tensor, lu: Tensor, bias: Tensor, slopes: Tensor, plain: Any = plain) -> Any:
+            members = [plain(x[k], lu[k], bias[k], sign=p.sign[k].double(), slopes=slopes) for k in range(K)]
+            return tuple(map(torch.stack, zip(*members, strict=True)))
+
+        doubles = [leaf.double() for leaf in leaves]
+        found = [*_with_sign(ours, p.sign)(*leaves), *gradients(_with_sign(ours, p.sign), leaves, [g, ld])]
+        truth = [*one_by_one(*doubles), *gradients(one_by_one, doubles, [g.double(), ld.double()])]
+        for name, mine, true in zip(names, found, truth, strict=True):
+            loose = 10.0 if name == "grad slopes" else 2.0 if "grad" in name else 1.0
+            yield from compare(f"{K} stacked {what} D={D}", {name: mine}, {name: true}, loose * limit)
+
+
 def capture(place: Place) -> Iterator[Row]:
     """CUDA graphs of a step forward, back and inverse, replayed on new data; four streams at once."""
-    from lunet_fast import LUNet
-
     D, rows = place.choose((64, 1000), (9, 12))
     model = LUNet(D, place.choose(8, 2)).to(place.device)
     parameters = list(model.parameters())
@@ -203,5 +297,10 @@ def large(place: Place) -> Iterator[Row]:
 
 
 #: ``large`` runs alone, the others side by side.
-STAGES: dict[str, Stage] = {"public functions": public, "LUNet": net, "graphs and streams": capture}
+STAGES: dict[str, Stage] = {
+    "public functions": public,
+    "LUNet": net,
+    "kinds of nets": kinds_of_nets,
+    "graphs and streams": capture,
+}
 ALONE: dict[str, Stage] = {"more than 2³¹ numbers": large}

@@ -28,7 +28,7 @@ from benchmarks.gpu.common import (
     normwise,
     packed,
 )
-from lunet_fast import LeakySoftplus, LUDense, LUNet, functional
+from lunet_fast import LeakySoftplus, LUDense, LUNet, cached, functional
 from lunet_fast.ops import reference
 
 #: Rows × columns of the largest rows that are timed: 1 GiB in float32.
@@ -187,9 +187,8 @@ def stacked(
 
 def layer(place: Place) -> Iterator[Row]:
     """A layer with log-determinant against eager PyTorch, torch.compile, and that with W formed."""
-    for precision in ("highest", "high"):
-        features = (64, 128, 256, 32, 16, 512, 1024) if precision == "highest" else (64, 128, 256)
-        for D, B in sizes(place, features, (65_536, 2**20, 1000)):
+    for D, B in sizes(place, (64, 128, 256, 32, 16, 512, 1024), (2**20, 65_536, 1000)):
+        for precision in ("highest", "high") if D in (64, 128, 256) else ("highest",):
             if place.left() < 0:
                 return
             p = packed(place, D)
@@ -238,7 +237,7 @@ def layer(place: Place) -> Iterator[Row]:
 def stack(place: Place) -> Iterator[Row]:
     """LUNet of 8 layers with log-determinant: as it comes, layer by layer, and PyTorch's ways."""
     M = place.choose(8, 2)
-    for D, B in sizes(place, (64, 32, 128, 16), (65_536, 2**20)):
+    for D, B in sizes(place, (64, 32, 128, 16), (2**20, 65_536)):
         for precision in ("highest", "high"):
             if place.left() < 0:
                 return
@@ -301,7 +300,7 @@ def inverse(place: Place) -> Iterator[Row]:
     """The affine inverse against torch.linalg.solve_triangular, substitution against W⁻¹; with φ⁻¹ too."""
     from lunet_fast.kernels import inverse as kernels
 
-    for D, B in sizes(place, (64, 128, 256, 32, 512, 1024, 16), (65_536, 2**20)):
+    for D, B in sizes(place, (64, 128, 256, 32, 512, 1024, 16), (2**20, 65_536)):
         if place.left() < 0:
             return
         p = packed(place, D)
@@ -372,7 +371,7 @@ def _gradients(module: Callable[[Tensor], Tensor], leaves: list[Tensor], g: Tens
 
 def training(place: Place) -> Iterator[Row]:
     """Forward and backward of LUDense with its activation against nn.Linear and softplus; ways backward."""
-    for D, B in sizes(place, (64, 128, 256, 32, 512, 1024, 16), (65_536, 2**20, 1000)):
+    for D, B in sizes(place, (64, 128, 256, 32, 512, 1024, 16), (2**20, 65_536, 1000)):
         for precision in ("highest", "high"):
             if place.left() < 0:
                 return
@@ -454,25 +453,40 @@ def _ways_backward(place: Place, D: int, B: int, precision: str) -> Iterator[Row
 
 
 def launches(place: Place) -> Iterator[Row]:
-    """What a call costs at B = 1000, where the host is the limit: eager, and as a replayed CUDA graph."""
+    """What a call costs at B = 1000, where the host is the limit: eager, and as a replayed CUDA graph, which
+    the host takes no part in; ours, within ``cached`` too, and as many layers of nn.Linear and softplus."""
     D, B = place.choose((64, 1000), (9, 20))
-    model = LUNet(D, place.choose(8, 2)).to(place.device)
-    parameters = list(model.parameters())
+    M = place.choose(8, 2)
+    model = LUNet(D, M).to(place.device)
+    dense = [layer for _ in range(M) for layer in (nn.Linear(D, D), nn.Softplus())]
+    peer = nn.Sequential(*dense[:-1]).to(place.device)
     x = place.randn(B, D)
     upstream = place.randn(B, D)
 
-    def forward() -> Any:
-        with torch.no_grad():
-            return model.forward_and_logabsdet(x)
+    def without_gradients(call: Callable[[Tensor], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with torch.no_grad():
+                return call(x)
 
-    def train() -> Any:
-        return torch.autograd.grad(model(x), parameters, upstream)
+        return run
 
-    def inverse() -> Any:
-        with torch.no_grad():
-            return model.inverse(x)
+    def train(net: nn.Module) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(net(x), list(net.parameters()), upstream)
 
-    for what, run in (("forward", forward), ("inverse", inverse), ("forward + backward", train)):
+    linear = "nn.Linear + softplus"
+    yield from _host_times(place, "forward", D, B, {"ours": without_gradients(model.forward)})
+    yield from _host_times(place, "forward", D, B, {linear: without_gradients(peer)})
+    yield from _host_times(place, "inverse", D, B, {"ours": without_gradients(model.inverse)})
+    yield from _host_times(place, "forward + backward", D, B, {"ours": train(model), linear: train(peer)})
+    with cached(model):
+        runs = {"ours, within cached": without_gradients(model.forward)}
+        yield from _host_times(place, "forward", D, B, runs)
+        runs = {"ours, within cached": without_gradients(model.inverse)}
+        yield from _host_times(place, "inverse", D, B, runs)
+
+
+def _host_times(place: Place, what: str, D: int, B: int, runs: dict[str, Callable[[], Any]]) -> Iterator[Row]:
+    for contender, run in runs.items():
         replay: Callable[[], Any] = run
         if place.is_gpu:
             side = torch.cuda.Stream()
@@ -485,7 +499,7 @@ def launches(place: Place) -> Iterator[Row]:
                 run()
             replay = graph.replay
         task = Task(f"LUNet {what}, host's time", D, B, "highest", 0, 0)
-        for name, call in (("ours", run), ("ours, CUDA graph", replay)):
+        for name, call in ((contender, run), (f"{contender}, CUDA graph", replay)):
             row: Row = {"kind": "time", **task._asdict(), "contender": name, "ms": _wall(place, call)}
             yield row
 

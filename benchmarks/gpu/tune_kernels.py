@@ -4,9 +4,10 @@
     LUNET_FAST_TILES=tiles.json python train.py                        uses it
 
 Every candidate must give the table's result before it is timed. A candidate is taken if it is faster by
-more than ``--gain``; what it was measured on is in the file. The products of a layer, of its weight's
-gradient and of its inverse are tuned, in the arithmetic that torch.get_float32_matmul_precision() asks for
-and, with ``--bfloat16``, in bfloat16.
+more than ``--gain``; what it was measured on is in the file. Each has to be compiled, and all would take an
+hour: those most like the table's come first, and each job has its share of ``--minutes``. The products of a
+layer, of its weight's gradient and of its inverse are tuned, in the arithmetic that
+torch.get_float32_matmul_precision() asks for and, with ``--bfloat16``, in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +33,10 @@ from lunet_fast.ops import triton
 
 #: The same product in another tile differs by the order of its sums.
 AGREES = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 1e-3}
+
+
+#: How many ``jobs`` gives.
+JOBS = 3
 
 
 class Job(NamedTuple):
@@ -102,12 +108,23 @@ def jobs(place: Place, D: int, rows: int, dtype: torch.dtype, precision: str) ->
     )
 
 
-def best(place: Place, job: Job, tolerance: float, gain: float) -> tuple[Tile, float] | None:
-    """The fastest candidate and how many times as fast as the table's it is, if by more than ``gain``."""
+def nearest_first(job: Job) -> list[Tile]:
+    """The candidates that differ from the table's tile, those first that differ in least."""
+    others = [tile for tile in job.candidates if tile != job.table]
+    return sorted(others, key=lambda tile: sum(a != b for a, b in zip(tile, job.table, strict=True)))
+
+
+def best(place: Place, job: Job, tolerance: float, gain: float, until: float) -> tuple[Tile, float] | None:
+    """The fastest candidate and how many times as fast as the table's it is, if by more than ``gain``, of
+    those that the time until then is enough for."""
     expected = job.run().double()
     before = place.milliseconds(job.run)
     chosen: tuple[Tile, float] | None = None
-    for tile in job.candidates:
+    candidates = nearest_first(job)
+    for number, tile in enumerate(candidates):
+        if time.monotonic() > until:
+            print(f"  {len(candidates) - number} of {len(candidates)} not tried", file=sys.stderr)
+            break
         tiles.use_tuned({job.call: tile})
         try:
             agrees = normwise(job.run(), expected) <= tolerance
@@ -131,6 +148,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=65_536)
     parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--gain", type=float, default=1.03, help="least speed-up that counts")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for everything")
     parser.add_argument("--tiny", action="store_true", help="a walk through the interpreter, without times")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,10 +158,13 @@ def main() -> None:
     dtype = torch.bfloat16 if options.bfloat16 else torch.float32
     precision = triton.precision_of(torch.empty(0, device=device))
     found: dict[str, Any] = {}
+    end, left = time.monotonic() + 60.0 * options.minutes, JOBS * len(options.features)
     for D in options.features:
         for job in jobs(place, D, options.rows, dtype, precision):
             tolerance = 1e-2 if dtype == torch.bfloat16 else AGREES[precision]
-            better = best(place, job, tolerance, options.gain)
+            now = time.monotonic()
+            better = best(place, job, tolerance, options.gain, now + (end - now) / left)
+            left -= 1
             said = f"{better[1]:.2f} times as fast with {better[0]}" if better else "the table's tile stays"
             print(f"{job.call}: {said}", flush=True)
             if better:

@@ -12,9 +12,10 @@ last digits of a result would depend on the calls before it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from operator import attrgetter, is_
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,48 +28,67 @@ Module = TypeVar("Module", bound=nn.Module)
 _counting = threading.Lock()
 
 
+class Seen(NamedTuple):
+    """What something was made from, with the tensors' memory and PyTorch's counts of writes of then."""
+
+    sources: tuple[Any, ...]
+    tensors: tuple[Tensor, ...]
+    """Those of them that are tensors."""
+    writes: list[int]
+    addresses: list[int]
+    memory: tuple[Tensor, ...]
+    """Held, so that no other tensor can come to lie where it is."""
+
+    @classmethod
+    def of(cls, sources: Sequence[Any]) -> Seen:
+        tensors = tuple(each for each in sources if isinstance(each, Tensor))
+        writes, addresses = list(map(_writes, tensors)), list(map(Tensor.data_ptr, tensors))
+        return cls(tuple(sources), tensors, writes, addresses, tuple(t.detach() for t in tensors))
+
+    def still(self, sources: Sequence[Any]) -> bool:
+        """Whether these are the same, and nothing was written to the tensors among them."""
+        # Of a small net's call this is a good part: each line is one loop in C.
+        return (
+            len(sources) == len(self.sources)
+            and all(map(is_, sources, self.sources))
+            and list(map(_writes, self.tensors)) == self.writes
+            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+        )
+
+
+_writes = attrgetter("_version")
+
+
 class Kept:
-    """What a module keeps: a value for each name, with the tensors that it was made from."""
+    """What a module keeps: a value for each name, with what it was made from."""
 
     def __init__(self) -> None:
         self.users = 0
-        self.values: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+        self.values: dict[Any, tuple[Any, Seen]] = {}
 
-    def get(self, name: Any, sources: tuple[Tensor | None, ...], make: Callable[[], Any]) -> Any:
-        """The value of this name made from these tensors by ``make()``, kept or new; None where they are not
-        of the kind whose writes PyTorch counts.
+    def get(self, name: Any, sources: Sequence[Any], make: Callable[[], Any]) -> Any:
+        """The value of this name made from these tensors, modules and Nones by ``make()``, kept or new; None
+        where a tensor is not of the kind whose writes PyTorch counts.
 
         It is written as one tuple, so that threads see a whole one, whoever wrote it.
         """
         found = self.values.get(name)
-        if found is not None and _unchanged(found[1], sources):
+        if found is not None and found[1].still(sources):
             return found[0]
         if not all(map(_counts_writes, sources)):
             return None
-        # The memory of now is held, so that no other can come to lie where it is.
-        seen = tuple(None if t is None else (t, t._version, t.data_ptr(), t.detach()) for t in sources)
+        seen = Seen.of(sources)
         with torch.inference_mode(False), torch.no_grad():
             value = make()
-        if _unchanged(seen, sources):  # not written to meanwhile
+        if seen.still(sources):  # not written to meanwhile
             self.values[name] = value, seen
         return value
 
 
-def _counts_writes(source: Tensor | None) -> bool:
-    return source is None or (
+def _counts_writes(source: Any) -> bool:
+    return not isinstance(source, Tensor) or (
         type(source) in (Tensor, nn.Parameter) and not source.is_inference() and not source.is_meta
     )
-
-
-def _unchanged(seen: tuple[Any, ...], sources: tuple[Tensor | None, ...]) -> bool:
-    """Whether these are the tensors that were seen, with the memory and PyTorch's count of writes of then."""
-    for then, now in zip(seen, sources, strict=True):
-        if then is None or now is None:
-            if then is not now:
-                return False
-        elif then[0] is not now or then[1] != now._version or then[2] != now.data_ptr():
-            return False
-    return True
 
 
 class Keeping(nn.Module):
@@ -84,20 +104,23 @@ def usable(module: Keeping, x: Tensor) -> Kept | None:
     """What this module may use for a call with x: None outside of ``cached``, where a parameter of its own
     wants a gradient, and where somebody watches the operations."""
     kept = module._kept
+    if kept is None or is_watched(x) or (torch.is_grad_enabled() and records(*module._parameters.values())):
+        return None
+    return kept
+
+
+def is_watched(x: Tensor) -> bool:
+    """Whether somebody wants to see the operations of a call with x, or has a say in them."""
     # Asked before every call of a small layer: the cheapest way to each answer.
-    if (
-        kept is None
-        or type(x) is not Tensor
+    return (
+        type(x) is not Tensor
         or torch.compiler.is_compiling()
         or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and records(*module._parameters.values()))
-    ):
-        return None
-    return kept
+    )
 
 
 @contextmanager
@@ -110,7 +133,8 @@ def cached(module: Module) -> Iterator[Module]:
 
     Each ``LUDense`` in ``module``, itself or below it, forms them when first needed, for 2·D³/3 flops forward
     and 3·D³ for the inverse, D² numbers each; then N rows cost 2·N·D² as in ``nn.Linear``. Splines and learnt
-    slopes keep what they compute of their parameters alone.
+    slopes keep what they compute of their parameters alone. On kernels an ``LUNet`` that goes in one launch
+    keeps what that needs instead, all its matrices or what substitution takes of them.
 
     They are formed again after any write that PyTorch counts: an optimiser's step, ``copy_``,
     ``load_state_dict``, ``.to()``, another parameter in place of one. A write through ``.data`` is not

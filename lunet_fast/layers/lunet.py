@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lunet_fast import functional
-from lunet_fast.layers import reversible, small
+from lunet_fast.layers import planned, reversible, small
 from lunet_fast.layers.activations import BijectiveActivation, LeakySoftplus, call, is_replaced
 from lunet_fast.layers.arguments import check_dtype, check_tensor, checked_size
 from lunet_fast.layers.cached import usable
@@ -47,7 +47,7 @@ class ConditionWarning(UserWarning):
     """The inverse of a net has lost digits: ``LUNet.condition`` says how many, and in which layer."""
 
 
-class LUNet(nn.Module):
+class LUNet(planned.PlannedNet):
     """f = A_M ∘ φ ∘ A_{M−1} ∘ … ∘ φ ∘ A_1 with affine A_m: invertible, its Jacobian's determinant in O(M·D).
 
     With an ``input`` ψ, f = A_M ∘ φ ∘ … ∘ A_1 ∘ ψ.
@@ -179,6 +179,7 @@ class LUNet(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state["_modules"].setdefault("input", None)  # pickled before there was one
+        state.setdefault("_plans", {})
         super().__setstate__(state)
 
     def whiten(self, x: Tensor) -> None:
@@ -253,8 +254,9 @@ class LUNet(nn.Module):
     def _run(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
         """f or its inverse at x, and its log-determinant if asked for."""
         check_tensor("y" if inverse else "x", x)
-        if self.input is None:
+        if self._modules["input"] is None:  # as every call asks
             return self._run_layers(x, inverse=inverse, logabsdet=logabsdet)
+        assert self.input is not None
         if inverse:
             x, total = self._run_layers(x, inverse=True, logabsdet=logabsdet)
             x, share = call(self.input, x, inverse=True, logabsdet=logabsdet)
@@ -265,6 +267,11 @@ class LUNet(nn.Module):
 
     def _run_layers(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
         """``_run`` of the layers: here it is decided how."""
+        if self._memory == "saved":
+            members = tuple(self._modules["layers"]._modules.values())  # type: ignore[union-attr]
+            found = planned.run(self, members, x, inverse=inverse, logabsdet=logabsdet)
+            if found is not None:
+                return found
         if self._layers()[0]._kept is not None and usable(self._layers()[0], x):
             return self._run_each(x, inverse=inverse, logabsdet=logabsdet)
         if self.memory == "saved":
@@ -276,9 +283,9 @@ class LUNet(nn.Module):
                     found = small.inverse_net(x, layers, logabsdet=logabsdet)
                     if found is not None:
                         return found
-            phi = self._common_activation(x) if dispatch.fuses_net(x) else None
-            if phi is not None:
-                return self._run_as_one(x, phi, inverse=inverse, logabsdet=logabsdet)
+            one = self._as_one(x) if dispatch.fuses_net(x) else None
+            if one is not None:
+                return functional.net(x, *one, inverse=inverse, logabsdet=logabsdet)
             return self._run_each(x, inverse=inverse, logabsdet=logabsdet)
         # What is computed must not depend on whether a gradient is recorded: one precision for all.
         x = self._invertible(x)
@@ -306,19 +313,20 @@ class LUNet(nn.Module):
                 x = layer.inverse(x) if inverse else layer(x)
         return x, total
 
-    def _common_activation(self, x: Tensor) -> Activation | None:
-        """That of all active layers as ``functional.net`` takes it for x, or None if it does not take these
-        layers: what it computes, they compute."""
+    def _as_one(self, x: Tensor) -> tuple[Matrix, Activation] | None:
+        """All layers as one operation, ``functional.net``, takes them for x, or None if it does not take
+        these layers: what it computes, they compute."""
         layers = self._layers()
         if len(layers) < 2 or not all(map(_is_plain, layers)) or layers[-1].activation is not None:
             return None
-        first = layers[0]
+        parts = [layer._matrix() for layer in layers]
+        lu, bias = parts[0].lu, parts[0].bias
         alike = all(
-            layer.permutation is None
-            and layer.lu.shape == first.lu.shape
-            and layer.lu.dtype == first.lu.dtype
-            and (layer.bias is None) == (first.bias is None)
-            for layer in layers
+            part.permutation is None
+            and part.lu.shape == lu.shape
+            and part.lu.dtype == lu.dtype
+            and (part.bias is None) == (bias is None)
+            for part in parts
         )
         given = [layer._fused() for layer in layers[:-1]]
         described = [phi for phi in given if phi is not None and not phi.linear and dispatch.fuses(x, phi)]
@@ -329,15 +337,9 @@ class LUNet(nn.Module):
         if len(fixed) > 1 or len(shapes) > 1:
             return None
         learnt = [phi.parameters for phi in described if phi.parameters is not None]
-        return described[0]._replace(parameters=torch.stack(learnt) if learnt else None)
-
-    def _run_as_one(
-        self, x: Tensor, phi: Activation, *, inverse: bool, logabsdet: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """All layers in one operation, which keeps nothing between them."""
-        parts = zip(*(layer._matrix() for layer in self._layers()), strict=True)
-        stacked = [None if part[0] is None else torch.stack(part) for part in parts]
-        return functional.net(x, Matrix(*stacked), phi, inverse=inverse, logabsdet=logabsdet)  # type: ignore
+        phi = described[0]._replace(parameters=torch.stack(learnt) if learnt else None)
+        stacked = (None if each[0] is None else torch.stack(each) for each in zip(*parts, strict=True))
+        return Matrix(*stacked), phi  # type: ignore[arg-type]
 
     def _invertible(self, x: Tensor) -> Tensor:
         """x in a dtype that inversion can be trusted in; low precision from autocast is widened."""

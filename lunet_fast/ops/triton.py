@@ -49,6 +49,7 @@ from lunet_fast.ops.values import Activation, Matrix
 LIBRARY_PRODUCT_FROM = 1024
 
 
+@implements("triton")
 def precision_of(x: Tensor) -> str:
     """The arithmetic of a float32 product with x, one of ``kernels.launch.PRECISIONS``."""
     if tiles.architecture(x) < 80:
@@ -275,23 +276,63 @@ def _net_arithmetic(kernel: str, x: Tensor, inverse: bool) -> tuple[str, tiles.T
     return precision, tiles.stack_tile(kernel, x.shape[-1], x.dtype, precision, tiles.architecture(x))
 
 
+class Net:
+    """A net, or its inverse, of layers of one kind as one launch.
+
+    Made of the layers as they are, for rows of this dtype; then the numbers in matrices and biases may
+    change, signs and activation not.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, given: Matrix, activation: Activation, precision: str, block: int
+    ) -> None:
+        """``block``: of the substitution by which the net is inverted, or 0, and it is not."""
+        lu, sign, _, _ = _stacked(given)
+        self._dtype, self._inverse, self._slopes = dtype, block > 0, _slopes(activation)
+        self._precision = precision
+        self._prepare: Any = (
+            solve.InvertBlocks(lu, sign, block=block) if block else matrix.Compose(lu, sign, None, dtype)
+        )
+        self._stack: stack.Stack | None = None
+
+    def matrices(self, lu: Tensor) -> tuple[Tensor, ...]:
+        """What a call needs of the matrices [M, D, D] as they are now, in one launch."""
+        found: tuple[Tensor, ...] = self._prepare(lu)
+        return (lu, *found) if self._inverse else found
+
+    def __call__(
+        self, rows: Tensor, matrices: tuple[Tensor, ...], bias: Tensor | None, *, logabsdet: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The result for contiguous rows [N, D], and log|det| [N] if asked for."""
+        *factors, constant = matrices
+        run = self._stack
+        if run is None:
+            options: Any = {"constant": constant, "precision": self._precision}
+            leading = (self._dtype,) if self._inverse else ()
+            prepare: Any = stack.prepare_inverse if self._inverse else stack.prepare_forward
+            self._stack = run = prepare(*leading, *factors, bias, self._slopes, **options)
+        return run(rows, *factors, biases=bias, constant=constant, logabsdet=logabsdet)
+
+
+@implements("triton")
+def prepare_net(x: Tensor, given: Matrix, activation: Activation, *, inverse: bool) -> Net | None:
+    """``net_forward``, or the inverse, for rows like x's; None where no kernel has the whole net."""
+    precision, tile = _net_arithmetic("inverse" if inverse else "forward", x, inverse)
+    if tile is None:
+        return None
+    return Net(x.dtype, given, activation, precision, tile.inner if inverse else 0)
+
+
 @implements("triton")
 def net_forward(
     x: Tensor, given: Matrix, activation: Activation, logabsdet: bool, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    precision, tile = _net_arithmetic("inverse" if inverse else "forward", x, inverse)
-    if tile is None:
+    net = prepare_net(x, given, activation, inverse=inverse)
+    if net is None:
         by_layer = layer_inverse if inverse else layer_forward
         return net_by_layers(by_layer, x, given, activation, logabsdet, inverse=inverse)
-    lu, sign, _, bias = _stacked(given)
-    slopes = _slopes(activation)
-    options: dict[str, Any] = {"logabsdet": logabsdet, "precision": precision}
-    if inverse:
-        blocks, constant = solve.invert_blocks(lu, sign, block=tile.inner)
-        y, total = stack.stack_inverse(rows(x), lu, blocks, bias, slopes, constant=constant, **options)
-    else:
-        weights, constant = matrix.compose(lu, sign, None, x.dtype)
-        y, total = stack.stack_forward(rows(x), weights, bias, slopes, constant=constant, **options)
+    stacked = _stacked(given)
+    y, total = net(rows(x), net.matrices(stacked.lu), stacked.bias, logabsdet=logabsdet)
     return shaped(y, x), row_values(total, x)
 
 

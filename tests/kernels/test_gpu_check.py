@@ -86,6 +86,51 @@ print(json.dumps([*found, check.child("check stack", check.GRACE * -0.99)]))
     assert [(row["kind"], row["error"]) for row in late] == [("failure", "stopped: out of time")]
 
 
+def test_tuning_ends_in_time(tmp_path: Path) -> None:
+    """In its time there is none for another tile than the table's."""
+    pytest.importorskip("triton")
+    options = ["--features", "16", "--rows", "64", "--tiny", "--minutes", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.tune_kernels", str(tmp_path / "tiles.json"), *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("the table's tile stays") == 3
+    assert done.stderr.count("not tried") == 3
+    assert json.loads((tmp_path / "tiles.json").read_text(encoding="utf-8"))["tiles"] == {}
+
+
+def test_what_fails_a_run() -> None:
+    """Ours wrong or raising; others may run out of memory."""
+    from benchmarks.gpu import check
+
+    rows = [
+        time_row("ours", 1.0),
+        time_row("ours, substitution", None, wrong=True),
+        time_row("ours", None, failed="OutOfResources: shared memory"),
+        time_row("eager", None, failed="out of memory"),
+        {"kind": "note", "what": "nothing"},
+    ]
+    failures = check.failed_times(rows)
+    assert [row["error"] for row in failures] == ["wrong result", "OutOfResources: shared memory"]
+    assert "ours, substitution" in failures[0]["what"]
+
+
+def test_a_stage_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu import check
+
+    def endless(place: Any) -> Any:
+        while True:
+            yield {"kind": "note", "what": "still here"}
+
+    monkeypatch.setattr(check, "stages", lambda: {"check endless": endless})
+    rows = list(check.run_stage("check endless", tiny=True, measure=False, seconds=0.05, share=(0, 1)))
+    assert [row["kind"] for row in rows[-2:]] == ["note", "skipped"]
+
+
 def time_row(contender: str, ms: float | None, **changed: Any) -> dict[str, Any]:
     row = {"kind": "time", "what": "inverse, affine", "D": 64, "B": 65_536, "precision": "highest"}
     return {**row, "bytes": 10**9, "flops": 10**9, "contender": contender, "ms": ms, **changed}

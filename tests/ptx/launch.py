@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,16 +56,29 @@ class StandIn:
 
     def __init__(self, kernel: Any, how: How, runs: list[Run]) -> None:
         self.kernel, self.how, self.runs = kernel, how, runs
+        self.arg_names = kernel.arg_names
 
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def start(*args: Any, **kwargs: Any) -> None:
+    def __getitem__(self, grid: Any) -> Callable[..., Compiled]:
+        def start(*args: Any, **kwargs: Any) -> Compiled:
             given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
             launch = specialised(self.kernel, dict(given))
             values = [value for name, kind in launch.signature for value in _leaves(given.get(name), kind)]
             findings = execute(code_of(launch, self.how), values, (*grid, 1, 1)[:3], self.how)
             self.runs.append(Run(launch, tuple(grid), findings))
+            return Compiled(self, {name: kwargs[name] for name in kwargs if name not in self.arg_names})
 
         return start
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What Triton returns of a launch: compiled for these arguments, started by values alone."""
+
+    kernel: StandIn
+    options: dict[str, Any]
+
+    def __getitem__(self, grid: Any) -> Callable[..., Compiled]:
+        return partial(self.kernel[grid], **self.options)
 
 
 def _leaves(value: Any, kind: Any) -> Iterator[tuple[Any, str]]:

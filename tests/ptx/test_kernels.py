@@ -51,6 +51,7 @@ def test_against_float64_and_without_findings(case: Any, architecture: int) -> N
     ("D", "activation"),
     [
         (40, fixed),
+        (64, fixed),
         (48, learnt),
         pytest.param(33, spline(33), marks=pytest.mark.ptx),
         pytest.param(112, fixed, marks=pytest.mark.ptx),

@@ -19,7 +19,7 @@ from torch import Tensor
 from harness import FAMILIES, FEATURES, LIMIT, ROWS, amid_nan, guarded, normwise, slope_ratio, slopes
 from lunet_fast.kernels import activation, tiles
 from lunet_fast.kernels.activation import activation_of, load_family
-from lunet_fast.kernels.leaky_softplus import phi_derivative
+from lunet_fast.kernels.leaky_softplus import inverse_steps, phi_derivative
 from lunet_fast.ops import reference
 
 #: bfloat16 keeps 8 bits, and the interpreter cuts where a GPU rounds.
@@ -209,6 +209,21 @@ def test_extremes_of_the_inverse(family: tuple[float, ...]) -> None:
     terms = a * x64.abs() + (reference.leaky_softplus(x64, exact) - a * x64) + y.double().abs()
     scale = x64.abs() + terms / reference.leaky_softplus_derivative(x64, exact)
     assert ((x.double() - x64).abs() / scale).max() <= LIMIT
+
+
+@pytest.mark.parametrize("ratio", [0.1, 1 / 9, 0.3, 1.0, 30.0, 1e4])
+def test_the_inverse_in_one_step(ratio: float) -> None:
+    """φ(x̂) is a few roundings of |y| + φ(0) from y, wherever y lies between the tangents it starts from."""
+    a, c, kappa = exact = in_float32((ratio, 1.0, 0.7))
+    assert inverse_steps(a / c) == 1
+    y = torch.cat([torch.linspace(-50.0, 50.0, 15 * 1024), torch.linspace(-1e-3, 1e-3, 1024)]).view(-1, 128)
+    x, _ = activation.activation_inverse(y, exact, logabsdet=False)
+    error = (reference.leaky_softplus(x.double(), exact) - y.double()).abs()
+    assert (error / (y.double().abs() + c / kappa * math.log(2.0))).max() <= 8 * 2.0**-24
+    ends = torch.tensor([[math.inf], [-math.inf], [math.nan]])
+    found, _ = activation.activation_inverse(ends, exact, logabsdet=False)
+    assert torch.equal(found[:2], ends[:2])
+    assert bool(found[2].isnan())
 
 
 @pytest.mark.parametrize("family", EXTREME_FAMILIES)
