@@ -46,7 +46,7 @@ TrainCommand = settings_command(
         MODEL: (
             *("epochs", "patience", "batch_size", "learning_rate", "net_learning_rate"),
             *("embedding_size", "layers", "network", "alpha", "members", "side_features", "dropout"),
-            *("mlp", "seed", "threads"),
+            *("inference", "noise", "mlp", "seed", "threads"),
         ),
         OBJECTIVE: (
             *("gamma", "loss", "transform", "negatives", "negative_sampling", "negatives_outside"),
