@@ -179,7 +179,9 @@ def test_saves_folds_in_and_stops(tmp_path: Path) -> None:
 
     result = train(latent_ratings(), settings(), callbacks=[enough])
     assert told == [1, 2]
-    assert bool((result.trained.model.user_bias != 0).any(0).all())
+    bias = result.trained.model.user_bias
+    assert bias is not None
+    assert bool(bias.ne(0).any(0).all())
 
 
 @pytest.mark.parametrize(
