@@ -8,9 +8,10 @@ the other way round, so that each is drawn exactly from what it is given all els
     B        ~ N(0, (q diag(p))^-1)                      for each feature
     p ~ Gamma(1, PRIOR_RATE),  m ~ N(0, diag(p)^-1),  q ~ Gamma(1/2, 1/2),
 
-and items alike with m, p, B and q of their own. s is the settings', or 1/s ~ Gamma(1, 1). That is Bayesian
-matrix factorisation (Salakhutdinov and Mnih 2008) with biases and with features in the mean of the prior,
-whose B is drawn jointly, by perturbation and conjugate gradients (Simm et al. 2017, "Macau").
+and items alike with m, p, B and q of their own. s is the settings', or 1/s ~ Gamma(1, 1). All are for ratings
+in units of their spread. That is Bayesian matrix factorisation (Salakhutdinov and Mnih 2008) with biases and
+with features in the mean of the prior, whose B is drawn jointly, by perturbation and conjugate gradients
+(Simm et al. 2017, "Macau").
 """
 
 from __future__ import annotations
@@ -87,8 +88,11 @@ class _Side:
     def draw_prior(self, rng: np.random.Generator) -> None:
         """Precisions, mean, and what features add, given the vectors."""
         own = self.vectors if self.features is None else self.vectors - self.features @ self.weights
-        rate = PRIOR_RATE + (own - self.mean).square().sum(0) / 2
-        self.precision = torch.from_numpy(rng.gamma(1 + self.n / 2, 1 / rate.numpy()))
+        # All that is normal with this precision: the vectors, their mean, the weights.
+        squares = (own - self.mean).square().sum(0) + self.mean.square()
+        squares = squares + self.weights_precision * self.weights.square().sum(0)
+        count = self.n + 1 + len(self.weights)
+        self.precision = torch.from_numpy(rng.gamma(1 + count / 2, 1 / (PRIOR_RATE + squares.numpy() / 2)))
         spread = ((self.n + 1) * self.precision).rsqrt()
         self.mean = own.sum(0) / (self.n + 1) + spread * _normal(rng, len(self.mean))
         if self.features is None or self.transposed is None:

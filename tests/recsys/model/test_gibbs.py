@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from lunet_fast import LUNetRecommender
-from lunet_fast.recsys.data.ratings import Ratings
+from lunet_fast.recsys.data.ratings import Ratings, from_frame
 from lunet_fast.recsys.data.splits import random_split
 from lunet_fast.recsys.model.config import TrainConfig, recipe
-from lunet_fast.recsys.model.gibbs import Chain, _kept
+from lunet_fast.recsys.model.gibbs import PRIOR_RATE, Chain, _kept
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.scoring import ItemScorer
 from lunet_fast.recsys.model.training import train
@@ -44,13 +45,13 @@ def test_a_draw_is_of_the_conditional_posterior() -> None:
     precision = design.T @ design / 0.3 + user.precision.diag()
     mean = torch.linalg.solve(precision, design.T @ left / 0.3 + user.precision * user.mean)
     drawn = []
-    for _ in range(4000):
+    for _ in range(2000):
         user.draw(chain.residual, item, 0.3, chain.rng)
         drawn.append(user.vectors[4])
     torch.testing.assert_close(user.expected[4], mean)
     found = torch.stack(drawn)
     covariance = torch.linalg.inv(precision)
-    error = covariance.diag().sqrt() / 4000**0.5
+    error = covariance.diag().sqrt() / 2000**0.5
     assert bool(((found.mean(0) - mean).abs() < 5 * error).all())
     torch.testing.assert_close(found.T.cov(), covariance, rtol=0, atol=0.15 * float(covariance.diag().max()))
 
@@ -64,7 +65,7 @@ def test_what_features_add_is_of_its_posterior() -> None:
     side.vectors = torch.from_numpy(np.random.default_rng(1).normal(size=(12, 3)))
     known, eye = features.double(), torch.eye(3, dtype=torch.float64)
     expected, drawn = [], []
-    for _ in range(3000):
+    for _ in range(1500):
         penalty = side.weights_precision
         side.draw_prior(chain.rng)
         expected.append(
@@ -72,11 +73,35 @@ def test_what_features_add_is_of_its_posterior() -> None:
         )
         drawn.append(side.weights)
     gap = torch.stack(drawn) - torch.stack(expected)
-    assert bool((gap.mean(0).abs() < 5 * gap.std(0) / 3000**0.5 + 1e-3).all())
+    assert bool((gap.mean(0).abs() < 5 * gap.std(0) / 1500**0.5 + 1e-3).all())
     # Conjugate gradients against the direct solution.
     right = torch.ones(3, 3, dtype=torch.float64)
     direct = torch.linalg.solve(known.T @ known + side.weights_precision * eye, right)
     torch.testing.assert_close(side._solved(right), direct, rtol=1e-2, atol=1e-2)
+
+
+def test_sweeps_leave_the_joint_distribution_as_it_is() -> None:
+    """Geweke (2004): with ratings drawn anew from the state before each sweep, the state has its prior."""
+    users, items = torch.arange(4).repeat_interleave(3), torch.arange(3).repeat(4)
+    frame = pd.DataFrame({"user": users, "item": items, "rating": torch.arange(12) % 5})
+    ratings = from_frame(frame)
+    features = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
+    chain = chain_of(ratings, settings(embedding_size=1, **PLAIN), features)
+    sides, found = (chain.user_side, chain.item_side), []
+    for _ in range(3000):
+        error = chain.noise**0.5 * torch.from_numpy(chain.rng.standard_normal(12))
+        chain.residual = chain.predicted(users, items) + error
+        chain.sweep()
+        logs = [float(log) for side in sides for log in side.precision.log()]
+        found.append([*logs, float(np.log(chain.user_side.weights_precision)), -np.log(chain.noise)])
+    # E log x of x ~ Gamma(a, b) is digamma(a) - log b.
+    of_precision = torch.special.digamma(torch.tensor(1.0)).item() - np.log(PRIOR_RATE)
+    of_weights = torch.special.digamma(torch.tensor(0.5)).item() - np.log(0.5)
+    expected = np.array([of_precision] * 4 + [of_weights, torch.special.digamma(torch.tensor(1.0)).item()])
+    batches = np.array(found).reshape(30, 100, -1).mean(1)
+    error_of_mean = batches.std(0, ddof=1) / 30**0.5
+    assert (np.abs(batches.mean(0) - expected) < 4 * error_of_mean).all(), (batches.mean(0), expected)
+    assert (error_of_mean < 0.5).all(), error_of_mean
 
 
 def test_priors_are_found() -> None:
