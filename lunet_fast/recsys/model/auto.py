@@ -6,7 +6,7 @@ are found on validation folds of the training part. Where the data say no more t
 to 0 and biases are left. Where they surely say more, biases are learnt with the network, or ratings by their
 levels (loss ``ordinal``). Beside the network stand samples of a posterior with f the identity (inference
 ``gibbs``), whose average over what few ratings leave open no single optimum has: the better of the two is
-taken.
+taken, where the network is not surely so.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ PENALTIES = (0.04, 0.08, 0.2)
 """Of z, that are tried: recipe ``best`` has the first on ML-100K."""
 ALTERNATIVES = 2
 """Settings of another kind that are tried at most."""
-NOISES = (0.75, 0.5, 0.25, 1.0, 0.0)
-"""Of inference ``gibbs``, that are tried; the variance of standardised ratings is 1.27. Sampled, which 0
-stands for, it falls too low where most users have few ratings, and alike ones."""
+NOISES = (0.75, 0.5, 0.25, 0.0)
+MORE_NOISE = 1.0
+"""Of inference ``gibbs``, that are tried in this order up to the first that is worse; where that is the
+second, MORE_NOISE is tried too. The variance of standardised ratings is 1.27. Sampled, which 0 stands for, it
+falls too low where most users have few ratings, and alike ones."""
 RANK, RANK_OF_FEW, RANK_OF_MANY = 8, 4, 16
 MANY = 12_000
 """Ratings from which one validation part is large enough, and a higher rank is tried, not a lower one."""
-SAMPLED_TRIAL = {"epochs": 80, "members": 20}
+SAMPLED_TRIAL = {"epochs": 160, "members": 50}
+"""Sweeps and members of a trial: fewer show the errors of few samples, which the whole does not have."""
 MOST_SAMPLED = 20_000
 """Users and items whose vectors are sampled: each sweep solves a system for each of them."""
 BIAS_L2 = (0.3, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -218,7 +221,7 @@ def estimated(config: TrainConfig, ratings: Ratings, folds: int = 0, notes: Sequ
     trials = folds * (len(PENALTIES) + ALTERNATIVES) + (config.patience is not None)
     seconds += trials * steps * _seconds_of_a_step(trial, n)
     if folds and ratings.n_users + ratings.n_items <= MOST_SAMPLED:
-        sweeps = folds * (len(NOISES) + 2) * SAMPLED_TRIAL["epochs"]
+        sweeps = folds * (len(NOISES) + 3) * SAMPLED_TRIAL["epochs"]
         seconds += sweeps * _seconds_of_a_sweep(RANK, ratings)
     activations = 24 * config.batch_size * config.members * 2 * config.embedding_size
     # Parameters, their gradients and Adam's two averages; a row of ratings while it is read.
@@ -283,7 +286,7 @@ class _Search:
     def __init__(self, training: Ratings, config: TrainConfig, folds: int, device: Any) -> None:
         self.config, self.device = config, device
         order = np.random.default_rng((config.seed, 5)).permutation(len(training))
-        share = max(len(order) // (folds if folds > 1 else 8), 1)
+        share = max(len(order) // (5 if folds > 1 else 8), 1)
         self.folds = []
         for fold in range(folds):
             part = order[fold * share : (fold + 1) * share]
@@ -305,30 +308,33 @@ class _Search:
         return self.config
 
     def sampled(self, config: TrainConfig | None) -> _Found | None:
-        """Noise, rank and histories of inference ``gibbs`` with the least error, one after the other."""
+        """Noise, histories and rank of inference ``gibbs`` with the least error, one after the other."""
         if config is None:
             return None
-        best: _Found | None = None
-        # Each from the best before.
-        for changes in (
-            [{"noise": noise} for noise in NOISES],
-            [{"user_history": False, "item_history": False}],
-            [{"embedding_size": RANK_OF_MANY if len(self.folds) == 1 else RANK_OF_FEW}],
-        ):
-            base = config if best is None else best.config
-            for change in changes:
-                other = base.replace(**change)
-                trial = other.replace(**SAMPLED_TRIAL)
-                found = _Found(other, torch.cat([self._tried(trial, *fold).errors() for fold in self.folds]))
-                if best is None or found.errors.mean() < best.errors.mean():
-                    best = found
-        return best
+
+        def better(best: _Found, **change: Any) -> _Found:
+            found = self._found(best.config.replace(**change))
+            return found if found.errors.mean() < best.errors.mean() else best
+
+        first = best = self._found(config.replace(noise=NOISES[0]))
+        for noise in NOISES[1:]:
+            before, best = best, better(best, noise=noise)
+            if best is before:
+                break
+        if best is first:
+            best = better(best, noise=MORE_NOISE)
+        best = better(best, user_history=False, item_history=False)
+        return better(best, embedding_size=RANK_OF_MANY if len(self.folds) == 1 else RANK_OF_FEW)
+
+    def _found(self, config: TrainConfig) -> _Found:
+        trial = config.replace(**SAMPLED_TRIAL)
+        return _Found(config, torch.cat([self._tried(trial, *fold).errors() for fold in self.folds]))
 
     def network(self, alternatives: Sequence[TrainConfig], sampled: _Found | None = None) -> TrainConfig:
         """The penalty of z with the least error, on a ladder up to the first that is worse, and the strength
         of the network's rating; or one of ``alternatives``, if it errs less by more than the standard error
-        of the difference; or what is ``sampled``, if it errs less. Where that surely does, no more is
-        tried."""
+        of the difference; or what is ``sampled``, unless it errs more by that much. Where it surely errs
+        less, no more is tried."""
         best: tuple[float, float, float] | None = None
         errors = torch.empty(0)
         for penalty in PENALTIES:
@@ -350,7 +356,7 @@ class _Search:
             found = torch.cat([self._tried(other, *fold).errors() for fold in self.folds])
             if _surely_positive(errors - found):
                 errors, self.config = found, other
-        if sampled is not None and sampled.errors.mean() < errors.mean():
+        if sampled is not None and not _surely_positive(sampled.errors - errors):
             self.config = sampled.config
         return self.config
 
