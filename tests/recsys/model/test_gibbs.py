@@ -18,7 +18,7 @@ from lunet_fast.recsys.model.scoring import ItemScorer
 from lunet_fast.recsys.model.training import train
 from tests.recsys.synthetic import latent_frame, latent_ratings
 
-FEW: dict[str, Any] = {"members": 3, "epochs": 6, "embedding_size": 2}
+FEW: dict[str, Any] = {"members": 3, "epochs": 6, "embedding_size": 2, "transform": "none"}
 PLAIN: dict[str, Any] = {"user_history": False, "item_history": False}
 
 
