@@ -46,7 +46,7 @@ TrainCommand = settings_command(
         MODEL: (
             *("epochs", "patience", "batch_size", "learning_rate", "net_learning_rate"),
             *("embedding_size", "layers", "network", "alpha", "members", "side_features", "dropout"),
-            *("mlp", "seed", "threads"),
+            *("inference", "noise", "mlp", "seed", "threads"),
         ),
         OBJECTIVE: (
             *("gamma", "loss", "transform", "negatives", "negative_sampling", "negatives_outside"),
@@ -531,7 +531,12 @@ def _show_plan(values: dict[str, Any], notes: list[str]) -> None:
         f"{settings['epochs']} epochs in batches of {settings['batch_size']:,}\n"
         f"{values['parameters']:,} parameters, about {values['bytes'] / 2**20:,.0f} MiB beside the program, "
         f"and {values['seconds']:,.0f} s of one core, within a factor of three"
-        + (f", a search on {values['folds']} validation parts included" if values["folds"] else "")
+        + (
+            f", a search on {values['folds']} validation parts included, which may find samples of the "
+            "posterior (--inference gibbs) better"
+            if values["folds"]
+            else ""
+        )
     )
 
 

@@ -214,6 +214,20 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
+def told_to_end(callbacks: Sequence[Callback], curve: Curve, epoch: int, workers: Workers) -> bool:
+    """Tell the callbacks of ``epoch`` (from 0): whether one of them ends the phase with it."""
+    if not callbacks:
+        return False
+    asked = False
+    if workers.is_first:
+        figures = {"train_loss": curve.train[epoch], "seconds": curve.elapsed[epoch]}
+        if curve.test:
+            figures["test_loss"] = curve.test[epoch]
+        for callback in callbacks:  # each is told, whatever another one says
+            asked = bool(callback(epoch + 1, dict(figures))) or asked
+    return bool(workers.of_first(int(asked)))
+
+
 class _Weighted(nn.Module):
     """The objective as a module, which DistributedDataParallel takes: the mean over the whole batch once the
     processes' gradients are averaged."""
@@ -332,18 +346,7 @@ class _Loop:
                 return
 
     def _is_ended(self, epoch: int) -> bool:
-        """Tell the callbacks of ``epoch`` (from 0): whether one of them ends the phase with it."""
-        if not self.phase.callbacks:
-            return False
-        asked = False
-        if self.workers.is_first:
-            curve = self.curve
-            figures = {"train_loss": curve.train[epoch], "seconds": curve.elapsed[epoch]}
-            if curve.test:
-                figures["test_loss"] = curve.test[epoch]
-            for callback in self.phase.callbacks:  # each is told, whatever another one says
-                asked = bool(callback(epoch + 1, dict(figures))) or asked
-        return bool(self.workers.of_first(int(asked)))
+        return told_to_end(self.phase.callbacks, self.curve, epoch, self.workers)
 
     def _is_done(self) -> bool:
         enough = self.phase.enough

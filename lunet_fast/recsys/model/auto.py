@@ -4,7 +4,9 @@ What is learnt is standardised and added to shrunk biases. Size and batch follow
 and items; the strengths of the biases, the network's penalty, and the factor that its rating is multiplied by
 are found on validation folds of the training part. Where the data say no more than biases do, the factor goes
 to 0 and biases are left. Where they surely say more, biases are learnt with the network, or ratings by their
-levels (loss ``ordinal``).
+levels (loss ``ordinal``). Beside the network stand samples of a posterior with f the identity (inference
+``gibbs``), whose average over what few ratings leave open no single optimum has: the better of the two is
+taken, where the network is not surely so.
 """
 
 from __future__ import annotations
@@ -34,6 +36,18 @@ PENALTIES = (0.04, 0.08, 0.2)
 """Of z, that are tried: recipe ``best`` has the first on ML-100K."""
 ALTERNATIVES = 2
 """Settings of another kind that are tried at most."""
+NOISES = (0.75, 0.5, 0.25, 0.0)
+MORE_NOISE = 1.0
+"""Of inference ``gibbs``, that are tried in this order up to the first that is worse; where that is the
+second, MORE_NOISE is tried too. The variance of standardised ratings is 1.27. Sampled, which 0 stands for, it
+falls too low where most users have few ratings, and alike ones."""
+RANK, RANK_OF_FEW, RANK_OF_MANY = 8, 4, 16
+MANY = 12_000
+"""Ratings from which one validation part is large enough, and a higher rank is tried, not a lower one."""
+SAMPLED_TRIAL = {"epochs": 160, "members": 50}
+"""Sweeps and members of a trial: fewer show the errors of few samples, which the whole does not have."""
+MOST_SAMPLED = 20_000
+"""Users and items whose vectors are sampled: each sweep solves a system for each of them."""
 BIAS_L2 = (0.3, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 TRIAL_MEMBERS = 4
 LARGE = 300_000
@@ -92,7 +106,8 @@ def auto_config(
     if made.folds and "offset_l2_user" not in given and "offset_l2_item" not in given:
         config = search.biases()
     if made.folds and config.offset == "biases" and not {"strength", "l2_latent"} & given.keys():
-        config = search.network(_alternatives(training, given))
+        sampled = search.sampled(_sampled(training, given))
+        config = search.network(_alternatives(training, given), sampled)
     if config.patience is not None:
         most, config = config.epochs, search.epochs(config.patience)
         if told is not None:
@@ -104,6 +119,12 @@ def auto_config(
 
 
 def _in_words(config: TrainConfig) -> str:
+    if config.inference == "gibbs":
+        noise = f"noise of variance {config.noise:g}" if config.noise else "noise that is sampled too"
+        return (
+            f"{config.members} samples of the posterior (inference gibbs), vectors of "
+            f"{config.embedding_size}, {noise}, {'with' if config.user_history else 'without'} histories"
+        )
     if config.offset == "biases":
         return (
             f"biases of users and items with L2 {config.offset_l2_user:g} and {config.offset_l2_item:g}, the "
@@ -111,6 +132,15 @@ def _in_words(config: TrainConfig) -> str:
         )
     learnt = "the levels of ratings (loss ordinal)" if config.loss == "ordinal" else "ratings"
     return f"{learnt} less their mean, with learnt biases, the network's penalty {config.l2_latent:g}"
+
+
+def _sampled(training: Ratings, given: Mapping[str, Any]) -> TrainConfig | None:
+    """The settings of inference ``gibbs`` but for what is searched, unless those ``given`` are the network's
+    or there is too much to sample."""
+    apart = given.keys() - {"recipe", "seed", "split", "threads", "transform", "side_features", "mlp"}
+    if apart or training.n_users + training.n_items > MOST_SAMPLED:
+        return None
+    return _sized(len(training), training.n_users, training.n_items, {**given, "inference": "gibbs"})
 
 
 def _alternatives(training: Ratings, given: Mapping[str, Any]) -> list[TrainConfig]:
@@ -174,7 +204,7 @@ def plan(ratings: Ratings, **given: Any) -> Plan:
                 "--transform log or rank (transform='log'), or --gamma 0"
             )
     searched = config.gamma == 1 and config.loss != "ordinal" and n < LARGE and config.offset == "biases"
-    folds = (4 if n < 3000 else 2 if n < 12_000 else 1) if searched and n >= 20 else 0
+    folds = (4 if n < 3000 else 2 if n < MANY else 1) if searched and n >= 20 else 0
     return estimated(config, ratings, folds, notes)
 
 
@@ -184,9 +214,15 @@ def estimated(config: TrainConfig, ratings: Ratings, folds: int = 0, notes: Sequ
     numbers = _numbers(config, ratings.n_users, ratings.n_items)
     steps = config.epochs * math.ceil(n / config.batch_size)
     trial = config.replace(members=min(config.members, TRIAL_MEMBERS))
-    seconds = steps * _seconds_of_a_step(config, n)
+    if config.inference == "gibbs":
+        seconds = config.epochs * _seconds_of_a_sweep(config.embedding_size, ratings)
+    else:
+        seconds = steps * _seconds_of_a_step(config, n)
     trials = folds * (len(PENALTIES) + ALTERNATIVES) + (config.patience is not None)
     seconds += trials * steps * _seconds_of_a_step(trial, n)
+    if folds and ratings.n_users + ratings.n_items <= MOST_SAMPLED:
+        sweeps = folds * (len(NOISES) + 3) * SAMPLED_TRIAL["epochs"]
+        seconds += sweeps * _seconds_of_a_sweep(RANK, ratings)
     activations = 24 * config.batch_size * config.members * 2 * config.embedding_size
     # Parameters, their gradients and Adam's two averages; a row of ratings while it is read.
     return Plan(config, list(notes), folds, numbers, 16 * numbers + 4 * activations + 200 * n, seconds)
@@ -206,8 +242,10 @@ def _sized(n: int, n_users: int, n_items: int, given: Mapping[str, Any]) -> Trai
             "embedding_size": min(size, base.embedding_size),
             "batch_size": min(max(batch, LEAST_BATCH), base.batch_size),
         }
+        if base.inference == "gibbs":
+            settings["embedding_size"] = RANK
         settings["members"] = _members(base, settings["embedding_size"], n_users, n_items)
-        if base.gamma == 1 and base.loss != "ordinal":
+        if base.inference != "gibbs" and base.gamma == 1 and base.loss != "ordinal":
             settings["offset"] = "biases"
     return base.replace(**{**settings, **{k: v for k, v in given.items() if k != "recipe"}})
 
@@ -236,13 +274,19 @@ def _seconds_of_a_step(config: TrainConfig, n: int) -> float:
     return 4e-3 + 3e-10 * network + 3e-10 * histories
 
 
+def _seconds_of_a_sweep(size: int, ratings: Ratings) -> float:
+    """The same of inference ``gibbs``."""
+    rows = ratings.n_users + ratings.n_items
+    return 2e-3 + 1e-8 * (size + 1) ** 2 * (len(ratings) + rows * (size + 1) / 4)
+
+
 class _Search:
     """What is found by trying on folds of the training part, each part of it by itself."""
 
     def __init__(self, training: Ratings, config: TrainConfig, folds: int, device: Any) -> None:
         self.config, self.device = config, device
         order = np.random.default_rng((config.seed, 5)).permutation(len(training))
-        share = max(len(order) // (folds if folds > 1 else 8), 1)
+        share = max(len(order) // (5 if folds > 1 else 8), 1)
         self.folds = []
         for fold in range(folds):
             part = order[fold * share : (fold + 1) * share]
@@ -263,10 +307,34 @@ class _Search:
         self.config = self.config.replace(offset_l2_user=chosen[0], offset_l2_item=chosen[1])
         return self.config
 
-    def network(self, alternatives: Sequence[TrainConfig]) -> TrainConfig:
+    def sampled(self, config: TrainConfig | None) -> _Found | None:
+        """Noise, histories and rank of inference ``gibbs`` with the least error, one after the other."""
+        if config is None:
+            return None
+
+        def better(best: _Found, **change: Any) -> _Found:
+            found = self._found(best.config.replace(**change))
+            return found if found.errors.mean() < best.errors.mean() else best
+
+        first = best = self._found(config.replace(noise=NOISES[0]))
+        for noise in NOISES[1:]:
+            before, best = best, better(best, noise=noise)
+            if best is before:
+                break
+        if best is first:
+            best = better(best, noise=MORE_NOISE)
+        best = better(best, user_history=False, item_history=False)
+        return better(best, embedding_size=RANK_OF_MANY if len(self.folds) == 1 else RANK_OF_FEW)
+
+    def _found(self, config: TrainConfig) -> _Found:
+        trial = config.replace(**SAMPLED_TRIAL)
+        return _Found(config, torch.cat([self._tried(trial, *fold).errors() for fold in self.folds]))
+
+    def network(self, alternatives: Sequence[TrainConfig], sampled: _Found | None = None) -> TrainConfig:
         """The penalty of z with the least error, on a ladder up to the first that is worse, and the strength
         of the network's rating; or one of ``alternatives``, if it errs less by more than the standard error
-        of the difference."""
+        of the difference; or what is ``sampled``, unless it errs more by that much. Where it surely errs
+        less, no more is tried."""
         best: tuple[float, float, float] | None = None
         errors = torch.empty(0)
         for penalty in PENALTIES:
@@ -278,17 +346,18 @@ class _Search:
                 break
             best = (error, penalty, strength)
             errors = torch.cat([one.errors(one.offset + strength * one.network) for one in tried])
+            if sampled is not None and _surely_positive(errors - sampled.errors):
+                self.config = sampled.config
+                return self.config
         assert best is not None
         self.config = self.config.replace(l2_latent=best[1], strength=round(best[2], 3))
-        gains = {}
         # Where the network finds nothing, learnt biases would find no more than the shrunk ones.
         for other in alternatives if best[2] > 0 else ():
-            tried = [self._tried(other, *fold) for fold in self.folds]
-            gain = errors - torch.cat([one.errors(one.score) for one in tried])
-            if gain.mean() > gain.std() / math.sqrt(len(gain)):
-                gains[float(gain.mean())] = other
-        if gains:
-            self.config = gains[max(gains)]
+            found = torch.cat([self._tried(other, *fold).errors() for fold in self.folds])
+            if _surely_positive(errors - found):
+                errors, self.config = found, other
+        if sampled is not None and not _surely_positive(sampled.errors - errors):
+            self.config = sampled.config
         return self.config
 
     def epochs(self, patience: int) -> TrainConfig:
@@ -304,24 +373,41 @@ class _Search:
     @torch.no_grad()
     def _tried(self, trial: TrainConfig, rest: Ratings, part: Ratings) -> _Tried:
         """What a model of few members, trained on ``rest``, says of the rows of ``part``."""
-        trial = trial.replace(members=min(trial.members, TRIAL_MEMBERS), split="none", mlp=False)
+        most = trial.members if trial.inference == "gibbs" else TRIAL_MEMBERS
+        trial = trial.replace(members=min(trial.members, most), split="none", mlp=False)
         with torch.enable_grad():
             model = train(rest, trial, device=self.device).trained.model
         score = model.output(part.user, part.item, observed=False).score
         assert score is not None
+        predicted = model(part.user, part.item)
         seen = model.interactions
         known = (seen.user_counts[part.user] > 0) & (seen.item_counts[part.item] > 0)
-        return _Tried(model, score.mean(0), model.offset(part.user, part.item), known, part.rating)
+        offset = model.offset(part.user, part.item)
+        return _Tried(model, score.mean(0), offset, known, part.rating, predicted)
+
+
+class _Found(NamedTuple):
+    """Settings, and the squares of their errors on all validation folds."""
+
+    config: TrainConfig
+    errors: Tensor
+
+
+def _surely_positive(gain: Tensor) -> bool:
+    """Whether the mean is more than its standard error."""
+    return bool(gain.mean() > gain.std() / math.sqrt(len(gain)))
 
 
 class _Tried(NamedTuple):
-    """Of each row of a validation part: read-out, offset, whether user and item are known, rating."""
+    """Of each row of a validation part: read-out, offset, whether user and item are known, rating, and what
+    the model predicts."""
 
     model: RatingModel
     score: Tensor
     offset: Tensor
     known: Tensor
     rating: Tensor
+    predicted: Tensor
 
     @property
     def network(self) -> Tensor:
@@ -334,10 +420,11 @@ class _Tried(NamedTuple):
         return (self.model.transform(self.rating) - self.offset).double()
 
     @torch.no_grad()
-    def errors(self, score: Tensor) -> Tensor:
-        """The squares of the errors of the ratings that belong to ``score``."""
+    def errors(self, score: Tensor | None = None) -> Tensor:
+        """The squares of the errors of the ratings that belong to ``score``, or of the model's own."""
         low, high = float(self.rating.min()), float(self.rating.max())
-        return (self.model.rating(score.float()).clamp(low, high) - self.rating).double().square()
+        rating = self.predicted if score is None else self.model.rating(score.float())
+        return (rating.clamp(low, high) - self.rating).double().square()
 
 
 def _has_not_fallen(patience: int) -> Callback:

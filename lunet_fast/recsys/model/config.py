@@ -21,6 +21,20 @@ Several = Annotated[int, Field(ge=1, le=1000)]
 Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
+_SAMPLED: dict[str, Any] = {
+    "network": "identity",
+    "readout": "pair",
+    "biases": True,
+    "loss": "mse",
+    "gamma": 1.0,
+    "dropout": 0.0,
+    "offset": "mean",
+    "strength": 1.0,
+    "patience": None,
+}
+"""What inference ``gibbs`` can sample."""
+
+
 class TrainConfig(Settings):
     """Settings of one training: the model, its regularisation, the optimiser, the seed and the split.
 
@@ -82,8 +96,16 @@ class TrainConfig(Settings):
     strength: NotNegative = 1.0
     """What the network's rating is multiplied by once it is trained: 0 leaves the offset alone."""
 
+    inference: Literal["gradient", "gibbs"] = "gradient"
+    """How the model is found: ``gradient``, by Adam; ``gibbs``: with f the identity, each member is a sample
+    of the posterior (:mod:`~lunet_fast.recsys.model.gibbs`), with priors in place of all penalties,
+    ``epochs`` sweeps and no batches or rates."""
+    noise: NotNegative = 0.0
+    """Of inference ``gibbs``: the variance of what is learnt of a rating about its expectation; with 0 it is
+    sampled too."""
+
     members: Several = 16
-    """Independent models trained side by side; the prediction is the mean of theirs."""
+    """Independent models trained side by side, or samples; the prediction is the mean of theirs."""
     embedding_size: Width = 16
     """k, the size of a user's and of an item's vector. The network works in D = 2k dimensions."""
     layers: Several = 2
@@ -197,6 +219,27 @@ class TrainConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _can_be_sampled(self) -> Self:
+        if self.inference != "gibbs":
+            if self.noise:
+                raise ValueError(
+                    f"noise={self.noise:g} is of inference='gibbs': choose it, or leave noise away"
+                )
+            return self
+        for name, value in _SAMPLED.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    "inference='gibbs' needs ratings linear in each vector, with squared errors, and "
+                    f"{name} is {getattr(self, name)!r}: choose {name}={value!r}, or inference='gradient'"
+                )
+        if self.epochs < self.members:
+            raise ValueError(
+                f"epochs={self.epochs} sweeps of inference='gibbs' give no {self.members} members: raise "
+                "epochs, or lower members"
+            )
+        return self
+
     @property
     def needs_ratings(self) -> bool:
         """Whether the values of the ratings are looked at."""
@@ -214,6 +257,8 @@ class TrainConfig(Settings):
             return 0 if self.gamma == 1 else self.embedding_size
         return min(max(round(self.embedding_size * self.interaction_share), 1), self.embedding_size - 1)
 
+
+_GIBBS: dict[str, Any] = {"network": "identity", "transform": "standard", "members": 48, "epochs": 250}
 
 # The paper prints Adam, 1e-3, batch 128, 50 epochs and the final linear layer; the rest is ours to choose and
 # was chosen on a validation part of the training data.
@@ -322,4 +367,6 @@ def recipe(name: str, n_ratings: int, /, **overrides: Any) -> TrainConfig:
         settings |= recipes[kind]
     if overrides.get("loss") == "ordinal" and name == "best":
         settings |= recipes["ordinal"]
+    if overrides.get("inference") == "gibbs":
+        settings |= _GIBBS
     return TrainConfig.from_dict({**settings, "split": split, **overrides})

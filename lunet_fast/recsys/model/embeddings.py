@@ -78,6 +78,16 @@ class Embeddings(nn.Module):
         features = (self.user_feature, self.item_feature)
         return [table for table in (*tables, *features) if table is not None]
 
+    def tables_of_users(self) -> list[nn.Embedding]:
+        """Those whose sum is the users' halves: of the users themselves, their histories, their features."""
+        tables = (self.user_embedding, self.user_history, self.user_feature)
+        return [table for table in tables if table is not None]
+
+    def tables_of_items(self) -> list[nn.Embedding]:
+        """The same of the items."""
+        tables = (self.item_embedding, self.item_history, self.item_feature)
+        return [table for table in tables if table is not None]
+
     def histories(self) -> Histories:
         """The sums over all histories and features: compute them once for many passes without a change.
 

@@ -19,6 +19,7 @@ from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.measures import metrics
 from lunet_fast.recsys.measures.protocols import Parts, Ranking, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig
+from lunet_fast.recsys.model.gibbs import Triple, sampled
 from lunet_fast.recsys.model.interactions import Interactions
 from lunet_fast.recsys.model.losses import Losses, confidence_weights, hybrid_loss
 from lunet_fast.recsys.model.mlp import MLPModel, perceptron
@@ -343,6 +344,9 @@ class _Part:
     def __len__(self) -> int:
         return len(self.rating)
 
+    def on_cpu(self) -> Triple:
+        return self.user.cpu(), self.item.cpu(), self.rating.cpu()
+
 
 class _Phases:
     """The phases of one training and what they share."""
@@ -370,11 +374,15 @@ class _Phases:
         """Train the recommender."""
         config, part = self.config, self.training
         with seeded(config.seed):
-            triple = part.user.cpu(), part.item.cpu(), part.rating.cpu()
+            triple = part.on_cpu()
             user_features, item_features = self.features
             model = RatingModel(
                 config, *triple, *self.shape, user_features=user_features, item_features=item_features
             )
+        if config.inference == "gibbs":
+            test = None if self.test is None else self.test.on_cpu()
+            curve = sampled(model, part.on_cpu(), test, self.scale, self.run)
+            return model.to(self.device), curve
         model.to(self.device)
         sampler = NegativeSampler.of(model, self.known) if config.gamma < 1 else None
 

@@ -184,6 +184,26 @@ class TestAuto:
         chosen = auto._Search(ratings, poor, 2, "cpu").network([worse, worse.replace(loss="huber")])
         assert chosen.offset == "biases"
 
+    def test_samples_of_the_posterior_are_taken_where_they_err_less(self) -> None:
+        ratings = latent_ratings()
+        config = auto._sampled(ratings, {"seed": 0})
+        assert config is not None
+        assert (config.inference, config.offset, config.transform) == ("gibbs", "mean", "standard")
+        poor = plan(ratings, epochs=1, members=1).config
+        search = auto._Search(ratings, poor, 2, "cpu")
+        found = search.sampled(config)
+        assert found is not None
+        assert len(found.errors) == sum(len(part) for _, part in search.folds)
+        assert search.network([], found) == found.config
+        worse = found._replace(errors=100 * found.errors)
+        assert auto._Search(ratings, poor, 2, "cpu").network([], worse).inference == "gradient"
+
+    def test_the_posterior_is_not_sampled_for_a_network_that_is_given_or_too_many_rows(self) -> None:
+        ratings = latent_ratings()
+        assert auto._sampled(ratings, {"layers": 3}) is None
+        many = replace(ratings, users=IdMap(list(range(auto.MOST_SAMPLED))))
+        assert auto._sampled(many, {}) is None
+
     def test_size_follows_the_data(self) -> None:
         small, large = plan(noise(100, 40, 1000)).config, plan(noise(900, 1700, 100_000)).config
         assert small.batch_size < large.batch_size == 1024
