@@ -219,9 +219,15 @@ def measure_all(
                     began = time.process_time()
                     measure = cold if data == "cold" else latest
                     found = measure(ratings, name, seed, settings)
+                    runs = {old: run for old, run in runs.items() if not _is_replaced(old, data, name, seed)}
                     runs[key] = {**found, "cpu_seconds": time.process_time() - began, "code": results.code}
                     print(data, name, seed, runs[key], file=sys.stderr, flush=True)
                     results.write(title, {"rows": table(runs), "runs": runs}, markdown(table(runs)))
+
+
+def _is_replaced(key: str, *row: str | int) -> bool:
+    """Whether the run is of this data set, row and seed, whatever its settings."""
+    return json.loads(key)[:3] == list(row)
 
 
 def table(runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
