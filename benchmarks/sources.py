@@ -1,6 +1,6 @@
 """Recipe sequence: what each source adds, on data sets that have it.
 
-    python benchmarks/sources.py --data-dir DIR                        about 40 minutes on 1 core
+    python benchmarks/sources.py --data-dir DIR                        about 70 minutes on 1 core
     python benchmarks/sources.py --only filmtrust                      one data set
     python benchmarks/sources.py --validation --seeds 0 --allow-dirty  what settings are chosen by
 
@@ -124,7 +124,7 @@ DATA: dict[str, tuple[Callable[[str | None], Ratings], dict[str, dict[str, Any]]
 
 
 PANELS = {
-    "ml-100k": "ML-100K, the latest of all items",
+    "ml-100k": "ML-100K, all items",
     "filmtrust": "FilmTrust, all items",
     "lastfm": "LastFM, all items",
     "cold": "ML-100K, items not seen",
@@ -270,8 +270,8 @@ def draw(results: Results) -> None:
     """sources.png: NDCG@10 of each row, among all items where there is that figure, a panel a data set."""
     rows = read_json(results.path("sources.json"))["rows"]
     names = list(dict.fromkeys(row["data"] for row in rows))
-    figure = new_figure(3.4 * len(names), 3.2, dpi=110)
-    for axes, data in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    figure = new_figure(8.6, 6.0, dpi=110)
+    for axes, data in zip(figure.subplots(2, 2).flat, names, strict=True):
         some = sorted((row for row in rows if row["data"] == data), key=lambda row: bool(row["settings"]))[
             ::-1
         ]

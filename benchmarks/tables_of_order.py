@@ -79,7 +79,9 @@ def sources() -> list[str]:
         cells: list[list[Cell | str]] = [
             [row["name"], *(number(row.get(name)) for name in shown), str(row["seeds"])] for row in some
         ]
-        users = f"; {some[0]['few_users']:.0f} users have at most 5 ratings" if "few_users" in some[0] else ""
+        users = (
+            f"; {some[0]['few_users']:.0f} users have at most 5 ratings" if some[0].get("few_users") else ""
+        )
         lines += [f"{TITLES[data]}{users}:", ""]
         head = ["sources", *shown.values(), "seeds"]
         lines += [*table(head, cells, dict.fromkeys(shown.values(), max)), ""]
