@@ -45,7 +45,8 @@ Methods = Annotated[
         "`mlp-mean`, `bayesian-fm`, `bayesian-svd++`, `bayesian-fm-side`, `bayesian-svd++-side`; of those "
         "that rank `popularity`, `bpr`, `bpr-mean`, `mlp-ce`, `neumf`, `autoencoder`, `autoencoder-mean`, "
         "`cdae`, `dmf`, `als`, `als-mean`, `ease`, `sequence-ease`, `gru4rec`, `sasrec`; of ours "
-        "`lunet-paper`, `lunet-ratings`, `lunet-ratings-identity`, `lunet-ratings-one`, `lunet-ids`, `lunet-interactions`, "
+        "`lunet-paper`, `lunet-ratings`, `lunet-ratings-identity`, `lunet-ratings-one`, `lunet-ids`, "
+        "`lunet-interactions`, "
         "`lunet-interactions-one`, `lunet-both`, `lunet-leaky`, `lunet-sequence`, "
         "`lunet-sequence-identity`, `lunet-sequence-elapsed`. Those with `-side` read side features, those "
         "with `-mean` average several trainings.",
