@@ -33,7 +33,7 @@ from lunet_fast.recsys.data.ratings import Ratings, from_frame
 from lunet_fast.recsys.data.texts import with_text
 from lunet_fast.recsys.data.ties import with_friends
 from lunet_fast.recsys.evaluation import adapters
-from lunet_fast.recsys.evaluation.baselines import BASELINES
+from lunet_fast.recsys.evaluation.baselines import BASELINES, Baseline
 from lunet_fast.recsys.evaluation.fitted import Fitted
 from lunet_fast.recsys.evaluation.peer_settings import Settings
 from lunet_fast.recsys.measures.protocols import Parts, evaluate_ranking
@@ -78,10 +78,13 @@ PEERS = {
     "cold": ("popularity", "topic regression"),
 }
 #: Peers that read a source, and their settings, chosen by ``--validation``.
-SOURCED: dict[str, tuple[Callable[[Ratings, int, Settings], Fitted], Settings]] = {
-    "social bpr": (adapters.social_bpr, {"factors": 50, "rate": 0.02, "l2": 0.01, "epochs": 200}),
+SOURCED: dict[str, tuple[Baseline, Settings]] = {
+    "social bpr": (
+        Baseline("social-bpr", "Social BPR", "cornac", ("ranking",), adapters.social_bpr),
+        {"factors": 50, "rate": 0.02, "l2": 0.01, "epochs": 200},
+    ),
     "topic regression": (
-        adapters.topic_regression,
+        Baseline("topic-regression", "Topic regression", "cornac", ("ranking",), adapters.topic_regression),
         {"topics": 50, "epochs": 30, "l2": 0.01, "l2_topics": 1.0, "unrated": 0.01},
     ),
 }
@@ -153,9 +156,8 @@ def figures(rank: Callable[[Parts], dict[str, float]], parts: Parts) -> dict[str
 def peer(name: str, training: Ratings, seed: int) -> Fitted:
     if name not in SOURCED:
         return BASELINES[name].fit(training, seed, nearest_dataset(len(training)))
-    train, settings = SOURCED[name]
-    with adapters.undisturbed():
-        return train(training, seed, settings)
+    baseline, settings = SOURCED[name]
+    return baseline.fit_with(training, seed, settings)
 
 
 def latest(ratings: Ratings, name: str, seed: int, settings: dict[str, Any] | None) -> dict[str, float]:
@@ -231,7 +233,7 @@ def _is_replaced(key: str, *row: str | int) -> bool:
 
 
 def table(runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The means over seeds, a row for each data set, name and settings."""
+    """The means over seeds, a row for each data set, name and settings; the peers first."""
     found: dict[str, list[dict[str, Any]]] = {}
     for key, values in runs.items():
         data, name, _, own = json.loads(key)
@@ -243,7 +245,7 @@ def table(runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             figure: statistics.fmean(v[figure] for v in every) for figure in every[0] if figure != "code"
         }
         rows.append({"data": data, "name": name, "settings": own, "seeds": len(every), **means})
-    return rows
+    return sorted(rows, key=lambda row: row["settings"] is not None)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -272,9 +274,7 @@ def draw(results: Results) -> None:
     names = list(dict.fromkeys(row["data"] for row in rows))
     figure = new_figure(8.6, 6.0, dpi=110)
     for axes, data in zip(figure.subplots(2, 2).flat, names, strict=True):
-        some = sorted((row for row in rows if row["data"] == data), key=lambda row: bool(row["settings"]))[
-            ::-1
-        ]
+        some = [row for row in rows if row["data"] == data][::-1]
         values = [row.get("full_ndcg@10", row["ndcg@10"]) for row in some]
         colours = [BLUE if row["settings"] else GREY for row in some]
         bars = axes.barh([row["name"] for row in some], values, color=colours)

@@ -72,9 +72,7 @@ def sources() -> list[str]:
     result = load("sources")
     lines: list[str] = []
     for data in dict.fromkeys(row["data"] for row in result["rows"]):
-        some = sorted(
-            (row for row in result["rows"] if row["data"] == data), key=lambda row: bool(row["settings"])
-        )
+        some = [row for row in result["rows"] if row["data"] == data]
         shown = {name: title for name, title in OF_SOURCES.items() if any(name in row for row in some)}
         cells: list[list[Cell | str]] = [
             [row["name"], *(number(row.get(name)) for name in shown), str(row["seeds"])] for row in some

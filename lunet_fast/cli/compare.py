@@ -46,8 +46,7 @@ Methods = Annotated[
         "that rank `popularity`, `bpr`, `bpr-mean`, `mlp-ce`, `neumf`, `autoencoder`, `autoencoder-mean`, "
         "`cdae`, `dmf`, `als`, `als-mean`, `ease`, `sequence-ease`, `gru4rec`, `sasrec`; of ours "
         "`lunet-paper`, `lunet-ratings`, `lunet-ratings-identity`, `lunet-ratings-one`, `lunet-ids`, "
-        "`lunet-interactions`, "
-        "`lunet-interactions-one`, `lunet-both`, `lunet-leaky`, `lunet-sequence`, "
+        "`lunet-interactions`, `lunet-interactions-one`, `lunet-both`, `lunet-leaky`, `lunet-sequence`, "
         "`lunet-sequence-identity`, `lunet-sequence-elapsed`. Those with `-side` read side features, those "
         "with `-mean` average several trainings.",
         show_default="all that the data allow",

@@ -42,7 +42,7 @@ class Seen(NamedTuple):
     @classmethod
     def of(cls, sources: Sequence[Any]) -> Seen:
         tensors = tuple(each for each in sources if isinstance(each, Tensor))
-        writes, addresses = list(map(_writes, tensors)), list(map(Tensor.data_ptr, tensors))
+        writes, addresses = list(map(writes_to, tensors)), list(map(Tensor.data_ptr, tensors))
         return cls(tuple(sources), tensors, writes, addresses, tuple(t.detach() for t in tensors))
 
     def still(self, sources: Sequence[Any]) -> bool:
@@ -51,12 +51,13 @@ class Seen(NamedTuple):
         return (
             len(sources) == len(self.sources)
             and all(map(is_, sources, self.sources))
-            and list(map(_writes, self.tensors)) == self.writes
+            and list(map(writes_to, self.tensors)) == self.writes
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
         )
 
 
-_writes = attrgetter("_version")
+writes_to = attrgetter("_version")
+"""PyTorch's count of the writes to a tensor."""
 
 
 class Kept:
@@ -75,7 +76,7 @@ class Kept:
         found = self.values.get(name)
         if found is not None and found[1].still(sources):
             return found[0]
-        if not all(map(_counts_writes, sources)):
+        if not all(map(counts_writes, sources)):
             return None
         seen = Seen.of(sources)
         with torch.inference_mode(False), torch.no_grad():
@@ -85,7 +86,8 @@ class Kept:
         return value
 
 
-def _counts_writes(source: Any) -> bool:
+def counts_writes(source: Any) -> bool:
+    """Whether PyTorch counts the writes to this tensor; of anything else, true."""
     return not isinstance(source, Tensor) or (
         type(source) in (Tensor, nn.Parameter) and not source.is_inference() and not source.is_meta
     )

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lunet_fast.layers.activations import GeneralizedLeakySoftplus, LeakySoftplus, is_replaced
-from lunet_fast.layers.cached import Keeping, is_watched
+from lunet_fast.layers.cached import Keeping, counts_writes, is_watched, writes_to
 from lunet_fast.layers.lu_dense import LUDense
 from lunet_fast.ops import dispatch
 from lunet_fast.ops.autograd import records
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
         return (
             len(contents) == len(self.contents)
             and all(map(is_, contents, self.contents))
-            and list(map(_writes, self.signs)) == self.writes
+            and list(map(writes_to, self.signs)) == self.writes
         )
 
     def numbers(self, x: Tensor) -> tuple[Any, Tensor | None] | None:
@@ -75,9 +75,6 @@ class Plan(NamedTuple):
             ):
                 return None
         return self.run.matrices(lu), bias
-
-
-_writes = attrgetter("_version")
 
 
 def run(
@@ -120,8 +117,11 @@ def run(
 def _plan(net: PlannedNet, layers: Sequence[Any], contents: list[Any], x: Tensor, inverse: bool) -> Plan:
     """A plan for rows like x; one that says so where no kernel has the net."""
     tensors = [each for each in contents if isinstance(each, Tensor)]
-    known = all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() and not t.is_meta for t in tensors)
-    fits = known and x.dtype == layers[0].dtype and all(t.device == x.device for t in tensors)
+    fits = (
+        all(map(counts_writes, contents))
+        and x.dtype == layers[0].dtype
+        and all(t.device == x.device for t in tensors)
+    )
     fixed = net._kept is not None or all(map(_is_fixed, layers))
     described = net._as_one(x) if fits and fixed else None
     if described is None:  # what does not fit is left to the layers, which say what is wrong
@@ -129,7 +129,7 @@ def _plan(net: PlannedNet, layers: Sequence[Any], contents: list[Any], x: Tensor
     signs = [layer._buffers["sign"] for layer in layers]
     found = dispatch.implementation("triton", "prepare_net")(x, *described, inverse=inverse)
     lu, bias = [layer.lu for layer in layers], [layer.bias for layer in layers]
-    return Plan(found, contents, lu, None if bias[0] is None else bias, signs, list(map(_writes, signs)))
+    return Plan(found, contents, lu, None if bias[0] is None else bias, signs, list(map(writes_to, signs)))
 
 
 def _is_fixed(layer: LUDense) -> bool:

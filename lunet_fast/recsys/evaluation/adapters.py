@@ -95,7 +95,12 @@ def bpr(training: Ratings, seed: int, settings: Settings) -> Fitted:
     """Matrix factorisation with item biases, trained to put what a user rated before a drawn item."""
     model = import_package("cornac.models").BPR(**_cornac_factors(settings), use_bias=True, seed=seed)
     model.fit(_cornac_data(training, seed))
-    # Items without ratings were drawn as the worse ones, so they have learned vectors; such users have not.
+    return _pairwise(model, training)
+
+
+def _pairwise(model: Any, training: Ratings) -> Fitted:
+    """Of cornac's BPR and its kin. Items without ratings were drawn as the worse ones, so they have learned
+    vectors; such users have not."""
     return product(
         zero_unrated(model.u_factors, training.user),
         torch.from_numpy(model.i_factors),
@@ -110,19 +115,14 @@ def social_bpr(training: Ratings, seed: int, settings: Settings) -> Fitted:
     if ties is None:
         raise ValueError(f"{training.name} has no friends: give them by with_friends()")
     data = _cornac_data(training, seed)
-    names = {"k": "factors", "learning_rate": "rate", "max_iter": "epochs"}
-    penalties = dict.fromkeys(("lambda_u", "lambda_v", "lambda_b"), settings["l2"])
-    given = {theirs: settings[ours] for theirs, ours in names.items()}
+    given = _cornac_factors(settings)
+    penalties = dict.fromkeys(("lambda_u", "lambda_v", "lambda_b"), given.pop("lambda_reg"))
     model = import_package("cornac.models").SBPR(**given, **penalties, seed=seed)
     # cornac 3.0 calls the first without the data it asks for, and NumPy 2.4 has not what the second calls.
     model._prepare_data = partial(model._prepare_data, data)
     model._prepare_social_data = partial(_of_friends_alone, training, ties)
     model.fit(data)
-    return product(
-        zero_unrated(model.u_factors, training.user),
-        torch.from_numpy(model.i_factors),
-        torch.from_numpy(model.i_biases),
-    )
+    return _pairwise(model, training)
 
 
 def _of_friends_alone(training: Ratings, ties: Ties) -> tuple[Any, Any, Any]:

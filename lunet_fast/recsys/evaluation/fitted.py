@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lunet_fast.recsys.data.ratings import Ratings
-from lunet_fast.recsys.model.interactions import Interactions
+from lunet_fast.recsys.model.interactions import Interactions, runs
 from lunet_fast.recsys.model.negatives import NegativeSampler
 
 #: Numbers held at once while all items are scored: bounds the memory.
@@ -141,11 +140,9 @@ def interactions_of(training: Ratings) -> Interactions:
 
 def rated_rows(seen: Interactions, users: Tensor) -> Tensor:
     """Rows float32 ``[U, n_items]``, 1 where the user rated the item and 0 elsewhere."""
-    counts = seen.user_counts[users]
-    row = torch.repeat_interleave(torch.arange(len(users)), counts)
-    start = seen.indptr[users] - F.pad(counts.cumsum(0), (1, 0))[:-1]
+    row, inside = runs(seen.user_counts[users])
     rows = torch.zeros(len(users), seen.n_items)
-    rows[row, seen.indices[start[row] + torch.arange(len(row))].long()] = 1.0
+    rows[row, seen.indices[seen.indptr[users][row] + inside].long()] = 1.0
     return rows
 
 

@@ -21,6 +21,8 @@ from lunet_fast.recsys.evaluation.fitted import (
     shape_of,
 )
 from lunet_fast.recsys.evaluation.peer_settings import Settings
+from lunet_fast.recsys.model.interactions import runs
+from lunet_fast.recsys.model.sequences import between_levels
 from lunet_fast.training.loop import descend
 
 #: Levels of a rating; where there are more values, so many ranges with about as many ratings each.
@@ -29,13 +31,9 @@ MOST_LEVELS = 10
 
 def _levels(rating: Tensor) -> tuple[Tensor, Tensor]:
     """The levels' values, increasing, and the level of each rating."""
-    values, level = rating.unique(return_inverse=True)
-    if len(values) > MOST_LEVELS:
-        ends = rating.sort().values[torch.arange(1, MOST_LEVELS) * len(rating) // MOST_LEVELS]
-        level = torch.bucketize(rating, ends.unique())
-        counts = torch.bincount(level)
-        values = torch.bincount(level, rating.double()).div(counts.clamp_min(1)).float()
-    return values, level
+    level = torch.bucketize(rating, between_levels(rating, MOST_LEVELS), right=True)
+    counts = torch.bincount(level)
+    return torch.bincount(level, rating.double()).div(counts.clamp_min(1)).float(), level
 
 
 class _Machine:
@@ -62,10 +60,8 @@ class _Machine:
 
     def rows(self, users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The (place in ``users``, item, level) of each of their ratings."""
-        counts = self.counts[users]
-        row = torch.repeat_interleave(torch.arange(len(users)), counts)
-        within = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-        place = self.start[users][row] + within
+        row, inside = runs(self.counts[users])
+        place = self.start[users][row] + inside
         return row, self.item[place], self.level[place]
 
     def probability(self, row: Tensor, visible: Tensor, users: int) -> Tensor:

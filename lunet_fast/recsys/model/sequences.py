@@ -103,7 +103,7 @@ class Sequences(nn.Module):
             time = ratings.timestamp.cpu().numpy()[order]
         rows = torch.from_numpy(order)
         rating = ratings.rating.cpu()[rows]
-        bounds = _bounds(rating)
+        bounds = between_levels(rating)
         counts = torch.bincount(torch.from_numpy(user), minlength=ratings.n_users)
         ends = counts.cumsum(0)
         last = torch.from_numpy(time)[(ends - 1).clamp(min=0)] if len(time) else torch.zeros_like(ends)
@@ -249,11 +249,11 @@ class Sequences(nn.Module):
         return self.windows(users, (counts - length).clamp(min=0), counts, elapsed)
 
 
-def _bounds(rating: Tensor) -> Tensor:
-    """Between every two different ratings; where there are too many, between classes of equal size."""
+def between_levels(rating: Tensor, most: int = MOST_LEVELS) -> Tensor:
+    """Ascending, between each two different ratings; of more than ``most``, between classes of equal size."""
     values = torch.unique(rating)
-    if len(values) <= MOST_LEVELS:
+    if len(values) <= most:
         return (values[1:] + values[:-1]) / 2
-    share = torch.arange(1, MOST_LEVELS, dtype=torch.float64) / MOST_LEVELS
+    share = torch.arange(1, most, dtype=torch.float64) / most
     sorted_ = rating.sort().values
     return torch.unique(sorted_[(share * len(sorted_)).long()])
