@@ -51,18 +51,16 @@ def tenths() -> list[str]:
     result = load("published")
     runs = [run for run in result["runs"] if run["part"] == "ML-1M"]
     names = {run["row"] for run in runs}
-    found = {split: {run["row"] for run in runs if run["split"] == split} for split in _splits(runs)}
-    splits = [split for split, rows in found.items() if rows == names]
+    of_split: dict[str, set[str]] = {}
+    for run in runs:
+        of_split.setdefault(run["split"], set()).add(run["row"])
+    splits = [split for split, rows in of_split.items() if rows == names]
     blank = [""] * len(splits)
     rows: list[list[Cell | str]] = [[name, *blank, Cell(text, float(text))] for name, text in PRINTED_TENTHS]
     rows += _rows(runs, splits)
     head = ["RMSE", *splits, "mean"]
     best: dict[str, Any] = dict.fromkeys(head[1:], min)
     return [*table(head, rows, best), "", measured(result, "python benchmarks/published.py ml-1m")]
-
-
-def _splits(runs: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(run["split"] for run in runs))
 
 
 SECTIONS: dict[str, Callable[[], list[str]]] = {"published-folds": folds, "published-tenths": tenths}

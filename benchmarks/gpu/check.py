@@ -246,10 +246,10 @@ def ratios(rows: list[Row]) -> None:
             row["× ours"] = row["ms"] / base if base and row["ms"] else None
 
 
-def failed_times(rows: list[Row]) -> list[Row]:
-    """A failure for each row of times in which ours was wrong, or raised: what nothing was timed of would be
-    missing from the targets without a word. Others may run out of memory."""
-    found = []
+def failures_of(rows: list[Row]) -> list[Row]:
+    """The failures, one for each row of times too in which ours was wrong, or raised: what nothing was timed
+    of would be missing from the targets without a word. Others may run out of memory."""
+    found = [row for row in rows if row["kind"] == "failure"]
     for row in rows:
         if row["kind"] == "time" and row["contender"].startswith("ours"):
             error = "wrong result" if row.get("wrong") else row.get("failed")
@@ -322,8 +322,7 @@ def report(machine: dict[str, Any], rows: list[Row]) -> str:
     lines = [f"# {machine['gpu']}, {machine['date']}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in machine.items()]
     lines += ["", f"{len(checks)} checks, {len(wrong)} wrong.", ""]
-    failures = [row for row in rows if row["kind"] == "failure"] + failed_times(rows)
-    lines += [f"- failed: {row['what']}: {row['error']}" for row in failures]
+    lines += [f"- failed: {row['what']}: {row['error']}" for row in failures_of(rows)]
     lines += [f"- not run for lack of time: {row['what']}" for row in rows if row["kind"] == "skipped"]
     lines += [f"- {row['what']}" for row in rows if row["kind"] == "note"]
     same = {name: name for name in ("what", "required", "least", "at", "ok")}
@@ -409,7 +408,7 @@ def main() -> None:
     ratios(rows)
     checks = [row for row in rows if row["kind"] == "check"]
     bad = [row for row in checks if not row["ok"]]
-    failures = [row for row in rows if row["kind"] == "failure"] + failed_times(rows)
+    failures = failures_of(rows)
     print(times_table(rows))
     print()
     same = {name: name for name in ("what", "required", "least", "at", "ok")}

@@ -114,7 +114,7 @@ def test_what_fails_a_run() -> None:
         time_row("eager", None, failed="out of memory"),
         {"kind": "note", "what": "nothing"},
     ]
-    failures = check.failed_times(rows)
+    failures = check.failures_of(rows)
     assert [row["error"] for row in failures] == ["wrong result", "OutOfResources: shared memory"]
     assert "ours, substitution" in failures[0]["what"]
 
