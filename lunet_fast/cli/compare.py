@@ -42,10 +42,11 @@ Methods = Annotated[
     typer.Option(
         metavar="KEY...",
         help="Of those that predict ratings `biases`, `knn`, `mf`, `mf-mean`, `svd++`, `rbm`, `mlp`, "
-        "`mlp-mean`, `bayesian-fm`, `bayesian-svd++`, `bayesian-fm-side`, `bayesian-svd++-side`; of those "
-        "that rank `popularity`, `bpr`, `bpr-mean`, `mlp-ce`, `neumf`, `autoencoder`, `autoencoder-mean`, "
-        "`cdae`, `dmf`, `als`, `als-mean`, `ease`, `sequence-ease`, `gru4rec`, `sasrec`; of ours "
-        "`lunet-paper`, `lunet-ratings`, `lunet-ratings-identity`, `lunet-ratings-one`, `lunet-ids`, "
+        "`mlp-mean`, `bayesian-fm`, `bayesian-svd++`, `bayesian-svd++-mean`, `bayesian-fm-side`, "
+        "`bayesian-svd++-side`, `bayesian-svd++-side-mean`; of those that rank `popularity`, `bpr`, "
+        "`bpr-mean`, `mlp-ce`, `neumf`, `autoencoder`, `autoencoder-mean`, `cdae`, `dmf`, `als`, `als-mean`, "
+        "`ease`, `sequence-ease`, `gru4rec`, `sasrec`; of ours `lunet-paper`, `lunet-ratings`, "
+        "`lunet-ratings-identity`, `lunet-ratings-one`, `lunet-ids`, `lunet-sampled`, `lunet-sampled-ids`, "
         "`lunet-interactions`, `lunet-interactions-one`, `lunet-both`, `lunet-leaky`, `lunet-sequence`, "
         "`lunet-sequence-identity`, `lunet-sequence-elapsed`. Those with `-side` read side features, those "
         "with `-mean` average several trainings.",

@@ -48,12 +48,12 @@ def tune_command(
         lunet-fast train --dataset ratings.csv --settings settings.json
     """
     with errors_told():
-        from lunet_fast.recsys.evaluation.tuning import MEMBERS, tune
+        from lunet_fast.recsys.evaluation.tuning import tune
         from lunet_fast.training.files import write_json
 
         if out.parent != Path() and not out.parent.is_dir():
             raise ValueError(f"--out {out}: there is no folder {out.parent}")
-        asked: dict[str, Any] = {"gamma": 1.0, "members": MEMBERS, **context.obj}
+        asked: dict[str, Any] = {"gamma": 1.0, **context.obj}
         seed = asked.pop("seed", 0)
         ratings = source.read(dataset, rated=asked["gamma"] != 0, told=output.note)
 

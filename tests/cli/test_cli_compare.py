@@ -92,7 +92,8 @@ def test_all_methods_by_default(csv: Path, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(comparing, "_in_a_process", outcome)
     result = run("compare", "-d", csv, "-o", tmp_path / "out")
-    described = ["bayesian-fm-side", "bayesian-svd++-side"]  # of which these ratings know nothing
+    # Of users and items these ratings know nothing.
+    described = ["bayesian-fm-side", "bayesian-svd++-side", "bayesian-svd++-side-mean"]
     assert asked == [key for key in METHODS if key not in described]
     assert result.exit_code == 1  # nothing was measured
     assert "- pip install it" in result.output

@@ -310,22 +310,24 @@ class _Seeds:
 
     def journals(self) -> dict[str, bytes]:
         from lunet_fast.recsys.evaluation.tuning import opened_study, suggested
+        from lunet_fast.recsys.model.config import recipe
 
         file = self.folder / "seed.study"
         study = opened_study(file, "maximize", 0, self.what)
         for value in (0.5, None, 0.25):
             trial = study.ask()
-            suggested(trial, 0.5)
+            suggested(trial, recipe("best", 0, gamma=0.5))
             study.tell(trial, value, state=None if value is not None else _failed())
         return {"found.study": file.read_bytes()}
 
     def go_on(self, file: Path) -> None:
         """As ``tune`` does, but for the training of the trial."""
         from lunet_fast.recsys.evaluation.tuning import opened_study, suggested
+        from lunet_fast.recsys.model.config import recipe
 
         study = opened_study(file, "maximize", 0, self.what)
         trial = study.ask()
-        suggested(trial, 0.5)
+        suggested(trial, recipe("best", 0, gamma=0.5))
         study.tell(trial, 0.75)
         if study.best_value < 0.75:
             raise Failure("the best value is not the best")

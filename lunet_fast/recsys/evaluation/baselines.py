@@ -245,10 +245,14 @@ _ONE_RUN = (
     Baseline("sasrec", "SASRec", "ours", _RANKING, sasrec),
 )
 
-AVERAGED = {"mf": 16, "mlp": 4, "bpr": 4, "autoencoder": 4, "als": 4}
+AVERAGED = {
+    "mf": 16,
+    **dict.fromkeys(("mlp", "bayesian-svd++", "bayesian-svd++-side"), 4),
+    **dict.fromkeys(("bpr", "autoencoder", "als"), 4),
+}
 """Methods whose mean over so many runs is a row too: as many as recipe ``best`` has members on ML-100K, 16
 for ratings and 4 for rankings; of the MLP, of which a run takes minutes, 4. The Bayesian ones are means
-already."""
+already, of samples of one chain: theirs are of 4 chains, for the strongest."""
 
 
 def _baselines() -> Iterator[Baseline]:

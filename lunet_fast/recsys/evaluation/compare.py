@@ -129,7 +129,18 @@ _OURS = (
     ),
     _lu_net("lunet-ratings-one", "LU-Net, ratings, one member", "rating", gamma=1.0, members=1),
     _lu_net(
+        *("lunet-sampled", "f = identity, samples of the posterior (inference gibbs)", "rating"),
+        gamma=1.0,
+        inference="gibbs",
+    ),
+    _lu_net(
         *("lunet-ids", "LU-Net, ratings, without side features", "rating"), gamma=1.0, side_features=False
+    ),
+    _lu_net(
+        *("lunet-sampled-ids", "f = identity, samples, without side features", "rating"),
+        gamma=1.0,
+        inference="gibbs",
+        side_features=False,
     ),
     _lu_net("lunet-interactions", "LU-Net, interactions (gamma 0)", "ranking", gamma=0.0),
     _lu_net("lunet-interactions-one", "LU-Net, interactions, one member", "ranking", gamma=0.0, members=1),

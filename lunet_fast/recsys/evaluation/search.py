@@ -20,12 +20,13 @@ from lunet_fast.recsys.evaluation.peer_settings import SETTINGS
 from lunet_fast.recsys.evaluation.ranges import Choice, Range
 from lunet_fast.recsys.evaluation.tuning import ranges_of
 from lunet_fast.recsys.measures.protocols import Parts
+from lunet_fast.recsys.model.auto import SAMPLED_TRIAL
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.training import train
 from lunet_fast.training.loop import DivergenceError
 
 MEMBERS = 4
-"""Of ours in a trial, at most: more only cost time."""
+"""Of ours in a trial, at most: more only cost time. Samples are as many as in a trial of recipe ``auto``."""
 
 FINALISTS = 1
 """How many of the trials are trained in full, beside the first."""
@@ -98,7 +99,14 @@ def _ranges(key: str) -> dict[str, Range | Choice]:
         return {name: each.range for name, each in SETTINGS[key].items() if each.range is not None}
     if method.recipe != "best":
         return {}
-    return ranges_of(dict(method.overrides)["gamma"])
+    return ranges_of(_config(key, 0, 0))
+
+
+def _config(key: str, n_ratings: int, seed: int) -> TrainConfig:
+    """The settings of a row of ours before the search."""
+    config = METHODS[key].config(n_ratings, seed, searched=False)
+    assert isinstance(config, TrainConfig)
+    return config
 
 
 def search(
@@ -183,13 +191,13 @@ def _peers(ratings: Ratings, key: str, seed: int) -> _Searched:
 
 
 def _ours(ratings: Ratings, key: str, seed: int) -> _Searched:
-    base = METHODS[key].config(len(ratings), seed, searched=False)
-    assert isinstance(base, TrainConfig)
+    base = _config(key, len(ratings), seed)
+    cheap = SAMPLED_TRIAL if base.inference == "gibbs" else {"members": min(base.members, MEMBERS)}
     rest = Parts.of(ratings, base.split, seed).training
     measure, _ = MEASURES[METHODS[key].kind]
 
     def train_ours(settings: dict[str, Any], full: bool) -> float:
-        members = base.members if full else min(base.members, MEMBERS)
-        return float(train(rest, base.replace(members=members, **settings)).metrics[measure])
+        config = base.replace(**({} if full else cheap), **settings)
+        return float(train(rest, config).metrics[measure])
 
     return _Searched(_ranges(key), base.to_dict(), train_ours)

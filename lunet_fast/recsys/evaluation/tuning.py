@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.evaluation.ranges import Choice, Range
 from lunet_fast.recsys.measures.protocols import Parts
-from lunet_fast.recsys.model.config import recipe
+from lunet_fast.recsys.model.auto import SAMPLED_TRIAL
+from lunet_fast.recsys.model.config import TrainConfig, recipe
 from lunet_fast.recsys.model.training import train
 from lunet_fast.training.files import MOST_JSON_BYTES, CheckpointError, opened
 from lunet_fast.training.loop import DivergenceError
@@ -24,22 +25,26 @@ if TYPE_CHECKING:
     from optuna.storages.journal import JournalFileSymlinkLock
 
 MEMBERS = 2
-"""Of the model of a trial, unless they are given: more cost more time and order settings alike."""
+"""Of the model of a trial, unless they are given: more cost more time and order settings alike. Of inference
+``gibbs`` a trial has what one of recipe ``auto`` has."""
 
 RANGES: dict[str, Range | Choice] = {
-    "embedding_size": Choice((4, 8, 16, 32, 48, 64)),
+    "embedding_size": Choice((4, 8, 16, 24, 32, 48, 64)),
     "layers": Range(1, 3),
     "epochs": Range(4, 32),
     "history_power": Range(0.1, 0.9),
     "learning_rate": Range(1e-3, 2e-2, log=True),
     "net_learning_rate": Range(5e-5, 3e-3, log=True),
     "dropout": Range(0.0, 0.3),
+    "noise": Range(0.3, 1.5, log=True),
     "l2_latent": Range(5e-3, 0.3, log=True),
     "l2_interaction_embedding": Range(1e-5, 1e-2, log=True),
     "negatives": Range(1, 20),
     "interaction_share": Range(0.3, 0.8),
 }
-"""What a search varies, as far as gamma needs it; the recipe's own values are its first trial."""
+"""What a search varies, as far as it matters; the recipe's own values are its first trial."""
+OF_SAMPLES = ("embedding_size", "history_power", "noise")
+"""What there is to vary of inference ``gibbs``."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,13 @@ def measure_of(gamma: float) -> tuple[str, Literal["minimize", "maximize"]]:
     return ("ndcg@10" if gamma == 0 else "ndcg@10 - test_mse"), "maximize"
 
 
-def ranges_of(gamma: float) -> dict[str, Range | Choice]:
-    """The RANGES that matter with this gamma."""
+def ranges_of(config: TrainConfig) -> dict[str, Range | Choice]:
+    """The RANGES that matter with the gamma and the inference of these settings."""
+    if config.inference == "gibbs":
+        return {name: RANGES[name] for name in OF_SAMPLES}
+    gamma = config.gamma
     unused = {
+        "noise": True,
         "l2_latent": gamma == 0,
         "l2_interaction_embedding": gamma == 1,
         "negatives": gamma == 1,
@@ -76,9 +85,9 @@ def ranges_of(gamma: float) -> dict[str, Range | Choice]:
     return {name: where for name, where in RANGES.items() if not unused.get(name)}
 
 
-def suggested(trial: optuna.Trial, gamma: float) -> dict[str, Any]:
+def suggested(trial: optuna.Trial, config: TrainConfig) -> dict[str, Any]:
     """Settings of one trial, around those of recipe ``best``."""
-    return {name: where.drawn(trial, name) for name, where in ranges_of(gamma).items()}
+    return {name: where.drawn(trial, name) for name, where in ranges_of(config).items()}
 
 
 def opened_study(
@@ -141,9 +150,10 @@ def _check_trials(trials: list[optuna.trial.FrozenTrial]) -> None:
     import optuna
 
     known: dict[str, Any] = {}
-    for gamma in (0.0, 0.5):
+    kinds: tuple[dict[str, Any], ...] = ({"gamma": 0.0}, {"gamma": 0.5}, {"inference": "gibbs"})
+    for kind in kinds:
         drawn = optuna.create_study().ask()
-        suggested(drawn, gamma)
+        suggested(drawn, recipe("best", 0, **kind))
         known |= drawn.distributions
     for trial in trials:
         for name, value in trial.params.items():
@@ -190,31 +200,30 @@ def tune(
 ) -> Tuned:
     """Try ``trials`` more settings and return the best of the study.
 
-    ``asked`` are settings that stay as they are, such as ``gamma``; ``members`` is MEMBERS unless given. The
-    test and held-out parts, by the split and ``seed``, are taken away first and never read; what is left is
-    divided again in the same way, and a trial is judged on the second part (:func:`measure_of`). ``storage``
-    is a file that keeps the study, in Optuna's journal format: the same call goes on with it. Trials are
-    trained on ``device``; one that diverges counts as failed. ``told(number, value, best)`` hears of each
-    finished trial, value None of a failed one.
+    ``asked`` are settings that stay as they are, such as ``gamma``; trials have MEMBERS members, unless they
+    are given. The test and held-out parts, by the split and ``seed``, are taken away first and never read;
+    what is left is divided again in the same way, and a trial is judged on the second part
+    (:func:`measure_of`). ``storage`` is a file that keeps the study, in Optuna's journal format: the same
+    call goes on with it. Trials are trained on ``device``; one that diverges counts as failed.
+    ``told(number, value, best)`` hears of each finished trial, value None of a failed one.
 
     ``ImportError`` without Optuna (``pip install "lunet-fast[tune]"``), ``ValueError`` for a wrong setting,
     for a study of other data or settings, and where no trial has succeeded.
     """
     if trials < 1:
         raise ValueError(f"trials={trials} must be at least 1")
-    asked = {"members": MEMBERS, "seed": seed, "mlp": False, **asked}
+    cheap = SAMPLED_TRIAL if asked.get("inference") == "gibbs" else {"members": MEMBERS}
+    asked = {**cheap, "seed": seed, "mlp": False, **asked}
     base = recipe("best", len(ratings), **asked)
     rest = Parts.of(ratings, base.split, base.seed).training
     measure, direction = measure_of(base.gamma)
     what = {"dataset": ratings.name, "ratings": len(ratings), "measure": measure, **asked}
     study = opened_study(storage, direction, seed, what)
     if not study.trials:
-        study.enqueue_trial(
-            {name: getattr(base, name) for name in ranges_of(base.gamma) if name not in asked}
-        )
+        study.enqueue_trial({name: getattr(base, name) for name in ranges_of(base) if name not in asked})
 
     def objective(trial: optuna.Trial) -> float:
-        config = recipe("best", len(ratings), **{**suggested(trial, base.gamma), **asked})
+        config = recipe("best", len(ratings), **{**suggested(trial, base), **asked})
         values = train(rest, config, device=device).metrics
         if measure in values:
             return float(values[measure])

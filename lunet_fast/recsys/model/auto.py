@@ -46,6 +46,8 @@ MANY = 12_000
 """Ratings from which one validation part is large enough, and a higher rank is tried, not a lower one."""
 SAMPLED_TRIAL = {"epochs": 160, "members": 50}
 """Sweeps and members of a trial: fewer show the errors of few samples, which the whole does not have."""
+MOST_SWEPT, LEAST_SWEEPS = 80_000_000, 250
+"""Ratings that all sweeps of a sampling go over: where they are many, sweeps are fewer."""
 MOST_SAMPLED = 20_000
 """Users and items whose vectors are sampled: each sweep solves a system for each of them."""
 BIAS_L2 = (0.3, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -243,7 +245,8 @@ def _sized(n: int, n_users: int, n_items: int, given: Mapping[str, Any]) -> Trai
             "batch_size": min(max(batch, LEAST_BATCH), base.batch_size),
         }
         if base.inference == "gibbs":
-            settings["embedding_size"] = RANK
+            sweeps = max(MOST_SWEPT // max(n, 1), LEAST_SWEEPS)
+            settings |= {"embedding_size": RANK, "epochs": min(sweeps, base.epochs)}
         settings["members"] = _members(base, settings["embedding_size"], n_users, n_items)
         if base.inference != "gibbs" and base.gamma == 1 and base.loss != "ordinal":
             settings["offset"] = "biases"

@@ -83,7 +83,7 @@ class TestMethods:
         assert ours["lunet-interactions"] == "LU-Net, interactions (gamma 0)"
         assert ours["lunet-both"] == "LU-Net, both (gamma 0.1)"
         assert [METHODS[key].kind for key in ours] == [
-            *("rating",) * 5,
+            *("rating",) * 7,
             *("ranking", "ranking", "both"),
             *("ranking",) * 4,
         ]
@@ -108,6 +108,8 @@ class TestMethods:
             "lunet-ratings": "random",
             "lunet-ratings-identity": "random",
             "lunet-ratings-one": "random",
+            "lunet-sampled": "random",
+            "lunet-sampled-ids": "random",
             "lunet-ids": "random",
             "lunet-interactions": "leave-one-out",
             "lunet-interactions-one": "leave-one-out",
@@ -390,7 +392,7 @@ class TestCompare:
         assert kinds == {"ranking"}
         described = replace(RATINGS, item_info=pd.DataFrame({"genres": ["Drama"] * RATINGS.n_items}))
         assert module.allowed(described) == list(METHODS)
-        reads = ["bayesian-fm-side", "bayesian-svd++-side"]
+        reads = ["bayesian-fm-side", "bayesian-svd++-side", "bayesian-svd++-side-mean"]
         assert module.allowed(RATINGS) == [key for key in METHODS if key not in reads]
         with pytest.raises(ValueError, match="'bayesian-fm-side' reads side features, and latent has none"):
             compare(RATINGS, ["bayesian-fm-side"], [0])

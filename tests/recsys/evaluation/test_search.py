@@ -19,6 +19,7 @@ from lunet_fast.recsys.evaluation.ranges import Choice, Range
 from lunet_fast.recsys.evaluation.search import Trial, search, searchable
 from lunet_fast.recsys.evaluation.tuning import RANGES
 from lunet_fast.recsys.measures.protocols import Parts
+from lunet_fast.recsys.model.sequence_config import settings_of
 from lunet_fast.training.files import write_json
 from tests.recsys.synthetic import latent_ratings, quick_config
 
@@ -194,9 +195,13 @@ class TestSearch:
 
         quick = quick_config().to_dict()
         small = {name: quick[name] for name in ("epochs", "embedding_size", "batch_size")}
-        monkeypatch.setattr(
-            compare, "settings_of", lambda name, n, **more: quick_config(**{**small, **more, "members": 6})
-        )
+
+        def quickly(name: str, n_ratings: int, **more: Any) -> Any:
+            if "inference" in more:  # another row's
+                return settings_of(name, n_ratings, **more)
+            return quick_config(**{**small, **more, "members": 6})
+
+        monkeypatch.setattr(compare, "settings_of", quickly)
         described = replace(RATINGS, item_info=pd.DataFrame({"genres": ["Drama", "War"] * 20}))
         seen: list[int] = []
         trained = module.train
@@ -210,6 +215,21 @@ class TestSearch:
         found = search(described, "lunet-ratings", seconds=0)
         assert seen == [module.MEMBERS] * 2 + [6, 6]
         assert found.settings.keys() == found.first.keys() == module._ranges("lunet-ratings").keys()
+
+    def test_samples_of_a_trial_and_in_full(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[tuple[int, int]] = []
+        trained = module.train
+
+        def counted(ratings: Any, config: Any) -> Any:
+            seen.append((config.epochs, config.members))
+            return trained(ratings, config.replace(epochs=8, members=4))
+
+        monkeypatch.setattr(module, "train", counted)
+        found = search(RATINGS, "lunet-sampled", seconds=0)
+        base = module._config("lunet-sampled", len(RATINGS), 0)
+        cheap = module.SAMPLED_TRIAL["epochs"], module.SAMPLED_TRIAL["members"]
+        assert seen == [cheap] * 2 + [(base.epochs, base.members)] * 2
+        assert found.settings.keys() == {"embedding_size", "history_power", "noise"}
 
     def test_what_cannot_be_searched(self) -> None:
         for key in ("popularity", "mf-mean", "lunet-both", "lunet-paper", "svd"):

@@ -9,6 +9,7 @@ import pytest
 
 from lunet_fast.recsys.evaluation.tuning import tune
 from lunet_fast.recsys.measures.protocols import Parts
+from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.training import TrainConfig
 from tests.cli.invoke import run
 from tests.recsys.synthetic import latent_frame, latent_ratings, quick_config
@@ -33,6 +34,15 @@ def test_finds_settings_and_goes_on_with_a_study(gamma: float, measure: str, tmp
     assert (again.value <= first.value) if gamma == 1 else (again.value >= first.value)
     with pytest.raises(ValueError, match="holds a study with members=1, not 2"):
         tune(latent_ratings(), **{**arguments, "members": 2})
+
+
+def test_settings_of_a_sampling(tmp_path: Path) -> None:
+    """What it cannot have, such as dropout, is not among its trials."""
+    arguments = {"storage": tmp_path / "study", "inference": "gibbs", "epochs": 8, "members": 4}
+    tuned = tune(latent_ratings(), trials=3, **arguments)
+    assert set(tuned.settings) == {"embedding_size", "history_power", "noise"}
+    recipe("best", 1000, inference="gibbs", **tuned.settings)  # they are settings
+    assert tune(latent_ratings(), trials=1, **arguments).trials == 4
 
 
 def test_a_study_that_goes_on_tries_other_settings(tmp_path: Path) -> None:
@@ -124,6 +134,7 @@ def test_from_the_command_line_to_a_training(tmp_path: Path) -> None:
     found = run("tune", "-d", tmp_path / "r.csv", "--trials", 1, "--epochs", 1, "-o", tmp_path / "s.json")
     assert found.exit_code == 0, found.output
     assert "best of 1 trials" in found.output
+    assert "members" not in json.loads((tmp_path / "s.json").read_text())  # fewer are for trials alone
     settings = ["--settings", tmp_path / "s.json", "--no-mlp", "-o", tmp_path / "run"]
     trained = run("train", "-d", tmp_path / "r.csv", *settings)
     assert trained.exit_code == 0, trained.output

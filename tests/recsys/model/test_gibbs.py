@@ -23,7 +23,8 @@ PLAIN: dict[str, Any] = {"user_history": False, "item_history": False}
 
 
 def settings(**changes: Any) -> TrainConfig:
-    return recipe("best", 1000, **{"inference": "gibbs", "mlp": False, "split": "none", **FEW, **changes})
+    given = {"inference": "gibbs", "noise": 0.0, "mlp": False, "split": "none"}
+    return recipe("best", 1000, **{**given, **FEW, **changes})
 
 
 def chain_of(ratings: Ratings, config: TrainConfig, features: torch.Tensor | None = None) -> Chain:
