@@ -43,13 +43,6 @@ MEMBERS = {"ratings": 4, "ranking": 1}
 # What stands in the place of f -----------------------------------------------------------------------------
 
 
-class Identity(RatingModel):
-    """f = identity: SVD++ with histories on both sides."""
-
-    def network(self, x: Tensor) -> Tensor:
-        return x
-
-
 class Sharp(RatingModel):
     """The generalised activation (2.9), of sharpness alpha and left slope beta, in the place of (2.6)."""
 
@@ -254,7 +247,7 @@ def shared_rows() -> list[Row]:
         Row("history", "no history of the user", {"user_history": False}),
         Row("history", "no history of the item", {"item_history": False}),
         Row("history", "neither", {"user_history": False, "item_history": False}),
-        Row("f", "identity", {}, Identity),
+        Row("f", "identity", {"network": "identity"}),
         Row("f", "affine: one LU layer", {"layers": 1}),
         Row("f", "residual MLP, as many parameters", {}, MLP),
         Row("f", "RealNVP, as many parameters", {}, RealNVP),
