@@ -35,8 +35,9 @@ Triple = tuple[Tensor, Tensor, Tensor]
 PRIOR_RATE = 0.2
 BURN_IN = 0.25
 """Share of the sweeps that no member is taken from."""
-TOLERANCE, MOST_ITERATIONS = 1e-3, 30
-"""Of conjugate gradients: the residual's norm in parts of the right side's."""
+TOLERANCE, MOST_ITERATIONS = 1e-2, 10
+"""Of conjugate gradients: the residual's norm in parts of the right side's. What is left over goes into the
+next sweep's solution, which begins where this one ends."""
 FIRST_STD = 0.1
 
 
@@ -76,9 +77,12 @@ class _Side:
         left = residual[self.order] - other.vectors[self.others, -1]
         seen = torch.cat((other.vectors[:, :-1], torch.ones(self.n_others, 1, dtype=left.dtype)), dim=1)
         size = seen.shape[1]
-        outer = (seen.unsqueeze(2) * seen.unsqueeze(1)).flatten(1)
-        precision = self.matrix(torch.ones_like(left)) @ (outer / noise)
-        precision = precision.view(self.n, size, size) + torch.diag(self.precision)
+        rows, columns = torch.tril_indices(size, size)
+        products = seen.index_select(1, rows) * seen.index_select(1, columns)
+        # The lower triangle alone, which is all that a Cholesky factorisation reads.
+        precision = torch.diag(self.precision).flatten().repeat(self.n, 1)
+        summed = self.matrix(torch.ones_like(left)) @ (products / noise)
+        precision = precision.index_add_(1, rows * size + columns, summed).view(self.n, size, size)
         linear = self.matrix(left) @ (seen / noise) + self.precision * self.prior_mean()
         root = torch.linalg.cholesky(precision)
         half = torch.linalg.solve_triangular(root, linear.unsqueeze(-1), upper=False)
