@@ -218,16 +218,20 @@ def estimated(config: TrainConfig, ratings: Ratings, folds: int = 0, notes: Sequ
     trial = config.replace(members=min(config.members, TRIAL_MEMBERS))
     if config.inference == "gibbs":
         seconds = config.epochs * _seconds_of_a_sweep(config.embedding_size, ratings)
+        # Float32 parameters; of each user and item a matrix, its triangle and its factor in float64.
+        rows, each = ratings.n_users + ratings.n_items, config.embedding_size + 1
+        held = 4 * numbers + 20 * each**2 * rows
     else:
         seconds = steps * _seconds_of_a_step(config, n)
+        # Parameters, their gradients and Adam's two averages.
+        held = 16 * numbers + 96 * config.batch_size * config.members * 2 * config.embedding_size
     trials = folds * (len(PENALTIES) + ALTERNATIVES) + (config.patience is not None)
     seconds += trials * steps * _seconds_of_a_step(trial, n)
     if folds and ratings.n_users + ratings.n_items <= MOST_SAMPLED:
         sweeps = folds * (len(NOISES) + 3) * SAMPLED_TRIAL["epochs"]
         seconds += sweeps * _seconds_of_a_sweep(RANK, ratings)
-    activations = 24 * config.batch_size * config.members * 2 * config.embedding_size
-    # Parameters, their gradients and Adam's two averages; a row of ratings while it is read.
-    return Plan(config, list(notes), folds, numbers, 16 * numbers + 4 * activations + 200 * n, seconds)
+    # And a row of ratings while it is read.
+    return Plan(config, list(notes), folds, numbers, held + 200 * n, seconds)
 
 
 def _sized(n: int, n_users: int, n_items: int, given: Mapping[str, Any]) -> TrainConfig:
@@ -279,8 +283,8 @@ def _seconds_of_a_step(config: TrainConfig, n: int) -> float:
 
 def _seconds_of_a_sweep(size: int, ratings: Ratings) -> float:
     """The same of inference ``gibbs``."""
-    rows = ratings.n_users + ratings.n_items
-    return 2e-3 + 1e-8 * (size + 1) ** 2 * (len(ratings) + rows * (size + 1) / 4)
+    each, rows = size + 1, ratings.n_users + ratings.n_items
+    return 2e-3 + 4e-8 * each * (1 + each / 64) * len(ratings) + 5e-10 * each**3 * rows
 
 
 class _Search:

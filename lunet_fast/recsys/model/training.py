@@ -138,6 +138,7 @@ def described(
     return {
         "dataset": dataset,
         "recipe": config.recipe,
+        "network": config.network,
         "split": config.split,
         "seed": config.seed,
         "epochs": len(curve.train),

@@ -31,5 +31,7 @@ def table_2(values: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         rows.append(("ours: classic MLP", data, f"{values['mlp_test_mse']:.4f}", error))
     if "test_mse" in values:
         error = f"{values['reconstruction_error']:.1e}"
-        rows.append((f"ours: LU-Net, recipe {values['recipe']}", data, f"{values['test_mse']:.4f}", error))
+        # Runs of before do not say; their f was always a network.
+        f = "f = identity" if values.get("network") == "identity" else "LU-Net"
+        rows.append((f"ours: {f}, recipe {values['recipe']}", data, f"{values['test_mse']:.4f}", error))
     return rows

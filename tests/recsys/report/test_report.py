@@ -58,6 +58,7 @@ def test_table_sets_ours_beside_the_papers() -> None:
 def test_table_without_control_or_test_part() -> None:
     own = {"dataset": "mine", "recipe": "paper", "test_mse": 1.0, "reconstruction_error": 0.0}
     assert table_2(own) == [*PAPER, ("ours: LU-Net, recipe paper", "mine", "1.0000", "0.0e+00")]
+    assert table_2({**own, "network": "identity"})[-1][0] == "ours: f = identity, recipe paper"
     assert table_2({"dataset": "mine"}) == PAPER
 
 
