@@ -297,13 +297,14 @@ _PAPER: dict[str, Any] = {
 _MLP_1M = {"mlp_weight_decay": 3e-4, "mlp_net_weight_decay": 3e-5}
 
 # Bundled data set -> number of ratings, and what each recipe sets there: for ratings, and on top of that
-# "hybrid" for 0 < gamma < 1 and "ranking" for gamma 0 (of recipe best).
+# "hybrid" for 0 < gamma < 1 and "ranking" for gamma 0 (of recipe best), "gibbs" and "ordinal" where they are asked for.
 _SETTINGS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "ml-100k": (
         100_000,
         {
             "paper": _PAPER,
             "best": {},
+            "gibbs": _GIBBS,
             # Its loss is about half of the squared error, and so must its penalty be.
             "ordinal": {"l2_latent": 0.015},
             "hybrid": {
@@ -334,6 +335,7 @@ _SETTINGS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
                 "epochs": 6,
                 "batch_size": 4096,
             },
+            "gibbs": {**_GIBBS, "members": 60, "embedding_size": 32, "epochs": 300, "noise": 0.65},
             "ordinal": {"l2_latent": 0.01},
             "hybrid": {
                 "members": 2,
@@ -376,5 +378,5 @@ def recipe(name: str, n_ratings: int, /, **overrides: Any) -> TrainConfig:
     if overrides.get("loss") == "ordinal" and name == "best":
         settings |= recipes["ordinal"]
     if overrides.get("inference") == "gibbs":
-        settings |= _GIBBS
+        settings |= recipes["gibbs"]
     return TrainConfig.from_dict({**settings, "split": split, **overrides})
