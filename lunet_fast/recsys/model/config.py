@@ -297,7 +297,8 @@ _PAPER: dict[str, Any] = {
 _MLP_1M = {"mlp_weight_decay": 3e-4, "mlp_net_weight_decay": 3e-5}
 
 # Bundled data set -> number of ratings, and what each recipe sets there: for ratings, and on top of that
-# "hybrid" for 0 < gamma < 1 and "ranking" for gamma 0 (of recipe best), "gibbs" and "ordinal" where they are asked for.
+# "hybrid" for 0 < gamma < 1 and "ranking" for gamma 0 (of recipe best), "gibbs" and "ordinal" where they are
+# asked for.
 _SETTINGS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "ml-100k": (
         100_000,
