@@ -144,6 +144,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "after-a-day-all": partial(after_a_day, "recipe sequence, one member", "full_ndcg@10"),
     "equal-ours": partial(compared, "ml-100k", "lunet-ratings", "test_mse", folder="equal/"),
     "equal-identity": partial(compared, "ml-100k", "lunet-ratings-identity", "test_mse", folder="equal/"),
+    "equal-sampled": partial(compared, "ml-100k", "lunet-sampled", "test_mse", folder="equal/"),
     "equal-fm": partial(compared, "ml-100k", "bayesian-svd++-side", "test_mse", folder="equal/"),
     "confidence-flow": partial(confidence, "flow"),
     "confidence-normal": partial(confidence, "log p, x"),

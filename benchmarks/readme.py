@@ -13,6 +13,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -21,7 +22,7 @@ from tables_of_published import SECTIONS as PUBLISHED_SECTIONS
 from tables_of_real_data import SECTIONS as REAL_SECTIONS
 
 import prose
-from figures import FIGURES
+from figures import FIGURES, compared
 from lunet_fast.bench.results import seconds_text
 from lunet_fast.recsys.evaluation.compare import METHODS
 from machine import ROOT, write_text
@@ -169,9 +170,10 @@ def compare() -> list[str]:
     return lines[:-1]
 
 
-def equal() -> list[str]:
-    """Ratings of ML-100K where every method has the same data."""
-    return _rated(load("equal/compare-ml-100k"))[:-1]
+def equal(dataset: str) -> list[str]:
+    """Ratings where every method has the same data."""
+    result = load(f"equal/compare-{dataset}")
+    return [*_rated(result), measured(result, result["command"], versions=result["versions"])]
 
 
 def _changes(name: str, metrics: dict[str, str], best: Callable[..., float]) -> list[str]:
@@ -345,12 +347,18 @@ def _timed(what: str, D: int, B: int, rival: str, shown: str) -> list[str]:
     return _pair(f"{titles[what]} of a layer, D = {D}, batch {B:,}", cells[0], shown, cells[1], min)
 
 
+def _sampled(dataset: str, name: str) -> list[str]:
+    with_f = compared(dataset, "lunet-ratings", "test_mse", folder="equal/")
+    what = f"{name}, test MSE, side features for all: samples with f = identity (LU-Net {with_f})"
+    return _ranked(what, load(f"equal/compare-{dataset}"), "lunet-sampled", "test_mse", min)
+
+
 def _in_order() -> list[str]:
-    rows = {row["key"]: row for row in load("sequence/compare-ml-1m")["rows"]}
-    keys = ("lunet-sequence", "lunet-sequence-identity")
-    ours, identity = (number(rows[key]["full_ndcg@10"]) for key in keys)
-    what = "ML-1M, NDCG@10 among all items, recipe sequence"
-    return _pair(what, ours, "the same with f = identity", identity, max)
+    result = load("sequence/compare-ml-1m")
+    (identity,) = (row for row in result["rows"] if row["key"] == "lunet-sequence-identity")
+    straight = number(identity["full_ndcg@10"]).text
+    what = f"ML-1M, NDCG@10 among all items, recipe sequence (with f = identity {straight})"
+    return _ranked(what, result, "lunet-sequence", "full_ndcg@10", max)
 
 
 def _digits() -> tuple[dict[str, Any], list[str], list[str]]:
@@ -375,28 +383,16 @@ def _digits() -> tuple[dict[str, Any], list[str], list[str]]:
 
 
 def figures() -> list[str]:
-    small, large, second = load("compare-ml-100k"), load("compare-ml-1m"), load("reproduction")
-    equal_chances = load("equal/compare-ml-100k")
-    (ours_1m,) = (
-        r["metrics"] for r in second["runs"] if (r["dataset"], r["experiment"]) == ("ml-1m", "best")
-    )
+    small = load("compare-ml-100k")
     (plain,) = (r for r in load("ablation-ratings")["rows"] if not r["group"])
     (identity,) = (
         r for r in load("ablation-ratings")["rows"] if (r["group"], r["name"]) == ("f", "identity")
     )
     (straight,) = (row for row in small["rows"] if row["key"] == "lunet-sequence-identity")
-    mf = _best_other(large, "test_mse", min)
     lu, *digits = _digits()
     recovery = load("inversion")["mean"]["LU-Net"]["recovery"]
     rows = [
-        _ranked("ML-100K, test MSE, side features for all", equal_chances, "lunet-ratings", "test_mse", min),
-        _pair(
-            "ML-1M, test MSE",
-            number(ours_1m["test_mse"]),
-            mf["shown"],
-            number(mf["test_mse"]),
-            min,
-        ),
+        *(_sampled(dataset, name) for dataset, name in DATASETS.items()),
         _ranked(
             f"ML-100K, NDCG@10 among 100 candidates (with f = identity {straight['ndcg@10']:.4f})",
             *(small, "lunet-sequence", "ndcg@10", max),
@@ -419,7 +415,13 @@ def figures() -> list[str]:
     lines = table(["", "lunet-fast", "beside it"], rows, {})
     machines = [
         load(name)["machine"]
-        for name in ("compare-ml-100k", "reproduction", "density-digits", "density-speed", "layers-cpu")
+        for name in (
+            "equal/compare-ml-100k",
+            "compare-ml-100k",
+            "density-digits",
+            "density-speed",
+            "layers-cpu",
+        )
     ]
     dates = sorted(machine["date"] for machine in machines)
     where = "; ".join(sorted({f"{m['processor']}, {m['cores']} cores, torch {m['torch']}" for m in machines}))
@@ -437,7 +439,8 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "table2": table2,
     "compare": compare,
     "searched": searched,
-    "equal": equal,
+    "equal": partial(equal, "ml-100k"),
+    "equal-ml-1m": partial(equal, "ml-1m"),
     "ablation-ratings": ablation_ratings,
     "ablation-ranking": ablation_ranking,
     "confidence": confidence,
