@@ -240,7 +240,9 @@ class Continuation:
     checkpoint_minutes: Annotated[
         float,
         typer.Option(
-            min=0, help="Time between checkpoints within an epoch; there is one at each epoch's end too."
+            min=0,
+            help="Time between checkpoints within an epoch, or a sampling; there is one at each epoch's end "
+            "too.",
         ),
     ] = 2.0
 

@@ -183,7 +183,11 @@ class TestTrain:
         monkeypatch.setattr("lunet_fast.recsys.model.training.train", interrupt)
         result = run("train", "-d", csv, "-o", tmp_path / "run")
         assert result.exit_code == 130
-        assert "--resume goes on" in result.output
+        assert "There is no checkpoint yet: the same command begins anew" in result.output
+        checkpoint = tmp_path / "run" / "checkpoints" / "lu-net.safetensors"
+        checkpoint.touch()
+        result = run("train", "-d", csv, "-o", tmp_path / "run", "--resume", "--recipe", "best")
+        assert f"--resume goes on from {checkpoint.parent}." in result.output
 
 
 class TestRefusals:
