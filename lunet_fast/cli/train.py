@@ -27,6 +27,7 @@ from lunet_fast.cli.options import (
 )
 from lunet_fast.cli.output import FigureOutput, Terminal, fail
 from lunet_fast.cli.signatures import grouped, settings_command
+from lunet_fast.cli.words import in_options
 
 if TYPE_CHECKING:
     from lunet_fast.cli.signals import Signals
@@ -524,7 +525,7 @@ def _check_same(folder: RunFolder, asked: dict[str, Any]) -> None:
 def _show_plan(values: dict[str, Any], notes: list[str]) -> None:
     settings = values["settings"]
     for note in notes:
-        typer.echo(note)
+        typer.echo(in_options(note))
     typer.echo(
         f"{values['ratings']:,} ratings by {values['users']:,} users of {values['items']:,} items: recipe "
         f"{settings['recipe']}, {settings['members']} members of vectors of {settings['embedding_size']}, "

@@ -135,14 +135,10 @@ def used_columns(
             )
         elif role != "timestamp" and not (role in ("rating", "weight") and name is None):
             listed = ", ".join(repr(n if len(n) <= 40 else n[:37] + "...") for n in names[:30])
-            also = (
-                " (interactions without ratings are read with rating=None, --gamma 0 on the command line)"
-                if role == "rating"
-                else ""
-            )
+            also = " (interactions without ratings are read with rating=None)" if role == "rating" else ""
             raise RatingFileError(
                 f"{source}, line 1: there is no column {name!r} for the {role}{also}; the columns are "
-                f"{listed}: name the right one with {role}=..., on the command line --{role}-column{hint}"
+                f"{listed}: name the right one with {role}=...{hint}"
             )
     return used
 

@@ -214,9 +214,9 @@ def _without_blank_lines(data: bytes) -> tuple[bytes, Int64Array]:
 def _header_hint(names: Sequence[str]) -> str:
     if len(names) == 1 and (other := [s for s in (",", "\t", ";", "|", "::") if s in names[0]]):
         return f"; the separator may be another one: sep={other[-1]!r}"
-    if all(NUMBER.fullmatch(name) for name in names):
+    if any(NUMBER.fullmatch(name) for name in names):
         return (
             "; the first line holds numbers: put a header such as user,item,rating,timestamp before it, or "
-            "read the file without one: header=False, --no-header"
+            "read the file without one: header=False"
         )
     return ""

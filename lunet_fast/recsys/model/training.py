@@ -365,7 +365,7 @@ class _Phases:
             if training.weight is None:
                 raise ValueError(
                     f"confidence={config.confidence:g} is of counts, which {training.name} has none of: name "
-                    "their column (--weight-column, weight=)"
+                    "their column (weight=...)"
                 )
             self.weight = (confidence_weights(training.weight, config.confidence).to(self.device),)
         self.shape = training.n_users, training.n_items
