@@ -101,7 +101,13 @@ class TestAuto:
         assert "--gamma 0.1" in found.stderr
         ranking = run("train", "-d", tmp_path / "r.csv", "-o", tmp_path / "ids", "--gamma", 0, *SHORT)
         assert ranking.exit_code == 0, ranking.output
-        assert "Note" not in run("recommend", "--run", tmp_path / "ids", "--user", 3).stderr
+        assert "MSE" not in ranking.stdout
+        found = run("recommend", "--run", tmp_path / "ids", "--user", 3)
+        values = metrics(tmp_path / "ids")
+        worse = float(str(values["full_ndcg@10"])) < float(str(values["popularity_full_ndcg@10"]))
+        for told in (ranking.stdout, found.stderr):
+            assert ("worse than popularity: try more --epochs" in told) == worse
+            assert "--gamma" not in told
 
     def test_transform(self, csv: Path, tmp_path: Path) -> None:
         result = run("train", "-d", csv, "-o", tmp_path / "run", "--transform", "rank", *SHORT)

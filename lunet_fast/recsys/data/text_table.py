@@ -84,7 +84,8 @@ def read_text(
         names = [name.strip() for name in rows.head]
         if strip_types:
             names = [name.split(":")[0] for name in names]
-        used = used_columns(source, names, columns, hint=_header_hint(names))
+        first = f"{source}, line {rows.places[0]}"
+        used = used_columns(first, names, columns, hint=_header_hint(names))
         if len(rows.places) == 1:
             raise RatingFileError(f"{source}: there is a header, line {rows.places[0]}, but no row after it")
         skip = 1
