@@ -16,6 +16,14 @@ _VALUE = r"'[^']*'|\"[^\"]*\"|\.\.\.|[\w+-]+(?:\.\w+)?(?:[+-]\d+)?|"
 _ARGUMENT = re.compile(rf"(?<![\w.'\"/=-])([a-z]\w*)=({_VALUE})")
 
 
+_apps: list[typer.Typer] = []
+
+
+def speak_for(app: typer.Typer) -> None:
+    """Let options be those of this app's commands; once, when it has them all."""
+    _apps.append(app)
+
+
 def in_options(text: str) -> str:
     """``text`` with options in place of the arguments that it names.
 
@@ -47,10 +55,8 @@ def _as_option(found: re.Match[str]) -> str:
 def _options() -> dict[str, tuple[str, str]]:
     """By the name of an argument: the option, and what turns it off: "" where nothing does, itself where it
     has a value."""
-    from lunet_fast.cli import app
-
     found: dict[str, tuple[str, str]] = {}
-    for option in _declared(typer.main.get_command(app)):
+    for option in (each for app in _apps for each in _declared(typer.main.get_command(app))):
         first = next((word for word in option.opts if word.startswith("--")), None)
         if first is not None:
             off = next(iter(option.secondary_opts), "") if option.is_flag else first
