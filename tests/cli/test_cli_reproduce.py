@@ -82,7 +82,7 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (["--datasets", "ml-10m"], "--datasets ml-10m is unknown: choose from ml-100k, ml-1m"),
         (["--skip", "paper"], "--skip paper is unknown"),
         (["--seeds", "many"], "--seeds"),
-        (["--seeds", -1], "seed=-1"),
+        (["--seeds", -1], "--seed -1"),
         (["--epochs", 0], "--epochs 0 must be"),
         (["--results", "nowhere"], "--results nowhere: no such folder"),
         (["--device", "cuda:99x"], "cuda:99x"),
