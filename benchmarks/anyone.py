@@ -3,6 +3,7 @@
     python benchmarks/anyone.py errors      MSE on four files beside tuned biases and the methods of compare
     python benchmarks/anyone.py units       synthetic ratings times s; 1,000 ratings
     python benchmarks/anyone.py large       100,000 ratings by 10,000 users of 100,000 items: time, memory
+    python benchmarks/anyone.py optimizer   a step on a million items: what of it is Adam's
     python benchmarks/anyone.py movielens   ML-100K beside recipe best
 
 ``errors`` and ``movielens`` read the files in $LUNET_FAST_DATA (foreign/, filmtrust/, MovieLens). 20 % of the
@@ -36,8 +37,9 @@ from lunet_fast.recsys.evaluation.baselines import BASELINES
 from lunet_fast.recsys.model.auto import BIAS_L2, auto_config
 from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.model_files import TrainedModel
+from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.offsets import shrunk_biases
-from lunet_fast.recsys.model.training import train
+from lunet_fast.recsys.model.training import rating_objective, rating_optimizer, train
 from lunet_fast.recsys.serving.recommend import LUNetRecommender
 from machine import Results, open_results, parser
 
@@ -231,6 +233,42 @@ def large() -> dict[str, Any]:
     }
 
 
+def optimizer() -> dict[str, Any]:
+    """Steps of recipe best with one member, vectors of 16 and histories, on a million items with a rating
+    each: seconds of a step and those of Adam's part of it, bytes, and the rows that a batch has gradients of.
+    """
+    rng = np.random.default_rng(0)
+    users, items = 10_000, 1_000_000
+    pairs = torch.from_numpy(rng.integers(0, users, items)), torch.from_numpy(rng.permutation(items))
+    ratings = torch.from_numpy(rng.integers(1, 6, items)).float()
+    config = recipe("best", items, members=1, embedding_size=16, mlp=False)
+    model = RatingModel(config, *pairs, ratings, users, items)
+    adam, generator = rating_optimizer(model), torch.Generator().manual_seed(0)
+    whole, own, touched = [], [], []
+    for rows in torch.arange(6 * config.batch_size).split(config.batch_size):
+        began = time.process_time()
+        loss, _ = rating_objective(model, *(side[rows] for side in (*pairs, ratings)), generator)
+        adam.zero_grad()
+        loss.backward()
+        before = time.process_time()
+        adam.step()
+        ended = time.process_time()
+        whole.append(ended - began)
+        own.append(ended - before)
+        gradients = [table.weight.grad for table in model.tables()]
+        touched.append(sum(int(g.abs().sum(1).gt(0).sum()) for g in gradients if g is not None))
+    # The first step makes the moments.
+    return {
+        "step_seconds": statistics.median(whole[1:]),
+        "adam_seconds": statistics.median(own[1:]),
+        "touched_rows": statistics.median(touched),
+        "rows": sum(len(table.weight) for table in model.tables()),
+        "parameters_mib": sum(p.numel() for p in model.parameters()) / 2**18,
+        "moments_mib": sum(state["exp_avg"].numel() * 2 for state in adam.state.values()) / 2**18,
+        "batch": config.batch_size,
+    }
+
+
 def movielens_rows(folder: str | None) -> dict[str, Any]:
     ratings = movielens.load("ml-100k", None if folder is None else Path(folder))
     found: dict[str, list[float]] = {}
@@ -254,7 +292,7 @@ def measure(results: Results, wanted: dict[str, Callable[[], dict[str, Any]]]) -
 
 def main() -> None:
     options = parser(__doc__, data=True)
-    options.add_argument("part", choices=["errors", "units", "large", "movielens"])
+    options.add_argument("part", choices=["errors", "units", "large", "optimizer", "movielens"])
     options.add_argument("--only", nargs="+", choices=[*FILES], help="of errors, these data sets")
     given = options.parse_args()
     results = open_results(given, threads=1)
@@ -267,7 +305,7 @@ def main() -> None:
     elif given.part == "movielens":
         wanted["movielens"] = lambda: movielens_rows(given.data_dir)
     else:
-        wanted[given.part] = {"units": units, "large": large}[given.part]
+        wanted[given.part] = {"units": units, "large": large, "optimizer": optimizer}[given.part]
     measure(results, wanted)
 
 

@@ -24,6 +24,7 @@ from lunet_fast.cli.reproduce import reproduce_command
 from lunet_fast.cli.signatures import SeveralValues
 from lunet_fast.cli.train import TrainCommand, train_command
 from lunet_fast.cli.tune import TuneCommand, tune_command
+from lunet_fast.cli.words import speak_for
 
 __all__ = ["app"]
 
@@ -63,3 +64,4 @@ app.command("compare", cls=SeveralValues)(compare_command)
 app.command("reproduce", cls=SeveralValues)(reproduce_command)
 app.command("bench")(bench_command)
 app.command("doctor")(doctor_command)
+speak_for(app)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,19 @@ Told = Callable[[str], None]
 
 FINAL = "final"
 """Within a run folder, the run on all ratings."""
-RANKS_WORSE = (
-    "As a ranking it is worse than popularity, for it was trained on ratings alone: for recommendations "
-    "train with --gamma 0.1, or 0"
-)
+
+
+def ranks_worse(figures: Mapping[str, Any]) -> str:
+    """What to say of a model with these ``metrics.json``, if popularity ranks better; "" otherwise."""
+    if figures.get("full_ndcg@10", 1) >= figures.get("popularity_full_ndcg@10", 0):
+        return ""
+    if figures.get("gamma", 1) == 1:
+        return (
+            "As a ranking it is worse than popularity, for it was trained on ratings alone: for "
+            "recommendations train with --gamma 0.1, or 0"
+        )
+    return "As a ranking it is worse than popularity: try more --epochs, or --recipe sequence"
+
 
 DATA, FILES = "Data", "Columns of your own file"
 
@@ -240,7 +249,9 @@ class Continuation:
     checkpoint_minutes: Annotated[
         float,
         typer.Option(
-            min=0, help="Time between checkpoints within an epoch; there is one at each epoch's end too."
+            min=0,
+            help="Time between checkpoints within an epoch, or a sampling; there is one at each epoch's end "
+            "too.",
         ),
     ] = 2.0
 

@@ -16,12 +16,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from lunet_fast.cli.words import in_options
 from lunet_fast.recsys.data.spreadsheet import spreadsheet_safe
 
 
 def fail(error: Exception, code: int) -> NoReturn:
     """Print the error and leave with the exit code."""
-    typer.echo(f"Error: {harmless(str(error))}", err=True)
+    typer.echo(f"Error: {harmless(in_options(str(error)))}", err=True)
     raise typer.Exit(code)
 
 
@@ -52,7 +53,7 @@ class Output:
     def note(self, text: str) -> None:
         """A remark beside the result, on stderr."""
         if self.told:
-            typer.echo(harmless(text), err=True)
+            typer.echo(harmless(in_options(text)), err=True)
 
     def line(self, text: str) -> None:
         """A line for people."""

@@ -232,12 +232,12 @@ def _note_model(output: Output, run: Path, recommender: LUNetRecommender, exclud
     if exclude_seen and recommender.config.split == "stream":
         output.note("Note: a training on a stream keeps no pairs, so what users have rated is not left out")
     metrics = RunFolder(run).metrics
-    if recommender.ranks_by != "rating" or not metrics.is_file():
+    if recommender.ranks_by == "next" or not metrics.is_file():
         return
     values = read_json(metrics)
-    ours, popularity = values.get("full_ndcg@10"), values.get("popularity_full_ndcg@10")
-    if ours is not None and popularity is not None and ours < popularity:
-        output.note(f"Note: NDCG@10 {ours:.4f}, popularity {popularity:.4f}. {options.RANKS_WORSE}")
+    if worse := options.ranks_worse(values):
+        ours, popularity = values["full_ndcg@10"], values["popularity_full_ndcg@10"]
+        output.note(f"Note: NDCG@10 {ours:.4f}, popularity {popularity:.4f}. {worse}")
 
 
 def _rows(recommender: LUNetRecommender, frame: pd.DataFrame) -> Iterator[tuple[Any, ...]]:

@@ -61,7 +61,10 @@ def training_told(checkpoints: Path) -> Iterator[Signals]:
             fail(error, 2)
         except KeyboardInterrupt as error:
             saved = f"{error}. " if str(error) else ""
-            typer.echo(
-                f"\nInterrupted. {saved}The same command with --resume goes on from {checkpoints}.", err=True
+            rest = (
+                f"The same command with --resume goes on from {checkpoints}."
+                if any(checkpoints.glob("*.safetensors"))
+                else "There is no checkpoint yet: the same command begins anew."
             )
+            typer.echo(f"\nInterrupted. {saved}{rest}", err=True)
             raise typer.Exit(stop.exit_code) from None

@@ -16,17 +16,18 @@ from rich.table import Table
 
 from lunet_fast.cli.options import (
     FINAL,
-    RANKS_WORSE,
     Continuation,
     Dataset,
     Device,
     Source,
     Told,
     data_option,
+    ranks_worse,
     run_name,
 )
 from lunet_fast.cli.output import FigureOutput, Terminal, fail
 from lunet_fast.cli.signatures import grouped, settings_command
+from lunet_fast.cli.words import in_options
 
 if TYPE_CHECKING:
     from lunet_fast.cli.signals import Signals
@@ -524,7 +525,7 @@ def _check_same(folder: RunFolder, asked: dict[str, Any]) -> None:
 def _show_plan(values: dict[str, Any], notes: list[str]) -> None:
     settings = values["settings"]
     for note in notes:
-        typer.echo(note)
+        typer.echo(in_options(note))
     typer.echo(
         f"{values['ratings']:,} ratings by {values['users']:,} users of {values['items']:,} items: recipe "
         f"{settings['recipe']}, {settings['members']} members of vectors of {settings['embedding_size']}, "
@@ -542,20 +543,21 @@ def _show_plan(values: dict[str, Any], notes: list[str]) -> None:
 
 def _show_beside(console: Console, values: dict[str, Any]) -> None:
     """The model beside biases and popularity on the same parts."""
-    full = "full_ndcg@10" in values
+    columns = {"MSE": "test_mse", "RMSE": "test_rmse"}
+    columns |= {"HR@10 of all items": "full_hr@10", "NDCG@10 of all items": "full_ndcg@10"}
+    columns = {heading: key for heading, key in columns.items() if key in values}
     table = Table(title=f"Test part: {values['test_ratings'] or values['held_out_ratings']:,} ratings")
     table.add_column("method")
-    for heading in ("MSE", "RMSE", *(("HR@10 of all items", "NDCG@10 of all items") if full else ())):
+    for heading in columns:
         table.add_column(heading, justify="right")
     methods = ("this model", ""), ("biases of users and items", "biases_"), ("popularity", "popularity_")
     for name, prefix in methods:
-        keys = ("test_mse", "test_rmse", *(("full_hr@10", "full_ndcg@10") if full else ()))
-        cells = [f"{values[prefix + key]:.4g}" if prefix + key in values else "" for key in keys]
+        cells = [f"{values[prefix + key]:.4g}" if prefix + key in values else "" for key in columns.values()]
         if any(cells):
             table.add_row(name, *cells, style=None if prefix else "bold")
     console.print(table)
-    if values.get("full_ndcg@10", 1) < values.get("popularity_full_ndcg@10", 0):
-        typer.echo(RANKS_WORSE)
+    if worse := ranks_worse(values):
+        typer.echo(worse)
 
 
 def _show(console: Console, values: dict[str, Any], folder: RunFolder) -> None:

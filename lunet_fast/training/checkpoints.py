@@ -15,6 +15,7 @@ from lunet_fast.training.schema import (
     CheckpointHeader,
     TrainingState,
     check_same_tensors,
+    shown,
 )
 from lunet_fast.training.sharding import BLOCK, Dealt, DealtTables
 
@@ -43,28 +44,29 @@ def pass_by(tensors: Mapping[str, Tensor | Dealt]) -> None:
 def save_training(
     path: Path | None,
     module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
+    optimizer: torch.optim.Optimizer | None,
+    generator: torch.Generator | None,
     state: dict[str, Any],
     own: dict[str, Tensor],
     dealt: DealtTables | None = None,
 ) -> None:
     """Write parameters, the optimiser's tensors, the generator, ``state`` (JSON values) and the training's
-    ``own`` tensors into one file.
+    ``own`` tensors into one file. What is sampled has neither optimiser nor generator.
 
     With ``dealt`` every process calls this, those without a file with None. The file is the same however the
     tables are dealt, so any number of processes reads it.
     """
     tensors = whole_tensors("module.", module, dealt)
     for name, parameter in module.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in ({} if optimizer is None else optimizer.state.get(parameter, {})).items():
             # SparseAdam counts its steps by an int, Adam by a floating-point tensor.
             tensor = torch.as_tensor(value)
             tensors[f"optimizer.{name}.{key}"] = tensor if dealt is None else dealt.whole(name, tensor)
     if path is None:
         pass_by(tensors)
         return
-    tensors["generator"] = generator.get_state()
+    if generator is not None:
+        tensors["generator"] = generator.get_state()
     tensors |= {f"own.{name}": tensor for name, tensor in own.items()}
     write_tensors(path, tensors, CHECKPOINT_FORMAT, {"state": state})
 
@@ -72,8 +74,8 @@ def save_training(
 def load_training(
     path: Path,
     module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
+    optimizer: torch.optim.Optimizer | None,
+    generator: torch.Generator | None,
     check: Check,
 ) -> tuple[TrainingState, dict[str, Tensor]]:
     """Put back what :func:`save_training` wrote, in place; return its ``state`` and ``own``.
@@ -135,30 +137,52 @@ def _put_back(
     tensors: dict[str, Tensor],
     header: dict[str, Any],
     module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
+    optimizer: torch.optim.Optimizer | None,
+    generator: torch.Generator | None,
     check: Check,
     dealt: Collection[str] = (),
 ) -> tuple[TrainingState, dict[str, Tensor]]:
     try:
         state = TrainingState.from_dict(header["state"])
         saved, own = _below("module.", tensors), _below("own.", tensors)
+        known = {"module": True, "optimizer": optimizer is not None, "own": True}
         for name in tensors:
-            if name != "generator" and name.partition(".")[0] not in ("module", "optimizer", "own"):
+            if not (generator is not None if name == "generator" else known.get(name.partition(".")[0])):
                 raise ValueError(f"{name!r} is too many")
         check_same_tensors(module.state_dict(), saved)
         _check_what_stays(module, saved)
         moments = _checked_moments(_below("optimizer.", tensors), module, optimizer, dealt)
-        check_generator(tensors["generator"], generator)
+        if generator is not None:
+            check_generator(tensors["generator"], generator)
         check(state, own)
         module.load_state_dict(saved)
         parameters = dict(module.named_parameters())
-        for name, values in moments.items():
-            optimizer.state[parameters[name]] = values
-        generator.set_state(tensors["generator"])
+        if optimizer is not None:
+            for name, values in moments.items():
+                optimizer.state[parameters[name]] = values
+        if generator is not None:
+            generator.set_state(tensors["generator"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit this training ({error})") from error
     return state, own
+
+
+def check_progress(state: TrainingState, phase: str, epochs: int, steps: int, tested: bool) -> None:
+    """``ValueError`` unless ``state`` is one of ``phase``, of ``epochs`` epochs of ``steps`` steps, of whose
+    ends it has the errors: of the training part, and of a test part where it is ``tested``."""
+    epoch = state.epoch
+    for what, found, least, most in (
+        ("epochs", epoch, 0, epochs),
+        ("steps", state.step, 0, steps if epoch < epochs else 0),
+        ("train_loss", len(state.train_loss), epoch, epoch),
+        ("elapsed", len(state.elapsed), epoch, epoch),
+        ("test_loss", len(state.test_loss), epoch * tested, epoch * tested),
+    ):
+        if not least <= found <= most:
+            expected = f"{least}" if least == most else f"{least} to {most}"
+            raise ValueError(f"the state has {found} {what}, and this training {expected}")
+    if state.phase != phase:
+        raise ValueError(f"the phase is {shown(state.phase)}, not {phase!r}")
 
 
 def check_generator(state: Tensor, generator: torch.Generator) -> None:
@@ -187,7 +211,10 @@ def _check_what_stays(module: nn.Module, saved: dict[str, Tensor]) -> None:
 
 
 def _checked_moments(
-    saved: dict[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer, dealt: Collection[str]
+    saved: dict[str, Tensor],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    dealt: Collection[str],
 ) -> dict[str, dict[str, Any]]:
     """The optimiser's state by parameter and name, as it takes it; ``ValueError`` where it is none.
 

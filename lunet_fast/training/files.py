@@ -370,7 +370,7 @@ class RunFolder:
         """
         if resume and overwrite:
             raise RunFolderError(
-                "--resume goes on with a training and --overwrite replaces it: give one of the two"
+                "resume=True goes on with a training and overwrite=True replaces it: give one of the two"
             )
         self._refuse_links()
         self._refuse_another(resume=resume, overwrite=overwrite)
@@ -381,7 +381,9 @@ class RunFolder:
             with tempfile.TemporaryFile(prefix=_TEMPORARY, dir=self.checkpoints):
                 pass
         except OSError as error:
-            raise RunFolderError(f"cannot write into {self.path} ({error}): choose another --out") from error
+            raise RunFolderError(
+                f"cannot write into {self.path} ({error}): choose another out=FOLDER"
+            ) from error
         with self.locked():
             pass
 
@@ -389,8 +391,8 @@ class RunFolder:
         if self.is_started() and not resume and not overwrite:
             state = "a finished training" if self.is_finished() else "an interrupted training"
             raise RunFolderError(
-                f"{self.path} holds {state}: add --resume to go on with it, --overwrite to replace it, or "
-                "choose another --out"
+                f"{self.path} holds {state}: add resume=True to go on with it, overwrite=True to "
+                "replace it, or choose another out=FOLDER"
             )
 
     def _refuse_links(self) -> None:
@@ -399,7 +401,7 @@ class RunFolder:
             if place.is_symlink():
                 raise RunFolderError(
                     f"{place} is a link to {place.readlink()}, and what a training deletes and writes must "
-                    "lie in its own folder: name the folder itself as --out, or remove the link"
+                    "lie in its own folder: name the folder itself as out=FOLDER, or remove the link"
                 )
 
     @contextmanager
@@ -413,7 +415,7 @@ class RunFolder:
             lock.acquire()
         except Timeout as error:
             raise RunFolderError(
-                f"another process is training in {self.path}: wait for its end, or choose another --out"
+                f"another process is training in {self.path}: wait for its end, or choose another out=FOLDER"
             ) from error
         try:
             yield
@@ -469,5 +471,5 @@ class RunFolder:
                 theirs, ours = (shown(values.get(name), 80) for values in (recorded, wanted))
                 raise RunFolderError(
                     f"{self.path} was trained with {name}={theirs}, not {ours}: give the same {what} to "
-                    "resume it, or choose another --out"
+                    "resume it, or choose another out=FOLDER"
                 )

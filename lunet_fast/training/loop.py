@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from lunet_fast.training.checkpoints import (
     check_generator,
+    check_progress,
     load_dealt_training,
     load_training,
     save_training,
 )
 from lunet_fast.training.distributed import Workers
 from lunet_fast.training.files import all_finite
-from lunet_fast.training.schema import TrainingState, shown
+from lunet_fast.training.schema import TrainingState
 from lunet_fast.training.sharding import DealtTables
 
 CHECK_EVERY = 50
@@ -305,20 +306,8 @@ class _Loop:
 
     def _check(self, state: TrainingState, own: dict[str, Tensor]) -> None:
         """``ValueError`` unless a checkpoint is one of this phase."""
-        phase, epoch = self.phase, state.epoch
-        tested = epoch if phase.test_loss else 0
-        for what, found, least, most in (
-            ("epochs", epoch, 0, phase.epochs),
-            ("steps", state.step, 0, len(self.errors) if epoch < phase.epochs else 0),
-            ("train_loss", len(state.train_loss), epoch, epoch),
-            ("elapsed", len(state.elapsed), epoch, epoch),
-            ("test_loss", len(state.test_loss), tested, tested),
-        ):
-            if not least <= found <= most:
-                expected = f"{least}" if least == most else f"{least} to {most}"
-                raise ValueError(f"the state has {found} {what}, and this training {expected}")
-        if state.phase != phase.name:
-            raise ValueError(f"the phase is {shown(state.phase)}, not {phase.name!r}")
+        phase = self.phase
+        check_progress(state, phase.name, phase.epochs, len(self.errors), phase.test_loss is not None)
         errors = own.get("errors", self.errors[:0])
         if own.keys() - {"errors", "at_epoch"} or (state.step and "at_epoch" not in own):
             raise ValueError("its own tensors must be errors and at_epoch")

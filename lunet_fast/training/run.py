@@ -28,7 +28,7 @@ class Options(TypedDict, total=False):
     another process is training in."""
     checkpoint_seconds: float
     """Checkpoints are written at the end of each epoch, and within one this long after the last; by default
-    ``CHECKPOINT_SECONDS``."""
+    ``CHECKPOINT_SECONDS``. Of a sampling they are written this long after the last, and at its end."""
     progress: Progress | None
     """Who is told of epochs and steps."""
     stop: Stop | None

@@ -34,7 +34,7 @@ def test_a_run_remembers_which_ratings_are_choices(csv: Path, tmp_path: Path) ->
     for name in ("hr@10", "full_ndcg@10"):
         assert evaluated[name] == written[name]
     again = run("train", "-d", csv, "-o", folder, *SHORT, "--positive-from", 3, "--resume")
-    assert "was trained with positive_from=4.0, not 3.0" in again.stderr
+    assert "was trained with --positive-from 4.0, not 3.0" in again.stderr
 
 
 def test_counts_of_choices_without_ratings(csv: Path, tmp_path: Path) -> None:

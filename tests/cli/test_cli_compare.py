@@ -80,7 +80,7 @@ def test_by_one_time(tmp_path: Path, measured: list[tuple[str, int]]) -> None:
     assert "--split time" in content["command"]
     refused = run("compare", "--split", "time", "--methods", "biases", *words[5:], "-o", tmp_path / "out")
     assert refused.exit_code == 2
-    assert "split='time'isforthosethatrank" in squeezed(refused.output)
+    assert "--splittimeisforthosethatrank" in squeezed(refused.output)
 
 
 def test_all_methods_by_default(csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,11 +79,11 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--datasets", "ml-10m"], "datasets='ml-10m' is unknown: choose from ml-100k, ml-1m"),
-        (["--skip", "paper"], "skip='paper' is unknown"),
+        (["--datasets", "ml-10m"], "--datasets ml-10m is unknown: choose from ml-100k, ml-1m"),
+        (["--skip", "paper"], "--skip paper is unknown"),
         (["--seeds", "many"], "--seeds"),
-        (["--seeds", -1], "seed=-1"),
-        (["--epochs", 0], "epochs=0 must be"),
+        (["--seeds", -1], "--seed -1"),
+        (["--epochs", 0], "--epochs 0 must be"),
         (["--results", "nowhere"], "--results nowhere: no such folder"),
         (["--device", "cuda:99x"], "cuda:99x"),
     ],

@@ -80,7 +80,7 @@ def test_a_file_without_ratings(folder: Path, tmp_path: Path) -> None:
     [
         (["--gamma", 0.5], "gamma"),
         (["--gamma", 0.5, "--members", 2], "gamma"),
-        (["--no-order", "--length", 500, "--batch-size", 100], "length=500"),
+        (["--no-order", "--length", 500, "--batch-size", 100], "--length 500"),
         (["--train-file", "a", "--test-file", "b"], "--recipe sequence"),
         (["--stream"], "--recipe sequence"),
         (["--split", "random"], "split"),
@@ -132,5 +132,5 @@ def test_every_source(folder: Path, tmp_path: Path) -> None:
     assert late.stdout != soon.stdout
     too_early = run("recommend", "--run", tmp_path / "run", "--user", 3, "--at", 5)
     assert too_early.exit_code == 2
-    assert "at=5 is before" in too_early.output
+    assert "--at 5 is before" in too_early.output
     assert "nothing to do" in run(*command, "--resume").output

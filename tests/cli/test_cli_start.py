@@ -117,18 +117,18 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("words", "settings", "message"),
         [
-            ("train", {"layers": 10**9}, "layers=1000000000 must be a whole number from 1 to 1000"),
+            ("train", {"layers": 10**9}, "--layers 1000000000 must be a whole number from 1 to 1000"),
             (
                 "train",
                 {"embedding_size": 10**12},
-                "embedding_size=1000000000000 must be a whole number from 1 to",
+                "--embedding-size 1000000000000 must be a whole number from 1 to",
             ),
-            ("train", {"members": 10**9}, "members=1000000000 must be a whole number from 1 to 1000"),
-            ("density train", {"layers": 10**9}, "layers=1000000000 must be a whole number from 1 to 1000"),
+            ("train", {"members": 10**9}, "--members 1000000000 must be a whole number from 1 to 1000"),
+            ("density train", {"layers": 10**9}, "--layers 1000000000 must be a whole number from 1 to 1000"),
             (
                 "density train",
                 {"components": 4 * 10**8},
-                "components=400000000 must be a whole number from 1 to",
+                "--components 400000000 must be a whole number from 1 to",
             ),
         ],
     )
@@ -147,4 +147,4 @@ class TestOptions:
         result = run("density", "train", "--dataset", "nothing", "--permutation", "none")
         assert "neither a known data set" in result.output
         result = run("density", "train", "--dataset", "nothing", "--permutation", "sideways")
-        assert "permutation='sideways' is unknown: choose one of reverse, random, or null" in result.output
+        assert "--permutation sideways is unknown: choose one of reverse, random, or none" in result.output

@@ -101,7 +101,13 @@ class TestAuto:
         assert "--gamma 0.1" in found.stderr
         ranking = run("train", "-d", tmp_path / "r.csv", "-o", tmp_path / "ids", "--gamma", 0, *SHORT)
         assert ranking.exit_code == 0, ranking.output
-        assert "Note" not in run("recommend", "--run", tmp_path / "ids", "--user", 3).stderr
+        assert "MSE" not in ranking.stdout
+        found = run("recommend", "--run", tmp_path / "ids", "--user", 3)
+        values = metrics(tmp_path / "ids")
+        worse = float(str(values["full_ndcg@10"])) < float(str(values["popularity_full_ndcg@10"]))
+        for told in (ranking.stdout, found.stderr):
+            assert ("worse than popularity: try more --epochs" in told) == worse
+            assert "--gamma" not in told
 
     def test_transform(self, csv: Path, tmp_path: Path) -> None:
         result = run("train", "-d", csv, "-o", tmp_path / "run", "--transform", "rank", *SHORT)
@@ -168,10 +174,10 @@ class TestTrain:
         assert first.output.splitlines()[-1] == resumed.output.splitlines()[-1]
         other = run(*command, "--resume", "--seed", 1)
         assert other.exit_code == 2
-        assert "was trained with seed=0, not 1" in other.output
+        assert "was trained with --seed 0, not 1" in other.output
         other = run("train", "-d", "ml-100k", "-o", tmp_path / "run", "--no-mlp", *SHORT, "--resume")
         assert other.exit_code == 2
-        assert "was trained with dataset='films.csv', not 'ml-100k'" in other.output
+        assert "was trained with --dataset films.csv, not 'ml-100k'" in other.output
         (tmp_path / "elsewhere.csv").rename(csv)
         assert run(*command, "--overwrite", "--seed", 1).exit_code == 0
         assert metrics(tmp_path / "run")["seed"] == 1
@@ -183,23 +189,27 @@ class TestTrain:
         monkeypatch.setattr("lunet_fast.recsys.model.training.train", interrupt)
         result = run("train", "-d", csv, "-o", tmp_path / "run")
         assert result.exit_code == 130
-        assert "--resume goes on" in result.output
+        assert "There is no checkpoint yet: the same command begins anew" in result.output
+        checkpoint = tmp_path / "run" / "checkpoints" / "lu-net.safetensors"
+        checkpoint.touch()
+        result = run("train", "-d", csv, "-o", tmp_path / "run", "--resume", "--recipe", "best")
+        assert f"--resume goes on from {checkpoint.parent}." in result.output
 
 
 class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--recipe", "good"], "recipe='good' is unknown: choose one of paper, best"),
-            (["--split", "weekly"], "split='weekly' is unknown"),
-            (["--epochs", "0"], "epochs=0 must be a whole number from 1 to 1000000"),
-            (["--dropout", "1.5"], "dropout=1.5"),
-            (["--seed", "-1"], "seed=-1"),
+            (["--recipe", "good"], "--recipe good is unknown: choose one of paper, best"),
+            (["--split", "weekly"], "--split weekly is unknown"),
+            (["--epochs", "0"], "--epochs 0 must be a whole number from 1 to 1000000"),
+            (["--dropout", "1.5"], "--dropout 1.5"),
+            (["--seed", "-1"], "--seed -1"),
             (["--epochs", "many"], "--epochs"),
             (["--train-file", "a"], "go together"),
             (["--train-file", "a", "--test-file", "b", "--split", "random"], "--split does not go with"),
             (["--user-column", "who"], "there is no column 'who' for the user"),
-            (["--device", "cuda:99x"], "device='cuda:99x'"),
+            (["--device", "cuda:99x"], "--device"),
             (["--unknown"], "No such option"),
         ],
     )
@@ -227,7 +237,7 @@ class TestRefusals:
     def test_divergence(self, csv: Path, tmp_path: Path) -> None:
         result = run("train", "-d", csv, "-o", tmp_path / "run", "--lr", "1e6", "--epochs", "3")
         assert result.exit_code == 1
-        assert "learning_rate=1e+06 is most likely too high" in result.output
+        assert "--learning-rate 1e+06 is most likely too high" in result.output
 
 
 class TestEntry:

@@ -130,7 +130,7 @@ def test_interrupted_and_resumed_ends_in_the_same_bits(tmp_path: Path, name: str
     with pytest.raises(Interrupted):
         train_density(rows, SHORT, out=tmp_path / "run", stop=stop, progress=_StopsAt(stop, 0))
     assert not (tmp_path / "run/metrics.json").exists()
-    with pytest.raises(RunFolderError, match="--resume"):
+    with pytest.raises(RunFolderError, match="resume=True"):
         train_density(rows, SHORT, out=tmp_path / "run")
     with pytest.raises(RunFolderError, match="layers=3, not 2"):
         train_density(rows, SHORT.replace(layers=2), out=tmp_path / "run", resume=True)

@@ -15,6 +15,7 @@ from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.data import Rows
 from lunet_fast.density.training import train_density
 from lunet_fast.recsys.data.ratings import Ratings, from_frame
+from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.training import train
 from lunet_fast.training import files
 from lunet_fast.training.files import CheckpointError
@@ -24,6 +25,9 @@ from tests.training.changes import Change, added, lacking, tensor
 
 FLOW = DensityConfig(layers=2, bins=4, input_bins=4, components=2, steps=6, round_steps=3, signs="random")
 RECOMMENDER = quick_config(epochs=3, mlp=False, gamma=0.5, embedding_size=2, batch_size=64)
+SAMPLED = recipe(
+    "best", 1000, inference="gibbs", epochs=3, members=2, mlp=False, embedding_size=2, split="random"
+)
 
 
 class StopAfter(Progress):
@@ -50,14 +54,16 @@ def go_on(kind: str, out: Path, **options: Any) -> Any:
     """The training of that kind in the folder, resumed."""
     if kind == "flow":
         return train_density(rows(), FLOW, out=out, resume=True, **options).trained.flow
-    return train(ratings(), RECOMMENDER, out=out, resume=True, **options).trained.model
+    config = RECOMMENDER if kind == "recommender" else SAMPLED
+    return train(ratings(), config, out=out, resume=True, **options).trained.model
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The checkpoint of each kind of training, stopped after its first epoch, and the folder it is in."""
     found = {}
-    for kind, name in (("flow", "flow"), ("recommender", "lu-net")):
+    for kind in KINDS:
+        name = "flow" if kind == "flow" else "lu-net"
         out, stop = tmp_path_factory.mktemp(kind), Stop()
         with pytest.raises(Interrupted):
             go_on(kind, out, stop=stop, progress=StopAfter(stop, 1))
@@ -137,7 +143,25 @@ RECOMMENDERS: dict[str, tuple[Change, str]] = {
     ),
     "fewer users": (tensor("module.user_embedding.weight", lambda t: t[:3]), "of shape"),
 }
-CASES = [("flow", kind) for kind in FLOWS] + [("recommender", kind) for kind in RECOMMENDERS]
+SAMPLINGS: dict[str, tuple[Change, str]] = {
+    "no vectors": (lacking("own.user.vectors"), "'user.vectors' is missing"),
+    "vectors of fewer users": (tensor("own.user.vectors", lambda t: t[:3]), "of shape"),
+    "single precision": (tensor("own.item.mean", Tensor.float), "of dtype"),
+    "precisions of 0": (tensor("own.item.precision", torch.zeros_like), "must be above 0"),
+    "weights without a penalty": (tensor("own.user.weights_precision", Tensor.neg), "must be above 0"),
+    "no noise": (tensor("own.noise", torch.zeros_like), "'noise' must be above 0"),
+    "an own tensor too many": (added("own.more", torch.ones(1)), "'more' is too many"),
+    "no sum over members": (lacking("own.summed"), "own.summed must be torch.float64"),
+    "a sum of other rows": (tensor("own.summed", lambda t: t[1:]), "own.summed must be torch.float64"),
+    "a generator": (added("generator", torch.ones(8, dtype=torch.uint8)), "'generator' is too many"),
+    "an optimiser": (added("optimizer.weight.step", torch.ones(())), "is too many"),
+    "a sweep too many": (states(epoch=4), "4 epochs, and this training 0 to 3"),
+    "steps": (states(step=1), "1 steps, and this training 0"),
+    "members missing": (lacking("module.user_bias"), "is missing"),
+    "other data": (tensor("module.interactions.indices", lambda t: t + 1), "of other data"),
+}
+KINDS = {"flow": FLOWS, "recommender": RECOMMENDERS, "sampling": SAMPLINGS}
+CASES = [(training, kind) for training, cases in KINDS.items() for kind in cases]
 
 
 def changed(file: Path, change: Change, target: Path) -> None:
@@ -155,7 +179,7 @@ def changed(file: Path, change: Change, target: Path) -> None:
 @pytest.mark.parametrize(("training", "kind"), CASES)
 def test_is_refused(training: str, kind: str, interrupted: dict[str, Path], tmp_path: Path) -> None:
     file = interrupted[training]
-    change, reason = (FLOWS if training == "flow" else RECOMMENDERS)[kind]
+    change, reason = KINDS[training][kind]
     checkpoint = tmp_path / "checkpoints" / file.name
     checkpoint.parent.mkdir()
     (tmp_path / "config.json").write_bytes((file.parents[1] / "config.json").read_bytes())
@@ -168,7 +192,7 @@ def test_is_refused(training: str, kind: str, interrupted: dict[str, Path], tmp_
     assert checkpoint.read_bytes() == before
 
 
-@pytest.mark.parametrize("training", ["flow", "recommender"])
+@pytest.mark.parametrize("training", KINDS)
 def test_unchanged_it_is_taken_up(training: str, interrupted: dict[str, Path], tmp_path: Path) -> None:
     """So that it is the changes that are refused; and the end is that of a training left alone."""
     file = interrupted[training]

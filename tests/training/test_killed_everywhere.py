@@ -20,6 +20,7 @@ from lunet_fast.density.config import DensityConfig
 from lunet_fast.density.data import Rows
 from lunet_fast.density.training import train_density
 from lunet_fast.recsys.data.ratings import from_frame
+from lunet_fast.recsys.model.config import recipe
 from lunet_fast.recsys.model.training import train
 from tests.recsys.synthetic import latent_frame, quick_config
 
@@ -40,6 +41,13 @@ def density(out: Path, data: Path) -> None:
 def recommender(out: Path, data: Path) -> None:
     ratings = from_frame(latent_frame(9, 14, 40), scale=(1, 5))
     config = quick_config(epochs=2, mlp=False, gamma=0.5, split="joint", embedding_size=2, batch_size=16)
+    train(ratings, config, out=out, resume=True, checkpoint_seconds=0.0)
+
+
+def sampling(out: Path, data: Path) -> None:
+    ratings = from_frame(latent_frame(9, 14, 40), scale=(1, 5))
+    sampled = {"inference": "gibbs", "epochs": 4, "members": 2, "embedding_size": 2, "split": "random"}
+    config = recipe("best", 40, mlp=False, threads=1, **sampled)
     train(ratings, config, out=out, resume=True, checkpoint_seconds=0.0)
 
 
@@ -117,12 +125,12 @@ def check(training: Callable[[Path, Path], None], tmp_path: Path, every: int) ->
     return kills
 
 
-@pytest.mark.parametrize("training", [density, recommender], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("training", [density, recommender, sampling], ids=lambda f: f.__name__)
 def test_at_some_operations(training: Callable[[Path, Path], None], tmp_path: Path) -> None:
     assert check(training, tmp_path, every=41) >= 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [density, recommender, stream], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("training", [density, recommender, sampling, stream], ids=lambda f: f.__name__)
 def test_at_every_operation(training: Callable[[Path, Path], None], tmp_path: Path) -> None:
     assert check(training, tmp_path, every=1) >= 50

@@ -67,8 +67,7 @@ def usual_column(source: str, names: Sequence[str], role: str, taken: Collection
         if len(found) > 1:
             both = " and ".join(repr(names[k]) for k in found[:2])
             raise RatingFileError(
-                f"{source}: the columns {both} could both be the {role}: name one with {role}=..., on the "
-                f"command line --{role}-column"
+                f"{source}: the columns {both} could both be the {role}: name one with {role}=..."
             )
         if found:
             return found[0]

@@ -159,7 +159,7 @@ def locate(dataset: str, data_dir: str | os.PathLike[str] | None = None) -> Loca
 
     folder = os.environ.get(DATA_VARIABLE, "")
     if not folder:
-        failures.append(f"data folder: neither --data-dir nor ${DATA_VARIABLE} is given")
+        failures.append(f"data folder: neither data_dir=FOLDER nor ${DATA_VARIABLE} is given")
     else:
         in_folder: list[str] = []
         located = _from_folder(spec, Path(folder), in_folder)
@@ -181,7 +181,7 @@ def locate(dataset: str, data_dir: str | os.PathLike[str] | None = None) -> Loca
     raise DataNotFoundError(
         f"{dataset} was found in none of its sources:\n{_listed(failures)}\n"
         f"Download {spec.url} and put it, as it is, at {cache_folder() / spec.zip}, or as {spec.zip} into a "
-        f"folder that --data-dir or ${DATA_VARIABLE} names."
+        f"folder that data_dir=FOLDER or ${DATA_VARIABLE} names."
     )
 
 

@@ -30,7 +30,9 @@ _CELLS = (tuple, list, np.ndarray)
 
 def is_table(given: Any) -> bool:
     """Whether it is a data frame, of pandas or another library."""
-    return isinstance(given, pd.DataFrame) or (hasattr(given, "columns") and hasattr(given, "__getitem__"))
+    # By the type: asked for its columns, a lazy frame of polars computes.
+    kind = type(given)
+    return hasattr(kind, "columns") and hasattr(kind, "__getitem__")
 
 
 def ratings_frame(given: Any, names: Sequence[str]) -> pd.DataFrame:
@@ -88,7 +90,8 @@ def _table(given: Any) -> pd.DataFrame:
     if hasattr(given, "get_columns"):  # polars, which needs pyarrow to convert by itself
         return pd.DataFrame({column.name: column.to_list() for column in given.get_columns()})
     if not hasattr(given, "to_pandas"):
-        _refuse("a table", given, "a data frame of pandas or polars")
+        lazy = ", collected" if hasattr(given, "collect") else ""
+        _refuse("a table", given, f"a data frame of pandas or polars{lazy}")
     return pd.DataFrame(given.to_pandas())
 
 

@@ -50,6 +50,7 @@ __all__ = [
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".inter": "\t", ".dat": "::"}
 JSON = (".json", ".jsonl", ".ndjson")
+SPREADSHEETS = (".xlsx", ".xls", ".ods")
 SEPARATOR_NAMES = {
     "tab": "\t",
     "\\t": "\t",
@@ -400,11 +401,13 @@ def _check_separator(sep: str | None) -> None:
 def _separator(file: Path, suffix: str, data: bytes, usual: str | None) -> str:
     """The separator of a text; RatingFileError where neither extension nor rows tell it."""
     found = None if usual is None and b"\0" in data else sniffed(data, usual)
+    if found is None and suffix in SPREADSHEETS:
+        raise RatingFileError(f"{file}: spreadsheets are not read: save the sheet as .csv")
     if found is None:
         known = ", ".join([*SEPARATORS, *JSON, ".parquet", ".zip"])
         raise RatingFileError(
             f"{file}: cannot tell the format from the extension {suffix!r}: rename it to one of {known} "
-            "(.gz may follow), or pass sep=, --sep"
+            "(.gz may follow), or name the separator: sep=TEXT"
         )
     return found
 

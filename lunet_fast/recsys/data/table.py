@@ -130,25 +130,20 @@ def used_columns(
         elif usual is not None:
             used[role] = usual
         elif name is not None and names.count(name) > 1:
-            raise RatingFileError(
-                f"{source}, line 1: the column {name!r} ({role}) occurs {names.count(name)} times"
-            )
+            raise RatingFileError(f"{source}: the column {name!r} ({role}) occurs {names.count(name)} times")
         elif role != "timestamp" and not (role in ("rating", "weight") and name is None):
             listed = ", ".join(repr(n if len(n) <= 40 else n[:37] + "...") for n in names[:30])
-            also = (
-                " (interactions without ratings are read with rating=None, --gamma 0 on the command line)"
-                if role == "rating"
-                else ""
-            )
+            also = " (interactions without ratings are read with rating=None)" if role == "rating" else ""
             raise RatingFileError(
-                f"{source}, line 1: there is no column {name!r} for the {role}{also}; the columns are "
-                f"{listed}: name the right one with {role}=..., on the command line --{role}-column{hint}"
+                f"{source}: there is no column {name!r} for the {role}{also}; the columns are "
+                f"{listed}: name the right one with {role}=...{hint}"
             )
     return used
 
 
 def frame_table(source: str, frame: pd.DataFrame, columns: Mapping[str, str | None]) -> Table:
-    used = used_columns(source, [str(name) for name in frame.columns], columns)
+    wanted = {role: None if name is None else str(name) for role, name in columns.items()}
+    used = used_columns(source, [str(name) for name in frame.columns], wanted)
     if not len(frame):
         raise RatingFileError(f"{source}: there is no row")
     found = {}

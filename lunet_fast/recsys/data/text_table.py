@@ -84,7 +84,8 @@ def read_text(
         names = [name.strip() for name in rows.head]
         if strip_types:
             names = [name.split(":")[0] for name in names]
-        used = used_columns(source, names, columns, hint=_header_hint(names))
+        first = f"{source}, line {rows.places[0]}"
+        used = used_columns(first, names, columns, hint=_header_hint(names))
         if len(rows.places) == 1:
             raise RatingFileError(f"{source}: there is a header, line {rows.places[0]}, but no row after it")
         skip = 1
@@ -214,9 +215,9 @@ def _without_blank_lines(data: bytes) -> tuple[bytes, Int64Array]:
 def _header_hint(names: Sequence[str]) -> str:
     if len(names) == 1 and (other := [s for s in (",", "\t", ";", "|", "::") if s in names[0]]):
         return f"; the separator may be another one: sep={other[-1]!r}"
-    if all(NUMBER.fullmatch(name) for name in names):
+    if any(NUMBER.fullmatch(name) for name in names):
         return (
             "; the first line holds numbers: put a header such as user,item,rating,timestamp before it, or "
-            "read the file without one: header=False, --no-header"
+            "read the file without one: header=False"
         )
     return ""

@@ -200,5 +200,5 @@ def refuse_duplicates(table: Table, user: Int64Array, item: Int64Array, users: I
     raise RatingFileError(
         f"{table.source}, {table.unit} {table.places[later]}: user {brief(users.ids[user[later]])} has rated "
         f"item {brief(items.ids[item[later]])} already in {table.unit} {table.places[earlier]}: keep one of "
-        f"them{more}"
+        f"them, or say what counts: duplicates='latest', 'mean' or 'max'{more}"
     )

@@ -18,6 +18,8 @@ from lunet_fast.training.outside import max_bytes, most_unpacked
 MAX_MEMBERS = 10_000  # a wheel has some hundreds; zipfile makes an object of each
 TABLES = (".csv", ".tsv", ".txt", ".inter", ".dat", ".data", ".parquet", ".json", ".jsonl", ".ndjson")
 """Extensions of what may be a table."""
+BESIDE = ("readme", "license", "licence", "changelog", "notice", "citation")
+"""Names of what lies beside one."""
 
 
 def opened(data: bytes) -> zipfile.ZipFile:
@@ -67,6 +69,7 @@ def table_in(file: Path, data: bytes) -> tuple[str, bytes]:
                 for path in paths
                 if path.suffix.lower() in TABLES and "__MACOSX" not in path.parts and path.name[0] != "."
             ]
+            tables = [path for path in tables if path.stem.lower() not in BESIDE] or tables
             named = [path for path in tables if path.stem.lower() == "ratings"]
             chosen = tables if len(tables) == 1 else named
             if len(chosen) != 1:

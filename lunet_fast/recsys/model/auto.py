@@ -172,7 +172,7 @@ def found_before(out: Path, given: Mapping[str, Any]) -> TrainConfig | None:
         config = TrainConfig.from_dict({k: v for k, v in recorded.items() if k in TrainConfig.model_fields})
     except ValueError as error:
         raise RunFolderError(
-            f"{folder.config}: {error}: it is not as the training wrote it; start anew with --overwrite"
+            f"{folder.config}: {error}: it is not as the training wrote it; start anew with overwrite=True"
         ) from error
     looked_for = {"epochs"} if config.patience is not None else set()
     for name, value in given.items():
@@ -180,7 +180,7 @@ def found_before(out: Path, given: Mapping[str, Any]) -> TrainConfig | None:
         if name not in looked_for and found != value:
             raise RunFolderError(
                 f"{folder.path} was trained with {name}={found!r}, not {value!r}: give the same settings to "
-                "resume it, or choose another --out"
+                "resume it, or choose another out=FOLDER"
             )
     return config
 
@@ -196,14 +196,14 @@ def plan(ratings: Ratings, **given: Any) -> Plan:
         if spread == 0 or float(r.min()) == float(r.max()):
             raise ValueError(
                 f"all {n:,} ratings are {float(r[0]):g}, which leaves nothing to predict: to learn who chose "
-                "what, train with gamma=0 (--gamma 0)"
+                "what, train with gamma=0"
             )
         skewness = float(((r - r.mean()) / spread).pow(3).mean())
         if abs(skewness) > SKEWED and config.transform == "standard":
             notes.append(
                 f"ratings from {float(r.min()):g} to {float(r.max()):g} with a median of "
                 f"{float(r.median()):g} are very skewed (skewness {skewness:.0f}), as counts are: consider "
-                "--transform log or rank (transform='log'), or --gamma 0"
+                "transform='log' or transform='rank', or gamma=0"
             )
     searched = config.gamma == 1 and config.loss != "ordinal" and n < LARGE and config.offset == "biases"
     folds = (4 if n < 3000 else 2 if n < MANY else 1) if searched and n >= 20 else 0

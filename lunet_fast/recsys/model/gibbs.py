@@ -16,25 +16,20 @@ with features in the mean of the prior, whose B is drawn jointly, by perturbatio
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lunet_fast.recsys.measures.metrics import mse
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.network import RatingModel
-from lunet_fast.training.loop import Curve, Interrupted, Progress, Stop, told_to_end
-from lunet_fast.training.run import Run
+from lunet_fast.training.schema import check_same_tensors
 
 Triple = tuple[Tensor, Tensor, Tensor]
 """Users and items, int64 ``[N]``, and the ratings of the pairs."""
 
 PRIOR_RATE = 0.2
-BURN_IN = 0.25
-"""Share of the sweeps that no member is taken from."""
 TOLERANCE, MOST_ITERATIONS = 1e-2, 10
 """Of conjugate gradients: the residual's norm in parts of the right side's. What is left over goes into the
 next sweep's solution, which begins where this one ends."""
@@ -62,6 +57,18 @@ class _Side:
         self.precision = torch.full((size + 1,), 1 / FIRST_STD**2, dtype=kind)
         self.weights = torch.zeros(0 if features is None else features.shape[1], size + 1, dtype=kind)
         self.weights_precision = 1.0
+
+    def state(self) -> dict[str, Tensor]:
+        """What the chain has drawn of this side, by name."""
+        names = "vectors", "expected", "mean", "precision", "weights"
+        penalty = torch.tensor(self.weights_precision, dtype=torch.float64)
+        return {**{name: getattr(self, name) for name in names}, "weights_precision": penalty}
+
+    def set_state_(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state`."""
+        self.vectors, self.expected, self.mean = state["vectors"], state["expected"], state["mean"]
+        self.precision, self.weights = state["precision"], state["weights"]
+        self.weights_precision = float(state["weights_precision"])
 
     def matrix(self, values: Tensor) -> Tensor:
         """The sparse matrix ``[n, others]`` of ``values`` ``[N]``, sorted as the ratings are."""
@@ -160,7 +167,9 @@ class Chain:
         self.residual = learnt - model.mean.double()
         self.noise = config.noise or 0.5 * float(self.residual.square().mean()) or 1.0
         self.sampled_noise = not config.noise
-        self.rng = np.random.default_rng((config.seed, 6))
+        self.sweeps = 0
+        """That are done. Each draws from a generator of its own, of the seed and its number."""
+        self.rng = np.random.default_rng((config.seed, 6, 0))
         seen = model.interactions
         sizes = seen.n_users, seen.n_items
         of_user = _features(config, config.user_history, users, items, sizes, model.user_features)
@@ -173,6 +182,8 @@ class Chain:
 
     def sweep(self) -> None:
         """Draw everything once."""
+        self.sweeps += 1
+        self.rng = np.random.default_rng((self.model.config.seed, 6, self.sweeps))
         user, item = self.user_side, self.item_side
         item.draw(self.residual, user, self.noise, self.rng)
         item.draw_prior(self.rng)
@@ -182,6 +193,25 @@ class Chain:
             left = self.residual - self.predicted(self.users, self.items)
             rate = 1 + float(left.square().sum()) / 2
             self.noise = 1 / self.rng.gamma(1 + len(left) / 2, 1 / rate)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next sweep needs of those before, by name; the sweeps are counted apart."""
+        sides = {"user": self.user_side.state(), "item": self.item_side.state()}
+        found = {f"{side}.{name}": tensor for side, state in sides.items() for name, tensor in state.items()}
+        return {**found, "noise": torch.tensor(self.noise, dtype=torch.float64)}
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """``ValueError`` unless it is one of such a chain."""
+        check_same_tensors(self.state(), state)
+        for name, tensor in state.items():
+            if name.endswith(("precision", "noise")) and not bool((tensor > 0).all()):
+                raise ValueError(f"{name!r} must be above 0")
+
+    def set_state_(self, state: Mapping[str, Tensor], sweeps: int) -> None:
+        """Go on from :meth:`state` after so many sweeps, as if this chain had made them."""
+        for name, side in (("user.", self.user_side), ("item.", self.item_side)):
+            side.set_state_({key.removeprefix(name): state[key] for key in state if key.startswith(name)})
+        self.noise, self.sweeps = float(state["noise"]), sweeps
 
     def predicted(self, users: Tensor, items: Tensor) -> Tensor:
         """``[B]``: the state's ratings as they are learnt, less their mean."""
@@ -215,63 +245,6 @@ class Chain:
         ):
             alone = vectors[:, :-1] @ mean[:-1] + vectors[:, -1] + mean[-1]
             deviation += (alone.float() - deviation) / (member + 1)
-
-
-@torch.no_grad()
-def sampled(
-    model: RatingModel, training: Triple, test: Triple | None, scale: tuple[float, float], run: Run
-) -> Curve:
-    """Write samples into the members of ``model``, evenly over the last 1 - BURN_IN of ``epochs`` sweeps.
-
-    ``training`` and ``test`` are the ratings as :class:`Chain` takes them, on the CPU as the model is. What
-    ``run`` tells and asks of epochs is of sweeps, the test error that of the mean of the members so far; a
-    callback that ends the sampling leaves those that are not written with the state of its sweep. There are
-    no checkpoints: a resumed sampling begins anew, and gives the same. ``Interrupted`` when ``run`` is
-    stopped.
-    """
-    config, curve, stop = model.config, Curve(), run.stop or Stop()
-    assert model.weight is not None
-    assert model.intercept is not None
-    model.weight.zero_()
-    model.intercept.zero_()
-    chain = Chain(model, *training)
-    progress = run.progress or Progress()
-    progress.start("LU-Net", config.epochs, 1, 0)
-    summed, written, seconds = torch.zeros(()), 0, 0.0
-    with stop.granting():
-        for sweep, kept in enumerate(_kept(config.epochs, config.members)):
-            began = time.monotonic()
-            chain.sweep()
-            if kept:
-                chain.write_(written)
-                written += 1
-            seconds += time.monotonic() - began
-            curve.elapsed.append(seconds)
-            curve.train.append(_error(model, chain.predicted(*training[:2]), training[2], scale))
-            if test is not None:
-                state = chain.predicted(*test[:2])
-                summed = summed + state if kept else summed
-                curve.test.append(_error(model, summed / written if written else state, test[2], scale))
-            progress.epoch("LU-Net", sweep, curve.train[-1], curve.test[-1] if curve.test else None)
-            if stop.asked:
-                raise Interrupted(f"nothing was saved: a sampling of {config.epochs} sweeps begins anew")
-            if told_to_end(run.callbacks, curve, sweep, run.workers):
-                break
-    for member in range(written, config.members):
-        chain.write_(member)
-    return curve
-
-
-def _error(model: RatingModel, score: Tensor, ratings: Tensor, scale: tuple[float, float]) -> float:
-    return mse(model.rating((model.mean + score).float()).clamp(*scale), ratings)
-
-
-def _kept(sweeps: int, members: int) -> Iterator[bool]:
-    """Of each sweep, whether a member is taken from it: the last one, and others as evenly as can be."""
-    last = sweeps - min(int(BURN_IN * sweeps), sweeps - members)
-    for sweep in range(sweeps):
-        place = sweep - (sweeps - last)
-        yield place >= 0 and (place + 1) * members // last > place * members // last
 
 
 def _features(

@@ -70,13 +70,12 @@ class Side(nn.Module):
             tables["item_text"] = training.item_text
             if training.item_text is None:
                 raise ValueError(
-                    f"text=True: {training.name} has no texts: read them with with_text(), on the command "
-                    "line --text FILE"
+                    f"text=True: {training.name} has no texts: read them with with_text(ratings, FILE)"
                 )
         if config.confidence and training.weight is None:
             raise ValueError(
                 f"confidence={config.confidence:g}: {training.name} has no weights: name their column with "
-                "weight=, on the command line --weight-column"
+                "weight=..."
             )
         if config.social:
             tables |= _friends_items(training)
@@ -150,8 +149,8 @@ def _friends_items(training: Ratings) -> dict[str, Tensor | None]:
     ties = training.friends
     if ties is None:
         raise ValueError(
-            f"social=True: {training.name} has no ties between users: read them with with_friends(), on the "
-            "command line --social FILE"
+            f"social=True: {training.name} has no ties between users: read them with "
+            "with_friends(ratings, FILE)"
         )
     seen = Interactions(training.user, training.item, training.n_users, training.n_items)
     counts = seen.user_counts[ties.friend]

@@ -19,7 +19,7 @@ from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.measures import metrics
 from lunet_fast.recsys.measures.protocols import Parts, Ranking, evaluate_ranking
 from lunet_fast.recsys.model.config import TrainConfig
-from lunet_fast.recsys.model.gibbs import Triple, sampled
+from lunet_fast.recsys.model.gibbs import Triple
 from lunet_fast.recsys.model.interactions import Interactions
 from lunet_fast.recsys.model.losses import Losses, confidence_weights, hybrid_loss
 from lunet_fast.recsys.model.mlp import MLPModel, perceptron
@@ -28,6 +28,7 @@ from lunet_fast.recsys.model.negatives import NegativeSampler
 from lunet_fast.recsys.model.network import RatingModel
 from lunet_fast.recsys.model.plain import plain_figures
 from lunet_fast.recsys.model.prediction import decode, predict_ratings, reconstruct
+from lunet_fast.recsys.model.sampling import sampled
 from lunet_fast.recsys.model.scoring import ItemScorer
 from lunet_fast.recsys.model.sequence_config import SequenceConfig
 from lunet_fast.training.distributed import Workers, existing_device
@@ -365,7 +366,7 @@ class _Phases:
             if training.weight is None:
                 raise ValueError(
                     f"confidence={config.confidence:g} is of counts, which {training.name} has none of: name "
-                    "their column (--weight-column, weight=)"
+                    "their column (weight=...)"
                 )
             self.weight = (confidence_weights(training.weight, config.confidence).to(self.device),)
         self.shape = training.n_users, training.n_items

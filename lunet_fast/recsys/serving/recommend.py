@@ -92,6 +92,9 @@ class LUNetRecommender:
         timestamp: str | None = "timestamp",
         weight: str | None = None,
         scale: tuple[float, float] | None = None,
+        duplicates: str = "error",
+        sep: str | None = None,
+        header: bool = True,
         progress: Progress | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> LUNetRecommender:
@@ -102,9 +105,9 @@ class LUNetRecommender:
         ``{user: {item: rating}}``, or a pandas Series by user and item
         (:func:`~lunet_fast.recsys.data.objects.ratings_frame`).
 
-        The column names and ``scale`` apply to files and frames, as in
-        :func:`~lunet_fast.recsys.data.ratings.read_ratings`, whose errors are raised, and ``TypeError`` for
-        an object of another kind; ``rating=None`` reads
+        The column names, ``scale`` and ``duplicates`` apply to files and frames, ``sep`` and ``header`` to
+        files, as in :func:`~lunet_fast.recsys.data.ratings.read_ratings`, whose errors are raised, and
+        ``TypeError`` for an object of another kind; ``rating=None`` reads
         interactions without ratings, which need gamma 0 or recipe ``sequence``. Recipe ``auto`` makes a short
         search on validation parts first; ``best`` takes the settings of the MovieLens set nearest in size.
 
@@ -114,8 +117,9 @@ class LUNetRecommender:
         ``LUNetRecommender(patience=3)`` of recipe ``auto``.
         """
         told: Any = {"progress": progress, "callbacks": checked_callbacks(callbacks)}
-        columns = {"user": user, "item": item, "rating": rating, "timestamp": timestamp, "scale": scale}
-        ratings = self._read(ratings, weight=weight, **columns)
+        columns = {"user": user, "item": item, "rating": rating, "timestamp": timestamp, "weight": weight}
+        reading = {"scale": scale, "duplicates": duplicates, "sep": sep, "header": header}
+        ratings = self._read(ratings, **columns, **reading)
         config = self._config(len(ratings))
         if isinstance(config, TrainConfig):
             if self.recipe == AUTO:
@@ -157,6 +161,8 @@ class LUNetRecommender:
             return ratings
         if isinstance(ratings, (str, os.PathLike)):
             return read_ratings(ratings, **names)
+        for of_files in ("sep", "header"):
+            names.pop(of_files, None)
         roles = [names[role] for role in ("user", "item", "rating", "timestamp") if names[role] is not None]
         return from_frame(ratings_frame(ratings, roles), **names)
 

@@ -106,8 +106,11 @@ def test_separators_by_name_or_sniffed(tmp_path: Path, name: str, header: bool) 
 
 def test_without_a_header(tmp_path: Path) -> None:
     file = write(tmp_path, "r.csv", "1,7,4,100", "2,8,3,200")
-    with pytest.raises(RatingFileError, match="holds numbers.*header=False, --no-header"):
+    with pytest.raises(RatingFileError, match="holds numbers.*header=False"):
         read_ratings(file)
+    texts = write(tmp_path, "t.csv", "ann,x,4,100", "bob,y,3,200")
+    with pytest.raises(RatingFileError, match="holds numbers.*header=False"):
+        read_ratings(texts)
     ratings = read_ratings(file, header=False)
     assert (ratings.users.ids.tolist(), ratings.items.ids.tolist()) == ([1, 2], [7, 8])
     assert ratings.timestamp is not None
@@ -196,6 +199,8 @@ def test_a_zip_of_one_table(tmp_path: Path) -> None:
     ratings = read_ratings(packed(tmp_path / "r.zip", README="read me", r_dot_csv=TEXT))
     assert found(ratings) == EXPECTED
     assert "read r.csv in the zip" in ratings.notes[0]
+    beside = packed(tmp_path / "w.zip", README_dot_txt="read me", license_dot_txt="free", r_dot_csv=TEXT)
+    assert found(read_ratings(beside)) == EXPECTED
     several = packed(tmp_path / "s.zip", ratings_dot_csv=TEXT, movies_dot_csv="a,b\n1,2\n")
     assert found(read_ratings(several)) == EXPECTED
     with pytest.raises(RatingFileError, match=r"one table.* it has 2 \(a.csv, b.csv\)"):

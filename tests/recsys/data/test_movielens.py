@@ -288,7 +288,7 @@ def test_the_failure_of_all_sources_lists_them(
     ):
         assert part in told
     monkeypatch.delenv("LUNET_FAST_DATA")
-    with pytest.raises(DataNotFoundError, match="neither --data-dir nor") as caught:
+    with pytest.raises(DataNotFoundError, match="neither data_dir=FOLDER nor") as caught:
         load("ml-1m")
     assert "recbole" not in str(caught.value), "the wheel holds ML-100K only"
 

@@ -28,8 +28,11 @@ class Polars:
             return self._values
 
     def __init__(self, frame: pd.DataFrame) -> None:
-        self.columns = list(frame.columns)
         self._of = {name: self.Column(str(name), frame[name].tolist()) for name in frame}
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self._of)
 
     def get_columns(self) -> list[Column]:
         return list(self._of.values())
@@ -97,6 +100,30 @@ def test_every_kind_of_object_is_the_same_ratings(known: dict[tuple[int, int], f
 def test_what_are_no_ratings_is_named(given_: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         ratings_frame(given_, NAMES)
+
+
+class Lazy(Polars):
+    """What is asked of a lazy frame of polars, which computes where it is asked for its columns."""
+
+    columns = property(lambda self: pytest.fail("was computed"))  # type: ignore[assignment]
+    get_columns = property(lambda self: (_ for _ in ()).throw(AttributeError()))  # type: ignore[assignment]
+
+    def collect(self) -> None:
+        pytest.fail("was computed")
+
+
+def test_a_lazy_frame_is_named_and_not_computed() -> None:
+    with pytest.raises(TypeError, match="Lazy: give a data frame of pandas or polars, collected"):
+        ratings_frame(Lazy(pd.DataFrame({"user": [1]})), NAMES)
+
+
+def test_columns_without_names_are_named_by_numbers() -> None:
+    frame = pd.DataFrame([(5, 3.0, 8), (5, 4.0, 9)])
+    with pytest.raises(ValueError, match=r"ratings: there is no column 'user' .* '0', '1', '2'"):
+        from_frame(frame)
+    found = from_frame(frame, user=0, item=2, rating=1)  # type: ignore[arg-type]
+    assert (found.users.ids.tolist(), found.items.ids.tolist()) == ([5], [8, 9])
+    assert found.rating.tolist() == [3.0, 4.0]
 
 
 GIVEN = {"b": 4.0, "a": 2.5}

@@ -365,7 +365,9 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         read_ratings(file, item="user")
     with pytest.raises(FileNotFoundError):
         read_ratings(tmp_path / "absent.csv")
-    with pytest.raises(RatingFileError, match="cannot tell the format from the extension '.xlsx'"):
+    with pytest.raises(RatingFileError, match="cannot tell the format from the extension '.pdf'"):
+        read_ratings(write(tmp_path, "x", "r.pdf"))
+    with pytest.raises(RatingFileError, match="spreadsheets are not read: save the sheet as .csv"):
         read_ratings(write(tmp_path, "x", "r.xlsx"))
 
 

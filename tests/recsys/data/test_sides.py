@@ -109,7 +109,7 @@ class TestTexts:
         with pytest.raises(RatingFileError, match="item id is empty"):
             with_text(ratings(), tmp_path / "t.csv")
         (tmp_path / "t.csv").write_text("item,words\nx,red\n")
-        with pytest.raises(RatingFileError, match="no column 'text' .* --text-column"):
+        with pytest.raises(RatingFileError, match="no column 'text' .* text=..."):
             with_text(ratings(), tmp_path / "t.csv")
         (tmp_path / "t.csv").write_text("item,text\nx,red\ny,blue\n")
         with pytest.raises(ValueError, match="no word is in two"):
@@ -184,7 +184,7 @@ class TestWeights:
         (tmp_path / "w.csv").write_text(f"user,item,rating,w\n1,2,3,1\n1,3,3,{value}\n")
         with pytest.raises(RatingFileError, match="line 3: weight"):
             read_ratings(tmp_path / "w.csv", weight="w")
-        with pytest.raises(RatingFileError, match="no column 'plays' .*--weight-column"):
+        with pytest.raises(RatingFileError, match="no column 'plays' .*weight=..."):
             read_ratings(tmp_path / "w.csv", weight="plays")
 
 

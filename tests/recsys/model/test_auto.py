@@ -216,7 +216,7 @@ class TestAuto:
 
     def test_ratings_of_one_value_are_refused(self) -> None:
         frame = latent_frame().assign(rating=3.0)
-        with pytest.raises(ValueError, match=r"all 1,200 ratings are 3.*--gamma 0"):
+        with pytest.raises(ValueError, match=r"all 1,200 ratings are 3.*gamma=0"):
             LUNetRecommender("auto").fit(frame)
         assert len(LUNetRecommender("auto", gamma=0.0, **SHORT).fit(frame).recommend(3, k=4)) == 4
 
@@ -224,7 +224,7 @@ class TestAuto:
         frame = latent_frame()
         frame["rating"] = np.exp(2.5 * np.random.default_rng(0).normal(size=len(frame)))
         (note,) = plan(from_frame(frame)).notes
-        assert "--transform log" in note
+        assert "transform='log'" in note
         assert plan(from_frame(frame), transform="log").notes == []
         assert plan(latent_ratings()).notes == []
 

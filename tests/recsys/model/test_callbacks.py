@@ -104,7 +104,7 @@ class TestFoundBefore:
             found_before(folder.path, {"epochs": 9})
         recorded = json.loads(folder.config.read_text())
         folder.config.write_text(json.dumps({**recorded, "strength": "much"}))
-        with pytest.raises(RunFolderError, match=r"strength.*start anew with --overwrite"):
+        with pytest.raises(RunFolderError, match=r"strength.*start anew with overwrite=True"):
             found_before(folder.path, {})
         folder.config.write_text(json.dumps({**recorded, "recipe": "best"}))
         assert found_before(folder.path, {}) is None

@@ -191,7 +191,9 @@ class TestRunFolder:
         config = CONFIG.replace(mlp=False, epochs=1)
         train(ratings, config, out=out)
         before = (out / "metrics.json").read_bytes()
-        with pytest.raises(RunFolderError, match=r"holds a finished training: add --resume .*--overwrite"):
+        with pytest.raises(
+            RunFolderError, match=r"holds a finished training: add resume=True .*overwrite=True"
+        ):
             train(ratings, config, out=out)
         assert (out / "metrics.json").read_bytes() == before
         train(ratings, config.replace(seed=1), out=out, overwrite=True)

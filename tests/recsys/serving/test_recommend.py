@@ -34,6 +34,19 @@ def test_is_a_public_name() -> None:
 
 
 class TestFit:
+    def test_reads_a_file_as_it_is_told(self, fitted: LUNetRecommender, tmp_path: Path) -> None:
+        frame = latent_frame()
+        later = pd.concat([frame.iloc[:9].assign(rating=1.0), frame])
+        file = tmp_path / "r.dat"
+        later.to_csv(file, sep="|", header=False, index=False)
+        with pytest.raises(ValueError, match="duplicates='latest'"):
+            LUNetRecommender(**QUICK).fit(file, header=False)
+        read = LUNetRecommender(**QUICK).fit(file, header=False, sep="pipe", duplicates="latest")
+        expected = fitted.predict(frame["user"], frame["item"])
+        np.testing.assert_array_equal(read.predict(frame["user"], frame["item"]), expected)
+        again = LUNetRecommender(**QUICK).fit(later, duplicates="latest", sep="pipe")
+        np.testing.assert_array_equal(again.predict(frame["user"], frame["item"]), expected)
+
     def test_takes_a_frame_a_file_and_a_table(self, fitted: LUNetRecommender, tmp_path: Path) -> None:
         frame = latent_frame()
         expected = fitted.predict(frame["user"], frame["item"])
