@@ -46,6 +46,8 @@ def _as_option(found: re.Match[str]) -> str:
         return on
     if value == "False" and off not in (on, ""):
         return off
+    if value == "None":
+        value = "none"
     if re.fullmatch(r"'[\w.-]+'", value):
         value = value[1:-1]
     return f"{on} {value}".strip()

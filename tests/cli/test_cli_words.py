@@ -29,6 +29,7 @@ TWICE = latent_frame(ratings=60).iloc[[0, *range(60)]]
         ("the right one with user=...; sep=';'", "the right one with --user-column ...; --sep ';'"),
         ("a file of texts with text=...", "a file of texts with --text-column ..."),
         ("read with rating=None)", "read with --gamma 0)"),
+        ("read no times: timestamp=None", "read no times: --timestamp-column none"),
         ("transform='cube' is unknown: standard, or null", "--transform cube is unknown: standard, or none"),
         ("learning_rate=1e+06 is too high, try 2e+05", "--learning-rate 1e+06 is too high, try 2e+05"),
         ("seed=-1, gamma=0.5: both", "--seed -1, --gamma 0.5: both"),
@@ -46,6 +47,7 @@ def test_options_stand_for_arguments(said: str, told: str) -> None:
     [
         ("who,item,rating\na,b,3\n", [], "with user=...", "with --user-column ..."),
         ("a,b,3\nc,d,4\n", [], "header=False", "--no-header"),
+        ("user,item,rating,date\na,b,3,1/31/2020\n", [], "timestamp=None", "--timestamp-column none"),
         ("user,item\na,b\n", [], "read with rating=None", "read with --gamma 0"),
         (TWICE.to_csv(index=False), [], "duplicates='latest'", "--duplicates latest"),
         (latent_frame().assign(rating=3).to_csv(index=False), [], "with gamma=0", "with --gamma 0"),

@@ -118,7 +118,10 @@ def timestamp_values(table: Table) -> Int64Array:
             values[k] = seconds
     if bad:
         table.fail(
-            "timestamp", bad, "{text} is neither Unix seconds nor an ISO date such as 2020-01-31T12:30:00Z"
+            "timestamp",
+            bad,
+            "{text} is neither Unix seconds nor an ISO date such as 2020-01-31T12:30:00Z: convert it, or "
+            "read no times: timestamp=None",
         )
     numbers = np.array([bool(PLAIN_INTEGER.fullmatch(text)) for text in column.texts], dtype=bool)
     known = values != 0
