@@ -58,7 +58,7 @@ def test_sample(moons: Path, tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (("train", "--dataset", "nothing"), "neither a known data set"),
-        (("train", "--dataset", "moons", "--alpha", "1.5"), "alpha=1.5 must be a number between 0 and 1"),
+        (("train", "--dataset", "moons", "--alpha", "1.5"), "--alpha 1.5 must be a number between 0 and 1"),
         (("train", "--dataset", "moons", "--conditional"), "the data has none"),
         (("evaluate", "--run", "nowhere"), "there is no trained flow"),
         (("sample", "--out", "x.txt"), "must end in .csv, .npy or .png"),
