@@ -192,7 +192,7 @@ def layer_inverse_backward(
     grad_right = torch.empty_like(grad_x)
     grad_y = grad_right if fused is None else torch.empty_like(grad_x)
     scratch = running(grad_right, tile, scattered=permutation is not None)
-    programs = triton.cdiv(N, tile.rows)
+    programs = tiles.ceil_div(N, tile.rows)
     sums = memory_for_sums(grad_x, programs, False, slope_rows(fused))
     launch(
         *(layer_inv_bwd_kernel, (programs, K), tile),

@@ -144,21 +144,20 @@ class Prepared:
 
 
 def _are_usual(values: Sequence[Any]) -> bool:
-    """Whether tensors are aligned to 16 bytes, as new memory is, and on the current device, and numbers fit
-    32 bits."""
+    """Whether tensors are aligned to 16 bytes, as new memory is, numbers fit 32 bits, and the first tensor,
+    which all share their device with, is on the current one."""
     for value in values:
         if type(value) is int:
             if value >= 2**31:
                 return False
-        elif value is not None and (
-            value.data_ptr() % 16 or (value.is_cuda and value.get_device() != torch.cuda.current_device())
-        ):
+        elif value is not None and value.data_ptr() % 16:
             return False
-    return True
+    return not values[0].is_cuda or values[0].get_device() == torch.cuda.current_device()
 
 
-def check_rows(name: str, x: Tensor, dims: int = 3) -> None:
-    """Refuse rows that the kernels do not address: [K, N, D] (or [N, D], dims=2), float32 or bfloat16."""
+def check_rows(name: str, x: Tensor, dims: int = 3, *, kind: tuple[int, torch.dtype] | None = None) -> None:
+    """Refuse rows that the kernels do not address: [K, N, D] (or [N, D], dims=2), float32 or bfloat16; or of
+    another (D, dtype) than a launch was prepared for."""
     if x.dim() != dims or x.shape[-1] == 0 or not x.is_contiguous():
         shape = "[K, N, D]" if dims == 3 else "[N, D]"
         raise ValueError(
@@ -166,6 +165,8 @@ def check_rows(name: str, x: Tensor, dims: int = 3) -> None:
         )
     if x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{name} must be float32 or bfloat16, got {x.dtype}")
+    if kind is not None and kind != (x.shape[-1], x.dtype):
+        raise ValueError(f"{name} must have D = {kind[0]} and {kind[1]}, got {list(x.shape)} {x.dtype}")
 
 
 def check_parameter(
@@ -181,17 +182,21 @@ def check_parameter(
 
 
 def check_layer(
-    name: str, x: Tensor, bias: Tensor | None, constant: Tensor | None, precision: str
+    name: str,
+    x: Tensor,
+    bias: Tensor | None,
+    constant: Tensor | None,
+    *,
+    kind: tuple[int, torch.dtype] | None = None,
 ) -> tuple[int, int, int]:
     """K, N and D of rows x [K, N, D], once all that every launcher of a layer is given has been checked.
 
-    ``bias`` is [K, D], ``constant`` [K] float32.
+    ``bias`` is [K, D], ``constant`` [K] float32; ``kind`` as in ``check_rows``.
     """
-    check_rows(name, x)
+    check_rows(name, x, kind=kind)
     K, N, D = x.shape
     check_parameter("bias", bias, (K, D))
     check_parameter("constant", constant, (K,), torch.float32)
-    check_precision(precision)
     return K, N, D
 
 
