@@ -149,7 +149,7 @@ def permuted_in_place(module: Module) -> None:
 
 
 def hooked(module: Module) -> None:
-    layers_of(module)[-1].activation.register_forward_hook(lambda phi, args, y: y + 1.0)
+    layers_of(module)[0].activation.register_forward_hook(lambda phi, args, y: y + 1.0)
 
 
 def without_a_layer(module: Module) -> None:
@@ -212,17 +212,19 @@ def test_a_layer_that_is_inverted_by_its_inverse_matrix() -> None:
     """In ``cached`` from D = 17 on, where the condition allows it; after a write, the new condition does."""
     D = 18
     layer, y = LUDense(D, activation=LeakySoftplus(0.3)), torch.randn(N, D)
+
+    def prepared() -> Any:
+        assert layer._kept is not None
+        return next(value[1][1] for name, (value, _) in layer._kept.values.items() if name[0] is True)
+
     with torch.no_grad(), cached(layer):
         assert_right(layer, y)
-        (kept,) = (v[0][1][1] for name, (*v, _) in layer._kept.values.items() if name[0] is True)  # type: ignore
-        assert kept.weight is not None
-        assert kept.inverses is None
-        layer.lu.copy_(torch.diag(torch.linspace(-6, 6, D)) + torch.full((D, D), 2.0).tril(-1))
-        back = layer.inverse(layer(y))
-        (kept,) = (v[0][1][1] for name, (*v, _) in layer._kept.values.items() if name[0] is True)  # type: ignore
-        assert kept.weight is None
-        assert kept.inverses is not None
-        assert back.isfinite().all()
+        assert prepared().weight is not None
+        assert prepared().inverses is None
+        layer.lu.copy_(torch.full((D, D), -1.0).triu(1))  # 2^D in U⁻¹
+        assert layer.inverse(y).isfinite().all()
+        assert prepared().weight is None
+        assert prepared().inverses is not None
 
 
 @either
