@@ -27,7 +27,7 @@ Slopes = Sequence[float] | Tensor | Spline
 
 #: Steps of the inverse for slopes in a tensor, whose values the host does not wait for: enough for
 #: a/c ≥ 2^-13. ``inverse_steps`` says how many are needed.
-LEARNT_STEPS = 5
+LEARNT_STEPS = 2
 
 
 # --- the activation as kernels see it -------------------------------------------------------------------
