@@ -38,7 +38,6 @@ from lunet_fast.kernels.launch import (
     dot,
     launch,
     load_row,
-    load_tile,
     store_tile,
 )
 from lunet_fast.kernels.leaky_softplus import LN2
@@ -50,6 +49,7 @@ from lunet_fast.kernels.solve import (
     at_least_tf32x3,
     check_factors,
     solve_block,
+    solve_descending,
 )
 
 
@@ -129,10 +129,8 @@ def inverse_weight_kernel(
     for step in range(blocks):
         j = blocks - 1 - step
         solved = here & (rows[:, None] < (j + 1) * BLOCK)
-        part = solve_block(
-            load_tile(solved_ptr, j * BLOCK, solved, D, ROWS, BLOCK),
-            *(solved_ptr, lu_ptr, lower_ptr, j, (j + 1) * BLOCK, D, here, D),
-            *(True, PRECISION, ROWS, BLOCK, INNER),
+        part = solve_descending(
+            *(solved, solved_ptr, lu_ptr, lower_ptr, j, here, D), *(True, PRECISION, ROWS, BLOCK, INNER)
         )
         cols = j * BLOCK + tl.arange(0, BLOCK)
         condition += tl.sum(tl.abs(part) * load_row(magnitudes_ptr + member * D, cols, D), 1)

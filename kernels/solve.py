@@ -200,6 +200,30 @@ def solve_block(
     return solution
 
 
+@triton.jit
+def solve_descending(
+    there,
+    solved_ptr,
+    lu_ptr,
+    inverse_ptr,
+    j,
+    here,
+    D,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Block j of a pass from the last block to the first, whose right side stands where the solution goes,
+    or is zero but for the rows ``there``."""
+    return solve_block(
+        load_tile(solved_ptr, j * BLOCK, there, D, ROWS, BLOCK),
+        *(solved_ptr, lu_ptr, inverse_ptr, j, (j + 1) * BLOCK, D, here, D),
+        *(TRANSPOSED, PRECISION, ROWS, BLOCK, INNER),
+    )
+
+
 # --- the inverse ----------------------------------------------------------------------------------------
 
 
@@ -308,9 +332,8 @@ def layer_inv_kernel(
         upper_ptr = inverses_ptr + blocks * BLOCK * BLOCK
         for step in range(blocks):
             j = blocks - 1 - step
-            part = solve_block(
-                load_tile(solved_ptr, j * BLOCK, here, D, ROWS, BLOCK),
-                *(solved_ptr, lu_ptr, upper_ptr, j, (j + 1) * BLOCK, D, here, D),
+            part = solve_descending(
+                *(here, solved_ptr, lu_ptr, upper_ptr, j, here, D),
                 *(False, PRECISION, ROWS, BLOCK, INNER),
             )
             if running_ptr is not None:
