@@ -230,7 +230,7 @@ class LayerInverse:
         found = self._prepare(lu, None if x is None else _rows_each(x, lu))
         if x is not None or found.condition is None:
             return found
-        if bool((found.condition <= inverse_kernels.EXPLICIT_INVERSE_LIMIT.value).all()):
+        if bool((found.condition <= solve.EXPLICIT_INVERSE_LIMIT.value).all()):
             return found._replace(inverses=None)
         return found._replace(weight=None, condition=None)
 
@@ -364,11 +364,11 @@ def layer_inverse_backward(
     members, (lu, sign, order, _) = _members(x, given.lu), _stacked(given)
     slopes, precision, (K, N, _) = _slopes(activation), precision_of(x), members.shape
     needs_x, needs_lu, needs_bias = needs
-    prepared = inverse_kernels.prepare_inverse(lu, sign, order, precision=precision, N=0)
+    inverses, _ = solve.invert_blocks(lu, sign, block=tiles.substitution_block(lu.shape[-1]))
     share = row_gradient(grad_logabsdet, (K, N))
     grad_right, grad_y, grad_slopes = inverse_gradient.layer_inverse_backward(
         *(_members(grad, given.lu), share, None if slopes is None else _members(h, given.lu)),
-        *(lu, prepared.inverses, slopes),
+        *(lu, inverses, slopes),
         permutation=order,
         precision=precision,
     )
