@@ -152,6 +152,7 @@ def cached(module: Module) -> Iterator[Module]:
     and 3·D³ for the inverse, D² numbers each; then N rows cost 2·N·D² as in ``nn.Linear``. Splines and learnt
     slopes keep what they compute of their parameters alone. On kernels an ``LUNet`` that goes in one launch
     keeps what that needs instead, all its matrices or what substitution takes of them, and so does a layer.
+    The first inverse of a layer there waits for the device: call it once before a CUDA graph is captured.
 
     They are formed again after any write that PyTorch counts: an optimiser's step, ``copy_``,
     ``load_state_dict``, ``.to()``, another parameter in place of one. A write through ``.data`` is not
