@@ -52,7 +52,7 @@ def calls() -> Iterator[tuple[str, Any, Callable[[], object]]]:
     row, few, x = (torch.randn(rows, FEATURES) for rows in (1, FEW, ROWS))
     yield "nn.Linear and nn.Softplus, one row, on the CPU", nullcontext, lambda: linear(row)
     layer, net = LUDense(FEATURES, activation=LeakySoftplus(0.1)), LUNet(FEATURES, LAYERS)
-    for name, module in (("layer", layer), (f"LUNet({FEATURES}, {LAYERS})", net)):
+    for name, module in ((f"LUNet({FEATURES}, {LAYERS})", net), ("layer", layer)):
         within = partial(cached, module)
         for inside, context in (("", nullcontext), (", within cached", within)):
             yield f"{name}, forward{inside}", context, partial(module, x)

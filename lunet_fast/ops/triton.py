@@ -430,6 +430,8 @@ class Net:
             prepare: Any = stack.prepare_inverse if self._inverse else stack.prepare_forward
             self._stack = run = prepare(*leading, *factors, bias, self._slopes, **options)
         y, total = run(rows(x), *factors, biases=bias, constant=constant, logabsdet=logabsdet)
+        if x.dim() == 2:
+            return y, total
         return shaped(y, x), None if total is None else row_values(total, x)
 
 
