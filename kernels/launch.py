@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -119,8 +120,8 @@ class Prepared:
         first."""
         self._kernel, self._tile, self._arguments, self._varying = kernel, tile, arguments, tuple(varying)
         self._compiled: dict[tuple[bool, ...], Any] = {}
-        self._values: list[Any] = []
-        self._places: list[int] = []
+        self._fixed: tuple[Any, ...] = ()
+        self._in_order: Any = None
 
     def __call__(self, grid: tuple[int, int, int], *varying: Any) -> None:
         """Launch with these values, None for a tensor that is not there. An empty grid starts nothing."""
@@ -133,14 +134,12 @@ class Prepared:
             if usual and compiled is not None:
                 self._compiled[there] = compiled
         elif 0 not in grid:
-            if not self._values:  # of use from the second launch on
+            if self._in_order is None:  # of use from the second launch on
                 names = self._kernel.arg_names
-                self._places = [names.index(name) for name in self._varying]
-                self._values = [self._arguments.get(name) for name in names]
-            values = self._values.copy()
-            for place, value in zip(self._places, varying, strict=True):
-                values[place] = value
-            compiled[grid](*values)
+                fixed = [name for name in names if name not in self._varying]
+                self._fixed = tuple(map(self._arguments.get, fixed))
+                self._in_order = itemgetter(*map([*self._varying, *fixed].index, names))
+            compiled[grid](*self._in_order(varying + self._fixed))
 
 
 def _are_usual(values: Sequence[Any]) -> bool:
