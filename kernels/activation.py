@@ -27,7 +27,7 @@ Slopes = Sequence[float] | Tensor | Spline
 
 #: Steps of the inverse for slopes in a tensor, whose values the host does not wait for: enough for
 #: a/c ≥ 2^-13. ``inverse_steps`` says how many are needed.
-LEARNT_STEPS = 5
+LEARNT_STEPS = 2
 
 
 # --- the activation as kernels see it -------------------------------------------------------------------
@@ -343,7 +343,7 @@ def row_wise(x: Tensor, y: Tensor, total: Tensor | None, activation: Activation,
     N = x.numel() // D
     tile = tiles.activation_tile("inverse" if inverse else "forward", D)
     launch(
-        *(activation_kernel, (triton.cdiv(N, tile.rows),), tile),
+        *(activation_kernel, (tiles.ceil_div(N, tile.rows),), tile),
         *(x, y, total, activation, N, D),
         INVERSE=inverse,
         ROWS=tile.rows,
@@ -410,7 +410,7 @@ def row_gradients(
     check_parameter("grad_logabsdet", grad_logabsdet, (K, N), torch.float32)
     slope_sums = slope_rows(slopes)
     tile = tiles.activation_tile("backward", D)
-    blocks, programs = triton.cdiv(D, tile.columns), triton.cdiv(N, tile.rows)
+    blocks, programs = tiles.ceil_div(D, tile.columns), tiles.ceil_div(N, tile.rows)
     out = torch.empty_like(x)
     if column_sums or slope_sums:
         programs = min(programs, tiles.programs(8, K * blocks, tiles.architecture(x)))

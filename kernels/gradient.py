@@ -362,7 +362,8 @@ def layer_backward(
     h is computed again from ``bias`` where ``tiles.recomputes(D)``, and must be given beyond (ValueError).
     ``precision`` is as in ``layer_forward``. 4·K·N·D² flops, 6·K·N·D² with h.
     """
-    K, N, D = check_layer("x", x, bias, None, precision)
+    check_precision(precision)
+    K, N, D = check_layer("x", x, bias, None)
     check_parameter("grad_y", grad_y, (K, N, D), x.dtype)
     check_parameter("grad_logabsdet", grad_logabsdet, (K, N), torch.float32)
     check_parameter("h", h, (K, N, D), x.dtype)
@@ -424,7 +425,7 @@ def _fused_backward(
     """``layer_backward`` in one launch and the sums of its programs' sums."""
     K, N, D = x.shape
     slope_sums = slope_rows(slopes)
-    programs = min(triton.cdiv(N, tile.rows), tiles.programs(8 // tile.warps, K, tiles.architecture(x)))
+    programs = min(tiles.ceil_div(N, tile.rows), tiles.programs(8 // tile.warps, K, tiles.architecture(x)))
     grad_x = torch.empty_like(x) if needs_x else None
     weights: Tensor | None = None
     if needs_weight:
@@ -439,7 +440,7 @@ def _fused_backward(
         ROWS=tile.rows,
         WIDTH=max(16, triton.next_power_of_2(D)),
         COLUMNS=tile.columns,
-        BLOCKS=triton.cdiv(D, tile.columns),
+        BLOCKS=tiles.ceil_div(D, tile.columns),
         INNER=tile.inner,
     )
     grad_bias, grad_slopes = split_sums(sums, slopes, needs_bias)
@@ -465,8 +466,8 @@ def _preactivation_backward(
     slope_sums = slope_rows(slopes)
     architecture = tiles.architecture(x)
     tile = tiles.preactivation_tile(D, x.dtype, precision, slope_sums > 0)
-    blocks = triton.cdiv(D, tile.columns)
-    programs = min(triton.cdiv(N, tile.rows), tiles.programs(16 // tile.warps, K * blocks, architecture))
+    blocks = tiles.ceil_div(D, tile.columns)
+    programs = min(tiles.ceil_div(N, tile.rows), tiles.programs(16 // tile.warps, K * blocks, architecture))
     grad_h = torch.empty_like(x)
     sums = memory_for_sums(x, programs, needs_bias, slope_sums)
     launch(
@@ -501,8 +502,8 @@ def _weight_gradient(grad_h: Tensor, x: Tensor, precision: str, *, bias: bool) -
     check_precision(precision)
     architecture = tiles.architecture(x)
     tile = tiles.weight_gradient_tile(D, x.dtype, precision, architecture)
-    blocks = triton.cdiv(D, tile.rows) * triton.cdiv(D, tile.columns)
-    splits = min(triton.cdiv(N, tile.inner), tiles.programs(8 // tile.warps, K * blocks, architecture))
+    blocks = tiles.ceil_div(D, tile.rows) * tiles.ceil_div(D, tile.columns)
+    splits = min(tiles.ceil_div(N, tile.inner), tiles.programs(8 // tile.warps, K * blocks, architecture))
     weights = torch.empty((K, splits, D, D), dtype=torch.float32, device=x.device)
     sums = torch.empty((K, splits, D), dtype=torch.float32, device=x.device) if bias else None
     launch(

@@ -10,7 +10,8 @@ CUDA graph can record it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,23 +31,25 @@ from lunet_fast.kernels.activation import (
     steps_of,
 )
 from lunet_fast.kernels.launch import (
+    Prepared,
     check_layer,
     check_parameter,
+    check_rows,
     dot,
     launch,
     load_row,
-    load_tile,
     store_tile,
 )
 from lunet_fast.kernels.leaky_softplus import LN2
 from lunet_fast.kernels.matrix import check_packed, diagonal, lower_tile, permuted, upper_tile
 from lunet_fast.kernels.solve import (
     EXPLICIT_INVERSE_LIMIT,
+    InvertBlocks,
+    Substitution,
     at_least_tf32x3,
     check_factors,
-    invert_blocks,
     solve_block,
-    substitute,
+    solve_descending,
 )
 
 
@@ -126,10 +129,8 @@ def inverse_weight_kernel(
     for step in range(blocks):
         j = blocks - 1 - step
         solved = here & (rows[:, None] < (j + 1) * BLOCK)
-        part = solve_block(
-            load_tile(solved_ptr, j * BLOCK, solved, D, ROWS, BLOCK),
-            *(solved_ptr, lu_ptr, lower_ptr, j, (j + 1) * BLOCK, D, here, D),
-            *(True, PRECISION, ROWS, BLOCK, INNER),
+        part = solve_descending(
+            *(solved, solved_ptr, lu_ptr, lower_ptr, j, here, D), *(True, PRECISION, ROWS, BLOCK, INNER)
         )
         cols = j * BLOCK + tl.arange(0, BLOCK)
         condition += tl.sum(tl.abs(part) * load_row(magnitudes_ptr + member * D, cols, D), 1)
@@ -225,13 +226,32 @@ class PreparedInverse(NamedTuple):
     """What ``layer_inverse`` needs of a matrix, computed once for any number of rows.
 
     inverses [K, 2, blocks, block, block] of the diagonal blocks of L and U, log|det W| [K]; and W⁻¹ [K, D, D]
-    with its condition [K] where the table has it tried, else None. All float32.
+    with its condition [K] where the table has it tried, else None. All float32. No inverses where W⁻¹ is
+    known to be used.
     """
 
-    inverses: Tensor
+    inverses: Tensor | None
     logabsdet: Tensor
     weight: Tensor | None
     condition: Tensor | None
+
+
+class Preparation:
+    """``prepare_inverse`` as a function of ``lu`` and N alone."""
+
+    def __init__(
+        self, lu: Tensor, sign: Tensor | None, permutation: Tensor | None, *, precision: str
+    ) -> None:
+        self._sign, self._permutation, self._precision = sign, permutation, at_least_tf32x3(precision)
+        self._blocks = InvertBlocks(lu, sign, block=tiles.substitution_block(lu.shape[-1]))
+
+    def __call__(self, lu: Tensor, N: int | None) -> PreparedInverse:
+        """Of one of the same shape and dtype, contiguous."""
+        inverses, logabsdet = self._blocks(lu)
+        if not tiles.tries_inverse_weight(lu.shape[-1], N):
+            return PreparedInverse(inverses, logabsdet, None, None)
+        given = (lu, self._sign, self._permutation, inverses)
+        return PreparedInverse(inverses, logabsdet, *inverse_weight(*given, precision=self._precision))
 
 
 def prepare_inverse(
@@ -242,13 +262,7 @@ def prepare_inverse(
     W⁻¹ only where the table has it tried for N rows (None: as many as one likes): for few it costs more than
     it saves.
     """
-    precision = at_least_tf32x3(precision)
-    D = lu.shape[-1]
-    inverses, logabsdet = invert_blocks(lu, sign, block=tiles.substitution_block(D))
-    if not tiles.tries_inverse_weight(D, N):
-        return PreparedInverse(inverses, logabsdet, None, None)
-    weight, condition = inverse_weight(lu, sign, permutation, inverses, precision=precision)
-    return PreparedInverse(inverses, logabsdet, weight, condition)
+    return Preparation(lu, sign, permutation, precision=precision)(lu, N)
 
 
 def inverse_weight(
@@ -276,7 +290,7 @@ def inverse_weight(
     conditions = torch.empty((K, D), dtype=torch.float32, device=lu.device)
     magnitudes = _magnitudes(lu, sign, _magnitudes(lu, sign, None, upper=True), upper=False)
     launch(
-        *(inverse_weight_kernel, (triton.cdiv(D, tile.rows), K), tile),
+        *(inverse_weight_kernel, (tiles.ceil_div(D, tile.rows), K), tile),
         *(lu, inverses, permutation, magnitudes, running, weight, conditions),
         D=D,
         PRECISION=precision,
@@ -291,7 +305,7 @@ def _magnitudes(lu: Tensor, sign: Tensor | None, vector: Tensor | None, *, upper
     tile = tiles.magnitudes_tile()
     out = torch.empty((K, D), dtype=torch.float32, device=lu.device)
     launch(
-        *(magnitudes_kernel, (triton.cdiv(D, tile.rows), K), tile),
+        *(magnitudes_kernel, (tiles.ceil_div(D, tile.rows), K), tile),
         *(lu, sign, vector, out),
         D=D,
         UPPER=upper,
@@ -299,6 +313,116 @@ def _magnitudes(lu: Tensor, sign: Tensor | None, vector: Tensor | None, *, upper
         COLUMNS=tile.columns,
     )
     return out
+
+
+class Inverse:
+    """``layer_inverse`` of layers of one kind: what depends neither on the rows nor on the numbers in
+    matrices and biases is found out once."""
+
+    def __init__(
+        self,
+        rows: Tensor,
+        permutation: Tensor | None,
+        slopes: Slopes | None,
+        *,
+        precision: str,
+        steps: int | None = None,
+    ) -> None:
+        """For ``rows`` of this D, dtype and device."""
+        precision = at_least_tf32x3(precision)
+        D = rows.shape[-1]
+        activation = activation_of(slopes, D, steps=0 if slopes is None else steps_of(slopes, steps))
+        self._kind, self._active = (D, rows.dtype), slopes is not None
+        self._given, self._permutation = (rows.new_empty((0, D)), activation, precision), permutation
+
+    @cached_property
+    def _substitute(self) -> Substitution:
+        return Substitution(*self._given, permutation=self._permutation)
+
+    @cached_property
+    def _multiply(self) -> Multiplication:
+        return Multiplication(*self._given)
+
+    def __call__(
+        self,
+        y: Tensor,
+        lu: Tensor,
+        inverses: Tensor | None,
+        bias: Tensor | None,
+        *,
+        logabsdet: bool,
+        save: bool,
+        constant: Tensor | None,
+        weight: Tensor | None,
+        condition: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``inverses`` None: the caller has seen that the condition is within the limit."""
+        K, _, D = check_layer("y", y, bias, constant, kind=self._kind)
+        check_parameter("weight", weight, (K, D, D), torch.float32)
+        check_parameter("condition", condition, (K,), torch.float32)
+        if (weight is None) != (condition is None):
+            raise ValueError("weight and condition must be given together")
+        x, total = outputs_by_row(y, logabsdet)
+        h = torch.empty_like(y) if save and self._active else None
+        if weight is not None:
+            self._multiply(y, weight, bias, x, h, total, constant=constant, condition=condition)
+        if inverses is not None:
+            self._substitute(y, lu, inverses, bias, x, h, total, constant=constant, condition=condition)
+        return x, total, h
+
+
+class Multiplication:
+    """x ← (φ⁻¹(y) − b) W⁻ᵀ, h ← φ⁻¹(y) and total ← −log|det W| − Σ log φ′(h), if the condition allows it, for
+    layers of one kind.
+
+    One launch where a program has whole rows of x and one φ for all columns (it spilled with more); else φ⁻¹
+    is a launch of its own, whatever the condition.
+    """
+
+    def __init__(self, rows: Tensor, activation: Activation, precision: str) -> None:
+        """For ``rows`` of this D, dtype and device."""
+        D = rows.shape[-1]
+        tile = tiles.inverse_product_tile(D, precision, tiles.architecture(rows))
+        self._rows, self._blocks = tile.rows, tiles.ceil_div(D, tile.columns)
+        begun = bool(activation.ACTIVE) and (self._blocks > 1 or bool(activation.PER_COLUMN))
+        self._before = activation if begun else None
+        arguments = {
+            "activation": activation_of(None, D) if begun else activation,
+            "D": D,
+            "BEGUN": begun,
+            "PRECISION": precision,
+        }
+        varying = ("y_ptr", "weight_ptr", "bias_ptr", "x_ptr", "h_ptr", "logabsdet_ptr", "constant_ptr")
+        self._launch = Prepared(
+            inverse_product_kernel, tile, arguments | tile.blocks, (*varying, "condition_ptr", "N")
+        )
+
+    def __call__(
+        self,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        x: Tensor,
+        h: Tensor | None,
+        total: Tensor | None,
+        *,
+        constant: Tensor | None,
+        condition: Tensor | None,
+    ) -> None:
+        K, N = y.shape[:2]
+        if self._before is not None:
+            y, h = _wide_preactivation(y, h, total, self._before), None
+        grid = (tiles.ceil_div(N, self._rows) * self._blocks, K, 1)
+        self._launch(grid, y, weight, bias, x, h, total, constant, condition, N)
+
+
+def _wide_preactivation(y: Tensor, h: Tensor | None, total: Tensor | None, activation: Activation) -> Tensor:
+    """φ⁻¹(y) in float32, also where y and h have fewer digits; h ← φ⁻¹(y) and total ← −Σ log φ′(h)."""
+    wide = h if h is not None and h.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
+    row_wise(y, wide, total, activation, inverse=True)
+    if h is not None and h is not wide:
+        h.copy_(wide)
+    return wide
 
 
 def layer_inverse(
@@ -309,13 +433,13 @@ def layer_inverse(
     slopes: Slopes | None,
     *,
     permutation: Tensor | None,
-    logabsdet: bool,
-    save: bool,
     precision: str,
+    steps: int | None = None,
     constant: Tensor | None = None,
     weight: Tensor | None = None,
     condition: Tensor | None = None,
-    steps: int | None = None,
+    logabsdet: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(x = U⁻¹ L⁻¹ P (h − b) [K, N, D], its log-determinant [K, N] float32 or None, h = φ⁻¹(y) or None).
 
@@ -329,64 +453,7 @@ def layer_inverse(
     product (h − b) W⁻ᵀ where the condition allows it: the product and substitution are launched, and one of
     them returns at once. φ⁻¹ is part of the product, or for long rows a launch before it.
     """
-    K, N, D = check_layer("y", y, bias, constant, precision)
-    precision = at_least_tf32x3(precision)
-    check_parameter("weight", weight, (K, D, D), torch.float32)
-    check_parameter("condition", condition, (K,), torch.float32)
-    if (weight is None) != (condition is None):
-        raise ValueError("weight and condition must be given together")
-    steps = 0 if slopes is None else steps_of(slopes, steps)
-    activation = activation_of(slopes, D, steps=steps)
-    x, total = outputs_by_row(y, logabsdet)
-    h = torch.empty_like(y) if save and slopes is not None else None
-    if weight is not None:
-        _multiply(y, weight, bias, activation, x, h, total, constant, condition, precision)
-    substitute(
-        *(y, lu, inverses, bias, activation, x, h, total),
-        permutation=permutation,
-        constant=constant,
-        condition=condition,
-        precision=precision,
-    )
-    return x, total, h
-
-
-def _wide_preactivation(y: Tensor, h: Tensor | None, total: Tensor | None, activation: Activation) -> Tensor:
-    """φ⁻¹(y) in float32, also where y and h have fewer digits; h ← φ⁻¹(y) and total ← −Σ log φ′(h)."""
-    wide = h if h is not None and h.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
-    row_wise(y, wide, total, activation, inverse=True)
-    if h is not None and h is not wide:
-        h.copy_(wide)
-    return wide
-
-
-def _multiply(
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: Activation,
-    x: Tensor,
-    h: Tensor | None,
-    total: Tensor | None,
-    constant: Tensor | None,
-    condition: Tensor | None,
-    precision: str,
-) -> None:
-    """x ← (φ⁻¹(y) − b) W⁻ᵀ, h ← φ⁻¹(y) and total ← −log|det W| − Σ log φ′(h), if the condition allows it.
-
-    One launch where a program has whole rows of x and one φ for all columns (it spilled with more); else φ⁻¹
-    is a launch of its own, whatever the condition.
-    """
-    K, N, D = y.shape
-    tile = tiles.inverse_product_tile(D, precision, tiles.architecture(y))
-    blocks = triton.cdiv(D, tile.columns)
-    begun = bool(activation.ACTIVE) and (blocks > 1 or bool(activation.PER_COLUMN))
-    if begun:
-        y, h, activation = _wide_preactivation(y, h, total, activation), None, activation_of(None, D)
-    launch(
-        *(inverse_product_kernel, (triton.cdiv(N, tile.rows) * blocks, K), tile),
-        *(y, weight, bias, x, h, total, constant, condition, activation, N, D),
-        BEGUN=begun,
-        PRECISION=precision,
-        **tile.blocks,
-    )
+    check_rows("y", y)
+    run = Inverse(y, permutation, slopes, precision=precision, steps=steps)
+    given: dict[str, Any] = {"constant": constant, "weight": weight, "condition": condition}
+    return run(y, lu, inverses, bias, logabsdet=logabsdet, save=save, **given)

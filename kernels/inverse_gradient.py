@@ -33,6 +33,7 @@ from lunet_fast.kernels.solve import (
     check_factors,
     running,
     solve_block,
+    solve_descending,
     solve_held,
 )
 from lunet_fast.kernels.spline import Spline
@@ -142,9 +143,8 @@ def layer_inv_bwd_kernel(
             )
         for step in range(blocks):
             j = blocks - 1 - step
-            part = solve_block(
-                load_tile(solved_ptr, j * BLOCK, here, D, ROWS, BLOCK),
-                *(solved_ptr, lu_ptr, inverses_ptr, j, (j + 1) * BLOCK, D, here, D),
+            part = solve_descending(
+                *(here, solved_ptr, lu_ptr, inverses_ptr, j, here, D),
                 *(True, PRECISION, ROWS, BLOCK, INNER),
             )
             _store_gradients(
@@ -192,7 +192,7 @@ def layer_inverse_backward(
     grad_right = torch.empty_like(grad_x)
     grad_y = grad_right if fused is None else torch.empty_like(grad_x)
     scratch = running(grad_right, tile, scattered=permutation is not None)
-    programs = triton.cdiv(N, tile.rows)
+    programs = tiles.ceil_div(N, tile.rows)
     sums = memory_for_sums(grad_x, programs, False, slope_rows(fused))
     launch(
         *(layer_inv_bwd_kernel, (programs, K), tile),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -119,8 +120,8 @@ class Prepared:
         first."""
         self._kernel, self._tile, self._arguments, self._varying = kernel, tile, arguments, tuple(varying)
         self._compiled: dict[tuple[bool, ...], Any] = {}
-        self._values: list[Any] = []
-        self._places: list[int] = []
+        self._fixed: tuple[Any, ...] = ()
+        self._in_order: Any = None
 
     def __call__(self, grid: tuple[int, int, int], *varying: Any) -> None:
         """Launch with these values, None for a tensor that is not there. An empty grid starts nothing."""
@@ -133,32 +134,29 @@ class Prepared:
             if usual and compiled is not None:
                 self._compiled[there] = compiled
         elif 0 not in grid:
-            if not self._values:  # of use from the second launch on
+            if self._in_order is None:  # of use from the second launch on
                 names = self._kernel.arg_names
-                self._places = [names.index(name) for name in self._varying]
-                self._values = [self._arguments.get(name) for name in names]
-            values = self._values.copy()
-            for place, value in zip(self._places, varying, strict=True):
-                values[place] = value
-            compiled[grid](*values)
+                fixed = [name for name in names if name not in self._varying]
+                self._fixed = tuple(map(self._arguments.get, fixed))
+                self._in_order = itemgetter(*map([*self._varying, *fixed].index, names))
+            compiled[grid](*self._in_order(varying + self._fixed))
 
 
 def _are_usual(values: Sequence[Any]) -> bool:
-    """Whether tensors are aligned to 16 bytes, as new memory is, and on the current device, and numbers fit
-    32 bits."""
+    """Whether tensors are aligned to 16 bytes, as new memory is, numbers fit 32 bits, and the first tensor,
+    which all share their device with, is on the current one."""
     for value in values:
         if type(value) is int:
             if value >= 2**31:
                 return False
-        elif value is not None and (
-            value.data_ptr() % 16 or (value.is_cuda and value.get_device() != torch.cuda.current_device())
-        ):
+        elif value is not None and value.data_ptr() % 16:
             return False
-    return True
+    return not values[0].is_cuda or values[0].get_device() == torch.cuda.current_device()
 
 
-def check_rows(name: str, x: Tensor, dims: int = 3) -> None:
-    """Refuse rows that the kernels do not address: [K, N, D] (or [N, D], dims=2), float32 or bfloat16."""
+def check_rows(name: str, x: Tensor, dims: int = 3, *, kind: tuple[int, torch.dtype] | None = None) -> None:
+    """Refuse rows that the kernels do not address: [K, N, D] (or [N, D], dims=2), float32 or bfloat16; or of
+    another (D, dtype) than a launch was prepared for."""
     if x.dim() != dims or x.shape[-1] == 0 or not x.is_contiguous():
         shape = "[K, N, D]" if dims == 3 else "[N, D]"
         raise ValueError(
@@ -166,6 +164,8 @@ def check_rows(name: str, x: Tensor, dims: int = 3) -> None:
         )
     if x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{name} must be float32 or bfloat16, got {x.dtype}")
+    if kind is not None and kind != (x.shape[-1], x.dtype):
+        raise ValueError(f"{name} must have D = {kind[0]} and {kind[1]}, got {list(x.shape)} {x.dtype}")
 
 
 def check_parameter(
@@ -181,17 +181,21 @@ def check_parameter(
 
 
 def check_layer(
-    name: str, x: Tensor, bias: Tensor | None, constant: Tensor | None, precision: str
+    name: str,
+    x: Tensor,
+    bias: Tensor | None,
+    constant: Tensor | None,
+    *,
+    kind: tuple[int, torch.dtype] | None = None,
 ) -> tuple[int, int, int]:
     """K, N and D of rows x [K, N, D], once all that every launcher of a layer is given has been checked.
 
-    ``bias`` is [K, D], ``constant`` [K] float32.
+    ``bias`` is [K, D], ``constant`` [K] float32; ``kind`` as in ``check_rows``.
     """
-    check_rows(name, x)
+    check_rows(name, x, kind=kind)
     K, N, D = x.shape
     check_parameter("bias", bias, (K, D))
     check_parameter("constant", constant, (K,), torch.float32)
-    check_precision(precision)
     return K, N, D
 
 

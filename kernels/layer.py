@@ -21,7 +21,15 @@ from lunet_fast.kernels.activation import (
     log2_phi_derivative,
     phi,
 )
-from lunet_fast.kernels.launch import check_layer, check_parameter, dot, launch, load_row
+from lunet_fast.kernels.launch import (
+    Prepared,
+    check_layer,
+    check_parameter,
+    check_precision,
+    check_rows,
+    dot,
+    load_row,
+)
 from lunet_fast.kernels.leaky_softplus import LN2
 
 
@@ -124,6 +132,44 @@ def layer_fwd_kernel(
     )
 
 
+class Forward:
+    """``layer_forward`` of layers of one kind: what depends neither on the rows nor on the numbers in weights
+    and biases is found out once."""
+
+    def __init__(
+        self, rows: Tensor, slopes: Slopes | None, *, precision: str, transposed: bool = False
+    ) -> None:
+        """For ``rows`` of this D, dtype and device."""
+        check_precision(precision)
+        D = rows.shape[-1]
+        activation = activation_of(slopes, D)
+        tile = tiles.layer_tile(D, rows.dtype, precision, tiles.architecture(rows))
+        if activation.PER_COLUMN or activation.BINS:
+            tile = tiles.narrowed(tile)
+        self._kind, self._active = (D, rows.dtype), slopes is not None
+        self._rows, self._blocks = tile.rows, tiles.ceil_div(D, tile.columns)
+        arguments = {"activation": activation, "D": D, "TRANSPOSED": transposed, "PRECISION": precision}
+        tensors = ("x_ptr", "weight_ptr", "bias_ptr", "y_ptr", "h_ptr", "partial_ptr", "constant_ptr")
+        self._launch = Prepared(layer_fwd_kernel, tile, arguments | tile.blocks, (*tensors, "N"))
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        constant: Tensor | None,
+        logabsdet: bool,
+        save: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        K, N, D = check_layer("x", x, bias, constant, kind=self._kind)
+        check_parameter("weight", weight, (K, D, D), x.dtype)
+        y, h, partial = forward_outputs(x, self._blocks, self._active, logabsdet=logabsdet, save=save)
+        grid = (tiles.ceil_div(N, self._rows) * self._blocks, K, 1)
+        self._launch(grid, x, weight, bias, y, h, partial, constant, N)
+        return y, row_totals(x, partial, constant) if logabsdet else None, h
+
+
 def layer_forward(
     x: Tensor,
     weight: Tensor,
@@ -144,29 +190,17 @@ def layer_forward(
     ``transposed`` takes Wᵀ for W: x W instead of x Wᵀ.
     ``precision`` is the arithmetic of a float32 product: "ieee", "tf32x3" or "tf32". Sums are float32.
     """
-    K, N, D = check_layer("x", x, bias, constant, precision)
-    check_parameter("weight", weight, (K, D, D), x.dtype)
-    activation = activation_of(slopes, D)
-    tile = tiles.layer_tile(D, x.dtype, precision, tiles.architecture(x))
-    if activation.PER_COLUMN or activation.BINS:
-        tile = tiles.narrowed(tile)
-    blocks = triton.cdiv(D, tile.columns)
-    y, h, partial = forward_outputs(x, blocks, slopes, logabsdet=logabsdet, save=save)
-    launch(
-        *(layer_fwd_kernel, (triton.cdiv(N, tile.rows) * blocks, K), tile),
-        *(x, weight, bias, y, h, partial, constant, activation, N, D),
-        TRANSPOSED=transposed,
-        PRECISION=precision,
-        **tile.blocks,
-    )
-    return y, row_totals(x, partial, constant) if logabsdet else None, h
+    check_rows("x", x)
+    run = Forward(x, slopes, precision=precision, transposed=transposed)
+    return run(x, weight, bias, constant=constant, logabsdet=logabsdet, save=save)
 
 
 def forward_outputs(
-    x: Tensor, blocks: int, slopes: Slopes | None, *, logabsdet: bool, save: bool
+    x: Tensor, blocks: int, active: bool, *, logabsdet: bool, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Memory for what ``finish_tile`` stores of rows like x: y, h if saved, sums of ``blocks`` of columns."""
-    y, active = torch.empty_like(x), slopes is not None
+    """Memory for what ``finish_tile`` stores of rows like x: y, h if saved, sums of ``blocks`` of columns;
+    ``active``: there is an activation."""
+    y = torch.empty_like(x)
     h = torch.empty_like(x) if save and active else None
     if not (logabsdet and active):
         return y, h, None

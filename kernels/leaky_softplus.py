@@ -31,6 +31,8 @@ LOG2E: tl.constexpr = tl.constexpr(1.0 / math.log(2.0))
 #: starts, since none lies left of the solution: in κx, for a/c → 0.
 AT_ONCE_FROM = 0.1
 SHIFT: tl.constexpr = tl.constexpr(0.0381)
+#: The same of Halley's steps.
+HALLEY_SHIFT: tl.constexpr = tl.constexpr(0.335)
 LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
 
 #: How many parameters φ has, whose gradients ``slope_gradients`` gives.
@@ -186,21 +188,28 @@ def _phi_inverse_at_once(y, family):
 
 @triton.jit
 def phi_inverse(y, family, STEPS: tl.constexpr):
-    """φ⁻¹(y), elementwise: steps of Halley's iteration from the nearest of three tangents; STEPS = 1:
+    """φ⁻¹(y), elementwise: steps of Halley's iteration from the nearest of five tangents; STEPS = 1:
     ``_phi_inverse_at_once``.
 
     With t = κx, r = a/c and w = κy/c the equation is f(t) = softplus(t) + r·t − w = 0. f is convex, so each
     tangent's root is not left of the solution and the least of them is the nearest; there f·f″ ≤ f′², so the
-    denominator f′² − f·f″/2 of the step f·f′/(f′² − f·f″/2) is at least f′²/2. Where t is not finite (y is
-    not, or κy/c overflowed) φ is its asymptote. Of f only the last step needs every digit.
+    denominator f′² − f·f″/2 of the step f·f′/(f′² − f·f″/2) is at least f′²/2, and left of the solution it
+    is greater than f′². So the start may lie a little to the left of the root, where it is nearer. Where the
+    three tangents between those at −∞ and +∞ are, and ``HALLEY_SHIFT``, makes the greatest error of two steps
+    least over all r ≥ 2⁻¹³, 9e-10 of |t| + |w|/f′. Where t is not finite (y is not, or κy/c overflowed) φ is
+    its asymptote. Of f only the last step needs every digit.
     """
     if STEPS == 1:
         return _phi_inverse_at_once(y, family)
     a, c, kappa = family
     r = a / c
     w = y * (kappa / c)
-    t = tl.minimum(w * (1.0 / (1.0 + r)), w * (1.0 / r))  # tangents at +∞ and −∞
-    t = tl.minimum(t, (w - LN2) * (1.0 / (0.5 + r)))  # and at 0
+    per_most = 1.0 / (1.0 + r)
+    t = tl.minimum(w * per_most, w * (1.0 / r))  # tangents at +∞ and −∞
+    t = tl.minimum(t, (w - 0.0116161) * (1.0 / (0.00155612 + r)))
+    t = tl.minimum(t, (w - 0.0976447) * (1.0 / (0.01989873 + r)))
+    t = tl.minimum(t, (w - 0.5218270) * (1.0 / (0.21602212 + r)))
+    t -= HALLEY_SHIFT * per_most
     for step in tl.static_range(STEPS):
         v, inverse, small = _sigmoids(t, 1.0)
         soft = _log1p_unit(v) if step == STEPS - 1 else log2(1.0 + v) * LN2
@@ -253,8 +262,8 @@ def slope_gradients(g, ld, x, family):
 
 def inverse_steps(r: float) -> int:
     """Steps of ``phi_inverse`` to the rounding floor of float32 for r = a/c: 1 for r ≥ ``AT_ONCE_FROM``, 2
-    for r ≥ 1/16, one more for each factor of 8 below. Counted on a grid of w; the hardest lie where eᵗ and
+    for r ≥ 2⁻¹³, one more for each factor of 8 below. Counted on a grid of w; the hardest lie where eᵗ and
     r·t are of one size."""
     if r >= AT_ONCE_FROM:
         return 1
-    return 2 + math.ceil(max(0.0, -4.0 - math.log2(r)) / 3.0)
+    return 2 + math.ceil(max(0.0, -13.0 - math.log2(r)) / 3.0)

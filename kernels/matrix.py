@@ -186,17 +186,18 @@ LARGEST_K, LARGEST_D = 65_535, 46_340
 
 def check_packed(lu: Tensor, sign: Tensor | None, permutation: Tensor | None) -> None:
     """Refuse a packed matrix that the kernels do not address."""
-    if lu.dim() != 3 or lu.shape[-1] != lu.shape[-2] or lu.shape[-1] == 0 or not lu.is_contiguous():
-        raise ValueError(f"lu must be contiguous [K, D, D] with D ≥ 1, got {list(lu.shape)}")
+    shape = lu.shape
+    if len(shape) != 3 or shape[1] != shape[2] or shape[1] == 0 or not lu.is_contiguous():
+        raise ValueError(f"lu must be contiguous [K, D, D] with D ≥ 1, got {list(shape)}")
     if lu.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"lu must be float32 or bfloat16, got {lu.dtype}")
-    if lu.shape[0] > LARGEST_K or lu.shape[-1] > LARGEST_D:
+    if shape[0] > LARGEST_K or shape[1] > LARGEST_D:
         raise ValueError(
             f"lu must be at most {LARGEST_K} layers of {LARGEST_D} features in one launch, got "
-            f"{list(lu.shape)}; set the backend to 'reference' for more"
+            f"{list(shape)}; set the backend to 'reference' for more"
         )
-    check_parameter("sign", sign, tuple(lu.shape[:2]))
-    check_parameter("permutation", permutation, tuple(lu.shape[2:]), torch.int64)
+    check_parameter("sign", sign, shape[:2])
+    check_parameter("permutation", permutation, shape[2:], torch.int64)
     if permutation is not None and lu.shape[0] != 1:
         raise ValueError(f"permutation must be None for stacked layers, of which there are {lu.shape[0]}")
 
@@ -210,7 +211,7 @@ class Compose:
         check_packed(lu, sign, permutation)
         self._dtype, D = dtype, lu.shape[-1]
         tile = tiles.matrix_tile(D, tiles.architecture(lu))
-        self._grid = (triton.cdiv(D, tile.rows) ** 2, lu.shape[0], 1)
+        self._grid = (tiles.ceil_div(D, tile.rows) ** 2, lu.shape[0], 1)
         arguments: dict[str, Any] = {
             "sign_ptr": sign,
             "permutation_ptr": permutation,
@@ -260,7 +261,7 @@ def compose_backward(
     grad_lu = torch.empty_like(lu)
     tile = tiles.matrix_tile(D, tiles.architecture(lu))
     launch(
-        *(compose_bwd_kernel, (triton.cdiv(D, tile.rows) ** 2, K), tile),
+        *(compose_bwd_kernel, (tiles.ceil_div(D, tile.rows) ** 2, K), tile),
         *(grad_weight, grad_logabsdet, lu, sign, permutation, grad_lu),
         D=D,
         DIRECTION=direction,

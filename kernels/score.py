@@ -370,10 +370,10 @@ def score_topk(
         nothing = torch.full((U, k), -torch.inf, dtype=torch.float32, device=p.device)
         return nothing, torch.full((U, k), -1, dtype=torch.int64, device=p.device)
     tile = tiles.score_tile(D, L, precision, tiles.architecture(p))
-    blocks = triton.cdiv(I, tile.rows)
+    blocks = tiles.ceil_div(I, tile.rows)
     wanted = tiles.score_splits(U, tiles.architecture(p)) if splits is None else splits
-    blocks_each = triton.cdiv(blocks, min(wanted, blocks))
-    splits = triton.cdiv(blocks, blocks_each)
+    blocks_each = tiles.ceil_div(blocks, min(wanted, blocks))
+    splits = tiles.ceil_div(blocks, blocks_each)
     keys = torch.empty((U, splits, k), dtype=torch.int64, device=p.device)
     launch(
         *(score_topk_kernel, (U * splits,), tile),
@@ -391,7 +391,7 @@ def score_topk(
         PRECISION=precision if L else "ieee",  # no product, no tensor cores
         ROWS=tile.rows,
         CHUNK=tile.columns,
-        CHUNKS=triton.cdiv(D, tile.columns),
+        CHUNKS=tiles.ceil_div(D, tile.columns),
         SLOTS=max(16, triton.next_power_of_2(k)),
         WALK=16,
     )

@@ -31,7 +31,6 @@ from lunet_fast.kernels.launch import (
     check_parameter,
     check_precision,
     dot,
-    launch,
     load_row,
     load_tile,
     store_tile,
@@ -201,6 +200,30 @@ def solve_block(
     return solution
 
 
+@triton.jit
+def solve_descending(
+    there,
+    solved_ptr,
+    lu_ptr,
+    inverse_ptr,
+    j,
+    here,
+    D,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Block j of a pass from the last block to the first, whose right side stands where the solution goes,
+    or is zero but for the rows ``there``."""
+    return solve_block(
+        load_tile(solved_ptr, j * BLOCK, there, D, ROWS, BLOCK),
+        *(solved_ptr, lu_ptr, inverse_ptr, j, (j + 1) * BLOCK, D, here, D),
+        *(TRANSPOSED, PRECISION, ROWS, BLOCK, INNER),
+    )
+
+
 # --- the inverse ----------------------------------------------------------------------------------------
 
 
@@ -309,9 +332,8 @@ def layer_inv_kernel(
         upper_ptr = inverses_ptr + blocks * BLOCK * BLOCK
         for step in range(blocks):
             j = blocks - 1 - step
-            part = solve_block(
-                load_tile(solved_ptr, j * BLOCK, here, D, ROWS, BLOCK),
-                *(solved_ptr, lu_ptr, upper_ptr, j, (j + 1) * BLOCK, D, here, D),
+            part = solve_descending(
+                *(here, solved_ptr, lu_ptr, upper_ptr, j, here, D),
                 *(False, PRECISION, ROWS, BLOCK, INNER),
             )
             if running_ptr is not None:
@@ -333,7 +355,7 @@ class InvertBlocks:
         if block < 16 or block & (block - 1):
             raise ValueError(f"block must be a power of two, 16 or more, got {block}")
         K, D = lu.shape[:2]
-        blocks = triton.cdiv(D, block)
+        blocks = tiles.ceil_div(D, block)
         self._shape, self._grid = (K, 2, blocks, block, block), (2 * blocks + 1, K, 1)
         tile = tiles.Tile(block, block, 0, 1 if block <= 32 else 4, 1)
         arguments = {"sign_ptr": sign, "D": D, "BLOCK": block}
@@ -357,36 +379,47 @@ def invert_blocks(lu: Tensor, sign: Tensor | None, *, block: int) -> tuple[Tenso
     return InvertBlocks(lu, sign, block=block)(lu)
 
 
-def substitute(
-    y: Tensor,
-    lu: Tensor,
-    inverses: Tensor,
-    bias: Tensor | None,
-    activation: Activation,
-    x: Tensor,
-    h: Tensor | None,
-    total: Tensor | None,
-    *,
-    permutation: Tensor | None,
-    constant: Tensor | None,
-    condition: Tensor | None,
-    precision: str,
-) -> None:
-    """x ← U⁻¹ L⁻¹ P (φ⁻¹(y) − b), h ← φ⁻¹(y) and ``total`` ← −log|det W| − Σ log φ′(h).
+class Substitution:
+    """x ← U⁻¹ L⁻¹ P (φ⁻¹(y) − b), h ← φ⁻¹(y), ``total`` ← −log|det W| − Σ log φ′(h), for layers of one kind.
 
     Arguments as those of ``inverse.layer_inverse``, which checks them all but ``lu`` and ``inverses``.
     """
-    K, N, D = y.shape
-    tile = tiles.substitution_tile(D, precision, tiles.architecture(y))
-    check_factors(lu, inverses, permutation, K, D)
-    launch(
-        *(layer_inv_kernel, (triton.cdiv(N, tile.rows), K), tile),
-        *(y, lu, inverses, bias, permutation, x, running(x, tile), h, total, constant, condition),
-        *(activation, N, D),
-        PRECISION=precision,
-        **tile.triangle,
-        BLOCKS=blocks_held(tile, D),
-    )
+
+    def __init__(
+        self, rows: Tensor, activation: Activation, precision: str, *, permutation: Tensor | None
+    ) -> None:
+        """For ``rows`` of this D, dtype and device."""
+        D = rows.shape[-1]
+        self._tile = tile = tiles.substitution_tile(D, precision, tiles.architecture(rows))
+        self._permutation = permutation
+        arguments = {"permutation_ptr": permutation, "activation": activation, "D": D, "PRECISION": precision}
+        varying = ("y_ptr", "lu_ptr", "inverses_ptr", "bias_ptr", "x_ptr", "running_ptr", "h_ptr")
+        self._launch = Prepared(
+            layer_inv_kernel,
+            tile,
+            {**arguments, **tile.triangle, "BLOCKS": blocks_held(tile, D)},
+            (*varying, "logabsdet_ptr", "constant_ptr", "condition_ptr", "N"),
+        )
+
+    def __call__(
+        self,
+        y: Tensor,
+        lu: Tensor,
+        inverses: Tensor,
+        bias: Tensor | None,
+        x: Tensor,
+        h: Tensor | None,
+        total: Tensor | None,
+        *,
+        constant: Tensor | None,
+        condition: Tensor | None,
+    ) -> None:
+        K, N, D = y.shape
+        check_factors(lu, inverses, self._permutation, K, D)
+        self._launch(
+            (tiles.ceil_div(N, self._tile.rows), K, 1),
+            *(y, lu, inverses, bias, x, running(x, self._tile), h, total, constant, condition, N),
+        )
 
 
 def at_least_tf32x3(precision: str) -> str:
@@ -400,12 +433,12 @@ def check_factors(lu: Tensor, inverses: Tensor, permutation: Tensor | None, K: i
     check_packed(lu, None, permutation)
     check_parameter("lu", lu, (K, D, D))
     block = tiles.substitution_block(D)
-    check_parameter("inverses", inverses, (K, 2, triton.cdiv(D, block), block, block), torch.float32)
+    check_parameter("inverses", inverses, (K, 2, tiles.ceil_div(D, block), block, block), torch.float32)
 
 
 def blocks_held(tile: tiles.Tile, D: int) -> int:
     """Blocks of a row that a program keeps in registers; 0 for none."""
-    return 0 if tile.inner else triton.cdiv(D, tile.columns)
+    return 0 if tile.inner else tiles.ceil_div(D, tile.columns)
 
 
 def running(out: Tensor, tile: tiles.Tile, scattered: bool = False) -> Tensor | None:

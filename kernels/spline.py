@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lunet_fast.kernels.launch import launch
 from lunet_fast.kernels.leaky_softplus import reciprocal
-from lunet_fast.kernels.tiles import Tile
+from lunet_fast.kernels.tiles import Tile, ceil_div
 
 #: The most bins: the inverse looks at the ends of all, and so do the sums.
 MOST_BINS = 64
@@ -126,7 +126,7 @@ def table_of(spline: Spline, D: int, layers: int | None) -> Tensor:
     table = torch.empty(shape, dtype=torch.float32, device=parameters.device)
     tile = Tile(1, min(128, triton.next_power_of_2(D)), 0, 1, 1)
     launch(
-        *(spline_table_kernel, (triton.cdiv(D, tile.columns), shape[0]), tile),
+        *(spline_table_kernel, (ceil_div(D, tile.columns), shape[0]), tile),
         *(parameters, table),
         D=D,
         BINS=spline.bins,

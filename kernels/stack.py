@@ -295,7 +295,7 @@ class Stack:
         dtype: torch.dtype,
     ) -> None:
         """``names`` are those of the rows, the result and the matrices among the kernel's arguments."""
-        self._rows, self._features, self._dtype = tile.rows, arguments["D"], dtype
+        self._rows, self._kind = tile.rows, (arguments["D"], dtype)
         varying = (*names, "constant_ptr", "bias_ptr", "logabsdet_ptr", "N")
         self._launch = Prepared(kernel, tile, arguments, varying)
 
@@ -311,14 +311,10 @@ class Stack:
 
         ``matrices``, ``biases`` and ``constant`` are as in the call that it was made for.
         """
-        check_rows("rows", rows, dims=2)
-        N, D = rows.shape
-        if self._features != D or rows.dtype != self._dtype:
-            raise ValueError(
-                f"rows must be [N, {self._features}] {self._dtype}, got {list(rows.shape)} {rows.dtype}"
-            )
+        check_rows("rows", rows, dims=2, kind=self._kind)
+        N = len(rows)
         out, total = outputs_by_row(rows, logabsdet)
-        self._launch((-(-N // self._rows), 1, 1), rows, out, *matrices, constant, biases, total, N)
+        self._launch((tiles.ceil_div(N, self._rows), 1, 1), rows, out, *matrices, constant, biases, total, N)
         return out, total
 
 
@@ -421,4 +417,4 @@ def check_inverse(lu: Tensor, blocks: Tensor, M: int, D: int, tile: tiles.Tile, 
         raise ValueError("nothing is inverted in tf32: give 'ieee' or 'tf32x3'")
     check_parameter("lu", lu, (M, D, D))
     block = tile.inner
-    check_parameter("blocks", blocks, (M, 2, triton.cdiv(D, block), block, block), torch.float32)
+    check_parameter("blocks", blocks, (M, 2, tiles.ceil_div(D, block), block, block), torch.float32)

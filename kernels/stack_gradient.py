@@ -363,7 +363,7 @@ def _backward(
     check_parameter("the gradient of the rows", grad, (N, D), x.dtype)
     check_parameter("grad_logabsdet", grad_logabsdet, (N,), torch.float32)
     block, inner = tiles.stack_outer_block(tile, weights.dtype, arguments["PRECISION"])
-    count = triton.cdiv(N, tile.rows)
+    count = tiles.ceil_div(N, tile.rows)
     programs = min(count, tiles.stack_programs(tiles.architecture(x)))
 
     def scratch(*shape: int) -> Tensor:

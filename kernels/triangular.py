@@ -21,7 +21,16 @@ from torch import Tensor
 
 from lunet_fast.kernels import tiles
 from lunet_fast.kernels.activation import Slopes, activation_of
-from lunet_fast.kernels.launch import check_layer, check_parameter, dot, launch, load_tile, store_tile
+from lunet_fast.kernels.launch import (
+    Prepared,
+    check_layer,
+    check_parameter,
+    check_precision,
+    check_rows,
+    dot,
+    load_tile,
+    store_tile,
+)
 from lunet_fast.kernels.layer import finish_tile, forward_outputs, row_totals
 from lunet_fast.kernels.matrix import check_packed, diagonal, lower_tile, permuted, upper_tile
 
@@ -155,6 +164,64 @@ def triangular_lower_kernel(
     )
 
 
+class Forward:
+    """``layer_forward_rows`` of layers of one kind: what depends neither on the rows nor on the numbers in
+    matrices and biases is found out once."""
+
+    def __init__(
+        self,
+        rows: Tensor,
+        sign: Tensor | None,
+        permutation: Tensor | None,
+        slopes: Slopes | None,
+        *,
+        precision: str,
+    ) -> None:
+        """For ``rows`` of this D, dtype and device."""
+        check_precision(precision)
+        D = rows.shape[-1]
+        tile = tiles.triangular_tile(D, tiles.architecture(rows))
+        self._kind, self._active = (D, rows.dtype), slopes is not None
+        self._rows, self._blocks = tile.rows, tiles.ceil_div(D, tile.columns)
+        self._sign, self._permutation = sign, permutation
+        sizes = {"D": D, "PRECISION": precision, "ROWS": tile.rows, "BLOCK": tile.columns}
+        last: dict[str, Any] = {"permutation_ptr": permutation, **sizes}
+        last["activation"] = activation_of(slopes, D)
+        ends = ("bias_ptr", "y_ptr", "h_ptr", "partial_ptr", "constant_ptr", "N")
+        self._fused = self._upper = None
+        if tiles.fuses_triangles(D, precision):
+            last |= {"sign_ptr": sign, "BLOCKS": self._blocks}
+            self._fused = Prepared(triangular_fused_kernel, tile, last, ("x_ptr", "lu_ptr", *ends))
+        else:
+            first = {"sign_ptr": sign, **sizes}
+            self._upper = Prepared(triangular_upper_kernel, tile, first, ("x_ptr", "lu_ptr", "t_ptr", "N"))
+            self._lower = Prepared(triangular_lower_kernel, tile, last, ("t_ptr", "lu_ptr", *ends))
+
+    def __call__(
+        self,
+        x: Tensor,
+        lu: Tensor,
+        bias: Tensor | None,
+        *,
+        constant: Tensor | None,
+        logabsdet: bool,
+        save: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        K, N, D = check_layer("x", x, bias, constant, kind=self._kind)
+        check_packed(lu, self._sign, self._permutation)
+        check_parameter("lu", lu, (K, D, D))
+        y, h, partial = forward_outputs(x, self._blocks, self._active, logabsdet=logabsdet, save=save)
+        row_tiles, ends = tiles.ceil_div(N, self._rows), (bias, y, h, partial, constant, N)
+        if self._fused is not None:
+            self._fused((row_tiles, K, 1), x, lu, *ends)
+        else:
+            assert self._upper is not None
+            grid, t = (row_tiles * self._blocks, K, 1), torch.empty_like(x, dtype=torch.float32)
+            self._upper(grid, x, lu, t, N)
+            self._lower(grid, t, lu, *ends)
+        return y, row_totals(x, partial, constant) if logabsdet else None, h
+
+
 def layer_forward_rows(
     x: Tensor,
     lu: Tensor,
@@ -176,21 +243,6 @@ def layer_forward_rows(
     numbers in ``precision``, U x is not rounded to x's dtype between them. ``constant`` [K], float32, is
     log|det W|, added to each row's Σ log φ′.
     """
-    K, N, D = check_layer("x", x, bias, constant, precision)
-    check_packed(lu, sign, permutation)
-    check_parameter("lu", lu, (K, D, D))
-    tile = tiles.triangular_tile(D, tiles.architecture(x))
-    blocks = triton.cdiv(D, tile.columns)
-    y, h, partial = forward_outputs(x, blocks, slopes, logabsdet=logabsdet, save=save)
-    row_tiles = triton.cdiv(N, tile.rows)
-    sizes: dict[str, Any] = {"N": N, "D": D, "PRECISION": precision, "ROWS": tile.rows, "BLOCK": tile.columns}
-    ends = (permutation, bias, y, h, partial, constant, activation_of(slopes, D))
-    if tiles.fuses_triangles(D, precision):
-        grid = (row_tiles, K)
-        launch(triangular_fused_kernel, grid, tile, x, lu, sign, *ends, **sizes, BLOCKS=blocks)
-    else:
-        grid = (row_tiles * blocks, K)
-        t = torch.empty_like(x, dtype=torch.float32)
-        launch(triangular_upper_kernel, grid, tile, x, lu, sign, t, **sizes)
-        launch(triangular_lower_kernel, grid, tile, t, lu, *ends, **sizes)
-    return y, row_totals(x, partial, constant) if logabsdet else None, h
+    check_rows("x", x)
+    run = Forward(x, sign, permutation, slopes, precision=precision)
+    return run(x, lu, bias, constant=constant, logabsdet=logabsdet, save=save)

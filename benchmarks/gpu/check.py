@@ -253,6 +253,8 @@ def failures_of(rows: list[Row]) -> list[Row]:
     for row in rows:
         if row["kind"] == "time" and row["contender"].startswith("ours"):
             error = "wrong result" if row.get("wrong") else row.get("failed")
+            if row.get("graph") is False:
+                error = "it cannot be captured as a CUDA graph"
             if error:
                 where = f"{row['what']}, D = {row['D']}, B = {row['B']}, {row['precision']}"
                 found.append({"kind": "failure", "what": f"{where}: {row['contender']}", "error": error})
@@ -309,7 +311,7 @@ def times_table(rows: list[Row]) -> str:
         if row["kind"] == "time":
             note = row.get("failed") or ("wrong, not timed" if row.get("wrong") else None)
             shown.append(row | {"time": note or ("not measured" if row["ms"] is None else row["ms"])})
-    names = ("what", "D", "B", "precision", "contender", "floor ms", "floor / time", "× ours")
+    names = ("what", "D", "B", "precision", "contender", "floor ms", "floor / time", "× ours", "graph")
     columns = {name: name for name in names}
     order = [*list(columns)[:5], "ms", *list(columns)[5:]]
     return markdown({name: "time" if name == "ms" else name for name in order}, shown)
@@ -332,7 +334,8 @@ def report(machine: dict[str, Any], rows: list[Row]) -> str:
     lines += [
         *("", "## Times", ""),
         "Medians in milliseconds, the L2 cache flushed before each call. The floor is the bytes at the rate",
-        "of the copy or the flops at cuBLAS's (a third of tf32's for highest), whichever takes longer.",
+        "of the copy or the flops at cuBLAS's (a third of tf32's for highest), whichever takes longer. Small",
+        "batches, which may wait for the host, are timed as CUDA graphs (no: could not be captured).",
         *("", times_table(rows)),
         *("", "## Checks", ""),
         markdown({name: name for name in ("what", "error", "limit", "ok")}, checks),

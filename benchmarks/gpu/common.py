@@ -70,6 +70,25 @@ class Place:
 
         return float(do_bench(run, warmup=10, rep=60, return_mode="median"))
 
+    def captured(self, run: Callable[[], object]) -> Callable[[], object] | None:
+        """``run`` as a CUDA graph, in whose replay the host has no part; None off a GPU, and where it cannot
+        be captured, as it waits for the device."""
+        if not self.is_gpu:
+            return None
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                run()
+        except RuntimeError:
+            return None
+        return graph.replay
+
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """torch.compile for one shape; in tiny sizes without its slow code generator."""
         torch.compiler.reset()

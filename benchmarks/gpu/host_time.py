@@ -1,6 +1,6 @@
 """What a call without gradients costs the host, measured where there is no GPU.
 
-    python -m benchmarks.gpu.host_time        benchmarks/results/host-time.json and .md; half a minute
+    python -m benchmarks.gpu.host_time        benchmarks/results/host-time.json and .md; a minute
 
 The library's own path for CUDA tensors, from the module's call to the driver's ``cuLaunchKernelEx``, on CPU
 tensors under a driver that does nothing (``fake_driver.py``). So kernels cost nothing here; what PyTorch's
@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import nn
 from benchmarks.gpu import fake_driver
 from benchmarks.machine import ROOT, open_results, parser, where
 
-FEATURES, LAYERS, ROWS = 64, 8, 256
+FEATURES, LAYERS, ROWS, FEW = 64, 8, 256, 16
 
 MEANS, CALLS = 100, 20
 
@@ -48,15 +49,18 @@ def calls() -> Iterator[tuple[str, Any, Callable[[], object]]]:
     from lunet_fast import LeakySoftplus, LUDense, LUNet, cached
 
     linear = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Softplus())
-    row, x = torch.randn(1, FEATURES), torch.randn(ROWS, FEATURES)
-    net, layer = LUNet(FEATURES, LAYERS), LUDense(FEATURES, activation=LeakySoftplus(0.1))
+    row, few, x = (torch.randn(rows, FEATURES) for rows in (1, FEW, ROWS))
     yield "nn.Linear and nn.Softplus, one row, on the CPU", nullcontext, lambda: linear(row)
-    yield "layer, forward", nullcontext, lambda: layer(x)
-    name = f"LUNet({FEATURES}, {LAYERS})"
-    for inside, context in (("", nullcontext), (", within cached", lambda: cached(net))):
-        yield f"{name}, forward{inside}", context, lambda: net(x)
-        yield f"{name}, forward with log-det{inside}", context, lambda: net.forward_and_logabsdet(x)
-        yield f"{name}, inverse{inside}", context, lambda: net.inverse(x)
+    layer, net = LUDense(FEATURES, activation=LeakySoftplus(0.1)), LUNet(FEATURES, LAYERS)
+    for name, module in ((f"LUNet({FEATURES}, {LAYERS})", net), ("layer", layer)):
+        within = partial(cached, module)
+        for inside, context in (("", nullcontext), (", within cached", within)):
+            yield f"{name}, forward{inside}", context, partial(module, x)
+            if module is layer:
+                yield f"{name}, forward of {FEW} rows{inside}", context, partial(module, few)
+            call = partial(module.forward_and_logabsdet, x)
+            yield f"{name}, forward with log-det{inside}", context, call
+            yield f"{name}, inverse{inside}", context, partial(module.inverse, x)
 
 
 def measured(library: Any) -> list[dict[str, Any]]:

@@ -34,6 +34,10 @@ from lunet_fast.ops import reference
 #: Rows × columns of the largest rows that are timed: 1 GiB in float32.
 LARGEST = 2**28
 
+#: Rows up to which a call may take the host longer than the GPU: they are timed as CUDA graphs, whoever
+#: computes, and what calls cost the host is a stage of its own, ``launches``.
+HOST_BOUND = 4096
+
 ALPHA = FAMILY[0]
 
 
@@ -61,9 +65,14 @@ def timed(place: Place, task: Task, contenders: list[Contender]) -> Iterator[Row
         try:
             error = errors(run())
             row["error / limit"] = error
-            row["ms"] = place.milliseconds(run) if error <= 1.0 else None
+            row["ms"] = None
             if not error <= 1.0:
                 row["wrong"] = True
+            elif place.measure and task.B <= HOST_BOUND:
+                replay = place.captured(run)
+                row |= {"ms": place.milliseconds(replay or run), "graph": replay is not None}
+            else:
+                row["ms"] = place.milliseconds(run)
         except torch.cuda.OutOfMemoryError:
             row |= {"ms": None, "failed": "out of memory"}
         except Exception as failure:
@@ -473,35 +482,30 @@ def launches(place: Place) -> Iterator[Row]:
     def train(net: nn.Module) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(net(x), list(net.parameters()), upstream)
 
+    one = LUDense(D, activation=LeakySoftplus(ALPHA)).to(place.device)
     linear = "nn.Linear + softplus"
-    yield from _host_times(place, "forward", D, B, {"ours": without_gradients(model.forward)})
-    yield from _host_times(place, "forward", D, B, {linear: without_gradients(peer)})
-    yield from _host_times(place, "inverse", D, B, {"ours": without_gradients(model.inverse)})
-    yield from _host_times(place, "forward + backward", D, B, {"ours": train(model), linear: train(peer)})
-    with cached(model):
-        runs = {"ours, within cached": without_gradients(model.forward)}
-        yield from _host_times(place, "forward", D, B, runs)
-        runs = {"ours, within cached": without_gradients(model.inverse)}
-        yield from _host_times(place, "inverse", D, B, runs)
+    for what, ours, theirs in (("LUNet", model, peer), ("one layer", one, peer[:2])):
+        runs = {"ours": without_gradients(ours.forward), linear: without_gradients(theirs)}
+        yield from _host_times(place, f"{what} forward", D, B, runs)
+        yield from _host_times(place, f"{what} inverse", D, B, {"ours": without_gradients(ours.inverse)})
+        yield from _host_times(
+            place, f"{what} forward + backward", D, B, {"ours": train(ours), linear: train(theirs)}
+        )
+        with cached(ours):
+            for way in ("forward", "inverse"):
+                runs = {"ours, within cached": without_gradients(getattr(ours, way))}
+                yield from _host_times(place, f"{what} {way}", D, B, runs)
 
 
 def _host_times(place: Place, what: str, D: int, B: int, runs: dict[str, Callable[[], Any]]) -> Iterator[Row]:
     for contender, run in runs.items():
-        replay: Callable[[], Any] = run
+        replay = place.captured(run)
+        task = Task(f"{what}, host's time", D, B, "highest", 0, 0)
+        row: Row = {"kind": "time", **task._asdict()}
+        yield row | {"contender": contender, "ms": _wall(place, run)}
         if place.is_gpu:
-            side = torch.cuda.Stream()
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    run()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
-            replay = graph.replay
-        task = Task(f"LUNet {what}, host's time", D, B, "highest", 0, 0)
-        for name, call in ((contender, run), (f"{contender}, CUDA graph", replay)):
-            row: Row = {"kind": "time", **task._asdict(), "contender": name, "ms": _wall(place, call)}
-            yield row
+            ms = None if replay is None else _wall(place, replay)
+            yield row | {"contender": f"{contender}, CUDA graph", "ms": ms, "graph": replay is not None}
 
 
 def _wall(place: Place, run: Callable[[], Any]) -> float | None:

@@ -51,7 +51,7 @@ class Job(NamedTuple):
 def products(D: int, *, tiny: bool) -> list[Tile]:
     """Tiles of a product of rows by a D×D matrix."""
     widest = max(16, 1 << (D - 1).bit_length())
-    sizes = itertools.product((32, 64, 128), (16, 32, 64, 128), (16, 32, 64), (4, 8), (2, 3, 4))
+    sizes = itertools.product((32, 64, 128), (16, 32, 64, 128, 256), (16, 32, 64), (4, 8), (2, 3, 4))
     found = [Tile(*size) for size in sizes if size[1] <= widest and size[2] <= widest]
     return found[:2] if tiny else found
 

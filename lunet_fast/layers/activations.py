@@ -208,7 +208,7 @@ def is_replaced(module: nn.Module, base: Any, *, hooks: bool = True) -> bool:
     """
     own = module.__dict__
     cls: Any = type(module)
-    # Every call of a layer comes here, so no loops.
+    # Every call of a layer comes here, so no loops, nor PyTorch's __getattr__.
     if (cls is not base and _overrides(cls, base)) or (
         "forward" in own
         or "inverse" in own
@@ -218,10 +218,10 @@ def is_replaced(module: nn.Module, base: Any, *, hooks: bool = True) -> bool:
     ):
         return True
     return hooks and bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
         or all_modules._global_forward_hooks
         or all_modules._global_forward_pre_hooks
         or all_modules._global_backward_hooks

@@ -33,15 +33,15 @@ class Seen(NamedTuple):
 
     sources: tuple[Any, ...]
     tensors: tuple[Tensor, ...]
-    """Those of them that are tensors."""
+    """Those of them to which writes count."""
     writes: list[int]
     addresses: list[int]
     memory: tuple[Tensor, ...]
     """Held, so that no other tensor can come to lie where it is."""
 
     @classmethod
-    def of(cls, sources: Sequence[Any]) -> Seen:
-        tensors = tuple(each for each in sources if isinstance(each, Tensor))
+    def of(cls, sources: Sequence[Any], counts: Callable[[Any], bool]) -> Seen:
+        tensors = tuple(filter(counts, sources))
         writes, addresses = list(map(writes_to, tensors)), list(map(Tensor.data_ptr, tensors))
         return cls(tuple(sources), tensors, writes, addresses, tuple(t.detach() for t in tensors))
 
@@ -60,6 +60,10 @@ writes_to = attrgetter("_version")
 """PyTorch's count of the writes to a tensor."""
 
 
+def _is_tensor(source: Any) -> bool:
+    return isinstance(source, Tensor)
+
+
 class Kept:
     """What a module keeps: a value for each name, with what it was made from."""
 
@@ -67,18 +71,25 @@ class Kept:
         self.users = 0
         self.values: dict[Any, tuple[Any, Seen]] = {}
 
-    def get(self, name: Any, sources: Sequence[Any], make: Callable[[], Any]) -> Any:
+    def get(
+        self,
+        name: Any,
+        sources: Sequence[Any],
+        make: Callable[[], Any],
+        counts: Callable[[Any], bool] = _is_tensor,
+    ) -> Any:
         """The value of this name made from these tensors, modules and Nones by ``make()``, kept or new; None
         where a tensor is not of the kind whose writes PyTorch counts.
 
-        It is written as one tuple, so that threads see a whole one, whoever wrote it.
+        ``counts`` says of a source whether a write to it makes the value another: by default of all tensors.
+        The value is written as one tuple, so that threads see a whole one, whoever wrote it.
         """
         found = self.values.get(name)
         if found is not None and found[1].still(sources):
             return found[0]
         if not all(map(counts_writes, sources)):
             return None
-        seen = Seen.of(sources)
+        seen = Seen.of(sources, counts)
         with torch.inference_mode(False), torch.no_grad():
             value = make()
         if seen.still(sources):  # not written to meanwhile
@@ -94,12 +105,16 @@ def counts_writes(source: Any) -> bool:
 
 
 class Keeping(nn.Module):
-    """A module that keeps something within ``cached``."""
+    """A module that keeps something, within ``cached`` or longer; a copy has none of it."""
 
     _kept: Kept | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_kept", "_plans")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state.pop("_plans", None)  # pickled when it was
+        super().__setstate__(state)
 
 
 def usable(module: Keeping, x: Tensor) -> Kept | None:
@@ -136,7 +151,8 @@ def cached(module: Module) -> Iterator[Module]:
     Each ``LUDense`` in ``module``, itself or below it, forms them when first needed, for 2·D³/3 flops forward
     and 3·D³ for the inverse, D² numbers each; then N rows cost 2·N·D² as in ``nn.Linear``. Splines and learnt
     slopes keep what they compute of their parameters alone. On kernels an ``LUNet`` that goes in one launch
-    keeps what that needs instead, all its matrices or what substitution takes of them.
+    keeps what that needs instead, all its matrices or what substitution takes of them, and so does a layer.
+    The first inverse of a layer there waits for the device: call it once before a CUDA graph is captured.
 
     They are formed again after any write that PyTorch counts: an optimiser's step, ``copy_``,
     ``load_state_dict``, ``.to()``, another parameter in place of one. A write through ``.data`` is not

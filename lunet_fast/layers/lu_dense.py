@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lunet_fast import functional
+from lunet_fast.layers import planned
 from lunet_fast.layers.activations import BijectiveActivation, call, fused_of
 from lunet_fast.layers.arguments import check_dtype, check_tensor, checked_size
 from lunet_fast.layers.cached import usable
@@ -33,7 +34,7 @@ class Weight(ReadOnlyTensor):  # type: ignore[metaclass]
     )
 
 
-class LUDense(StructuredLayer):
+class LUDense(StructuredLayer, planned.Planned):
     """y = φ(A x + b) with A = Pᵀ L U, (2.1): a drop-in for a square ``nn.Linear`` that can be inverted.
 
     It has as many parameters as ``nn.Linear``: one parameter ``lu`` [D, D] (strict lower triangle L, strict
@@ -213,6 +214,9 @@ class LUDense(StructuredLayer):
     def _run(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Any]:
         """The layer or its inverse at x, and that direction's log-determinant or None."""
         check_tensor("y" if inverse else "x", x)
+        found = planned.run(self, (self,), x, inverse=inverse, logabsdet=logabsdet)
+        if found is not None:
+            return found
         if self._kept is not None:
             found = self._run_kept(x, inverse=inverse, logabsdet=logabsdet)
             if found is not None:
@@ -227,6 +231,19 @@ class LUDense(StructuredLayer):
         if not inverse:
             x, share = call(activation, x, inverse=False, logabsdet=logabsdet)
         return x, None if total is None or share is None else total + share
+
+    def _on_kernels(self, x: Tensor) -> bool:
+        return x.dim() > 0 and dispatch.takes_triton(x)
+
+    def _prepared(self, x: Tensor, *, inverse: bool, many: bool) -> Any:
+        phi = self._fused()
+        if phi is None or not dispatch.fuses(x, phi):
+            return None
+        learnt = phi.parameters
+        if learnt is not None and learnt.dim() > 1 and learnt.shape[-1] != x.shape[-1]:
+            return None
+        prepare = dispatch.implementation("triton", "prepare_layer")
+        return prepare(x, self._matrix(), phi, inverse=inverse, many=many)
 
     def _run_kept(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Any] | None:
         """``_run`` with what the layer keeps, within ``cached``; None where it may not or has nothing."""
@@ -398,3 +415,6 @@ class LUDense(StructuredLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if error_msgs and prefix + "lu" in missing_keys:
             missing_keys.remove(prefix + "lu")
+
+
+LUDense._described = LUDense

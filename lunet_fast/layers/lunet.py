@@ -47,7 +47,7 @@ class ConditionWarning(UserWarning):
     """The inverse of a net has lost digits: ``LUNet.condition`` says how many, and in which layer."""
 
 
-class LUNet(planned.PlannedNet):
+class LUNet(planned.Planned):
     """f = A_M ∘ φ ∘ A_{M−1} ∘ … ∘ φ ∘ A_1 with affine A_m: invertible, its Jacobian's determinant in O(M·D).
 
     With an ``input`` ψ, f = A_M ∘ φ ∘ … ∘ A_1 ∘ ψ.
@@ -179,7 +179,6 @@ class LUNet(planned.PlannedNet):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state["_modules"].setdefault("input", None)  # pickled before there was one
-        state.setdefault("_plans", {})
         super().__setstate__(state)
 
     def whiten(self, x: Tensor) -> None:
@@ -312,6 +311,14 @@ class LUNet(planned.PlannedNet):
             else:
                 x = layer.inverse(x) if inverse else layer(x)
         return x, total
+
+    def _on_kernels(self, x: Tensor) -> bool:
+        return dispatch.fuses_net(x)
+
+    def _prepared(self, x: Tensor, *, inverse: bool, many: bool) -> Any:
+        one = self._as_one(x)
+        prepare = dispatch.implementation("triton", "prepare_net")
+        return None if one is None else prepare(x, *one, inverse=inverse)
 
     def _as_one(self, x: Tensor) -> tuple[Matrix, Activation] | None:
         """All layers as one operation, ``functional.net``, takes them for x, or None if it does not take

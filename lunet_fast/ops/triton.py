@@ -18,6 +18,7 @@ are float32. The inverse never goes below tf32x3, nor do W, W⁻¹ and their gra
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,6 +48,9 @@ from lunet_fast.ops.values import Activation, Matrix
 
 #: Features from which the library's tf32 and bfloat16 products are expected to be faster than this one.
 LIBRARY_PRODUCT_FROM = 1024
+
+#: Features up to which a program of the layer's product has all columns of its rows, or half of them.
+ONE_BLOCK = 128
 
 
 @implements("triton")
@@ -142,37 +146,161 @@ def activation_inverse_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tenso
 # --- layer ----------------------------------------------------------------------------------------------
 
 
+class Layer:
+    """A layer, or K stacked ones, on the kernels.
+
+    Made of the layer as it is, for rows of this D, dtype and device; then their number and the numbers in
+    matrix and bias may change, sign, permutation and activation not.
+    """
+
+    def __init__(self, x: Tensor, given: Matrix, activation: Activation) -> None:
+        self._rows, self._given, self._stacked = x.new_empty((0, x.shape[-1])), given, _stacked(given)
+        self._slopes, self._precision = _slopes(activation), precision_of(x)
+        narrow = x.dtype == torch.bfloat16 or self._precision == "tf32"
+        self._library = narrow and not activation.linear and x.shape[-1] >= LIBRARY_PRODUCT_FROM
+
+    @cached_property
+    def _compose(self) -> matrix.Compose:
+        return matrix.Compose(*self._stacked[:3], self._rows.dtype)
+
+    @cached_property
+    def _product(self) -> layer.Forward:
+        return layer.Forward(self._rows, self._slopes, precision=self._precision)
+
+    @cached_property
+    def _triangles(self) -> triangular.Forward:
+        _, sign, order, _ = self._stacked
+        return triangular.Forward(self._rows, sign, order, self._slopes, precision=self._precision)
+
+    def matrices(self, lu: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """(W, log|det W|) of ``lu`` [K, D, D] as it is now, where the rows of x, or None: many calls, are
+        worth it."""
+        return self._compose(lu) if x is None or composes(_rows_each(x, lu), lu.shape[-1]) else None
+
+    def __call__(
+        self,
+        x: Tensor,
+        lu: Tensor,
+        matrices: tuple[Tensor, Tensor] | None,
+        bias: Tensor | None,
+        *,
+        logabsdet: bool,
+        save: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(y like x, log|det J| [...] if asked for, h like x if saved); ``bias`` [K, D]."""
+        members = _members(x, self._given.lu)
+        given: dict[str, Any] = {"logabsdet": logabsdet, "save": save}
+        if matrices is None:
+            constant = reference.log_diagonal(lu).sum(-1) if logabsdet else None
+            y, total, h = self._triangles(members, lu, bias, constant=constant, **given)
+        elif self._library:
+            y, total, h = self._by_library(members, *matrices, bias, logabsdet)
+        else:
+            weight, constant = matrices
+            y, total, h = self._product(members, weight, bias, constant=constant, **given)
+        return _as_rows_were(x, y, total, h)
+
+    def _by_library(
+        self, members: Tensor, weight: Tensor, constant: Tensor, bias: Tensor | None, logabsdet: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        if bias is None:
+            h = torch.bmm(members, weight.mT)
+        else:
+            h = torch.baddbmm(bias.unsqueeze(1).to(members.dtype), members, weight.mT)
+        y, total = row_wise.activation_forward(h.flatten(0, 1), self._slopes, logabsdet=logabsdet)
+        if total is not None:
+            total = total.reshape(members.shape[:-1]) + constant.unsqueeze(-1)
+        return y, total, h
+
+
+class LayerInverse:
+    """``Layer``, inverted."""
+
+    def __init__(self, x: Tensor, given: Matrix, activation: Activation) -> None:
+        precision, self._given = precision_of(x), given
+        lu, sign, order, _ = _stacked(given)
+        self._prepare = inverse_kernels.Preparation(lu, sign, order, precision=precision)
+        self._run = inverse_kernels.Inverse(x, order, _slopes(activation), precision=precision)
+
+    def matrices(self, lu: Tensor, x: Tensor | None) -> inverse_kernels.PreparedInverse:
+        """What the rows of x need of ``lu`` [K, D, D] as it is now; None: what many calls of one layer do.
+
+        For those the host waits for the condition, so that one of two launches is left.
+        """
+        found = self._prepare(lu, None if x is None else _rows_each(x, lu))
+        if x is not None or found.condition is None:
+            return found
+        if bool((found.condition <= solve.EXPLICIT_INVERSE_LIMIT.value).all()):
+            return found._replace(inverses=None)
+        return found._replace(weight=None, condition=None)
+
+    def __call__(
+        self,
+        x: Tensor,
+        lu: Tensor,
+        matrices: inverse_kernels.PreparedInverse,
+        bias: Tensor | None,
+        *,
+        logabsdet: bool,
+        save: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(The inverse at x, like x, its log|det J| [...] if asked for, h like x if saved)."""
+        inverses, constant, weight, condition = matrices
+        found = self._run(
+            *(_members(x, self._given.lu), lu, inverses, bias),
+            logabsdet=logabsdet,
+            save=save,
+            constant=constant,
+            weight=weight,
+            condition=condition,
+        )
+        return _as_rows_were(x, *found)
+
+
+def _rows_each(x: Tensor, lu: Tensor) -> int:
+    """How many rows each of the layers ``lu`` [K, D, D] gets of x."""
+    return x.numel() // (lu.shape[0] * lu.shape[-1])
+
+
+def _as_rows_were(
+    x: Tensor, result: Tensor, total: Tensor | None, h: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What kernels made of x, in its shape."""
+    return (
+        shaped(result, x),
+        None if total is None else row_values(total, x),
+        None if h is None else shaped(h, x),
+    )
+
+
+@implements("triton")
+def prepare_layer(
+    x: Tensor, given: Matrix, activation: Activation, *, inverse: bool, many: bool
+) -> Layer | LayerInverse | None:
+    """A layer, or its inverse, for rows like x's.
+
+    With ``many`` calls of the same matrices, where rows are as long as several blocks of columns, None: a
+    library's product with what was formed once is better then. Not for an inverse in less than float32.
+    """
+    if many and x.shape[-1] > ONE_BLOCK and not (inverse and precision_of(x) == "tf32"):
+        return None
+    return (LayerInverse if inverse else Layer)(x, given, activation)
+
+
 @implements("triton")
 def layer_forward(x: Tensor, given: Matrix, activation: Activation, logabsdet: bool, save: bool) -> Four:
-    members, slopes, precision = _members(x, given.lu), _slopes(activation), precision_of(x)
-    lu, sign, order, bias = stacked = _stacked(given)
-    N, D = members.shape[1:]
+    run, (lu, sign, order, bias) = Layer(x, given, activation), _stacked(given)
     # What the fake of this operation says is saved.
-    save_h = save and slopes is not None and not tiles.recomputes(D)
-    weight = None
-    options: dict[str, Any] = {"logabsdet": logabsdet, "save": save_h, "precision": precision}
-    if not composes(N, D):
-        constant = reference.log_diagonal(lu).sum(-1) if logabsdet else None
-        y, total, h = triangular.layer_forward_rows(members, *stacked, slopes, constant=constant, **options)
-    else:
-        weight, constant = matrix.compose(lu, sign, order, x.dtype)
-        narrow = x.dtype == torch.bfloat16 or precision == "tf32"
-        if narrow and slopes is not None and D >= LIBRARY_PRODUCT_FROM:
-            if bias is None:
-                h = torch.bmm(members, weight.mT)
-            else:
-                h = torch.baddbmm(bias.unsqueeze(1).to(x.dtype), members, weight.mT)
-            y, total = row_wise.activation_forward(h.flatten(0, 1), slopes, logabsdet=logabsdet)
-            if total is not None:
-                total = total.reshape(members.shape[:-1]) + constant.unsqueeze(-1)
-        else:
-            y, total, h = layer.layer_forward(members, weight, bias, slopes, constant=constant, **options)
+    save_h = save and not activation.linear and not tiles.recomputes(x.shape[-1])
+    matrices = run.matrices(lu, x)
+    y, total, h = run(x, lu, matrices, bias, logabsdet=logabsdet, save=save_h)
+    weight = None if matrices is None else matrices[0]
     if save and weight is None:
         # Stacked layers always save it; a single layer's W, not formed, is not read.
         unformed = torch.empty_like(lu, dtype=x.dtype)
         weight = matrix.compose(lu, sign, order, x.dtype)[0] if given.stacked else unformed
     saved = shaped(h if save_h else None, x), shaped(weight if save else None, x, given.lu.shape)
-    return shaped(y, x), row_values(total, x), *saved
+    return y, row_values(total, x), *saved
 
 
 @implements("triton")
@@ -218,19 +346,9 @@ def layer_backward(
 def layer_inverse(
     x: Tensor, given: Matrix, activation: Activation, logabsdet: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    members, (lu, sign, order, bias) = _members(x, given.lu), _stacked(given)
-    precision, N = precision_of(x), members.shape[1]
-    prepared = inverse_kernels.prepare_inverse(lu, sign, order, precision=precision, N=N)
-    options: dict[str, Any] = {"logabsdet": logabsdet, "save": save, "precision": precision}
-    result, total, h = inverse_kernels.layer_inverse(
-        *(members, lu, prepared.inverses, bias, _slopes(activation)),
-        **options,
-        permutation=order,
-        constant=prepared.logabsdet,
-        weight=prepared.weight,
-        condition=prepared.condition,
-    )
-    return shaped(result, x), row_values(total, x), shaped(h, x)
+    run, (lu, _, _, bias) = LayerInverse(x, given, activation), _stacked(given)
+    result, total, h = run(x, lu, run.matrices(lu, x), bias, logabsdet=logabsdet, save=save)
+    return result, row_values(total, x), shaped(h, x)
 
 
 @implements("triton")
@@ -246,11 +364,11 @@ def layer_inverse_backward(
     members, (lu, sign, order, _) = _members(x, given.lu), _stacked(given)
     slopes, precision, (K, N, _) = _slopes(activation), precision_of(x), members.shape
     needs_x, needs_lu, needs_bias = needs
-    prepared = inverse_kernels.prepare_inverse(lu, sign, order, precision=precision, N=0)
+    inverses, _ = solve.invert_blocks(lu, sign, block=tiles.substitution_block(lu.shape[-1]))
     share = row_gradient(grad_logabsdet, (K, N))
     grad_right, grad_y, grad_slopes = inverse_gradient.layer_inverse_backward(
         *(_members(grad, given.lu), share, None if slopes is None else _members(h, given.lu)),
-        *(lu, prepared.inverses, slopes),
+        *(lu, inverses, slopes),
         permutation=order,
         precision=precision,
     )
@@ -295,23 +413,26 @@ class Net:
         )
         self._stack: stack.Stack | None = None
 
-    def matrices(self, lu: Tensor) -> tuple[Tensor, ...]:
-        """What a call needs of the matrices [M, D, D] as they are now, in one launch."""
+    def matrices(self, lu: Tensor, x: Tensor | None) -> tuple[Tensor, ...]:
+        """What any rows need of the matrices [M, D, D] as they are now, in one launch."""
         found: tuple[Tensor, ...] = self._prepare(lu)
-        return (lu, *found) if self._inverse else found
+        return found
 
     def __call__(
-        self, rows: Tensor, matrices: tuple[Tensor, ...], bias: Tensor | None, *, logabsdet: bool
+        self, x: Tensor, lu: Tensor, matrices: tuple[Tensor, ...], bias: Tensor | None, *, logabsdet: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The result for contiguous rows [N, D], and log|det| [N] if asked for."""
-        *factors, constant = matrices
+        """The result, like x, and log|det J| [...] if asked for; ``bias`` [M, D]."""
+        *factors, constant = (lu, *matrices) if self._inverse else matrices
         run = self._stack
         if run is None:
             options: Any = {"constant": constant, "precision": self._precision}
             leading = (self._dtype,) if self._inverse else ()
             prepare: Any = stack.prepare_inverse if self._inverse else stack.prepare_forward
             self._stack = run = prepare(*leading, *factors, bias, self._slopes, **options)
-        return run(rows, *factors, biases=bias, constant=constant, logabsdet=logabsdet)
+        y, total = run(rows(x), *factors, biases=bias, constant=constant, logabsdet=logabsdet)
+        if x.dim() == 2:
+            return y, total
+        return shaped(y, x), None if total is None else row_values(total, x)
 
 
 @implements("triton")
@@ -332,8 +453,8 @@ def net_forward(
         by_layer = layer_inverse if inverse else layer_forward
         return net_by_layers(by_layer, x, given, activation, logabsdet, inverse=inverse)
     stacked = _stacked(given)
-    y, total = net(rows(x), net.matrices(stacked.lu), stacked.bias, logabsdet=logabsdet)
-    return shaped(y, x), row_values(total, x)
+    y, total = net(x, stacked.lu, net.matrices(stacked.lu, x), stacked.bias, logabsdet=logabsdet)
+    return y, row_values(total, x)
 
 
 @implements("triton")

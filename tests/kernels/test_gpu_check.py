@@ -112,10 +112,17 @@ def test_what_fails_a_run() -> None:
         time_row("ours, substitution", None, wrong=True),
         time_row("ours", None, failed="OutOfResources: shared memory"),
         time_row("eager", None, failed="out of memory"),
+        time_row("ours", 1.0, graph=True),
+        time_row("ours", 2.0, graph=False),
+        time_row("eager", 2.0, graph=False),
         {"kind": "note", "what": "nothing"},
     ]
     failures = check.failures_of(rows)
-    assert [row["error"] for row in failures] == ["wrong result", "OutOfResources: shared memory"]
+    assert [row["error"] for row in failures] == [
+        "wrong result",
+        "OutOfResources: shared memory",
+        "it cannot be captured as a CUDA graph",
+    ]
     assert "ours, substitution" in failures[0]["what"]
 
 

@@ -23,13 +23,13 @@ import torch
 from benchmarks.gpu import fake_driver, host_time
 
 library = host_time.prepare(Path(sys.argv[1]))
-from lunet_fast import LUNet, cached
+from lunet_fast import LeakySoftplus, LUDense, LUNet, cached
 from lunet_fast.kernels import launch
 
 seen = []
 
 def watch(function, grid, parameters):
-    # Of stack_fwd_kernel and compose_kernel: pointers first.
+    # Of all these kernels: pointers first.
     seen.append([function, [grid[k] for k in range(3)], parameters[0]])
 
 watching = fake_driver.Watch(watch)
@@ -45,9 +45,9 @@ launch.launch = asking
 torch.manual_seed(0)
 net, found = LUNet(16, 3), []
 
-def call(x, **of):
+def call(x, method="forward", of=net):
     seen.clear(), asked.clear()
-    getattr(net, of.get("method", "forward"))(x)
+    getattr(of, method)(x)
     found.append({"seen": [[f, g] for f, g, _ in seen], "asked": list(asked)})
 
 memory = torch.randn(100 * 16 + 1)
@@ -60,6 +60,15 @@ with torch.no_grad():
     with cached(net):
         for _ in range(2):
             call(x)
+layer = LUDense(16, activation=LeakySoftplus(0.1))
+with torch.no_grad():
+    for rows, method in ((x, "forward"), (x[:4], "forward"), (x, "inverse")):
+        for _ in range(2):
+            call(rows, method, layer)
+    with cached(layer):
+        for rows, method in ((x, "forward"), (x[:4], "forward_and_logabsdet"), (x, "inverse")):
+            for _ in range(2):
+                call(rows, method, layer)
 print(json.dumps(found))
 """
 
@@ -100,8 +109,27 @@ def test_rows_at_an_odd_address_are_another_kernels(calls: list[dict[str, Any]])
 
 
 def test_the_inverse_and_what_is_cached(calls: list[dict[str, Any]]) -> None:
-    inverse, inverse_again, kept, kept_again = calls[6:]
+    inverse, inverse_again, kept, kept_again = calls[6:10]
     assert inverse["asked"] == ["invert_blocks_kernel", "stack_inv_kernel"]
     assert inverse_again == {"seen": inverse["seen"], "asked": []}
     assert len(kept["seen"]) == 2
     assert kept_again == {"seen": kept["seen"][1:], "asked": []}
+
+
+def test_a_layer_alone(calls: list[dict[str, Any]]) -> None:
+    """Two launches, one for few rows; within ``cached`` one, whatever the number of rows."""
+    of_layer = calls[10:]
+    first, again = of_layer[0::2], of_layer[1::2]
+    assert [call["asked"] for call in first] == [
+        ["compose_kernel", "layer_fwd_kernel"],
+        ["triangular_fused_kernel"],
+        ["invert_blocks_kernel", "layer_inv_kernel"],
+        ["compose_kernel", "layer_fwd_kernel"],
+        ["layer_fwd_kernel"],  # with log-determinants
+        ["invert_blocks_kernel", "layer_inv_kernel"],
+    ]
+    assert all(call["asked"] == [] for call in again)
+    # What is launched is what Triton launched; within ``cached`` the first of two is not.
+    for before, after in zip(first, again, strict=True):
+        assert after["seen"] == before["seen"][-len(after["seen"]) :]
+    assert [len(call["seen"]) for call in again] == [2, 1, 2, 1, 1, 1]

@@ -161,6 +161,7 @@ CASES = [
     Case("layer", layer(48), 70, 48, dtype=torch.bfloat16),
     Case("net", net(20, 2), 70, 20),
     Case("net", net(20, 2), 70, 20, INVERSE),
+    Case("net, learnt slopes", net(20, 2, learnt), 70, 20, INVERSE, gradients=False),
     Case("spline", spline(20), 70, 20),
     Case("spline", spline(20), 70, 20, INVERSE),
     Case("layer, spline", layer(40, spline(40)), 70, 40),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from harness import FAMILIES, FEATURES, LIMIT, ROWS, amid_nan, guarded, normwise, slope_ratio, slopes
 from lunet_fast.kernels import activation, tiles
-from lunet_fast.kernels.activation import activation_of, load_family
+from lunet_fast.kernels.activation import LEARNT_STEPS, activation_of, load_family
 from lunet_fast.kernels.leaky_softplus import inverse_steps, phi_derivative
 from lunet_fast.ops import reference
 
@@ -224,6 +224,21 @@ def test_the_inverse_in_one_step(ratio: float) -> None:
     found, _ = activation.activation_inverse(ends, exact, logabsdet=False)
     assert torch.equal(found[:2], ends[:2])
     assert bool(found[2].isnan())
+
+
+@pytest.mark.parametrize("ratio", [2.0**-13, 1e-3, 0.03, 0.5, 30.0, 1e4])
+def test_the_inverse_in_two_steps(ratio: float) -> None:
+    """Slopes in a tensor, whatever they are, and float ones below 0.1: x is within a few roundings."""
+    exact = in_float32((ratio, 1.0, 0.7))
+    turn = math.log(ratio) / 0.7  # where both terms of φ have one slope
+    x = torch.cat([torch.linspace(-60.0, 60.0, 8192), torch.linspace(turn - 15.0, turn + 15.0, 8192)])
+    y = reference.leaky_softplus(x.double(), exact).float().view(-1, 128)
+    x64 = reference.leaky_softplus_inverse(y.double(), exact)
+    scale = x64.abs() + y.double().abs() / reference.leaky_softplus_derivative(x64, exact)
+    assert inverse_steps(exact[0]) <= LEARNT_STEPS == 2
+    for kind in [torch.tensor(exact)] + [exact] * (ratio < 0.1):
+        found, _ = activation.activation_inverse(y, kind, logabsdet=False)
+        assert ((found.double() - x64).abs() / scale).max() <= 5 * 2.0**-24
 
 
 @pytest.mark.parametrize("family", EXTREME_FAMILIES)

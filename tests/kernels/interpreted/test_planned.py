@@ -1,4 +1,4 @@
-"""Nets without gradients on kernels: what a net keeps of its making never outlives it."""
+"""Nets and layers without gradients on kernels: what one keeps of its making never outlives it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUNet, MonotoneSpline, cached
+from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUNet, MonotoneSpline, cached
 from lunet_fast.kernels import launch
 from lunet_fast.ops import dispatch
 
@@ -38,21 +38,32 @@ ACTIVATIONS: dict[str, Callable[[], Any]] = {
 }
 
 
-def made(activation: str = "fixed", **options: Any) -> LUNet:
-    net = LUNet(D, 3, ACTIVATIONS[activation](), signs="random", **options)
+Module = LUNet | LUDense
+
+
+def made(activation: str = "fixed", *, layer: bool = False) -> Any:
+    """A net of three layers, or a layer."""
+    phi = ACTIVATIONS[activation]()
+    module: Module = LUDense(D, activation=phi) if layer else LUNet(D, 3, phi, signs="random")
     with torch.no_grad():
-        for parameter in net.parameters():
+        for parameter in module.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    return net
+    return module
 
 
-def assert_right(net: LUNet, x: Tensor) -> None:
-    """Each method gives what the layers one by one give, on PyTorch."""
+def layers_of(module: Module) -> list[Any]:
+    return [module] if isinstance(module, LUDense) else list(module.layers)
+
+
+def assert_right(module: Module, x: Tensor) -> None:
+    """Each method gives what it gives on PyTorch, of a net what its layers one by one give."""
     for inverse in (False, True):
-        y, total = (net.inverse_and_logabsdet if inverse else net.forward_and_logabsdet)(x)
-        alone = (net.inverse if inverse else net)(x)
+        y, total = (module.inverse_and_logabsdet if inverse else module.forward_and_logabsdet)(x)
+        alone = (module.inverse if inverse else module)(x)
         dispatch.set_backend("reference")
-        expected, expected_total = copy.deepcopy(net)._run_each(x, inverse=inverse, logabsdet=True)
+        other = copy.deepcopy(module)
+        of = other._run_each if isinstance(other, LUNet) else other._run
+        expected, expected_total = of(x, inverse=inverse, logabsdet=True)
         dispatch.set_backend("triton")
         assert y.dtype == x.dtype
         limit = {"rtol": 2e-4, "atol": 2e-4} if x.dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
@@ -61,60 +72,95 @@ def assert_right(net: LUNet, x: Tensor) -> None:
         torch.testing.assert_close(total, expected_total, check_dtype=False, **limit)
 
 
-def with_data(net: LUNet) -> None:
+def with_data(module: Module) -> None:
     """What PyTorch does not count."""
-    for parameter in net.parameters():
+    for parameter in module.parameters():
         parameter.data.mul_(0.8)
 
 
-def in_place(net: LUNet) -> None:
-    for parameter in net.parameters():
+def transposed(module: Module) -> None:
+    """As little, and the memory stays where it is."""
+    lu = layers_of(module)[0].lu
+    lu.data = lu.data.mT
+
+
+def in_place(module: Module) -> None:
+    for parameter in module.parameters():
         parameter.mul_(0.8)
 
 
-def other_memory(net: LUNet) -> None:
-    for parameter in net.parameters():
+def other_memory(module: Module) -> None:
+    for parameter in module.parameters():
         parameter.data = parameter.data * 0.8
 
 
-def other_parameter(net: LUNet) -> None:
-    net.layers[1].lu = nn.Parameter(0.7 * net.layers[1].lu.detach())  # type: ignore[operator, union-attr]
+def other_parameter(module: Module) -> None:
+    layer = layers_of(module)[-1]
+    layer.lu = nn.Parameter(0.7 * layer.lu.detach())
 
 
-def other_signs(net: LUNet) -> None:
-    net.layers[0].sign.neg_()  # type: ignore[operator, union-attr]
+def other_signs(module: Module) -> None:
+    layers_of(module)[0].sign.neg_()
 
 
-def other_activation(net: LUNet) -> None:
-    net.layers[0].activation = LeakySoftplus(0.5)
+def other_memory_of_signs(module: Module) -> None:
+    layer = layers_of(module)[0]
+    layer._structure()[0].data = -layer.sign
+    layer._check_structure()
 
 
-def other_activations(net: LUNet) -> None:
-    for layer in net.layers[:-1]:
-        layer.activation = LeakySoftplus(0.5)
+def other_activation(module: Module) -> None:
+    layers_of(module)[0].activation = LeakySoftplus(0.5)
 
 
-def another_state(net: LUNet) -> None:
-    net.load_state_dict({name: t if "sign" in name else 0.9 * t for name, t in net.state_dict().items()})
+def other_activations(module: Module) -> None:
+    for layer in layers_of(module):
+        if layer.activation is not None:
+            layer.activation = LeakySoftplus(0.5)
 
 
-def permuted(net: LUNet) -> None:
-    net.layers[0].permutation = torch.arange(D - 1, -1, -1)  # type: ignore[assignment]
+def no_activation(module: Module) -> None:
+    layers_of(module)[0].activation = None
 
 
-def hooked(net: LUNet) -> None:
-    net.layers[1].register_forward_hook(lambda layer, args, y: y + 1.0)
+def replaced_slopes(module: Module) -> None:
+    layers_of(module)[0].activation = LeakySoftplus(0.4)
+    with torch.no_grad():
+        module(torch.randn(N, D))
+    layers_of(module)[0].activation.slopes = lambda: (0.7, 0.3, 1.0)
 
 
-def without_a_layer(net: LUNet) -> None:
-    if len(net.layers) > 2:
-        del net.layers[1]
+def another_state(module: Module) -> None:
+    fixed = ("sign", "permutation")
+    state = module.state_dict()
+    module.load_state_dict({n: t if n.endswith(fixed) else 0.9 * t for n, t in state.items()})
 
 
-def trained(net: LUNet) -> None:
+def permuted(module: Module) -> None:
+    layers_of(module)[0].permutation = torch.arange(D - 1, -1, -1)
+
+
+def permuted_in_place(module: Module) -> None:
+    layer = layers_of(module)[0]
+    layer.permutation = torch.arange(D - 1, -1, -1)
+    with torch.no_grad():
+        module(torch.randn(N, D))
+        layer.permutation.copy_(torch.randperm(D))
+
+
+def hooked(module: Module) -> None:
+    layers_of(module)[0].activation.register_forward_hook(lambda phi, args, y: y + 1.0)
+
+
+def without_a_layer(module: Module) -> None:
+    if isinstance(module, LUNet) and len(module.layers) > 2:
+        del module.layers[1]
+
+
+def trained(module: Module) -> None:
     with torch.enable_grad():
-        net.forward_and_logabsdet(torch.randn(4, D))[1].sum().backward()
-    torch.optim.SGD([p for p in net.parameters() if p.grad is not None], lr=0.1).step()
+        module.forward_and_logabsdet(torch.randn(4, D))[1].sum().backward()
+    torch.optim.SGD([p for p in module.parameters() if p.grad is not None], lr=0.1).step()
 
 
 CHANGES = [
@@ -122,56 +168,88 @@ CHANGES = [
     other_memory,
     other_parameter,
     other_signs,
+    other_memory_of_signs,
     other_activation,
     other_activations,
+    no_activation,
+    replaced_slopes,
     another_state,
     permuted,
+    permuted_in_place,
     without_a_layer,
     trained,
 ]
 
+either = pytest.mark.parametrize("layer", [False, True], ids=["net", "layer"])
 
+
+@either
 @pytest.mark.parametrize(("activation", "within"), [("fixed", False), ("fixed", True), ("learnt", True)])
-def test_no_change_is_missed(activation: str, within: bool) -> None:
+def test_no_change_is_missed(activation: str, within: bool, layer: bool) -> None:
     """Within ``cached`` none that PyTorch counts."""
-    changes = random.sample(CHANGES, 3) if within else [with_data, *random.sample(CHANGES, 3)]
-    net, x = made(activation), torch.randn(N, D)
-    with torch.no_grad(), cached(net) if within else nullcontext():
-        assert_right(net, x)
+    changes = random.sample(CHANGES, 3)
+    if not within:
+        changes = [with_data, transposed, *changes]
+    module, many, few = made(activation, layer=layer), torch.randn(N, D), torch.randn(3, D)
+    with torch.no_grad(), cached(module) if within else nullcontext():
+        assert_right(module, many)
         for change in changes:
-            change(net)
-            assert_right(net, x)
+            change(module)
+            assert_right(module, random.choice([few, many]))
 
 
+@either
 @pytest.mark.parametrize("activation", ["generalized", "spline"])
-def test_other_activations(activation: str) -> None:
-    net, x = made(activation), torch.randn(N, D)
+def test_other_activations(activation: str, layer: bool) -> None:
+    net, x = made(activation, layer=layer), torch.randn(N, D)
     with torch.no_grad():
         assert_right(net, x)
         with cached(net):
             assert_right(net, x)
 
 
+def test_a_layer_that_is_inverted_by_its_inverse_matrix() -> None:
+    """In ``cached`` from D = 17 on, where the condition allows it; after a write, the new condition does."""
+    D = 18
+    layer, y = LUDense(D, activation=LeakySoftplus(0.3)), torch.randn(N, D)
+
+    def prepared() -> Any:
+        assert layer._kept is not None
+        return next(value[1][1] for name, (value, _) in layer._kept.values.items() if name[0] is True)
+
+    with torch.no_grad(), cached(layer):
+        assert_right(layer, y)
+        assert prepared().weight is not None
+        assert prepared().inverses is None
+        layer.lu.copy_(torch.full((D, D), -1.0).triu(1))  # 2^D in U⁻¹
+        assert layer.inverse(y).isfinite().all()
+        assert prepared().weight is None
+        assert prepared().inverses is not None
+
+
+@either
 @pytest.mark.parametrize("within", [nullcontext, cached])
-def test_hooks_are_called(within: Any) -> None:
-    net, x = made(), torch.randn(N, D)
+def test_hooks_are_called(within: Any, layer: bool) -> None:
+    net, x = made(layer=layer), torch.randn(N, D)
     with torch.no_grad(), within(net) if within is cached else nullcontext():
         before = net(x)
         hooked(net)
         assert not torch.equal(net(x), before)
 
 
-@pytest.mark.parametrize("shape", [(D,), (2, 3, D)])
-def test_any_leading_shape(shape: tuple[int, ...]) -> None:
-    net, x = made(), torch.randn(shape)
+@either
+@pytest.mark.parametrize("shape", [(D,), (2, 4, D)])
+def test_any_leading_shape(shape: tuple[int, ...], layer: bool) -> None:
+    net, x = made(layer=layer), torch.randn(shape)
     with torch.no_grad():
         assert_right(net, x)
         assert net(x).shape == shape
         assert net.forward_and_logabsdet(x)[1].shape == shape[:-1]
 
 
-def test_rows_of_another_kind_have_a_plan_of_their_own() -> None:
-    net, x = made(), torch.randn(N, D)
+@either
+def test_rows_of_another_kind_have_a_plan_of_their_own(layer: bool) -> None:
+    net, x = made(layer=layer), torch.randn(N, D)
     with torch.no_grad():
         assert_right(net, x)
         assert_right(net, torch.randn(D, N).mT)
@@ -185,21 +263,23 @@ def test_rows_of_another_kind_have_a_plan_of_their_own() -> None:
             net(x.half())
 
 
-def test_plans_are_kept_and_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, x = made(), torch.randn(N, D)
+@either
+def test_plans_are_kept_and_not_copied(monkeypatch: pytest.MonkeyPatch, layer: bool) -> None:
+    module, x = made(layer=layer), torch.randn(N, D)
     with torch.no_grad():
-        net(x)
-        (plan,) = net._plans.values()
-        monkeypatch.setattr(LUNet, "_as_one", None)  # what a plan is made with
-        in_place(net)
-        net(x)
-        assert list(net._plans.values()) == [plan]
-    assert copy.deepcopy(net)._plans == {}
-    assert pickle.loads(pickle.dumps(net))._plans == {}
+        module(x)
+        ((plan, _),) = module._plans.values.values()
+        monkeypatch.setattr(type(module), "_prepared", None)  # what a plan is made by
+        in_place(module)
+        module(x)
+        assert [found for found, _ in module._plans.values.values()] == [plan]
+    assert copy.deepcopy(module)._plans is None
+    assert pickle.loads(pickle.dumps(module))._plans is None
 
 
-def test_gradients_are_recorded() -> None:
-    net, x = made(), torch.randn(N, D)
+@either
+def test_gradients_are_recorded(layer: bool) -> None:
+    net, x = made(layer=layer), torch.randn(N, D)
     with torch.no_grad():
         net(x)
     assert net(x).requires_grad
@@ -209,7 +289,8 @@ def test_gradients_are_recorded() -> None:
 
 
 @pytest.mark.skipif("PTX_ARCHITECTURE" in os.environ, reason="what was compiled is started past this")
-def test_launches_within_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+@either
+def test_launches_within_cached(monkeypatch: pytest.MonkeyPatch, layer: bool) -> None:
     """One, once the matrices are there; two outside."""
     names = []
     real = launch.launch
@@ -219,7 +300,7 @@ def test_launches_within_cached(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(kernel, *args, **named)
 
     monkeypatch.setattr(launch, "launch", watched)
-    net, x = made(), torch.randn(N, D)
+    net, x = made(layer=layer), torch.randn(N, D)
     with torch.no_grad():
         for context, wanted in ((nullcontext(), 2), (cached(net), 1)):
             with context:
