@@ -137,6 +137,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "sequence-ndcg": partial(sequence, "none", "ndcg@10", ".4f"),
     "sequence-identity-ndcg": partial(sequence, "f = identity", "ndcg@10", ".4f"),
     "sequence-unordered-ndcg": partial(sequence, "no order", "ndcg@10", ".4f"),
+    "ordered-ndcg": partial(compared, "ml-1m", "lunet-sequence", "ndcg@10", folder="sequence/"),
+    "ordered-identity-ndcg": partial(
+        compared, "ml-1m", "lunet-sequence-identity", "ndcg@10", folder="sequence/"
+    ),
     "after-a-day-ease": partial(after_a_day, "EASE", "hr@10"),
     "after-a-day": partial(after_a_day, "recipe sequence, one member", "hr@10"),
     "after-a-day-told": partial(after_a_day, "the same, told when it is asked", "hr@10"),

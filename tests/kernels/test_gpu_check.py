@@ -63,7 +63,7 @@ def test_the_report_is_readable(run: tuple[subprocess.CompletedProcess[str], Pat
         assert heading in text
     assert "not measured" in text
     lines = [line for line in text.splitlines() if line.startswith("| layer with log-det |")]
-    assert {line.count("|") for line in lines} == {10}
+    assert {line.count("|") for line in lines} == {11}
 
 
 def test_a_stage_by_itself_one_that_fails_and_one_that_hangs() -> None:
