@@ -13,7 +13,7 @@ from lunet_fast.recsys.measures import metrics
 from lunet_fast.recsys.model.mlp import MLPModel
 from lunet_fast.recsys.model.network import RatingModel
 
-CHUNK = 8192
+CHUNK = 2048
 """Pairs a pass: bounds the memory of an evaluation, whatever the number of pairs."""
 
 
