@@ -10,9 +10,9 @@ the other way round, so that each is drawn exactly from what it is given all els
 
 and items alike with m, p, B and q of their own. s is the settings', or 1/s ~ Gamma(1, 1). All are for ratings
 in units of their spread. An s above what would be sampled tempers the posterior: on MovieLens long chains
-predict better with it, and worse than short ones where s is sampled. That is Bayesian matrix factorisation (Salakhutdinov and Mnih 2008) with biases and
-with features in the mean of the prior, whose B is drawn jointly, by perturbation and conjugate gradients
-(Simm et al. 2017, "Macau").
+predict better with it, and worse than short ones where s is sampled. That is Bayesian matrix factorisation
+(Salakhutdinov and Mnih 2008) with biases and with features in the mean of the prior, whose B is drawn
+jointly, by perturbation and conjugate gradients (Simm et al. 2017, "Macau").
 """
 
 from __future__ import annotations
