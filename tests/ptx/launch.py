@@ -26,6 +26,10 @@ from tests.ptx.translate import translate
 #: Threads that run in step: as many programs as have these. Larger arrays fall out of the cache.
 TOGETHER = 8192
 
+#: Bytes from one memory to the next, as programs see them: what leaves one does not come to lie in another,
+#: as where an allocator puts them side by side.
+APART = 2**40
+
 
 @dataclass(frozen=True)
 class How:
@@ -114,15 +118,15 @@ def code_of(launch: Launch, how: How) -> Code:
 
 def execute(code: Code, values: Sequence[tuple[Any, str]], grid: tuple[int, int, int], how: How) -> Findings:
     """Run a grid of programs on ``values``, each with its Triton type."""
-    findings = Findings()
+    findings, address = Findings(), _addresses(values)
     regions = [
-        Region(f"{number} {kind}", value.data_ptr(), value.numel() * value.element_size())
+        Region(f"{number} {kind}", address(value), value.numel() * value.element_size(), value.data_ptr())
         for number, (value, kind) in enumerate(values)
         if isinstance(value, Tensor)
     ]
     granule = code.global_granule if how.checked else 0
     memory = GlobalMemory(regions, granule, code.threads, findings)
-    parameters = parameter_bytes(code, [_bits(value, kind) for value, kind in values])
+    parameters = parameter_bytes(code, [_bits(value, kind, address) for value, kind in values])
     programs = np.asarray(how.programs(int(np.prod(grid))))
     together = max(1, TOGETHER // code.threads)
     with np.errstate(all="ignore"):
@@ -132,9 +136,21 @@ def execute(code: Code, values: Sequence[tuple[Any, str]], grid: tuple[int, int,
     return findings
 
 
-def _bits(value: Any, kind: str) -> Any:
+def _addresses(values: Sequence[tuple[Any, str]]) -> Callable[[Tensor], int]:
+    """Where a tensor of ``values`` lies for a program: aligned as it is, and in one memory with its views."""
+    tensors = [value for value, _ in values if isinstance(value, Tensor)]
+    memories = sorted({tensor.untyped_storage().data_ptr() for tensor in tensors})
+
+    def address(tensor: Tensor) -> int:
+        start = tensor.untyped_storage().data_ptr()
+        return (1 + memories.index(start)) * APART + start % 4096 + tensor.data_ptr() - start
+
+    return address
+
+
+def _bits(value: Any, kind: str, address: Callable[[Tensor], int]) -> Any:
     if isinstance(value, Tensor):
-        return u8(value.data_ptr())
+        return u8(address(value))
     if kind == "fp32":
         return np.float32(value).view(u4)
     return np.int64(value).view(u8) if kind == "i64" else u4(int(value) & 0xFFFFFFFF)

@@ -164,11 +164,12 @@ def _warp_of(reader: Array) -> Array:
 
 
 class Region(NamedTuple):
-    """Memory that a launch was given: a tensor's name, address and bytes."""
+    """Memory that a launch was given: a tensor's name, address and bytes, and where they really lie."""
 
     name: str
     start: int
     size: int
+    memory: int
 
     @property
     def end(self) -> int:
@@ -180,7 +181,7 @@ class _Mapped:
 
     def __init__(self, region: Region, shadow: Shadow | None) -> None:
         self.region, self.shadow = region, shadow
-        held = (ctypes.c_uint8 * max(region.size, 1)).from_address(region.start)
+        held = (ctypes.c_uint8 * max(region.size, 1)).from_address(region.memory)
         raw = np.ctypeslib.as_array(held)[: region.size]
         self.words = {n: raw[: region.size // n * n].view(UNSIGNED[8 * n]) for n in (1, 2, 4, 8)}
 

@@ -78,12 +78,12 @@ def test_missing_fences_and_waits_of_warpgroups_are_seen() -> None:
 
 
 def test_missing_masks_are_seen() -> None:
-    """Every fourth; those of columns multiplied by zero and of what is never out of bounds are not."""
+    """Every fifth; those of columns multiplied by zero and of what is never out of bounds are not."""
     text = texts(FORWARD, "layer_fwd_kernel", 80)
     chosen = [m for m in mutants(text) if m.kind in ("access without its mask", "copy without its mask")]
-    found = counts(FORWARD, "layer_fwd_kernel", 80, chosen[::4])
+    found = counts(FORWARD, "layer_fwd_kernel", 80, chosen[1::5])
     for kind, each in found.items():
-        assert each["machine"] >= each["all"] / 3 > 0, kind
+        assert each["machine"] >= each["all"] / 2 > 0, kind
 
 
 @pytest.mark.ptx
