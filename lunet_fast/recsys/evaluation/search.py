@@ -18,15 +18,14 @@ from lunet_fast.recsys.evaluation.baselines import BASELINES, missing
 from lunet_fast.recsys.evaluation.compare import METHODS, judged
 from lunet_fast.recsys.evaluation.peer_settings import SETTINGS
 from lunet_fast.recsys.evaluation.ranges import Choice, Range
-from lunet_fast.recsys.evaluation.tuning import ranges_of
+from lunet_fast.recsys.evaluation.tuning import of_a_trial, ranges_of
 from lunet_fast.recsys.measures.protocols import Parts
-from lunet_fast.recsys.model.auto import SAMPLED_TRIAL
 from lunet_fast.recsys.model.config import TrainConfig
 from lunet_fast.recsys.model.training import train
 from lunet_fast.training.loop import DivergenceError
 
 MEMBERS = 4
-"""Of ours in a trial, at most: more only cost time. Samples are as many as in a trial of recipe ``auto``."""
+"""Of ours in a trial, at most: more only cost time."""
 
 FINALISTS = 1
 """How many of the trials are trained in full, beside the first."""
@@ -192,7 +191,7 @@ def _peers(ratings: Ratings, key: str, seed: int) -> _Searched:
 
 def _ours(ratings: Ratings, key: str, seed: int) -> _Searched:
     base = _config(key, len(ratings), seed)
-    cheap = SAMPLED_TRIAL if base.inference == "gibbs" else {"members": min(base.members, MEMBERS)}
+    cheap = of_a_trial(base.inference, min(base.members, MEMBERS))
     rest = Parts.of(ratings, base.split, seed).training
     measure, _ = MEASURES[METHODS[key].kind]
 

@@ -85,6 +85,11 @@ def ranges_of(config: TrainConfig) -> dict[str, Range | Choice]:
     return {name: where for name, where in RANGES.items() if not unused.get(name)}
 
 
+def of_a_trial(inference: str, members: int) -> dict[str, int]:
+    """What makes a trial cheap: so many members, or as many samples as recipe ``auto`` tries with."""
+    return SAMPLED_TRIAL if inference == "gibbs" else {"members": members}
+
+
 def suggested(trial: optuna.Trial, config: TrainConfig) -> dict[str, Any]:
     """Settings of one trial, around those of recipe ``best``."""
     return {name: where.drawn(trial, name) for name, where in ranges_of(config).items()}
@@ -212,7 +217,7 @@ def tune(
     """
     if trials < 1:
         raise ValueError(f"trials={trials} must be at least 1")
-    cheap = SAMPLED_TRIAL if asked.get("inference") == "gibbs" else {"members": MEMBERS}
+    cheap = of_a_trial(asked.get("inference", "gradient"), MEMBERS)
     asked = {**cheap, "seed": seed, "mlp": False, **asked}
     base = recipe("best", len(ratings), **asked)
     rest = Parts.of(ratings, base.split, base.seed).training

@@ -19,6 +19,7 @@ from lunet_fast.recsys.evaluation.ranges import Choice, Range
 from lunet_fast.recsys.evaluation.search import Trial, search, searchable
 from lunet_fast.recsys.evaluation.tuning import RANGES
 from lunet_fast.recsys.measures.protocols import Parts
+from lunet_fast.recsys.model.auto import SAMPLED_TRIAL
 from lunet_fast.recsys.model.sequence_config import settings_of
 from lunet_fast.training.files import write_json
 from tests.recsys.synthetic import latent_ratings, quick_config
@@ -227,7 +228,7 @@ class TestSearch:
         monkeypatch.setattr(module, "train", counted)
         found = search(RATINGS, "lunet-sampled", seconds=0)
         base = module._config("lunet-sampled", len(RATINGS), 0)
-        cheap = module.SAMPLED_TRIAL["epochs"], module.SAMPLED_TRIAL["members"]
+        cheap = SAMPLED_TRIAL["epochs"], SAMPLED_TRIAL["members"]
         assert seen == [cheap] * 2 + [(base.epochs, base.members)] * 2
         assert found.settings.keys() == {"embedding_size", "history_power", "noise"}
 
