@@ -214,9 +214,10 @@ class LUDense(StructuredLayer, planned.Planned):
     def _run(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Any]:
         """The layer or its inverse at x, and that direction's log-determinant or None."""
         check_tensor("y" if inverse else "x", x)
-        found = planned.run(self, (self,), x, inverse=inverse, logabsdet=logabsdet)
-        if found is not None:
-            return found
+        if self._on_kernels(x):
+            found = planned.run(self, (self,), x, inverse=inverse, logabsdet=logabsdet)
+            if found is not None:
+                return found
         if self._kept is not None:
             found = self._run_kept(x, inverse=inverse, logabsdet=logabsdet)
             if found is not None:
@@ -266,12 +267,12 @@ class LUDense(StructuredLayer, planned.Planned):
                 return None
             if self.activation is not None:
                 x, share = call(self.activation, x, inverse=True, logabsdet=logabsdet)
-            x = F.linear(x, *found)
+            x = _linear(x, *found)
         else:
-            weight = kept.get("weight", sources, lambda: self.weight.as_subclass(Tensor))
-            if weight is None:
+            transposed = kept.get("weight", sources, self._transposed)
+            if transposed is None:
                 return None
-            x = F.linear(x, weight, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+            x = _linear(x, transposed, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
             if self.activation is not None:
                 x, share = call(self.activation, x, inverse=False, logabsdet=logabsdet)
         if total is None:
@@ -279,12 +280,16 @@ class LUDense(StructuredLayer, planned.Planned):
         total = -total if inverse else total
         return x, total + (total.new_zeros(x.shape[:-1]) if share is None else share)
 
+    def _transposed(self) -> Tensor:
+        """Aᵀ, a view of A."""
+        return self.weight.as_subclass(Tensor).T
+
     def _inverse_map(self) -> tuple[Tensor, Tensor | None] | None:
-        """(A⁻¹, −A⁻¹ b or None); None where products with A⁻¹ would not be accurate."""
+        """(A⁻ᵀ, −A⁻¹ b or None); None where products with A⁻¹ would not be accurate."""
         inverse = dense_inverse(Packed.of(self._matrix()))
         if inverse is None:
             return None
-        return inverse, None if self.bias is None else -(inverse @ self.bias)
+        return inverse.T, None if self.bias is None else -(inverse @ self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """φ(A x + b) [..., D]."""
@@ -415,6 +420,13 @@ class LUDense(StructuredLayer, planned.Planned):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if error_msgs and prefix + "lu" in missing_keys:
             missing_keys.remove(prefix + "lu")
+
+
+def _linear(x: Tensor, transposed: Tensor, bias: Tensor | None) -> Tensor:
+    """Rows of W x + b from Wᵀ."""
+    if bias is None or x.dim() != 2:
+        return F.linear(x, transposed.T, bias)
+    return torch.addmm(bias, x, transposed)  # what F.linear comes to: of a small layer's call a tenth
 
 
 LUDense._described = LUDense

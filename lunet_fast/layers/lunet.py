@@ -266,7 +266,7 @@ class LUNet(planned.Planned):
 
     def _run_layers(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
         """``_run`` of the layers: here it is decided how."""
-        if self._memory == "saved":
+        if self._memory == "saved" and self._on_kernels(x):
             members = tuple(self._modules["layers"]._modules.values())  # type: ignore[union-attr]
             found = planned.run(self, members, x, inverse=inverse, logabsdet=logabsdet)
             if found is not None:

@@ -71,9 +71,9 @@ def run(
     module: Planned, layers: Sequence[nn.Module], x: Tensor, *, inverse: bool, logabsdet: bool
 ) -> tuple[Tensor, Tensor | None] | None:
     """f(x), or with ``inverse`` f⁻¹(x), of a module that consists of these layers, and its log-determinant
-    [...] or None; None where it goes another way."""
+    [...] or None; None where it goes another way. For rows x ``_on_kernels``, as a caller has asked."""
     kept = module._kept
-    if (kept is None and torch.is_grad_enabled()) or not module._on_kernels(x) or is_watched(x):
+    if (kept is None and torch.is_grad_enabled()) or is_watched(x):
         return None
     contents = _contents(layers)
     if contents is None or not x.numel():

@@ -39,6 +39,9 @@ Pair = Callable[..., Outputs]
 #: How many of a Function's arguments, from the first, are differentiated; and how many are tensors.
 DIFFERENTIATED, TENSORS = 4, 6
 
+#: The gradients of a Function's arguments after those that are differentiated.
+_NO_GRADIENT = (None,) * 5
+
 
 class Operation(NamedTuple):
     """An operation that has a gradient."""
@@ -285,14 +288,15 @@ def _gradients(operation: Operation, ctx: Any, grad: Any, grad_logabsdet: Any) -
     needs_bias = needs_bias and bias is not None
     needs = () if lu is None else (needs_x, needs_lu, needs_bias)
     arguments = (grad, grad_logabsdet if ctx.logabsdet else None, start, *saved[TENSORS + 1 :], *values)
-    grad_x, *grad_matrix, grad_parameters = _run(operation.backward, *arguments, *needs)
-    grad_lu, grad_bias = grad_matrix or (None, None)
-    return (
-        grad_x if needs_x else None,
-        grad_lu if needs_lu else None,
-        grad_bias if needs_bias else None,
-        grad_parameters if parameters is not None and needs_parameters else None,
-    )
+    found = _run(operation.backward, *arguments, *needs)
+    return _of_needed(found, (needs_x, needs_lu, needs_bias, parameters is not None and needs_parameters))
+
+
+def _of_needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    """Of gradients of (x, lu, bias, parameters), or of (x, parameters), those needed; None for others."""
+    grad_x, *grad_matrix, grad_parameters = gradients
+    found = (grad_x, *(grad_matrix or (None, None)), grad_parameters)
+    return [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
 
 
 def _batched(operation: Operation, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
@@ -371,34 +375,51 @@ _EAGER: dict[str, Any] = {name: _eager(traceable) for name, traceable in _TRACEA
 
 
 class _Recorded(torch.autograd.Function):
-    """An activation whose results are there already, with a backward that has kept what it needs.
+    """An operation whose results are there already, with what its implementation keeps for a backward.
 
-    In eager mode, where nobody watches. What else is asked of the backward goes through the formula.
+    In eager mode, where nobody watches: of a small layer's training step what a Function asks around its
+    forward is a good part. What else is asked of the backward goes through the formula.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, parameters: Tensor | None, activation: Activation, logabsdet: bool, found: Any
-    ) -> Outputs:
-        y, total, ctx.gradients = found
-        ctx.activation, ctx.logabsdet = activation._replace(parameters=None), logabsdet
+        ctx: Any,
+        x: Tensor,
+        lu: Tensor | None,
+        bias: Tensor | None,
+        parameters: Tensor | None,
+        sign: Tensor | None,
+        permutation: Tensor | None,
+        activation: Activation,
+        operation: Operation,
+        found: dispatch.Recorded,
+    ) -> Any:
+        ctx.kind, _, ctx.constants = activation
+        ctx.operation, ctx.logabsdet, ctx.gradients = operation, found.logabsdet is not None, found.gradients
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, parameters)
-        return y, total
+        ctx.save_for_backward(x, lu, bias, parameters, sign, permutation, *found.kept)
+        return found.y if found.logabsdet is None else (found.y, found.logabsdet)
 
     @staticmethod
-    def backward(ctx: Any, grad: Any, grad_logabsdet: Any) -> tuple[Tensor | None, ...]:
-        x, parameters = ctx.saved_tensors
-        grad, grad_logabsdet = _whole(grad, grad_logabsdet, x, ctx.logabsdet)
+    def backward(ctx: Any, grad: Any, grad_logabsdet: Any = None) -> tuple[Tensor | None, ...]:
+        x, lu, bias, parameters, sign, permutation, *kept = ctx.saved_tensors
         if torch.is_grad_enabled() or _is_watched(grad, grad_logabsdet):
-            kind, _, constants = ctx.activation
-            pair = _pair(OPERATIONS[0], kind, constants, ctx.logabsdet)
-            tensors = (x, None, None, parameters, None, None)
-            found = _vjp(pair, tensors, (grad, grad_logabsdet))
-            return found[0], found[3], None, None, None
+            grads = _whole(grad, grad_logabsdet, x, ctx.logabsdet)
+            return (*_vjp(*_of_differentiated(ctx.operation, ctx), grads), *_NO_GRADIENT)
+        if grad is None:
+            grad = torch.zeros_like(x)
+        needs = ctx.needs_input_grad[:DIFFERENTIATED]
+        values = _values(lu, bias, parameters, sign, permutation, ctx.kind, ctx.constants)
         with _below_autograd():
-            grad_x, grad_parameters = ctx.gradients(grad, grad_logabsdet if ctx.logabsdet else None)
-        return grad_x, None if parameters is None else grad_parameters, None, None, None
+            found = ctx.gradients(grad, grad_logabsdet, x, kept, *values, *(needs[:3] if lu is not None else ()))
+        return (*_of_needed(found, needs), *_NO_GRADIENT)
+
+
+#: ``_Recorded.apply`` without what it asks for torch.func's sake.
+_record: Any = super(torch.autograd.Function, _Recorded).apply
+
+#: The operations for which it is asked whether an implementation keeps something.
+_RECORDABLE = {each.name: each for each in OPERATIONS if each.name in ("activation_forward", "layer_forward")}
 
 
 def apply(name: str, x: Tensor, matrix: Matrix | None, phi: Activation, logabsdet: bool) -> WithLogabsdet:
@@ -415,12 +436,14 @@ def apply(name: str, x: Tensor, matrix: Matrix | None, phi: Activation, logabsde
         with _below_autograd():
             y, total, *_ = dispatch.run(name, x, *values, *flags)
         return y, total if logabsdet else None
-    if name == "activation_forward" and not _is_watched(x, None):
+    operation = _RECORDABLE.get(name)
+    if operation is not None and not _is_watched(x, lu):
         with _below_autograd():
-            found = dispatch.recorded(x, phi, logabsdet)
+            found = dispatch.recorded(x, matrix, phi, logabsdet)
         if found is not None:
-            y, total = _Recorded.apply(x, phi.parameters, phi, logabsdet, found)
-            return y, total if logabsdet else None
+            tensors = (x, lu, bias, phi.parameters, sign, permutation)
+            outputs = _record(*tensors, phi, operation, found)
+            return outputs if logabsdet else (outputs, None)
     kind, parameters, constants = phi
     function = (_TRACEABLE if torch.compiler.is_compiling() else _EAGER)[name]
     arguments = (x, lu, bias, parameters, sign, permutation, kind, constants, logabsdet, save)

@@ -23,7 +23,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,15 +153,28 @@ def _backend_of(x: Tensor, args: Sequence[Any]) -> str:
     return "triton" if implementation("triton", "knows")(activation) else "pytorch"
 
 
-def recorded(x: Tensor, activation: Activation, logabsdet: bool) -> Any:
-    """(φ(x), Σ log φ′(x), a function of the two gradients that gives those of x and the parameters), where an
-    implementation keeps more for its backward than x; else None."""
+class Recorded(NamedTuple):
+    """A forward's results with what is kept for its backward."""
+
+    y: Tensor
+    logabsdet: Tensor | None
+    kept: Sequence[Tensor | None]
+    gradients: Callable[..., Sequence[Tensor]]
+    """The results of the operation's backward from (the gradient of y, that of ``logabsdet`` or None, x, what
+    was kept, the operation's values, and of a layer which gradients are needed)."""
+
+
+def recorded(x: Tensor, matrix: Matrix | None, activation: Activation, logabsdet: bool) -> Recorded | None:
+    """The forward of an activation or layer where an implementation keeps what it likes for the backward; None
+    where it keeps what the operation returns, or x alone."""
     if x.numel() == 0 or _backend_of(x, (activation,)) == "triton":
         return None
     if autocast_enabled(x):
         with torch.autocast(x.device.type, enabled=False):
-            return recorded(x, activation, logabsdet)
-    return implementation("pytorch", "activation_recorded")(x, activation, logabsdet)
+            return recorded(x, matrix, activation, logabsdet)
+    if matrix is None:
+        return implementation("pytorch", "activation_recorded")(x, activation, logabsdet)
+    return implementation("pytorch", "layer_recorded")(x, matrix, activation, logabsdet)
 
 
 def kept(x: Tensor, matrix: Matrix, activation: Activation) -> tuple[bool, int]:

@@ -22,11 +22,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for x's device; devices without autocast, as meta, never have it on."""
-    device = x.device.type
     if torch.compiler.is_dynamo_compiling():
         # Which devices have autocast, torch.compile of releases before 2.12 cannot ask.
-        return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return x.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type)
+    if not torch._C._is_any_autocast_enabled():  # asked at every call of a layer, and cheap
+        return False
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

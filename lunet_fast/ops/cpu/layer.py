@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,13 +49,25 @@ class Gradients(NamedTuple):
     parameters: Tensor | None
 
 
+def is_factored(x: Tensor, lu: Tensor) -> bool:
+    """Whether a layer is so small that U and L − I are copied once, for forward and backward."""
+    return lu.dim() == 2 and lu.shape[0] <= DENSE and x.dtype == lu.dtype == wide(x.dtype)
+
+
 def matrices_kept(x: Tensor, lu: Tensor) -> int:
-    """How many [D, D] a layer's forward keeps for backward in the place of A: 3 of a small layer, which has U
-    and L − I among them; else 1, A or, where rows go through the factors, t = U x in its first rows; and 0
-    where dtypes differ or layers are stacked: A alone."""
-    if lu.dim() != 2 or not x.dtype == lu.dtype == wide(x.dtype):
-        return 0
-    return 3 if lu.shape[0] <= DENSE else 1
+    """How many [D, D] a layer's forward keeps for backward in the place of A: 3 where it ``is_factored``, U
+    and L − I among them; else 1, s·A or, where rows go through the factors, t = U x in its first rows; and 0
+    where dtypes differ or layers are stacked: A alone. (s is that of ``Elementwise.scaled``.)"""
+    if is_factored(x, lu):
+        return 3
+    return int(lu.dim() == 2 and x.dtype == lu.dtype == wide(x.dtype))
+
+
+def _scaled(x: Tensor, lu: Tensor, phi: Elementwise | None) -> tuple[float, Elementwise | None]:
+    """(s, ψ) of ``Elementwise.scaled`` where A is formed and its scale costs nothing; (1, φ) elsewhere."""
+    if phi is None or not (composes(*x.shape) and matrices_kept(x, lu)):
+        return 1.0, phi
+    return phi.scaled()
 
 
 # --- forward --------------------------------------------------------------------------------------------
@@ -63,67 +75,70 @@ def matrices_kept(x: Tensor, lu: Tensor) -> int:
 
 def layer_forward(
     x: Tensor, packed: Packed, bias: Tensor | None, phi: Elementwise | None, *, logabsdet: bool, save: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(y, log|det J| or None, h or None if φ is the identity, A, or U x [N, D] where A was not formed).
+) -> tuple[Tensor | None, ...]:
+    """(y, log|det J| or None, s·h or None if φ is the identity, s·A, or U x [N, D] where A was not formed).
 
     Without ``save`` h need not be whole at any time, and what is returned for it may be None.
     """
+    scale, phi = _scaled(x, packed.lu, phi)
     if composes(*x.shape):
-        kept = weight = compose(packed).to(x.dtype)
-        if phi is not None:
-            return *_activated_product(x, weight, packed, bias, phi, logabsdet=logabsdet, save=save), weight
-        h = _affine(x, weight, bias)
-    else:
-        kept = times(x.to(packed.lu.dtype), packed, upper=True, transposed=False)
-        h = unpermute(times(kept, packed, upper=False, transposed=False), packed)
-        if bias is not None:
-            h = h + bias
-        h = h.to(x.dtype)
-    return *_activated(h, packed, phi, logabsdet=logabsdet), kept
+        weight = _scaled_(compose(packed), scale).to(x.dtype)
+        bias = bias if bias is None or scale == 1.0 else bias * scale
+        found = _composed(x, weight, packed, bias, phi, scale, logabsdet=logabsdet, save=save)
+        return *found, weight
+    t = times(x.to(packed.lu.dtype), packed, upper=True, transposed=False)
+    h = unpermute(times(t, packed, upper=False, transposed=False), packed)
+    if bias is not None:
+        h = h + bias
+    return *_activated(h.to(x.dtype), packed, phi, logabsdet=logabsdet), t
 
 
 def factored_forward(
-    x: Tensor, packed: Packed, bias: Tensor | None, phi: Elementwise | None, *, logabsdet: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """``layer_forward`` to be saved: (y, log|det J| or None, s·h or None, kept [3, D, D]), with s of
-    ``Elementwise.scaled``.
-
-    Kept are s·A, U and L − I where A was formed (``composes``); else t = U x in the first N rows of the
-    first, and U and L − I.
-    """
-    scale, phi = (1.0, None) if phi is None else phi.scaled()
-    kept = x.new_empty(3, packed.size, packed.size)
-    weight, upper, below = kept.unbind(0)
-    torch.triu(packed.lu, out=upper)
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    phi: Elementwise | None,
+    *,
+    logabsdet: bool,
+    save: bool,
+    memory: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """``layer_forward`` where it ``is_factored``: with U and L − I after s·A or U x; all three in ``memory``
+    [3, D, D] if given, U x in the first N rows."""
+    scale, phi = phi.scaled() if phi is not None else (1.0, None)
+    first, upper, below = (None, None, None) if memory is None else memory.unbind(0)
+    upper = torch.triu(packed.lu, out=upper)
     upper.diagonal().copy_(packed.diagonal)
-    torch.tril(packed.lu, -1, out=below)
-    if bias is not None and scale != 1.0:
-        bias = bias * scale
-    if not composes(*x.shape):
-        t = torch.mm(x, upper.T, out=weight[: x.shape[0]])
-        h = unpermute(torch.addmm(t, t, below.T, beta=scale, alpha=scale), packed)
-        y, total, saved = _activated(h if bias is None else h.add_(bias), packed, phi, logabsdet=logabsdet)
-    else:
-        product = torch.addmm(upper, below, upper, beta=scale, alpha=scale, out=weight)
+    below = torch.tril(packed.lu, -1, out=below)
+    if composes(*x.shape):
+        weight = torch.addmm(upper, below, upper, beta=scale, alpha=scale, out=first)
         if packed.permutation is not None:
-            weight[packed.permutation] = product.clone()
-        if phi is None:
-            y, total, saved = _activated(_affine(x, weight, bias), packed, None, logabsdet=logabsdet)
-        else:
-            y, total, saved = _activated_product(x, weight, packed, bias, phi, logabsdet=logabsdet, save=True)
-    if total is not None and scale != 1.0:
-        total.add_(packed.size * math.log(scale))
-    return y, total, saved, kept
+            weight[packed.permutation] = weight.clone()
+        bias = bias if bias is None or scale == 1.0 else bias * scale
+        found = _composed(x, weight, packed, bias, phi, scale, logabsdet=logabsdet, save=save)
+        return *found, weight, upper, below
+    t = torch.mm(x, upper.T, out=None if first is None else first[: len(x)])
+    h = unpermute(torch.addmm(t, t, below.T, beta=scale, alpha=scale), packed)
+    if bias is not None:
+        h.add_(bias, alpha=scale)
+    y, total, saved = _activated(h, packed, phi, logabsdet=logabsdet, scale=scale)
+    return y, total, saved, t, upper, below
 
 
 def _activated(
-    h: Tensor, packed: Packed, phi: Elementwise | None, *, logabsdet: bool
+    h: Tensor, packed: Packed, phi: Elementwise | None, *, logabsdet: bool, scale: float = 1.0
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(φ(h), log|det J| or None, h or None if φ is the identity)."""
+    """(φ(h), log|det J| or None, h or None if φ is the identity) of h = ``scale``·(A x + b)."""
     if phi is None:
         return h, packed.log_diagonal.sum().repeat(len(h)) if logabsdet else None, None
     y, total = phi.activated(h, logabsdet=logabsdet)
-    return y, None if total is None else total.add_(packed.log_diagonal.sum()), h
+    return y, None if total is None else total.add_(_log_volume(packed, scale)), h
+
+
+def _log_volume(packed: Packed, scale: float) -> Tensor:
+    """log|det ``scale``·A|."""
+    total = packed.log_diagonal.sum()
+    return total if scale == 1.0 else total.add_(packed.size * math.log(scale))
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -131,19 +146,21 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, weight.T) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
 
 
-def _activated_product(
+def _composed(
     x: Tensor,
     weight: Tensor,
     packed: Packed,
     bias: Tensor | None,
-    phi: Elementwise,
+    phi: Elementwise | None,
+    scale: float,
     *,
     logabsdet: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(φ(A x + b), log|det J| or None, h = A x + b or None); φ meets each run of rows still in the cache."""
-    if is_one_sweep(x, product=True):
-        return _activated(_affine(x, weight, bias), packed, phi, logabsdet=logabsdet)
+    """(φ(h), log|det J| or None, h or None) of h = W x + b with W = ``scale``·A; φ meets each run of rows
+    still in the cache."""
+    if phi is None or is_one_sweep(x, product=True):
+        return _activated(_affine(x, weight, bias), packed, phi, logabsdet=logabsdet, scale=scale)
     y = torch.empty_like(x)
     h = torch.empty_like(x) if save else None
     total = torch.empty(x.shape[0], dtype=wide(x.dtype), device=x.device) if logabsdet else None
@@ -163,7 +180,7 @@ def _activated_product(
         else:
             torch.addmm(bias, x_part, weight.T, out=h_part)
         phi.activated_into(y_part, None if total is None else total[rows], h_part)
-    return y, None if total is None else total.add_(packed.log_diagonal.sum()), h
+    return y, None if total is None else total.add_(_log_volume(packed, scale)), h
 
 
 # --- backward -------------------------------------------------------------------------------------------
@@ -178,16 +195,19 @@ def layer_backward(
     packed: Packed,
     phi: Elementwise | None,
     needs: Needs,
+    *,
+    own: bool,
 ) -> Gradients:
-    """Gradients of a layer: through A, which is ``kept``, or through the rows themselves, where it is U x or
-    None."""
+    """Gradients of a layer: through s·A, which is ``kept``, with s·h, or through the rows themselves, where
+    it is U x or None. Of a forward that was not our ``own``, s is 1."""
     dtype = packed.lu.dtype
+    scale, phi = _scaled(x, packed.lu, phi) if own else (1.0, phi)
     totals = None if phi is None else phi.totals(x)
     grad_x = grad_lu = None
     if composes(*x.shape):
         assert kept is not None
         grad_x, grad_weight, grad_bias = _product_gradients(
-            grad_y, grad_logabsdet, x, h, kept, phi, totals, 1.0, needs
+            grad_y, grad_logabsdet, x, h, kept, phi, totals, scale, needs
         )
         if grad_weight is not None:
             grad_lu = compose_backward(grad_weight, packed)
@@ -212,32 +232,31 @@ def factored_backward(
     grad_logabsdet: Tensor | None,
     x: Tensor,
     h: Tensor | None,
-    kept: Tensor,
+    kept: Sequence[Tensor],
     lu: Tensor,
     permutation: Tensor | None,
     phi: Elementwise | None,
     needs: Needs,
 ) -> Gradients:
-    """Gradients of a layer from what ``factored_forward`` kept."""
+    """Gradients of a layer from the three matrices that ``factored_forward`` kept."""
     scale, phi = (1.0, None) if phi is None else phi.scaled()
-    weight, upper, below = kept.unbind(0)
+    first, upper, below = kept
     totals = None if phi is None else phi.totals(x)
     grad_lu = None
     if composes(*x.shape):
         grad_x, grad_weight, grad_bias = _product_gradients(
-            grad_y, grad_logabsdet, x, h, weight, phi, totals, scale, needs
+            grad_y, grad_logabsdet, x, h, first, phi, totals, scale, needs
         )
         if grad_weight is not None:
             grad_lu = by_factors(grad_weight[... if permutation is None else permutation], upper, below)
     else:
         grad_h = _preactivation_gradient(grad_y, grad_logabsdet, h, phi, totals)
-        grad_h = grad_h if scale == 1.0 else grad_h * scale
-        grad_bias = grad_h.sum(0) if needs.bias else None
+        grad_bias = _scaled_(grad_h.sum(0), scale) if needs.bias else None
         grad_v = grad_h if permutation is None else grad_h[:, permutation]
-        grad_t = torch.addmm(grad_v, grad_v, below)
+        grad_t = torch.addmm(grad_v, grad_v, below, beta=scale, alpha=scale)
         grad_x = torch.mm(grad_t, upper) if needs.x else None
         if needs.lu:
-            by_lower = torch.mm(grad_v.T, weight[: len(x)]).tril_(-1)
+            by_lower = torch.addmm(below, grad_v.T, first, beta=0, alpha=scale).tril_(-1)
             grad_lu = by_lower.add_(torch.mm(grad_t.T, x).triu_())
     if grad_lu is not None:
         diagonal = grad_lu.diagonal()
@@ -285,8 +304,7 @@ def _product_gradients(
         if needs.lu:
             grad_weight = torch.addmm(weight, grad_h.T, x, beta=0, alpha=scale).to(dtype)
         if needs.bias:
-            grad_bias = grad_h.sum(0, dtype=dtype)
-            grad_bias = grad_bias if scale == 1.0 else grad_bias.mul_(scale)
+            grad_bias = _scaled_(grad_h.sum(0, dtype=dtype), scale)
         return torch.mm(grad_h, weight) if needs.x else None, grad_weight, grad_bias
     grad_x = torch.empty_like(x) if needs.x else None
     grad_weight = torch.zeros_like(weight, dtype=dtype) if needs.lu else None
@@ -299,6 +317,10 @@ def _product_gradients(
         if grad_bias is not None:
             grad_bias.add_(grad_h.sum(0, dtype=dtype), alpha=scale)
     return grad_x, grad_weight, grad_bias
+
+
+def _scaled_(t: Tensor, scale: float) -> Tensor:
+    return t if scale == 1.0 else t.mul_(scale)
 
 
 def _preactivation_gradients(

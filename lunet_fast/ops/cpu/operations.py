@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,9 +37,8 @@ def activation_forward(x: Tensor, activation: Activation, logabsdet: bool) -> tu
 
 
 @implements("pytorch")
-def activation_recorded(x: Tensor, activation: Activation, logabsdet: bool) -> Any:
-    """``activation_forward`` and a function of ``activation_backward``'s first two arguments; None where that
-    would keep nothing."""
+def activation_recorded(x: Tensor, activation: Activation, logabsdet: bool) -> dispatch.Recorded | None:
+    """``activation_forward``; None where nothing would be kept."""
     phi = elementwise(activation, x.dtype)
     assert phi is not None
     found = phi.recorded(rows(x), logabsdet=logabsdet)
@@ -45,11 +46,11 @@ def activation_recorded(x: Tensor, activation: Activation, logabsdet: bool) -> A
         return None
     y, total, backward = found
 
-    def of_rows(grad: Tensor, grad_logabsdet: Tensor | None) -> tuple[Tensor, Tensor]:
+    def gradients(grad: Tensor, grad_logabsdet: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
         grad_x, totals = backward(rows(grad), row_gradient(grad_logabsdet))
         return shaped(grad_x, x), activation.parameters_gradient(totals, x)
 
-    return shaped(y, x), row_values(total, x), of_rows
+    return dispatch.Recorded(shaped(y, x), row_values(total, x) if logabsdet else None, (), gradients)
 
 
 @implements("pytorch")
@@ -81,29 +82,81 @@ def activation_inverse_backward(
 # --- layer ----------------------------------------------------------------------------------------------
 
 
+def _forward_of_rows(
+    x: Tensor, matrix: Matrix, activation: Activation, *, logabsdet: bool, save: bool, memory: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """(y, log|det J| or None, [h or None, and what else is kept]) in the shape of rows; kept are three
+    matrices of a layer that ``is_factored``, else one. ``memory`` [3, D, D] is for the three."""
+    packed, phi = Packed.of(matrix), elementwise(activation, x.dtype)
+    given: Any = (rows_of(x, matrix.lu), packed, matrix.bias, phi)
+    if layer.is_factored(x, matrix.lu):
+        found: Any = layer.factored_forward(*given, logabsdet=logabsdet, save=save, memory=memory)
+    else:
+        forward: Any = layer.stacked_forward if matrix.stacked else layer.layer_forward
+        found = forward(*given, logabsdet=logabsdet, save=save)
+    y, total, *kept = found
+    return y, total, kept
+
+
+def _gradients_of_rows(
+    grad: Tensor,
+    grad_logabsdet: Tensor | None,
+    x: Tensor,
+    kept: Sequence[Tensor | None],
+    matrix: Matrix,
+    activation: Activation,
+    *needs: bool,
+    own: bool = True,
+) -> Four:
+    """The backward of ``_forward_of_rows`` from what it kept, or, if that is not our ``own``, from A or None,
+    and h, which is computed again where it is missing."""
+    phi, lu = elementwise(activation, x.dtype), matrix.lu
+    x_rows, (h, *matrices) = rows_of(x, lu), kept
+    given = (rows_of(grad, lu), row_gradient(grad_logabsdet, x_rows.shape[:-1]), x_rows)
+    if len(matrices) == 3:
+        found = layer.factored_backward(*given, h, matrices, lu, matrix.permutation, phi, Needs(*needs))
+    else:
+        packed = Packed.of(matrix)
+        if h is None and phi is not None:
+            h = _preactivation(x_rows, packed, matrix)
+        last: Any = (matrices[0], packed, phi, Needs(*needs))
+        if matrix.stacked:
+            found = layer.stacked_backward(*given, h, *last)
+        else:
+            found = layer.layer_backward(*given, h, *last, own=own)
+    return layer_gradients(x, matrix, activation, *found)
+
+
+@implements("pytorch")
+def layer_recorded(x: Tensor, matrix: Matrix, activation: Activation, logabsdet: bool) -> dispatch.Recorded:
+    """``layer_forward`` and what its backward needs, as it comes."""
+    y, total, kept = _forward_of_rows(x, matrix, activation, logabsdet=logabsdet, save=True)
+    total = None if total is None else row_values(total, x)
+    return dispatch.Recorded(shaped(y, x), total, kept, _gradients_of_rows)
+
+
 @implements("pytorch")
 def layer_forward(x: Tensor, matrix: Matrix, activation: Activation, logabsdet: bool, save: bool) -> Four:
     """(y, log|det J| per row, h, A). The last two are for backward: h is empty without an activation, and
     A holds nothing meaningful when it was not formed (``composes``). Of ``matrices_kept`` in its place three
     are what ``factored_forward`` keeps, s·h with them, and one is A or U x."""
     keeps_h, matrices = dispatch.kept(x, matrix, activation) if save else (False, 0)
-    packed, phi = Packed.of(matrix), elementwise(activation, x.dtype)
-    if matrices == 3:
-        y, total, h, weight = layer.factored_forward(rows(x), packed, matrix.bias, phi, logabsdet=logabsdet)
-    else:
-        forward: Any = layer.stacked_forward if matrix.stacked else layer.layer_forward
-        y, total, h, weight = forward(
-            rows_of(x, matrix.lu), packed, matrix.bias, phi, logabsdet=logabsdet, save=save
-        )
+    memory = x.new_empty(3, *matrix.lu.shape) if matrices == 3 else None
+    y, total, (h, *products) = _forward_of_rows(
+        x, matrix, activation, logabsdet=logabsdet, save=save, memory=memory
+    )
     y, total = shaped(y, x), row_values(total, x)
     if not save:
         return y, total, x.new_empty(0), x.new_empty(0)
-    if weight.shape[-2:] != matrix.lu.shape[-2:]:
-        products, weight = weight, torch.empty_like(matrix.lu, dtype=x.dtype)
-        if matrices:
-            weight[: len(products)] = products
-    if matrices == 1:
-        weight = weight.unsqueeze(0)
+    weight = memory
+    if weight is None:
+        weight = products[0]
+        assert weight is not None
+        if weight.shape[-2:] != matrix.lu.shape[-2:]:
+            weight = torch.empty_like(matrix.lu, dtype=x.dtype)
+            if matrices:
+                weight[: len(products[0])] = products[0]
+        weight = weight.unsqueeze(0) if matrices == 1 else weight
     return y, total, shaped(h if keeps_h else None, x), weight
 
 
@@ -118,36 +171,16 @@ def layer_backward(
     activation: Activation,
     *needs: bool,
 ) -> Four:
-    phi, lu = elementwise(activation, x.dtype), matrix.lu
-    x_rows, grad_rows = rows_of(x, lu), rows_of(grad, lu)
-    composed, kept = matrix.stacked or composes(*x_rows.shape), None
-    if weight.dim() > lu.dim() and len(weight) == 3:
-        h_rows = None if phi is None else rows(h)
-        gradients = layer.factored_backward(
-            *(grad_rows, row_gradient(grad_logabsdet), x_rows, h_rows, weight, lu, matrix.permutation, phi),
-            Needs(*needs),
-        )
-        return layer_gradients(x, matrix, activation, *gradients)
-    if composed:
-        kept = weight if weight.dim() == lu.dim() else weight[0]
-    elif weight.dim() > lu.dim():
-        kept = weight[0, : len(x_rows)]
-    packed, h_rows = Packed.of(matrix), None
-    if phi is not None:
-        # A forward that Triton did may not have saved h.
-        h_rows = rows_of(h, lu) if h.numel() == x.numel() else _preactivation(x_rows, packed, matrix)
-    backward: Any = layer.stacked_backward if matrix.stacked else layer.layer_backward
-    gradients = backward(
-        grad_rows,
-        row_gradient(grad_logabsdet, x_rows.shape[:-1]),
-        x_rows,
-        h_rows,
-        kept,
-        packed,
-        phi,
-        Needs(*needs),
-    )
-    return layer_gradients(x, matrix, activation, *gradients)
+    lu = matrix.lu
+    count, own = math.prod(x.shape[:-1]), weight.dim() > lu.dim()
+    few = not (matrix.stacked or composes(count, lu.shape[-1]))
+    first, *factors = weight.unbind(0) if own else (weight,)
+    if few:
+        first = first[:count] if own else None
+    # A forward that Triton did may not have saved h.
+    h_rows = rows_of(h, lu) if h.numel() == x.numel() and not activation.linear else None
+    kept = (h_rows, first, *factors)
+    return _gradients_of_rows(grad, grad_logabsdet, x, kept, matrix, activation, *needs, own=own)
 
 
 def _preactivation(x_rows: Tensor, packed: Packed, matrix: Matrix) -> Tensor:
