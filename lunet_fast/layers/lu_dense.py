@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lunet_fast import functional
-from lunet_fast.layers import planned
+from lunet_fast.layers import planned, small
 from lunet_fast.layers.activations import BijectiveActivation, call, fused_of
 from lunet_fast.layers.arguments import check_dtype, check_tensor, checked_size
 from lunet_fast.layers.cached import usable
@@ -223,6 +223,8 @@ class LUDense(StructuredLayer, planned.Planned):
             if found is not None:
                 return found
         phi = self._fused()
+        if not inverse and phi is not None and small.takes_layer(x, self.lu, phi):
+            return small.layer(x, self, phi, logabsdet=logabsdet)
         if phi is not None and dispatch.fuses(x, phi):
             return functional.layer(x, self._matrix(), phi, inverse=inverse, logabsdet=logabsdet)
         activation, share = cast(BijectiveActivation, self.activation), None

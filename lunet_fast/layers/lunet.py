@@ -296,8 +296,8 @@ class LUNet(planned.Planned):
                     )
                     for layer in self._layers()
                 ]
-                if reversible.applies(x, parts):
-                    return reversible.run(x, parts, inverse=inverse, logabsdet=logabsdet)
+                run = reversible.run if reversible.applies(x, parts) else reversible.each
+                return run(x, parts, inverse=inverse, logabsdet=logabsdet)
             return self._run_each(x, inverse=inverse, logabsdet=logabsdet)
 
     def _run_each(self, x: Tensor, *, inverse: bool, logabsdet: bool) -> tuple[Tensor, Tensor | None]:

@@ -121,6 +121,18 @@ def run(
     return results if logabsdet else (results, None)
 
 
+def each(
+    x: Tensor, layers: Sequence[Layer], *, inverse: bool, logabsdet: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What ``run`` gives, by the same operations, each layer keeping what its own backward needs."""
+    total = None
+    for layer in reversed(layers) if inverse else layers:
+        x, share = layer.run(layer.tensors(), x, inverse=inverse, logabsdet=logabsdet)
+        if share is not None:
+            total = share if total is None else total + share
+    return x, total
+
+
 class _Run(torch.autograd.Function):
     """``run``, with the layers' tensors spread out so that autograd sees every one."""
 

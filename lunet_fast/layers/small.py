@@ -1,4 +1,4 @@
-"""Nets so small that calling an operation costs more than what it computes, on a CPU.
+"""Layers and nets so small that calling an operation costs more than what it computes, on a CPU.
 
 There a layer is best written in the fewest calls of PyTorch, which then differentiates it in C++: with 32
 features and 128 rows a training step of two layers takes two thirds of the time that hand-written gradients
@@ -8,7 +8,7 @@ take, which are called through Python. ``is_small`` says where; the results are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,23 @@ from torch import Tensor, nn
 
 from lunet_fast import functional
 from lunet_fast.layers.activations import LeakySoftplus, call
-from lunet_fast.layers.lu_dense import LUDense
+from lunet_fast.layers.cached import is_watched
 from lunet_fast.ops import dispatch, reference
 from lunet_fast.ops.cpu import matrix
 from lunet_fast.ops.precision import LOG_DIAGONAL_BOUND, autocast_enabled
+from lunet_fast.ops.values import Activation
+
+if TYPE_CHECKING:
+    from lunet_fast.layers.lu_dense import LUDense
 
 #: Numbers in x up to which a net's layers are small on a CPU, and the features that they may have.
 SMALL_NUMBERS, SMALL_FEATURES = 1 << 18, matrix.BLOCK
+
+#: The same of a layer by itself.
+ONE_SMALL_NUMBERS = 1 << 16
+
+#: Features up to which a layer by itself is small on an eighth as many rows.
+FEW_ROWS_FEATURES = matrix.DENSE
 
 #: Rows a feature from which on the matrices of all layers, inverted at once, save more calls than they cost.
 ROWS_A_FEATURE = 4
@@ -39,30 +49,84 @@ def is_small(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
-        and x.device.type == "cpu"
+        and _is_of(x, SMALL_NUMBERS, SMALL_FEATURES)
+        and not autocast_enabled(x)
+    )
+
+
+def _is_of(x: Tensor, numbers: int, features: int) -> bool:
+    """Whether x is of a kind that can be small, and has at most so many numbers and features."""
+    return (
+        x.device.type == "cpu"
         and dispatch.get_backend() != "triton"
         and x.dtype in (torch.float32, torch.float64)
-        and x.numel() <= SMALL_NUMBERS
+        and x.numel() <= numbers
         and x.dim() > 0
-        and x.shape[-1] <= SMALL_FEATURES
-        and not autocast_enabled(x)
+        and x.shape[-1] <= features
     )
 
 
 def takes(x: Tensor, layers: Sequence[LUDense]) -> bool:
     """Whether these layers on x are small and what ``net`` is written for; what does not fit together is left
     to the layers, which say what is wrong."""
+    return is_small(x) and type(x) in _PLAIN and all(_fits(x, layer.lu) for layer in layers)
+
+
+def _fits(x: Tensor, lu: Tensor) -> bool:
+    return type(lu) in _PLAIN and lu.dtype == x.dtype and lu.is_cpu and lu.shape[-1] == x.shape[-1]
+
+
+def takes_layer(x: Tensor, lu: Tensor, phi: Activation) -> bool:
+    """Whether a layer with this ``lu`` and activation is small by itself on x and fits it, and nobody watches
+    the call. One column is none: there an infinity stays one."""
+    if is_watched(x):
+        return False
+    features = FEW_ROWS_FEATURES if _are_few(x, 8) else SMALL_FEATURES
     return (
-        is_small(x)
-        and type(x) in _PLAIN
-        and all(
-            layer.lu.dtype == x.dtype
-            and layer.lu.is_cpu
-            and layer.in_features == x.shape[-1]
-            and type(layer.lu) in _PLAIN
-            for layer in layers
-        )
+        _is_of(x, ONE_SMALL_NUMBERS, features)
+        and x.numel() > 0
+        and x.shape[-1] > 1
+        and _fits(x, lu)
+        and (phi.parameters is None or phi.parameters.dtype == x.dtype)
     )
+
+
+def _are_few(x: Tensor, share: int) -> bool:
+    """Whether x has at most D/``share`` rows."""
+    return x.dim() > 0 and share * x.numel() <= x.shape[-1] ** 2
+
+
+def layer(x: Tensor, own: LUDense, phi: Activation, *, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
+    """(φ(A x + b) [..., D], log|det J| [...] or None) of one layer with its activation as φ.
+
+    Cost: 2·D³ flops to form A and 2·N·D² for N rows; 4·N·D² without A for N ≤ D/2.
+    """
+    lu, bias = own.lu, own.bias
+    sign, permutation = own._structure()
+    order = None if permutation is None else permutation.argsort()
+    logs = _log_diagonal(lu)
+    diagonal = logs.exp() * sign
+    if _are_few(x, 2):  # which had better go through U and L themselves
+        given = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        t = torch.addmm(given * diagonal, given, lu.triu(1).T)
+        h = torch.addmm(t, t, lu.tril(-1).T)
+        h = h if order is None else h[:, order]
+        h = h if bias is None else h + bias
+        h = h if given is x else h.view(x.shape)
+    else:
+        upper = lu.triu(1) + torch.diag_embed(diagonal)
+        weight = torch.addmm(upper, lu.tril(-1), upper)
+        h = F.linear(x, weight if order is None else weight[order], bias)
+    y, share = _activate(h, own, phi, logabsdet)
+    if not logabsdet:
+        return y, None
+    return y, logs.sum() + (logs.new_zeros(x.shape[:-1]) if share is None else share)
+
+
+def _log_diagonal(lu: Tensor) -> Tensor:
+    """log|u_ii| [..., D]: hardtanh is clamp with a derivative in one call, where clamp's takes several."""
+    bound = LOG_DIAGONAL_BOUND[lu.dtype]
+    return F.hardtanh(lu.diagonal(dim1=-2, dim2=-1), -bound, bound)
 
 
 def net(x: Tensor, layers: Sequence[LUDense], *, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +139,7 @@ def net(x: Tensor, layers: Sequence[LUDense], *, logabsdet: bool) -> tuple[Tenso
     z, total = x, logs.sum() + logs.new_zeros(x.shape[:-1]) if logabsdet else None
     for layer, weight in zip(layers, weights.unbind(), strict=True):
         h = F.linear(z, weight, layer.bias)
-        z, share = _activate(h, layer, logabsdet)
+        z, share = _activate(h, layer, layer._fused(), logabsdet)
         if share is not None and total is not None:
             total = total + share
     return z, total
@@ -137,7 +201,7 @@ def stacked_net(x: Tensor, members: Sequence[Sequence[LUDense]]) -> Tensor:
         else:
             bias = torch.stack([cast(Tensor, layer.bias) for layer in column])
             h = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
-        x = _activate(h, column[0], False)[0]
+        x = _activate(h, column[0], column[0]._fused(), False)[0]
     return x
 
 
@@ -156,17 +220,17 @@ def _factors(layers: Sequence[LUDense]) -> tuple[Tensor, Tensor, Tensor, list[Te
     """(L − I [M, D, D], U [M, D, D], log|u_ii| [M, D], the permutations)."""
     structures = [layer._structure() for layer in layers]
     lu = torch.stack([layer.lu for layer in layers])
-    bound = LOG_DIAGONAL_BOUND[lu.dtype]
-    # hardtanh is clamp with a derivative in one call, where clamp's takes several.
-    logs = F.hardtanh(lu.diagonal(dim1=-2, dim2=-1), -bound, bound)
+    logs = _log_diagonal(lu)
     diagonal = logs.exp() * torch.stack([sign for sign, _ in structures])
     permutations = [permutation for _, permutation in structures]
     return lu.tril(-1), lu.triu(1) + torch.diag_embed(diagonal), logs, permutations
 
 
-def _activate(h: Tensor, layer: LUDense, logabsdet: bool) -> tuple[Tensor, Tensor | None]:
-    """(φ(h), Σ log φ′(h) over the last dimension or None)."""
-    activation, phi = layer.activation, layer._fused()
+def _activate(
+    h: Tensor, layer: LUDense, phi: Activation | None, logabsdet: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(φ(h), Σ log φ′(h) over the last dimension or None); ``phi`` is ``layer._fused()``."""
+    activation = layer.activation
     if activation is None:
         return h, None
     if phi is None:
@@ -176,7 +240,7 @@ def _activate(h: Tensor, layer: LUDense, logabsdet: bool) -> tuple[Tensor, Tenso
     if phi.parameters is None:
         a, c, kappa = phi.constants
         soft = F.softplus(h, kappa, 40.0)
-        if kappa == 1.0 and a + c == 1.0 and a <= 0.5:
+        if kappa == 1.0 and a + c == 1.0 and a < 0.5:
             y = torch.lerp(soft, h, a)  # beyond, it would add a rounding of the difference
         else:
             y = torch.add(soft if c == 1.0 else soft * c, h, alpha=a)

@@ -411,7 +411,9 @@ class _Recorded(torch.autograd.Function):
         needs = ctx.needs_input_grad[:DIFFERENTIATED]
         values = _values(lu, bias, parameters, sign, permutation, ctx.kind, ctx.constants)
         with _below_autograd():
-            found = ctx.gradients(grad, grad_logabsdet, x, kept, *values, *(needs[:3] if lu is not None else ()))
+            found = ctx.gradients(
+                grad, grad_logabsdet, x, kept, *values, *(needs[:3] if lu is not None else ())
+            )
         return (*_of_needed(found, needs), *_NO_GRADIENT)
 
 

@@ -165,8 +165,8 @@ class Recorded(NamedTuple):
 
 
 def recorded(x: Tensor, matrix: Matrix | None, activation: Activation, logabsdet: bool) -> Recorded | None:
-    """The forward of an activation or layer where an implementation keeps what it likes for the backward; None
-    where it keeps what the operation returns, or x alone."""
+    """The forward of an activation or layer where an implementation keeps what it likes for the backward;
+    None where it keeps what the operation returns, or x alone."""
     if x.numel() == 0 or _backend_of(x, (activation,)) == "triton":
         return None
     if autocast_enabled(x):

@@ -34,7 +34,9 @@ Slopes = Sequence[float] | Tensor
 def log_diagonal(lu: Tensor) -> Tensor:
     """log|u_ii| [..., D]: the diagonal of ``lu`` [..., D, D], clamped to what its dtype can exponentiate."""
     bound = LOG_DIAGONAL_BOUND[lu.dtype]
-    return lu.diagonal(dim1=-2, dim2=-1).clamp(-bound, bound).to(wide(lu.dtype))
+    logs = lu.diagonal(dim1=-2, dim2=-1).clamp(-bound, bound)
+    stored = wide(lu.dtype)
+    return logs if logs.dtype == stored else logs.to(stored)
 
 
 def factors(lu: Tensor, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -62,8 +62,8 @@ class Elementwise(ABC):
         """The same of h = φ⁻¹(y) and −Σ log φ′(h):
         g_y = (g_h − g_ld·φ″(h)/φ′(h)) / φ′(h), and g_θ = −g_y·∂φ/∂θ − g_ld·∂log φ′/∂θ."""
 
-    def scaled(self) -> tuple[float, Elementwise]:
-        """(s, ψ) with φ(h) = ψ(s·h), where a scaled matrix saves ψ a pass over memory; (1, φ) if not."""
+    def scaled_gradient(self) -> tuple[float, Elementwise]:
+        """(f, ψ) with φ′ = f·ψ′, where a product with the gradient takes f for nothing; (1, φ) if not."""
         return 1.0, self
 
     def activate(self, h: Tensor) -> Tensor:

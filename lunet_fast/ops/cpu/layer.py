@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -56,18 +55,11 @@ def is_factored(x: Tensor, lu: Tensor) -> bool:
 
 def matrices_kept(x: Tensor, lu: Tensor) -> int:
     """How many [D, D] a layer's forward keeps for backward in the place of A: 3 where it ``is_factored``, U
-    and L − I among them; else 1, s·A or, where rows go through the factors, t = U x in its first rows; and 0
-    where dtypes differ or layers are stacked: A alone. (s is that of ``Elementwise.scaled``.)"""
+    and L − I among them; else 1, A or, where rows go through the factors, t = U x in its first rows; and 0
+    where dtypes differ or layers are stacked: A alone."""
     if is_factored(x, lu):
         return 3
     return int(lu.dim() == 2 and x.dtype == lu.dtype == wide(x.dtype))
-
-
-def _scaled(x: Tensor, lu: Tensor, phi: Elementwise | None) -> tuple[float, Elementwise | None]:
-    """(s, ψ) of ``Elementwise.scaled`` where A is formed and its scale costs nothing; (1, φ) elsewhere."""
-    if phi is None or not (composes(*x.shape) and matrices_kept(x, lu)):
-        return 1.0, phi
-    return phi.scaled()
 
 
 # --- forward --------------------------------------------------------------------------------------------
@@ -76,15 +68,13 @@ def _scaled(x: Tensor, lu: Tensor, phi: Elementwise | None) -> tuple[float, Elem
 def layer_forward(
     x: Tensor, packed: Packed, bias: Tensor | None, phi: Elementwise | None, *, logabsdet: bool, save: bool
 ) -> tuple[Tensor | None, ...]:
-    """(y, log|det J| or None, s·h or None if φ is the identity, s·A, or U x [N, D] where A was not formed).
+    """(y, log|det J| or None, h or None if φ is the identity, A, or U x [N, D] where A was not formed).
 
     Without ``save`` h need not be whole at any time, and what is returned for it may be None.
     """
-    scale, phi = _scaled(x, packed.lu, phi)
     if composes(*x.shape):
-        weight = _scaled_(compose(packed), scale).to(x.dtype)
-        bias = bias if bias is None or scale == 1.0 else bias * scale
-        found = _composed(x, weight, packed, bias, phi, scale, logabsdet=logabsdet, save=save)
+        weight = compose(packed).to(x.dtype)
+        found = _composed(x, weight, packed, bias, phi, logabsdet=logabsdet, save=save)
         return *found, weight
     t = times(x.to(packed.lu.dtype), packed, upper=True, transposed=False)
     h = unpermute(times(t, packed, upper=False, transposed=False), packed)
@@ -103,42 +93,34 @@ def factored_forward(
     save: bool,
     memory: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """``layer_forward`` where it ``is_factored``: with U and L − I after s·A or U x; all three in ``memory``
+    """``layer_forward`` where it ``is_factored``: with U and L − I after A or U x; all three in ``memory``
     [3, D, D] if given, U x in the first N rows."""
-    scale, phi = phi.scaled() if phi is not None else (1.0, None)
     first, upper, below = (None, None, None) if memory is None else memory.unbind(0)
     upper = torch.triu(packed.lu, out=upper)
     upper.diagonal().copy_(packed.diagonal)
     below = torch.tril(packed.lu, -1, out=below)
     if composes(*x.shape):
-        weight = torch.addmm(upper, below, upper, beta=scale, alpha=scale, out=first)
+        weight = torch.addmm(upper, below, upper, out=first)
         if packed.permutation is not None:
             weight[packed.permutation] = weight.clone()
-        bias = bias if bias is None or scale == 1.0 else bias * scale
-        found = _composed(x, weight, packed, bias, phi, scale, logabsdet=logabsdet, save=save)
+        found = _composed(x, weight, packed, bias, phi, logabsdet=logabsdet, save=save)
         return *found, weight, upper, below
     t = torch.mm(x, upper.T, out=None if first is None else first[: len(x)])
-    h = unpermute(torch.addmm(t, t, below.T, beta=scale, alpha=scale), packed)
+    h = unpermute(torch.addmm(t, t, below.T), packed)
     if bias is not None:
-        h.add_(bias, alpha=scale)
-    y, total, saved = _activated(h, packed, phi, logabsdet=logabsdet, scale=scale)
+        h.add_(bias)
+    y, total, saved = _activated(h, packed, phi, logabsdet=logabsdet)
     return y, total, saved, t, upper, below
 
 
 def _activated(
-    h: Tensor, packed: Packed, phi: Elementwise | None, *, logabsdet: bool, scale: float = 1.0
+    h: Tensor, packed: Packed, phi: Elementwise | None, *, logabsdet: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(φ(h), log|det J| or None, h or None if φ is the identity) of h = ``scale``·(A x + b)."""
+    """(φ(h), log|det J| or None, h or None if φ is the identity)."""
     if phi is None:
         return h, packed.log_diagonal.sum().repeat(len(h)) if logabsdet else None, None
     y, total = phi.activated(h, logabsdet=logabsdet)
-    return y, None if total is None else total.add_(_log_volume(packed, scale)), h
-
-
-def _log_volume(packed: Packed, scale: float) -> Tensor:
-    """log|det ``scale``·A|."""
-    total = packed.log_diagonal.sum()
-    return total if scale == 1.0 else total.add_(packed.size * math.log(scale))
+    return y, None if total is None else total.add_(packed.log_diagonal.sum()), h
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -152,15 +134,14 @@ def _composed(
     packed: Packed,
     bias: Tensor | None,
     phi: Elementwise | None,
-    scale: float,
     *,
     logabsdet: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(φ(h), log|det J| or None, h or None) of h = W x + b with W = ``scale``·A; φ meets each run of rows
-    still in the cache."""
+    """(φ(h), log|det J| or None, h or None) of h = W x + b, and φ meets each run of rows still in
+    the cache."""
     if phi is None or is_one_sweep(x, product=True):
-        return _activated(_affine(x, weight, bias), packed, phi, logabsdet=logabsdet, scale=scale)
+        return _activated(_affine(x, weight, bias), packed, phi, logabsdet=logabsdet)
     y = torch.empty_like(x)
     h = torch.empty_like(x) if save else None
     total = torch.empty(x.shape[0], dtype=wide(x.dtype), device=x.device) if logabsdet else None
@@ -180,7 +161,7 @@ def _composed(
         else:
             torch.addmm(bias, x_part, weight.T, out=h_part)
         phi.activated_into(y_part, None if total is None else total[rows], h_part)
-    return y, None if total is None else total.add_(_log_volume(packed, scale)), h
+    return y, None if total is None else total.add_(packed.log_diagonal.sum()), h
 
 
 # --- backward -------------------------------------------------------------------------------------------
@@ -195,24 +176,21 @@ def layer_backward(
     packed: Packed,
     phi: Elementwise | None,
     needs: Needs,
-    *,
-    own: bool,
 ) -> Gradients:
-    """Gradients of a layer: through s·A, which is ``kept``, with s·h, or through the rows themselves, where
-    it is U x or None. Of a forward that was not our ``own``, s is 1."""
+    """Gradients of a layer: through A, which is ``kept``, or through the rows themselves, where it is U x or
+    None."""
     dtype = packed.lu.dtype
-    scale, phi = _scaled(x, packed.lu, phi) if own else (1.0, phi)
     totals = None if phi is None else phi.totals(x)
     grad_x = grad_lu = None
     if composes(*x.shape):
         assert kept is not None
         grad_x, grad_weight, grad_bias = _product_gradients(
-            grad_y, grad_logabsdet, x, h, kept, phi, totals, scale, needs
+            grad_y, grad_logabsdet, x, h, kept, phi, totals, needs
         )
         if grad_weight is not None:
             grad_lu = compose_backward(grad_weight, packed)
     else:
-        grad_h = _preactivation_gradient(grad_y, grad_logabsdet, h, phi, totals)
+        grad_h = _scaled_(*_preactivation_gradient(grad_y, grad_logabsdet, h, phi, totals))
         grad_bias = grad_h.sum(0, dtype=dtype) if needs.bias else None
         grad_v = permute(grad_h.to(dtype), packed)
         grad_t = times(grad_v, packed, upper=False, transposed=True)
@@ -239,24 +217,23 @@ def factored_backward(
     needs: Needs,
 ) -> Gradients:
     """Gradients of a layer from the three matrices that ``factored_forward`` kept."""
-    scale, phi = (1.0, None) if phi is None else phi.scaled()
     first, upper, below = kept
     totals = None if phi is None else phi.totals(x)
     grad_lu = None
     if composes(*x.shape):
         grad_x, grad_weight, grad_bias = _product_gradients(
-            grad_y, grad_logabsdet, x, h, first, phi, totals, scale, needs
+            grad_y, grad_logabsdet, x, h, first, phi, totals, needs
         )
         if grad_weight is not None:
             grad_lu = by_factors(grad_weight[... if permutation is None else permutation], upper, below)
     else:
-        grad_h = _preactivation_gradient(grad_y, grad_logabsdet, h, phi, totals)
-        grad_bias = _scaled_(grad_h.sum(0), scale) if needs.bias else None
+        grad_h, factor = _preactivation_gradient(grad_y, grad_logabsdet, h, phi, totals)
+        grad_bias = _scaled_(grad_h.sum(0), factor) if needs.bias else None
         grad_v = grad_h if permutation is None else grad_h[:, permutation]
-        grad_t = torch.addmm(grad_v, grad_v, below, beta=scale, alpha=scale)
+        grad_t = torch.addmm(grad_v, grad_v, below, beta=factor, alpha=factor)
         grad_x = torch.mm(grad_t, upper) if needs.x else None
         if needs.lu:
-            by_lower = torch.addmm(below, grad_v.T, first, beta=0, alpha=scale).tril_(-1)
+            by_lower = torch.addmm(below, grad_v.T, first, beta=0, alpha=factor).tril_(-1)
             grad_lu = by_lower.add_(torch.mm(grad_t.T, x).triu_())
     if grad_lu is not None:
         diagonal = grad_lu.diagonal()
@@ -275,13 +252,22 @@ def _preactivation_gradient(
     h: Tensor | None,
     phi: Elementwise | None,
     totals: Tensor | None,
-) -> Tensor:
-    """The gradient of h [N, D], whole."""
+) -> tuple[Tensor, float]:
+    """The gradient of h [N, D], whole, over a factor, and the factor: that of ``scaled_gradient``."""
     if phi is None or h is None:
-        return grad_y
+        return grad_y, 1.0
+    factor, phi, grad_logabsdet = _factored(phi, grad_logabsdet)
     grad_h = torch.empty_like(h)
     phi.backward_into(grad_h, grad_y, h, column(grad_logabsdet), totals)
-    return grad_h
+    return grad_h, factor
+
+
+def _factored(phi: Elementwise, grad_logabsdet: Tensor | None) -> tuple[float, Elementwise, Tensor | None]:
+    """(f, ψ) of ``scaled_gradient`` and the gradient of Σ log φ′(h) over f."""
+    factor, phi = phi.scaled_gradient()
+    if grad_logabsdet is not None and factor != 1.0:
+        grad_logabsdet = grad_logabsdet / factor
+    return factor, phi, grad_logabsdet
 
 
 def _product_gradients(
@@ -292,30 +278,33 @@ def _product_gradients(
     weight: Tensor,
     phi: Elementwise | None,
     totals: Tensor | None,
-    scale: float,
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (x, A, b), float32 or wider but for x, through y = φ(h) with h = ``scale``·(A x + b) and
-    ``weight`` = ``scale``·A."""
+    """Gradients of (x, A, b), float32 or wider but for x, through y = φ(h) with h = A x + b."""
     dtype = wide(x.dtype)
     if is_one_sweep(x, product=True):
-        grad_h = _preactivation_gradient(grad_y, grad_logabsdet, h, phi, totals)
+        grad_h, factor = _preactivation_gradient(grad_y, grad_logabsdet, h, phi, totals)
+        grad_x = torch.addmm(grad_h, grad_h, weight, beta=0, alpha=factor) if needs.x else None
         grad_weight = grad_bias = None
         if needs.lu:
-            grad_weight = torch.addmm(weight, grad_h.T, x, beta=0, alpha=scale).to(dtype)
+            grad_weight = torch.addmm(weight, grad_h.T, x, beta=0, alpha=factor).to(dtype)
         if needs.bias:
-            grad_bias = _scaled_(grad_h.sum(0, dtype=dtype), scale)
-        return torch.mm(grad_h, weight) if needs.x else None, grad_weight, grad_bias
+            grad_bias = _scaled_(grad_h.sum(0, dtype=dtype), factor)
+        return grad_x, grad_weight, grad_bias
     grad_x = torch.empty_like(x) if needs.x else None
     grad_weight = torch.zeros_like(weight, dtype=dtype) if needs.lu else None
     grad_bias = x.new_zeros(x.shape[1], dtype=dtype) if needs.bias else None
+    factor = 1.0
+    if phi is not None:
+        factor, phi, grad_logabsdet = _factored(phi, grad_logabsdet)
     for grad_h, rows in _preactivation_gradients(grad_y, grad_logabsdet, h, phi, totals):
         if grad_x is not None:
-            torch.mm(grad_h, weight, out=grad_x[rows])
+            part = grad_x[rows]
+            torch.addmm(part, grad_h, weight, beta=0, alpha=factor, out=part)
         if grad_weight is not None:
-            _add_product_(grad_weight, grad_h.T, x[rows], scale)
+            _add_product_(grad_weight, grad_h.T, x[rows], factor)
         if grad_bias is not None:
-            grad_bias.add_(grad_h.sum(0, dtype=dtype), alpha=scale)
+            grad_bias.add_(grad_h.sum(0, dtype=dtype), alpha=factor)
     return grad_x, grad_weight, grad_bias
 
 

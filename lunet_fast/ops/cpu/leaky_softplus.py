@@ -29,6 +29,11 @@ def _scale_(t: Tensor, factor: float | Tensor) -> Tensor:
     return t if isinstance(factor, float) and factor == 1.0 else t.mul_(factor)
 
 
+#: A t whose eᵗ is nothing beside 1, and not so little that products with it are subnormal: with those, a
+#: processor takes many times as long.
+_NOTHING = {torch.float32: -40.0, torch.float64: -80.0}
+
+
 def _add_scaled_(t: Tensor, factor: float | Tensor, x: Tensor) -> Tensor:
     """t ← t + factor·x."""
     return t.add_(x, alpha=factor) if isinstance(factor, float) else t.addcmul_(x, factor)
@@ -46,22 +51,40 @@ class LeakySoftplus(Elementwise):
     def of(cls, activation: Activation, dtype: torch.dtype) -> LeakySoftplus:
         slopes = activation.parameters
         if slopes is None:
-            return cls(activation.constants)
+            return _of_constants(activation.constants)
         if slopes.dim() == 1 and slopes.device.type == "cpu":
             return cls(slopes.tolist(), slopes)
         return cls(slopes.to(dtype).unbind(0), slopes)
 
-    def scaled(self) -> tuple[float, LeakySoftplus]:
-        """(c, (a/c, 1, κ/c)); nothing to gain where c = 1, or where the slopes' gradients are taken."""
+    def scaled_gradient(self) -> tuple[float, LeakySoftplus]:
+        """(c, that of a/c, 1, κ); nothing to gain where c = 1, or where the slopes' gradients are taken."""
         if self.parameters is None and self.c != 1.0:
-            return float(self.c), LeakySoftplus((self.a / self.c, 1.0, self.kappa / self.c))
+            return float(self.c), _of_constants((self.a / self.c, 1.0, self.kappa))
         return 1.0, self
 
     # --- forward ---
 
-    def _mix_(self, t: Tensor, x: Tensor) -> Tensor:
-        """t ← c·t + a·x. (``lerp_`` is one pass, but takes the difference of the two: NaN for infinities.)"""
+    def _mix_(self, t: Tensor, x: Tensor, *, finite: bool = False) -> Tensor:
+        """t ← c·t + a·x: in one pass where a + c = 1, as in (2.6), and nothing but ``finite`` numbers
+        matters, for it takes the difference of the two; of a from ½ on, with a rounding of that."""
+        if finite and isinstance(self.a, float) and self.a < 0.5 and self.a + self.c == 1.0:
+            return t.lerp_(x, self.a)
         return _add_scaled_(_scale_(t, self.c), self.a, x)
+
+    def _activate_into(self, y: Tensor, h: Tensor) -> Tensor:
+        """y ← φ(h), of one dtype, both in the cache."""
+        if h.device.type != "cpu" or not isinstance(self.kappa, float):
+            return self._mix_(self._soft(h, out=y), h)
+        # PyTorch's softplus is one pass, and takes twice as long as these two.
+        if self.kappa == 1.0:
+            torch.exp(h, out=y).log1p_()
+        else:
+            torch.mul(h, self.kappa, out=y).exp_().log1p_().div_(self.kappa)
+        if math.isfinite(y.sum().item()):
+            return self._mix_(y, h, finite=True)
+        # Where exp overflows softplus is h to rounding. What becomes of one number must not depend on others.
+        torch.where(y < math.inf, y, h, out=y)
+        return self._mix_(y, h, finite=True).masked_fill_(h == math.inf, math.inf)
 
     def _sigmoid(self, h: Tensor) -> Tensor:
         """σ(κ·h), in memory of its own."""
@@ -84,15 +107,15 @@ class LeakySoftplus(Elementwise):
 
     def activate(self, h: Tensor) -> Tensor:
         if is_one_sweep(h, product=False) and h.dtype == wide(h.dtype):
-            return self._mix_(self._soft(h), h)
+            return self._activate_into(torch.empty_like(h), h)
         return super().activate(h)
 
     def activate_into(self, y: Tensor, h: Tensor) -> None:
         if h.dtype == wide(h.dtype):
-            self._mix_(self._soft(h, out=y), h)
+            self._activate_into(y, h)
         else:
             x = h.float()
-            y.copy_(self._mix_(self._soft(x), x))
+            y.copy_(self._activate_into(torch.empty_like(x), x))
 
     def log_derivative_sum_into(self, total: Tensor, h: Tensor) -> None:
         torch.sum(self._slope(h.to(total.dtype)).log_(), -1, out=total)
@@ -166,19 +189,28 @@ class LeakySoftplus(Elementwise):
         scratch: list[Tensor] = []
         for y_part, x_part in sweeps(y, x):
             if not scratch:
-                scratch = [torch.empty_like(y_part, dtype=dtype) for _ in range(5)]
-            w, t, *rest = (buffer[: len(y_part)] for buffer in scratch)
+                scratch = [torch.empty_like(y_part, dtype=dtype) for _ in range(5 + (y.dtype != dtype))]
+            w, *rest = (buffer[: len(y_part)] for buffer in scratch)
+            t = x_part if y.dtype == dtype else rest.pop()
             torch.mul(y_part.to(dtype), kappa / c, out=w)
             _halley_start(w, r, t, rest[0])
-            for _ in range(steps):
-                _halley_step_(t, w, r, rest)
-            torch.div(t, kappa, out=t)
+            for step in range(steps):
+                _halley_step_(t, w, r, rest, last=step == steps - 1)
+            if isinstance(kappa, Tensor) or kappa != 1.0:
+                t.div_(kappa)
             if not (t.device.type == "cpu" and math.isfinite(t.sum().item())):
-                # Where w overflows, and at ±inf, φ is its asymptote; NaN stays NaN.
-                wide_y = y_part.to(dtype)
-                t = torch.where(t.isfinite(), t, torch.minimum(wide_y / a, wide_y / (a + c)))
-            x_part.copy_(t)
+                # Where w or eᵗ overflows, and at ±inf, φ is its asymptote; NaN stays NaN.
+                torch.div(y_part.to(dtype), a, out=w)
+                torch.minimum(w, torch.div(y_part.to(dtype), a + c, out=rest[0]), out=w)
+                torch.where(torch.abs(t, out=rest[0]) < math.inf, t, w, out=t)
+            if t is not x_part:
+                x_part.copy_(t)
         return x
+
+
+@functools.lru_cache(maxsize=64)
+def _of_constants(slopes: tuple[float, ...]) -> LeakySoftplus:
+    return LeakySoftplus(slopes)
 
 
 KINDS["leaky_softplus"] = LeakySoftplus
@@ -195,10 +227,11 @@ def _halley_steps(log2_low: int, dtype: torch.dtype) -> int:
     magnitudes = torch.logspace(-12, 4, 400, dtype=torch.float64)
     w = torch.cat([-magnitudes, magnitudes, torch.zeros(1, dtype=torch.float64)])
     tolerance = 1.5 * torch.finfo(dtype).eps * (w.abs() + math.log(2.0))
-    t, *scratch = (torch.empty_like(w) for _ in range(4))
+    t, *scratch = (torch.empty_like(w) for _ in range(5))
     _halley_start(w, r, t, scratch[0])
     for steps in range(1, 1000):
-        _halley_step_(t, w, r, scratch)
+        _halley_step_(t, w, r, scratch, last=True)
+        t.copy_(torch.where(t.isfinite(), t, torch.minimum(w / r, w / (1.0 + r))))
         residual = (F.softplus(t, threshold=40.0) + r * t - w).abs()
         if bool((residual <= tolerance).all()):
             return steps
@@ -212,16 +245,21 @@ def _halley_start(w: Tensor, r: float | Tensor, out: Tensor, scratch: Tensor) ->
     torch.minimum(out, torch.div(w, r, out=scratch), out=out)
 
 
-def _halley_step_(t: Tensor, w: Tensor, r: float | Tensor, scratch: Sequence[Tensor]) -> None:
+def _halley_step_(t: Tensor, w: Tensor, r: float | Tensor, scratch: Sequence[Tensor], *, last: bool) -> None:
     """One step of Halley's iteration on f(t) = softplus(t) + r·t − w, in place.
 
     t ← t − f·f′/(f′² − f·f″/2). f·f″ ≤ f′² right of the solution (softplus(t) ≤ eᵗ), so the denominator is
-    at least f′²/2. ``scratch`` is three tensors like t.
+    at least f′²/2. With e = eᵗ, u = 1 + e and p = u·f′ = e + r·u that is t − f·u·p/(p² − f·e/2), without a
+    division but the one. The ``last`` step alone needs log1p(e), for which log(u) takes half the time.
+    ``scratch`` is four tensors like t.
     """
-    f, bend, slope = scratch
-    _add_scaled_(_softplus_out(t, 1.0, _threshold(t.dtype), out=f), r, t).sub_(w)
-    torch.sigmoid(t, out=bend)
-    torch.add(bend, r, out=slope)
-    bend.addcmul_(bend, bend, value=-1).mul_(f)
-    f.mul_(slope)
-    t.sub_(f.div_(slope.mul_(slope).sub_(bend, alpha=0.5)))
+    e, u, f, p = scratch
+    torch.clamp_min(t, _NOTHING[t.dtype], out=e).exp_()
+    torch.add(e, 1.0, out=u)
+    _add_scaled_(torch.log1p(e, out=f) if last else torch.log(u, out=f), r, t).sub_(w)
+    if isinstance(r, Tensor):
+        torch.addcmul(e, u, r, out=p)
+    else:
+        torch.add(e, u, alpha=r, out=p)
+    e.mul_(f).addcmul_(p, p, value=-2.0)
+    t.add_(f.mul_(u).mul_(p).div_(e), alpha=2.0)

@@ -83,8 +83,14 @@ def activation_inverse_backward(
 
 
 def _forward_of_rows(
-    x: Tensor, matrix: Matrix, activation: Activation, *, logabsdet: bool, save: bool, memory: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    x: Tensor,
+    matrix: Matrix,
+    activation: Activation,
+    *,
+    logabsdet: bool,
+    save: bool,
+    memory: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, list[Any]]:
     """(y, log|det J| or None, [h or None, and what else is kept]) in the shape of rows; kept are three
     matrices of a layer that ``is_factored``, else one. ``memory`` [3, D, D] is for the three."""
     packed, phi = Packed.of(matrix), elementwise(activation, x.dtype)
@@ -102,14 +108,12 @@ def _gradients_of_rows(
     grad: Tensor,
     grad_logabsdet: Tensor | None,
     x: Tensor,
-    kept: Sequence[Tensor | None],
+    kept: Sequence[Any],
     matrix: Matrix,
     activation: Activation,
     *needs: bool,
-    own: bool = True,
 ) -> Four:
-    """The backward of ``_forward_of_rows`` from what it kept, or, if that is not our ``own``, from A or None,
-    and h, which is computed again where it is missing."""
+    """The backward of ``_forward_of_rows`` from what it kept; h is computed again where it is missing."""
     phi, lu = elementwise(activation, x.dtype), matrix.lu
     x_rows, (h, *matrices) = rows_of(x, lu), kept
     given = (rows_of(grad, lu), row_gradient(grad_logabsdet, x_rows.shape[:-1]), x_rows)
@@ -119,11 +123,8 @@ def _gradients_of_rows(
         packed = Packed.of(matrix)
         if h is None and phi is not None:
             h = _preactivation(x_rows, packed, matrix)
-        last: Any = (matrices[0], packed, phi, Needs(*needs))
-        if matrix.stacked:
-            found = layer.stacked_backward(*given, h, *last)
-        else:
-            found = layer.layer_backward(*given, h, *last, own=own)
+        backward: Any = layer.stacked_backward if matrix.stacked else layer.layer_backward
+        found = backward(*given, h, matrices[0], packed, phi, Needs(*needs))
     return layer_gradients(x, matrix, activation, *found)
 
 
@@ -174,13 +175,14 @@ def layer_backward(
     lu = matrix.lu
     count, own = math.prod(x.shape[:-1]), weight.dim() > lu.dim()
     few = not (matrix.stacked or composes(count, lu.shape[-1]))
+    first: Any
     first, *factors = weight.unbind(0) if own else (weight,)
     if few:
         first = first[:count] if own else None
     # A forward that Triton did may not have saved h.
     h_rows = rows_of(h, lu) if h.numel() == x.numel() and not activation.linear else None
     kept = (h_rows, first, *factors)
-    return _gradients_of_rows(grad, grad_logabsdet, x, kept, matrix, activation, *needs, own=own)
+    return _gradients_of_rows(grad, grad_logabsdet, x, kept, matrix, activation, *needs)
 
 
 def _preactivation(x_rows: Tensor, packed: Packed, matrix: Matrix) -> Tensor:
