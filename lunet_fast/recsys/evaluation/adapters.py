@@ -177,9 +177,11 @@ def neumf(training: Ratings, seed: int, settings: Settings) -> Fitted:
             yield [column.numpy() for column in columns]
 
     data.uir_iter = batches
+    # The paper's tower, whose last layer has as many units as the factors, or cornac refuses.
+    hidden = [settings["factors"] * narrowing for narrowing in (8, 4, 2, 1)]
     model = import_package("cornac.models").NeuMF(
         num_factors=settings["factors"],
-        layers=list(settings["hidden"]),
+        layers=hidden,
         num_epochs=settings["epochs"],
         batch_size=settings["batch"],
         num_neg=fitted.NEGATIVES,
@@ -196,7 +198,7 @@ def neumf(training: Ratings, seed: int, settings: Settings) -> Fitted:
         found: Tensor = net.logit(torch.cat((net.gmf.h(users, items), net.mlp.h(users, items)), -1))
         return found.squeeze(-1)
 
-    width = 2 * (settings["factors"] + sum(settings["hidden"]))
+    width = 2 * (settings["factors"] + sum(hidden))
     return Fitted(
         fitted.count_parameters(net), score_items=fitted.over_all_items(logits, training.n_items, width)
     )

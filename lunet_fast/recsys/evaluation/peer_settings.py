@@ -124,8 +124,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "batch": Setting(1024, 4096),
     },
     "neumf": {
-        "factors": _same(8, Range(4, 128, log=True)),
-        "hidden": _same((64, 32, 16, 8)),
+        "factors": _same(8, Range(4, 64, log=True)),
         "rate": _rate(3e-3, 3e-3),
         "epochs": Setting(20, 10, Range(2, 100, log=True)),
         "batch": Setting(1024, 4096),

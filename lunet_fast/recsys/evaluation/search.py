@@ -16,7 +16,7 @@ from typing import Any, Literal
 from lunet_fast.recsys.data.ratings import Ratings
 from lunet_fast.recsys.evaluation.baselines import BASELINES, missing
 from lunet_fast.recsys.evaluation.compare import METHODS, judged
-from lunet_fast.recsys.evaluation.peer_settings import SETTINGS
+from lunet_fast.recsys.evaluation.peer_settings import SETTINGS, chosen
 from lunet_fast.recsys.evaluation.ranges import Choice, Range
 from lunet_fast.recsys.evaluation.tuning import of_a_trial, ranges_of
 from lunet_fast.recsys.measures.protocols import Parts
@@ -28,7 +28,7 @@ MEMBERS = 4
 """Of ours in a trial, at most: more only cost time."""
 
 FINALISTS = 1
-"""How many of the trials are trained in full, beside the first."""
+"""How many of the trials are trained in full, beside those of settings known before."""
 
 MEASURES: dict[str, tuple[str, Literal["minimize", "maximize"]]] = {
     "rating": ("test_mse", "minimize"),
@@ -61,7 +61,7 @@ class Found:
     first: dict[str, Any]
     """The settings before the search, those of its first trial."""
     trials: list[Trial]
-    """In order; those in full are the last ones, of the first settings and of the best others. A value
+    """In order; those in full are the last ones, of the settings known before and of the best others. A value
     that is not among a trial's settings is the declared one."""
     settings: dict[str, Any]
     """The best of those in full."""
@@ -118,9 +118,10 @@ def search(
 ) -> Found:
     """Search the settings of one method, of :func:`searchable`, for ``seconds`` of processor time.
 
-    The trial that begins before they are over is finished, so that there are two at least; trainings in full
-    come on top. ``seed`` is that of the splits, of the methods' draws and of Optuna's sampler. ``told`` hears
-    of each trial.
+    The trial that begins before they are over is finished, so that there is one at least beside those of the
+    settings that are known already; trainings in full, of the known and of the best others, come on top.
+    ``seed`` is that of the splits, of the methods' draws and of Optuna's sampler. ``told`` hears of each
+    trial.
 
     ``ImportError`` without Optuna or the method's package; ``ValueError`` for a key that has nothing to
     search, and where every training has failed.
@@ -137,7 +138,9 @@ def search(
     searched = (_ours if METHODS[key].is_lu_net else _peers)(ratings, key, seed)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed))
-    study.enqueue_trial({name: searched.first[name] for name in searched.ranges})
+    known = _known(key, searched)
+    for settings in known:
+        study.enqueue_trial(settings)
     trials: list[Trial] = []
 
     def tried(settings: dict[str, Any], full: bool) -> Trial:
@@ -152,7 +155,7 @@ def search(
         told(found)
         return found
 
-    while len(trials) < 2 or sum(trial.cpu_seconds for trial in trials) < seconds:
+    while len(trials) <= len(known) or sum(trial.cpu_seconds for trial in trials) < seconds:
         asked = study.ask()
         trial = tried({name: where.drawn(asked, name) for name, where in searched.ranges.items()}, False)
         study.tell(asked, trial.value, None if trial.value is not None else optuna.trial.TrialState.FAIL)
@@ -161,8 +164,8 @@ def search(
     def order(trial: Trial) -> float:
         return float("inf") if trial.value is None else sign * trial.value
 
-    others = sorted(trials[1:], key=order)[:FINALISTS]
-    finals = [tried(trial.settings, True) for trial in (trials[0], *others) if trial.value is not None]
+    begun, others = trials[: len(known)], sorted(trials[len(known) :], key=order)[:FINALISTS]
+    finals = [tried(trial.settings, True) for trial in (*begun, *others) if trial.value is not None]
     best = min(finals, key=order, default=None)
     if best is None or best.value is None:
         raise ValueError(f"{key}: no training has succeeded; the last one: {trials[-1].error}")
@@ -171,6 +174,14 @@ def search(
         *(measure, direction, seconds, seed, trials[0].settings, trials, best.settings, best.value),
         {name: end for name, end in ends.items() if end},
     )
+
+
+def _known(key: str, searched: _Searched) -> list[dict[str, Any]]:
+    """Where a search begins: from the settings before any, and from those that another has chosen, so that a
+    method never loses what it had."""
+    first = {name: searched.first[name] for name in searched.ranges}
+    again = {name: chosen().get(key, {}).get(name, value) for name, value in first.items()}
+    return [first] if again == first else [first, again]
 
 
 def _peers(ratings: Ratings, key: str, seed: int) -> _Searched:

@@ -116,6 +116,17 @@ class TestSettings:
 
 
 class TestSearch:
+    @pytest.fixture(autouse=True)
+    def as_if_the_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "chosen", dict)
+
+    def test_what_another_search_has_chosen_is_not_lost(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "chosen", lambda: {"ease": {"l2": 123.0}, "biases": {"l2_user": 3.0}})
+        found = search(RATINGS, "ease", seconds=0)
+        assert [trial.settings["l2"] for trial in found.trials[:2]] == [found.first["l2"], 123.0]
+        assert [trial.full for trial in found.trials] == [False] * 3 + [True] * 3
+        assert found.value == max(trial.value or 0.0 for trial in found.trials[3:])
+
     @pytest.mark.parametrize("key", ["biases", "ease"])
     def test_the_best_in_full_is_chosen(self, key: str) -> None:
         told: list[Trial] = []
