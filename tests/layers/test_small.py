@@ -1,14 +1,17 @@
-"""Small nets, left to PyTorch's own operations: the same as float64 by the plain formulas, to every order."""
+"""Small nets and layers, left to PyTorch's own operations: as float64 by plain formulas, to every order."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUNet
+from lunet_fast import GeneralizedLeakySoftplus, LeakySoftplus, LUDense, LUNet
 from lunet_fast.layers import small
 from lunet_fast.ops import dispatch, reference
 
@@ -219,3 +222,58 @@ class Inverse(torch.nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         return self.net.inverse(y)
+
+
+LAYER_ACTIVATIONS = {
+    **ACTIVATIONS,
+    "coordinates": lambda: LeakySoftplus(0.3, True, 200),
+    "none": lambda: None,
+}
+
+
+@pytest.mark.parametrize(
+    ("activation", "permuted"), [("leaky", True), *((name, False) for name in sorted(LAYER_ACTIVATIONS))]
+)
+@pytest.mark.parametrize("shape", [(), (1,), (25,), (26,), (5, 20), (101,), (300,)], ids=str)
+@pytest.mark.parametrize("features", [2, 100, 200])
+def test_a_layer_by_itself(features: int, shape: tuple[int, ...], permuted: bool, activation: str) -> None:
+    """Through U and L where rows are few, through A where they are not; and where it is small."""
+    if activation == "coordinates" and features != 200:
+        pytest.skip("its slopes are of 200")
+    order = torch.randperm(features) if permuted else None
+    layer = LUDense(features, activation=LAYER_ACTIVATIONS[activation](), permutation=order).double()
+    with torch.no_grad():
+        layer.lu.copy_(torch.randn(features, features) * 0.3 / features**0.5)
+        layer.sign.copy_(torch.randn(features).sign())
+        layer.bias.normal_()
+    x = torch.randn(*shape, features, dtype=torch.float64, requires_grad=True)
+    rows, phi = math.prod(shape), layer._fused()
+    assert phi is not None
+    assert small.takes_layer(x, layer.lu, phi) == (features <= 128 or rows <= 25)
+    slopes = None if layer.activation is None else layer.activation.slopes()
+    expected = reference.lu_dense_and_logabsdet(
+        x, layer.lu, layer.bias, sign=layer.sign, permutation=order, slopes=slopes
+    )
+    found = layer.forward_and_logabsdet(x)
+    inputs, weights = [x, *layer.parameters()], [torch.randn_like(t) for t in expected]
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(x), expected[0], rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(pair, inputs, weights) for pair in (found, expected)]
+    for f, e in zip(*gradients, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+
+
+def test_who_watches_sees_the_operation_of_a_layer() -> None:
+    layer, x = LUDense(8, activation=LeakySoftplus(0.1)), torch.randn(3, 8)
+    phi = layer._fused()
+    assert phi is not None
+    assert small.takes_layer(x, layer.lu, phi)
+    assert not small.takes_layer(x.double(), layer.lu, phi)
+    assert not small.takes_layer(x[:, :1], LUDense(1).lu, phi)  # an infinity in one column stays one
+    assert not small.takes_layer(x[:0], layer.lu, phi)
+    assert not small.takes_layer(torch.randn(1 << 14, 8), layer.lu, phi)
+    with FlopCounterMode(display=False):
+        assert not small.takes_layer(x, layer.lu, phi)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not small.takes_layer(x, layer.lu, phi)
