@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lunet_fast.ops.cpu.elementwise import KINDS, Elementwise
-from lunet_fast.ops.cpu.sweeps import is_one_sweep, sweeps
+from lunet_fast.ops.cpu.sweeps import SWEEP_OF_MANY, is_one_sweep, sweeps
 from lunet_fast.ops.precision import wide
 from lunet_fast.ops.values import Activation
 
@@ -187,7 +187,7 @@ class LeakySoftplus(Elementwise):
         steps = _halley_steps(min(max(math.floor(math.log2(low)), -500), 10), dtype)
         x = torch.empty_like(y)
         scratch: list[Tensor] = []
-        for y_part, x_part in sweeps(y, x):
+        for y_part, x_part in sweeps(y, x, elements=SWEEP_OF_MANY):
             if not scratch:
                 scratch = [torch.empty_like(y_part, dtype=dtype) for _ in range(5 + (y.dtype != dtype))]
             w, *rest = (buffer[: len(y_part)] for buffer in scratch)

@@ -10,6 +10,9 @@ from torch import Tensor
 #: Elements a thread that one sweep of elementwise work covers before the next begins.
 SWEEP = 1 << 18
 
+#: The same of work on six arrays at once, as φ⁻¹ does it.
+SWEEP_OF_MANY = 1 << 15
+
 #: Rows that a matrix product is given at least when done in sweeps: with fewer, its threads wait too often.
 PRODUCT_ROWS = 4096
 
@@ -18,23 +21,24 @@ PRODUCT_ROWS = 4096
 PRODUCT_SWEEP = 1 << 20
 
 
-def sweep_rows(t: Tensor, product: bool) -> int:
-    """Rows of t [N, D] in one sweep, with a matrix product or without; all where no cache is to stay in."""
+def sweep_rows(t: Tensor, product: bool, elements: int = SWEEP) -> int:
+    """Rows of t [N, D] in one sweep, with a matrix product or of so many ``elements`` a thread; all where no
+    cache is to stay in."""
     rows, columns = t.shape
     if t.device.type != "cpu":
         return rows
     if product:
         return max(PRODUCT_ROWS, PRODUCT_SWEEP // max(1, columns))
-    return max(1, SWEEP * torch.get_num_threads() // max(1, columns))
+    return max(1, elements * torch.get_num_threads() // max(1, columns))
 
 
 def is_one_sweep(t: Tensor, *, product: bool) -> bool:
     return t.shape[0] <= sweep_rows(t, product)
 
 
-def sweeps(*tensors: Tensor, product: bool = False) -> Iterator[tuple[Tensor, ...]]:
+def sweeps(*tensors: Tensor, product: bool = False, elements: int = SWEEP) -> Iterator[tuple[Tensor, ...]]:
     """The same runs of rows of several tensors of N rows; the first, [N, D], gives their length."""
-    step = sweep_rows(tensors[0], product)
+    step = sweep_rows(tensors[0], product, elements)
     rows = tensors[0].shape[0]
     if rows <= step:
         yield tensors
