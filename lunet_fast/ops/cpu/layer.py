@@ -138,7 +138,7 @@ def _composed(
     logabsdet: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(φ(h), log|det J| or None, h or None) of h = W x + b, and φ meets each run of rows still in
+    """(φ(h), log|det J| or None, h or None) of h = A x + b, A being formed; φ meets each run of rows still in
     the cache."""
     if phi is None or is_one_sweep(x, product=True):
         return _activated(_affine(x, weight, bias), packed, phi, logabsdet=logabsdet)
