@@ -28,7 +28,7 @@ BLOCK = 128
 DENSE = 256
 
 #: Rows that are so few that a copy of U costs as much as a product or a solution with it, and the columns of
-#: the blocks in which it is copied there.
+#: the blocks in which it is copied there, and of the panels: calls cost more than the zeros in them.
 FEW_ROWS, FEW_ROWS_BLOCK = 32, 256
 
 #: κ₁(L)·κ₁(U), or κ₁(A) where A⁻¹ was formed in more digits, up to which a product with the explicit A⁻¹ is
@@ -158,13 +158,17 @@ def compose_backward(grad_weight: Tensor, packed: Packed) -> Tensor:
     return grad
 
 
+def _panel_width(rows: int) -> int:
+    return FEW_ROWS_BLOCK if rows <= FEW_ROWS else BLOCK
+
+
 def rows_backward(grad_v: Tensor, t: Tensor, grad_t: Tensor, x: Tensor, packed: Packed) -> Tensor:
     """The gradient of ``lu`` (U's diagonal in place of s) from the rows themselves, 2·N·D² flops.
 
     v = L t, t = U x, so g_L = tril(g_vᵀ t, −1) and g_U = triu(g_tᵀ x).
     """
     grad = torch.empty_like(packed.lu)
-    for panel in packed.panels():
+    for panel in packed.panels(_panel_width(len(x))):
         v, g_t = grad_v[:, panel.start :].T, grad_t[:, panel].T
         # Straight into the columns under the diagonal and, where the blocks of both meet, over U's share.
         torch.mm(v, t[:, panel], out=grad[panel.start :, panel])
@@ -178,7 +182,7 @@ def rows_backward(grad_v: Tensor, t: Tensor, grad_t: Tensor, x: Tensor, packed: 
 def times(x: Tensor, packed: Packed, *, upper: bool, transposed: bool) -> Tensor:
     """Rows of T x or, transposed, Tᵀ x, for T = L or U: N·D² flops and up."""
     out = x * packed.diagonal if upper else x.clone()
-    for panel in packed.panels():
+    for panel in packed.panels(_panel_width(len(x))):
         block = packed.lu[panel, panel].triu(1) if upper else packed.lu[panel, panel].tril(-1)
         part = out[:, panel].addmm_(x[:, panel], block if transposed else block.T)
         beside = slice(panel.stop, packed.size) if upper != transposed else slice(0, panel.start)
