@@ -39,9 +39,6 @@ Pair = Callable[..., Outputs]
 #: How many of a Function's arguments, from the first, are differentiated; and how many are tensors.
 DIFFERENTIATED, TENSORS = 4, 6
 
-#: The gradients of a Function's arguments after those that are differentiated.
-_NO_GRADIENT = (None,) * 5
-
 
 class Operation(NamedTuple):
     """An operation that has a gradient."""
@@ -384,20 +381,15 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
-        lu: Tensor | None,
-        bias: Tensor | None,
-        parameters: Tensor | None,
-        sign: Tensor | None,
-        permutation: Tensor | None,
-        activation: Activation,
         operation: Operation,
         found: dispatch.Recorded,
+        activation: Activation,
+        *tensors: Tensor | None,
     ) -> Any:
         ctx.kind, _, ctx.constants = activation
         ctx.operation, ctx.logabsdet, ctx.gradients = operation, found.logabsdet is not None, found.gradients
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, lu, bias, parameters, sign, permutation, *found.kept)
+        ctx.save_for_backward(*tensors, *found.kept)
         return found.y if found.logabsdet is None else (found.y, found.logabsdet)
 
     @staticmethod
@@ -405,16 +397,16 @@ class _Recorded(torch.autograd.Function):
         x, lu, bias, parameters, sign, permutation, *kept = ctx.saved_tensors
         if torch.is_grad_enabled() or _is_watched(grad, grad_logabsdet):
             grads = _whole(grad, grad_logabsdet, x, ctx.logabsdet)
-            return (*_vjp(*_of_differentiated(ctx.operation, ctx), grads), *_NO_GRADIENT)
+            return (None, None, None, *_vjp(*_of_differentiated(ctx.operation, ctx), grads), None, None)
         if grad is None:
             grad = torch.zeros_like(x)
-        needs = ctx.needs_input_grad[:DIFFERENTIATED]
+        needs = ctx.needs_input_grad[3 : 3 + DIFFERENTIATED]
         values = _values(lu, bias, parameters, sign, permutation, ctx.kind, ctx.constants)
         with _below_autograd():
             found = ctx.gradients(
                 grad, grad_logabsdet, x, kept, *values, *(needs[:3] if lu is not None else ())
             )
-        return (*_of_needed(found, needs), *_NO_GRADIENT)
+        return (None, None, None, *_of_needed(found, needs), None, None)
 
 
 #: ``_Recorded.apply`` without what it asks for torch.func's sake.
@@ -443,8 +435,7 @@ def apply(name: str, x: Tensor, matrix: Matrix | None, phi: Activation, logabsde
         with _below_autograd():
             found = dispatch.recorded(x, matrix, phi, logabsdet)
         if found is not None:
-            tensors = (x, lu, bias, phi.parameters, sign, permutation)
-            outputs = _record(*tensors, phi, operation, found)
+            outputs = _record(operation, found, phi, x, lu, bias, phi.parameters, sign, permutation)
             return outputs if logabsdet else (outputs, None)
     kind, parameters, constants = phi
     function = (_TRACEABLE if torch.compiler.is_compiling() else _EAGER)[name]
