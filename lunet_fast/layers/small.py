@@ -79,7 +79,7 @@ def _fits(x: Tensor, lu: Tensor) -> bool:
 def takes_layer(x: Tensor, lu: Tensor, phi: Activation) -> bool:
     """Whether a layer with this ``lu`` and activation is small by itself on x and fits it, and nobody watches
     the call. One column is none: there an infinity stays one."""
-    if is_watched(x):
+    if x.device.type != "cpu" or is_watched(x):
         return False
     features = FEW_ROWS_FEATURES if _are_few(x, 8) else SMALL_FEATURES
     return (

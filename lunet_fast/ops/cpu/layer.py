@@ -48,18 +48,18 @@ class Gradients(NamedTuple):
     parameters: Tensor | None
 
 
-def is_factored(x: Tensor, lu: Tensor) -> bool:
-    """Whether a layer is so small that U and L − I are copied once, for forward and backward."""
-    return lu.dim() == 2 and lu.shape[0] <= DENSE and x.dtype == lu.dtype == wide(x.dtype)
-
-
 def matrices_kept(x: Tensor, lu: Tensor) -> int:
     """How many [D, D] a layer's forward keeps for backward in the place of A: 3 where it ``is_factored``, U
     and L − I among them; else 1, A or, where rows go through the factors, t = U x in its first rows; and 0
     where dtypes differ or layers are stacked: A alone."""
-    if is_factored(x, lu):
-        return 3
-    return int(lu.dim() == 2 and x.dtype == lu.dtype == wide(x.dtype))
+    if lu.dim() != 2 or not x.dtype == lu.dtype == wide(x.dtype):
+        return 0
+    return 3 if lu.shape[0] <= DENSE else 1
+
+
+def is_factored(x: Tensor, lu: Tensor) -> bool:
+    """Whether a layer is so small that U and L − I are copied once, for forward and backward."""
+    return matrices_kept(x, lu) == 3
 
 
 # --- forward --------------------------------------------------------------------------------------------

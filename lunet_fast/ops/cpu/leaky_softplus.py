@@ -19,6 +19,11 @@ _softplus_out = torch.ops.aten.softplus.out
 _softplus_backward_out = torch.ops.aten.softplus_backward.grad_input
 
 
+#: A t whose eᵗ is nothing beside 1, and not so little that products with it are subnormal: with those, a
+#: processor takes many times as long.
+_NOTHING = {torch.float32: -40.0, torch.float64: -80.0}
+
+
 def _threshold(dtype: torch.dtype) -> float:
     """Where softplus(t) = t to rounding: log1p(exp(−t)) < eps·t."""
     return 40.0 if dtype == torch.float64 else 20.0
@@ -27,11 +32,6 @@ def _threshold(dtype: torch.dtype) -> float:
 def _scale_(t: Tensor, factor: float | Tensor) -> Tensor:
     """t ← factor·t."""
     return t if isinstance(factor, float) and factor == 1.0 else t.mul_(factor)
-
-
-#: A t whose eᵗ is nothing beside 1, and not so little that products with it are subnormal: with those, a
-#: processor takes many times as long.
-_NOTHING = {torch.float32: -40.0, torch.float64: -80.0}
 
 
 def _add_scaled_(t: Tensor, factor: float | Tensor, x: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def layer_recorded(x: Tensor, matrix: Matrix, activation: Activation, logabsdet:
 def layer_forward(x: Tensor, matrix: Matrix, activation: Activation, logabsdet: bool, save: bool) -> Four:
     """(y, log|det J| per row, h, A). The last two are for backward: h is empty without an activation, and
     A holds nothing meaningful when it was not formed (``composes``). Of ``matrices_kept`` in its place three
-    are what ``factored_forward`` keeps, s·h with them, and one is A or U x."""
+    are what ``factored_forward`` keeps, and one is A or U x."""
     keeps_h, matrices = dispatch.kept(x, matrix, activation) if save else (False, 0)
     memory = x.new_empty(3, *matrix.lu.shape) if matrices == 3 else None
     y, total, (h, *products) = _forward_of_rows(
